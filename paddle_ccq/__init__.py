@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""2-bit Convolutional Code Quantization (arXiv 2507.07145) for ERNIE-4.5 MoE checkpoints."""
+
+from .version import __version__
+
+__all__ = ["__version__"]
