@@ -88,8 +88,8 @@ def _parse_json(text: bytes, path: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise ValueError(f"{twice!r} occurs twice")
         return result
 
@@ -130,9 +130,7 @@ class SafetensorsFile:
         return data.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
-def _read_header(
-    file: BinaryIO, path: Path
-) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     file_bytes = os.fstat(file.fileno()).st_size
     start = file.read(8)
     if start.startswith(b"version "):
