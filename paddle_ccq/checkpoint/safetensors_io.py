@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -484,6 +485,16 @@ def split_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[Tenso
         shards[-1].append(spec)
         room -= size
     return shards
+
+
+def parse_size(text: str, flag: str = "--max-shard-size") -> int:
+    """Bytes in "5GB", "500MB", "4GiB" or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    power = " kmgt".index(match[2].lower() or " ") if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size < 1:
+        raise CcqError(f"{flag}: {text!r} is not a size such as 5GB or 500MiB")
+    return size
 
 
 def shard_name(index: int, count: int) -> str:

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of either layout, quantized or not, read one tensor at a time by canonical name."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..codec import row_order as rows
+from ..errors import CcqError
+from . import naming
+from .config import ErnieConfig
+from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
+
+# Our own key in config.json; FastDeploy does not look at it.
+PROVENANCE_KEY = "paddle_ccq"
+PARTIAL_SUFFIX = ".ccq-partial"
+JOURNAL_FILE = "journal.jsonl"
+
+# What a model needs beside its weights. Tokenizer code is copied, never run.
+AUXILIARY_PATTERNS = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+)
+
+SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+# The only format whose kernel wants its input rows re-ordered.
+ROW_ORDERED_FORMAT = "wint2"
+
+# Rows that are turned at a time: enough to fill cache lines on both sides of the transposition.
+_TURN_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How one canonical tensor is stored: float parts, or the packed tensors of a format."""
+
+    format: str
+    shape: tuple[int, ...]
+    storage: naming.Storage | None
+    packed: dict[str, str]  # suffix -> on-disk name
+
+
+class Checkpoint:
+    """An opened checkpoint; everything the config calls for is known to be there."""
+
+    def __init__(
+        self, path: Path, config: ErnieConfig, tensors: TensorFolder, row_order: str | None
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.tensors = tensors
+        self.layout = naming.detect_layout(tensors.names(), path)
+        self.messages = [*tensors.messages, naming.DESCRIPTIONS[self.layout]]
+        self._entries = _plan(self)
+        self.is_quantized = any(entry.packed for entry in self._entries.values())
+        self.row_order = _row_order(self, row_order)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What this package recorded in the config when it wrote the checkpoint, or {}."""
+        return self.config.raw.get(PROVENANCE_KEY) or {}
+
+    def auxiliary_files(self) -> list[Path]:
+        """Tokenizer, generation and licence files, to be copied along with the weights."""
+        found = {file for pattern in AUXILIARY_PATTERNS for file in self.path.glob(pattern)}
+        return sorted(file for file in found if file.is_file())
+
+    def names(self) -> list[str]:
+        """Canonical names, in model order."""
+        return list(self._entries)
+
+    def format_of(self, name: str) -> str:
+        """ "bf16" for any float, else the name of the packed format."""
+        return self._entries[name].format
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Canonical shape of the weight, whatever it is packed into."""
+        return self._entries[name].shape
+
+    def stored_names(self, name: str) -> list[str]:
+        """The on-disk tensors that make up a canonical one."""
+        entry = self._entries[name]
+        if entry.storage is None:
+            return list(entry.packed.values())
+        return [_present(part, self.tensors) for part in entry.storage.parts]
+
+    def stored_dtype(self, name: str) -> str:
+        """Safetensors dtype of the first on-disk tensor (BF16, F16 or F32 for a float)."""
+        return self.tensors.info(self.stored_names(name)[0]).dtype
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on disk of a canonical tensor."""
+        return sum(self.tensors.info(stored).nbytes for stored in self.stored_names(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """The weight in canonical orientation, float32, input rows in plain order."""
+        entry = self._entries[name]
+        if entry.storage is None:
+            return self._dequantized(name, entry)
+        return self._assembled(entry, np.dtype(np.float32))
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """A float weight in canonical orientation and its stored dtype."""
+        entry = self._entries[name]
+        if entry.storage is None:
+            raise ValueError(f"{name} is packed as {entry.format}; read() dequantizes it")
+        return self._assembled(entry, DTYPES[self.stored_dtype(name)])
+
+    def read_out_in(self, name: str) -> np.ndarray:
+        """A matrix as [out, in], C-contiguous float32: what encoders take."""
+        entry = self._entries[name]
+        if len(entry.shape) != 2:
+            raise ValueError(f"{name} is not a matrix")
+        if entry.storage is None:
+            return np.ascontiguousarray(self._dequantized(name, entry).T)
+        rows_in, columns = entry.shape
+        result = np.empty((columns, rows_in), np.float32)
+        for part, stored in zip(entry.storage.parts, self.stored_names(name), strict=True):
+            values = self.tensors.read(stored)
+            target = result[part.columns or slice(None)]
+            if entry.storage.transposed:
+                target[...] = values
+            else:
+                _turn_into(target, values)
+        return result
+
+    def packed(self, name: str) -> dict[str, np.ndarray]:
+        """The stored tensors of a quantized matrix by suffix."""
+        packed = self._entries[name].packed
+        return {suffix: self.tensors.read(stored) for suffix, stored in packed.items()}
+
+    def _assembled(self, entry: _Entry, dtype: np.dtype) -> np.ndarray:
+        assert entry.storage is not None
+        parts = entry.storage.parts
+        stored = [_present(part, self.tensors) for part in parts]
+        if not entry.storage.transposed:
+            return self.tensors.read(stored[0]).astype(dtype, copy=False)
+        result = np.empty(entry.shape, dtype)
+        for part, stored_name in zip(parts, stored, strict=True):
+            _turn_into(result[:, part.columns], self.tensors.read(stored_name))
+        return result
+
+    def _dequantized(self, name: str, entry: _Entry) -> np.ndarray:
+        from ..codec import formats
+
+        try:
+            weight = formats.dequantize(entry.format, self.packed(name))
+        except ValueError as error:
+            where = self.tensors.path_of(next(iter(entry.packed.values())))
+            raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None
+        if entry.format == ROW_ORDERED_FORMAT and self.row_order == rows.FASTDEPLOY_2_1:
+            weight = rows.unpermute_rows(weight)
+        return weight
+
+
+def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None) -> Checkpoint:
+    """Open a checkpoint folder and check that every tensor of the model is there.
+
+    `row_order` ("fastdeploy-2.1" or "plain") says how WINT2 input rows are ordered where the
+    checkpoint itself does not.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise CcqError(f"{path}: no such folder")
+    if not path.is_dir():
+        raise CcqError(f"{path}: not a folder; give the checkpoint's folder, not a file in it")
+    if path.resolve().name.endswith(PARTIAL_SUFFIX) or (path / JOURNAL_FILE).exists():
+        raise CcqError(
+            f"{path}: an unfinished output; run the command that wrote it again to finish it"
+        )
+    ranks = [entry for entry in path.iterdir() if re.fullmatch(r"rank\d+", entry.name)]
+    if any(entry.is_dir() for entry in ranks):
+        raise CcqError(
+            f"{path}: cut for tensor parallelism into {len(ranks)} rank folders; such checkpoints"
+            " are for serving, use the one they were cut from"
+        )
+    config = ErnieConfig.from_json(path)
+    return Checkpoint(path, config, TensorFolder(path), row_order)
+
+
+def _present(part: naming.StoredTensor, tensors: TensorFolder) -> str:
+    """The name under which a part is stored; its own name where it is missing."""
+    return next((name for name in (part.name, *part.aliases) if name in tensors), part.name)
+
+
+def _turn_into(target: np.ndarray, values: np.ndarray) -> None:
+    """target[...] = values.T with conversion, in blocks (several times faster than in one go)."""
+    for begin in range(0, values.shape[0], _TURN_ROWS):
+        block = values[begin : begin + _TURN_ROWS].astype(target.dtype, copy=False)
+        target[:, begin : begin + _TURN_ROWS] = block.T
+
+
+def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
+    """Find every tensor of the model and check its shape and dtype."""
+    tensors, config, layout = checkpoint.tensors, checkpoint.config, checkpoint.layout
+    packed = _packed_tensors(tensors)
+    entries: dict[str, _Entry] = {}
+    missing: list[str] = []
+    used: set[str] = set()
+    for name, shape in config.canonical_shapes().items():
+        found = packed.get(naming.on_disk_name(name, layout).removesuffix(".weight"), {})
+        if naming.is_linear(name) and found:
+            entries[name] = _packed_entry(checkpoint, name, shape, found)
+            used.update(found.values())
+            continue
+        storage = naming.storage(config, name, shape, layout)
+        for part in storage.parts:
+            stored = _present(part, tensors)
+            if stored not in tensors:
+                missing.append(stored)
+                continue
+            _check_float(checkpoint, stored, tensors.info(stored), part.shape)
+            used.add(stored)
+        entries[name] = _Entry("bf16", shape, storage, {})
+    if missing:
+        count = f"{len(missing)} tensors are" if len(missing) > 1 else "1 tensor is"
+        raise CcqError(
+            f"{checkpoint.path}: {count} missing, the first {missing[0]!r}; the download is not"
+            " complete or config.json belongs to another model"
+        )
+    _report_unused(checkpoint, used)
+    return entries
+
+
+def _check_float(
+    checkpoint: Checkpoint, stored: str, info: TensorInfo, shape: tuple[int, ...]
+) -> None:
+    where = f"{checkpoint.tensors.path_of(stored)}: {stored}"
+    if info.shape != shape:
+        turned = " (transposed: two layouts are mixed)" if info.shape == shape[::-1] else ""
+        raise CcqError(
+            f"{where}: has shape {list(info.shape)}, config.json calls for {list(shape)}{turned}"
+        )
+    if info.dtype not in FLOAT_DTYPES:
+        raise CcqError(f"{where}: has dtype {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}")
+
+
+def _packed_tensors(tensors: TensorFolder) -> dict[str, dict[str, str]]:
+    """Prefix -> suffix -> on-disk name, for every tensor named like part of a packed matrix."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in tensors.names():
+        prefix, _, suffix = name.rpartition(".")
+        if suffix in SUFFIXES:
+            groups.setdefault(prefix, {})[suffix] = name
+    return groups
+
+
+def _packed_entry(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], found: dict[str, str]
+) -> _Entry:
+    tensors = checkpoint.tensors
+    if "quant_weight" not in found:
+        lonely = next(iter(found.values()))
+        raise CcqError(
+            f"{tensors.path_of(lonely)}: {lonely} is there, but no quant_weight beside it"
+        )
+    from ..codec import formats
+
+    infos = {suffix: tensors.info(stored) for suffix, stored in found.items()}
+    weight = infos["quant_weight"]
+    if len(infos) == 1 and weight.dtype in FLOAT_DTYPES and weight.shape == shape:
+        # A linear left unconverted in a quantized checkpoint keeps the packed name.
+        part = naming.StoredTensor(found["quant_weight"], shape)
+        return _Entry("bf16", shape, naming.Storage((part,), False), {})
+    for format_name in formats.FORMATS:
+        if format_name != "bf16" and _fits(format_name, shape, infos):
+            return _Entry(format_name, shape, None, found)
+    shown = ", ".join(f"{s} {i.dtype} {list(i.shape)}" for s, i in sorted(infos.items()))
+    raise CcqError(
+        f"{tensors.path_of(found['quant_weight'])}: {name} of shape {list(shape)} is packed in"
+        f" none of the known formats (found {shown})"
+    )
+
+
+def _fits(format_name: str, shape: tuple[int, ...], infos: dict[str, TensorInfo]) -> bool:
+    from ..codec import formats
+
+    try:
+        specs = formats.tensor_specs(format_name, *shape)
+    except (ValueError, CcqError):
+        return False  # the format cannot hold a matrix of this shape
+    if specs.keys() != infos.keys():
+        return False
+    return all(
+        infos[suffix].shape == tuple(wanted)
+        # Scales may be stored in any float type: FastDeploy casts some of them itself.
+        and (infos[suffix].dtype == dtype or {infos[suffix].dtype, dtype} <= set(FLOAT_DTYPES))
+        for suffix, (wanted, dtype) in specs.items()
+    )
+
+
+def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:
+    others = [name for name in checkpoint.tensors.names() if name not in used]
+    mtp = [name for name in others if naming.is_mtp(name)]
+    others = [name for name in others if not naming.is_mtp(name)]
+    for name in others:
+        # Computing without a bias that exists would give plausible nonsense.
+        if name.endswith(".bias"):
+            raise CcqError(
+                f"{checkpoint.tensors.path_of(name)}: {name!r} is a bias; models with bias terms"
+                " are not supported"
+            )
+    if mtp:
+        checkpoint.messages.append(
+            f"passing over {len(mtp)} tensors of the multi-token-prediction head"
+        )
+    if "lm_head.weight" in others:
+        others.remove("lm_head.weight")
+        checkpoint.messages.append(
+            "passing over lm_head.weight: config.json ties the output to the embedding"
+        )
+    if others:
+        checkpoint.messages.append(
+            f"passing over {len(others)} tensors that config.json does not call for, the first"
+            f" {others[0]!r}"
+        )
+
+
+def _row_order(checkpoint: Checkpoint, asked: str | None) -> str | None:
+    """The row order of WINT2 matrices; None where there are none."""
+    where = checkpoint.path / "config.json"
+    if asked is not None and asked not in rows.ROW_ORDERS:
+        raise CcqError(f"row order {asked!r} is not one of {', '.join(rows.ROW_ORDERS)}")
+    own = checkpoint.config.raw.get(PROVENANCE_KEY)
+    if own is not None and not isinstance(own, dict):
+        raise CcqError(f"{where}: {PROVENANCE_KEY}: not an object")
+    recorded = (own or {}).get("row_order")
+    if recorded is not None and recorded not in rows.ROW_ORDERS:
+        raise CcqError(
+            f"{where}: {PROVENANCE_KEY}.row_order: {recorded!r} is not one of"
+            f" {', '.join(rows.ROW_ORDERS)}"
+        )
+    if all(checkpoint.format_of(name) != ROW_ORDERED_FORMAT for name in checkpoint.names()):
+        return None
+    if recorded and asked and recorded != asked:
+        raise CcqError(f"{where}: rows are recorded as {recorded}, not as the asked {asked}")
+    if recorded or asked:
+        return recorded or asked
+    checkpoint.messages.append(
+        f"the checkpoint does not say how WINT2 rows are ordered; taking {rows.FASTDEPLOY_2_1}"
+    )
+    return rows.FASTDEPLOY_2_1

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user calls a model - a folder, a hub id, a short name - to a local folder."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..errors import CcqError
+
+# FastDeploy's variables (fastdeploy/envs.py), honoured so that both find the same files.
+SOURCE_VARIABLE = "FD_MODEL_SOURCE"
+CACHE_VARIABLE = "FD_MODEL_CACHE"
+
+CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A model hub: its client, the organization that publishes ERNIE there, and its server."""
+
+    organization: str
+    client: str  # module with snapshot_download(id, revision=, local_dir=)
+    extra: str
+    server: str
+    server_variable: str
+
+
+HUBS = {
+    "AISTUDIO": Hub(
+        "PaddlePaddle",
+        "aistudio_sdk.snapshot_download",
+        "aistudio",
+        "http://git.aistudio.baidu.com",
+        "STUDIO_GIT_HOST",
+    ),
+    "MODELSCOPE": Hub(
+        "PaddlePaddle",
+        "modelscope.hub.snapshot_download",
+        "modelscope",
+        "https://www.modelscope.cn",
+        "MODELSCOPE_DOMAIN",
+    ),
+    "HUGGINGFACE": Hub(
+        "baidu",
+        "huggingface_hub",
+        "huggingface",
+        "https://huggingface.co",
+        "HF_ENDPOINT",
+    ),
+}
+ORGANIZATIONS = ("baidu", "PaddlePaddle")
+
+# Size -> the size as published; the variants exist for each.
+_SIZES = {"300b": "300B-A47B", "21b": "21B-A3B", "0.3b": "0.3B"}
+_VARIANTS = {"": "", "base": "-Base", "pt": "-PT", "paddle": "-Paddle"}
+# Published under names that do not follow the pattern.
+_OTHERS = (
+    "ERNIE-4.5-21B-A3B-Thinking",
+    "ERNIE-4.5-300B-A47B-2Bits-Paddle",
+    "ERNIE-4.5-300B-A47B-2Bits-TP2-Paddle",
+    "ERNIE-4.5-300B-A47B-2Bits-TP4-Paddle",
+)
+_SHORT_NAME = re.compile(r"ernie-4\.5-(300b|21b|0\.3b)(-a47b|-a3b)?(-base)?(-pt|-paddle)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def known_names() -> list[str]:
+    """The short names that resolve, for messages."""
+    sizes = [f"ERNIE-4.5-{size.upper()}" for size in _SIZES]
+    return [name + base for name in sizes for base in ("", "-Base")] + list(_OTHERS)
+
+
+def full_id(name: str) -> str:
+    """The hub id meant by a short name or a hub id; the -Paddle version unless -PT is asked for."""
+    if _HUB_ID.fullmatch(name):
+        return name
+    for other in _OTHERS:
+        if name.lower() == other.lower():
+            return f"baidu/{other}"
+    match = _SHORT_NAME.fullmatch(name.lower())
+    if match:
+        size, active, base, layout = match.groups()
+        published = _SIZES[size]
+        if not active or published.lower().endswith(active):
+            base = "-Base" if base else ""
+            layout = "-PT" if layout == "-pt" else "-Paddle"
+            return f"baidu/ERNIE-4.5-{published}{base}{layout}"
+    raise CcqError(
+        f"{name}: neither a folder, nor a hub id (organization/name), nor one of the short names"
+        f" {', '.join(known_names())} (each of the first six also with -Paddle or -PT)"
+    )
+
+
+def resolve_model(
+    name: str | os.PathLike[str],
+    source: str | None = None,
+    revision: str | None = None,
+    log: Callable[[str], object] = print,
+) -> Path:
+    """The local folder of a model, downloaded first where it is not one already.
+
+    `source` is AISTUDIO, MODELSCOPE or HUGGINGFACE; else the environment variable
+    FD_MODEL_SOURCE decides, else AISTUDIO.
+    """
+    path = Path(name).expanduser()
+    text = os.fspath(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CcqError(f"{path}: not a folder; give the checkpoint's folder")
+    if not text.strip() or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise CcqError(f"{text or 'model'}: no such folder")
+    hub_name, hub = _hub(source)
+    model = full_id(text)
+    organization, _, title = model.partition("/")
+    if organization.lower() in (known.lower() for known in ORGANIZATIONS):
+        # The same models are published under another organization on each hub.
+        model = f"{hub.organization}/{title}"
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home()).expanduser()
+    folder = cache / model
+    log(f"{text} is {model} on {hub_name}; local folder {folder}")
+    return _download(model, hub_name, hub, revision, folder, log)
+
+
+def _hub(source: str | None) -> tuple[str, Hub]:
+    origin = "--source" if source else SOURCE_VARIABLE
+    name = (source or os.environ.get(SOURCE_VARIABLE) or "AISTUDIO").upper()
+    if name not in HUBS:
+        raise CcqError(f"{origin}: {name!r} is not one of {', '.join(HUBS)}")
+    return name, HUBS[name]
+
+
+def _download(
+    model: str,
+    hub_name: str,
+    hub: Hub,
+    revision: str | None,
+    folder: Path,
+    log: Callable[[str], object],
+) -> Path:
+    here = (folder / "config.json").is_file()
+    instead = "pass the folder of a downloaded checkpoint instead, or another --source"
+    try:
+        client = importlib.import_module(hub.client)
+    except ImportError:
+        if here:
+            log(f"{hub_name}'s client is not installed; using what is in {folder}")
+            return folder
+        raise CcqError(
+            f"{model}: downloading from {hub_name} needs its client:"
+            f" pip install 'paddle-ccq[{hub.extra}]'; or {instead}"
+        ) from None
+    problem = connection_problem(os.environ.get(hub.server_variable) or hub.server)
+    if problem:
+        # Clients retry for minutes; without a network that only hides what is wrong.
+        if here:
+            log(f"{hub_name} is out of reach ({problem}); using what is in {folder}")
+            return folder
+        raise CcqError(f"{model}: {hub_name} is out of reach ({problem}); {instead}")
+    options = {"revision": revision} if revision else {}
+    try:
+        client.snapshot_download(model, local_dir=str(folder), **options)
+    except Exception as error:
+        # Each client has its own exceptions, which cannot be named without importing all three.
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CcqError(
+            f"{model}: download from {hub_name} failed: {type(error).__name__}: {reason}; {instead}"
+        ) from error
+    if not folder.is_dir():
+        raise CcqError(f"{model}: {hub_name}'s client reported success but {folder} is not there")
+    return folder
+
+
+def connection_problem(server: str, seconds: float = CONNECT_SECONDS) -> str | None:
+    """Why a server cannot be reached, or None; answers within about `seconds`.
+
+    With a proxy configured, the proxy is what must be reachable.
+    """
+    url = urlsplit(server if "//" in server else f"https://{server}")
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    outcome: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            port = url.port or (443 if url.scheme == "https" else 80)
+            socket.create_connection((url.hostname or "", port), timeout=seconds).close()
+            outcome.append(None)
+        except (OSError, ValueError) as error:
+            outcome.append(f"{url.hostname}: {getattr(error, 'strerror', None) or error}")
+
+    # Name resolution obeys no timeout, so the attempt runs beside us and may be left behind.
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(seconds + 1)
+    return outcome[0] if outcome else f"{url.hostname}: no answer within {seconds:g} s"

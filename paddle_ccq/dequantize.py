@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn any checkpoint, quantized or not, into a plain bfloat16 one in either naming."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .checkpoint import naming as names
+from .checkpoint.reader import (
+    JOURNAL_FILE,
+    PARTIAL_SUFFIX,
+    PROVENANCE_KEY,
+    Checkpoint,
+    open_checkpoint,
+)
+from .checkpoint.safetensors_io import (
+    DTYPES,
+    INDEX_FILE,
+    SafetensorsWriter,
+    TensorSpec,
+    index_bytes,
+    parse_size,
+    shard_name,
+    split_shards,
+    sync_folder,
+    tensor_bytes,
+)
+from .checkpoint.source import HUBS, resolve_model
+from .codec.row_order import ROW_ORDERS
+from .errors import CcqError, run_cli
+
+# The format tag in a shard's metadata that each family's loader accepts.
+_FORMAT_TAG = {"pt": "pt", "paddle": "np"}
+_DTYPE_KEY = {"pt": "torch_dtype", "paddle": "dtype"}
+
+
+def dequantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    naming: str = "paddle",
+    max_shard_size: str | int = "5GB",
+    *,
+    source: str | None = None,
+    row_order: str | None = None,
+    log: Callable[[str], object] | None = None,
+) -> Path:
+    """Write `model` as a bfloat16 checkpoint in a new folder `output`, which is returned.
+
+    Router weights and biases that are stored as float32 stay so. One tensor is in memory at a
+    time; the folder gets its name only when everything is written.
+    """
+    log = log or (lambda text: print(text, file=sys.stderr))
+    if naming not in names.LAYOUTS:
+        raise CcqError(f"--naming: {naming!r} is not one of {', '.join(names.LAYOUTS)}")
+    limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    target = Path(os.path.abspath(output))
+    if target.exists() or target.is_symlink():
+        raise CcqError(f"{target}: already exists; give another --output or remove it")
+    checkpoint = open_checkpoint(resolve_model(model, source, log=log), row_order)
+    for message in checkpoint.messages:
+        log(message)
+    specs = [spec for name in checkpoint.names() for spec in _specs(checkpoint, name, naming)]
+    partial = _start_folder(target, sum(tensor_bytes(d, s) for _, d, s in specs))
+    try:
+        _write_shards(checkpoint, partial, naming, split_shards(specs, limit), log)
+        config = json.dumps(_config(checkpoint, naming), indent=2, ensure_ascii=False) + "\n"
+        (partial / "config.json").write_text(config, encoding="utf-8")
+        for file in checkpoint.auxiliary_files():
+            shutil.copyfile(file, partial / file.name)
+        sync_folder(partial)
+        os.rename(partial, target)
+        sync_folder(target.parent)
+    except BaseException:
+        # There is nothing to resume from: reading and writing is all the work there is.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _specs(checkpoint: Checkpoint, name: str, naming: str) -> list[TensorSpec]:
+    storage = names.storage(checkpoint.config, name, checkpoint.shape(name), naming)
+    return [(part.name, _target_dtype(checkpoint, name), part.shape) for part in storage.parts]
+
+
+def _target_dtype(checkpoint: Checkpoint, name: str) -> str:
+    router = name.endswith(("mlp.gate.weight", names.CORRECTION_BIAS))
+    return "F32" if router and checkpoint.stored_dtype(name) == "F32" else "BF16"
+
+
+def _tensors(checkpoint: Checkpoint, naming: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The on-disk tensors of the output, in the order of the specs."""
+    for name in checkpoint.names():
+        storage = names.storage(checkpoint.config, name, checkpoint.shape(name), naming)
+        if storage.transposed:
+            values = checkpoint.read_out_in(name)
+        elif checkpoint.format_of(name) == "bf16":
+            values = checkpoint.read_stored(name)
+        else:
+            values = checkpoint.read(name)
+        dtype = DTYPES[_target_dtype(checkpoint, name)]
+        for part in storage.parts:
+            yield part.name, values[part.columns or slice(None)].astype(dtype, copy=False)
+
+
+def _start_folder(target: Path, size: int) -> Path:
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    if (partial / JOURNAL_FILE).exists():
+        raise CcqError(
+            f"{partial}: an unfinished quantization; finish it with the command that began it, or"
+            " remove the folder"
+        )
+    if partial.is_dir():
+        shutil.rmtree(partial)  # ours, from a run that was killed
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < size:
+        partial.rmdir()
+        raise CcqError(
+            f"{target}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        )
+    return partial
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    folder: Path,
+    naming: str,
+    shards: list[list[TensorSpec]],
+    log: Callable[[str], object],
+) -> None:
+    tensors = _tensors(checkpoint, naming)
+    files = {shard_name(i, len(shards)): specs for i, specs in enumerate(shards)}
+    total = sum(map(len, shards))
+    # disable=None: a bar only where stderr is a terminal.
+    with tqdm(total=total, unit="tensor", disable=None) as progress:
+        for file, specs in files.items():
+            metadata = {"format": _FORMAT_TAG[naming]}
+            with SafetensorsWriter(folder / file, specs, metadata) as writer:
+                for _ in specs:
+                    writer.write(*next(tensors))
+                    progress.update()
+    (folder / INDEX_FILE).write_bytes(index_bytes(files))
+    log(f"{total} tensors in {len(files)} files")
+
+
+def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
+    config = dict(checkpoint.config.raw)
+    for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype"):
+        config.pop(key, None)
+    if naming == "paddle":
+        # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.
+        config.pop("transformers_version", None)
+    config[_DTYPE_KEY[naming]] = "bfloat16"
+    config["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
+    if checkpoint.config.num_nextn_predict_layers:
+        config["num_nextn_predict_layers"] = 0  # its tensors are not written
+    return config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paddle_ccq.dequantize",
+        description="Write any ERNIE-4.5 checkpoint, quantized or not, as plain bfloat16.",
+    )
+    parser.add_argument("model", help="checkpoint folder, hub id or short name")
+    parser.add_argument("--output", required=True, help="new folder for the result")
+    parser.add_argument(
+        "--naming",
+        choices=names.LAYOUTS,
+        default="paddle",
+        help="tensor names and orientation of the result (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        "--max_shard_size",
+        default="5GB",
+        help="largest safetensors file (default: %(default)s)",
+    )
+    parser.add_argument("--source", choices=list(HUBS), type=str.upper, help="hub to download from")
+    parser.add_argument(
+        "--row-order",
+        "--row_order",
+        choices=ROW_ORDERS,
+        help="order of WINT2 input rows, for checkpoints that do not record it",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+
+    def body() -> int:
+        target = dequantize(
+            args.model,
+            args.output,
+            args.naming,
+            args.max_shard_size,
+            source=args.source,
+            row_order=args.row_order,
+        )
+        print(target)
+        return 0
+
+    return run_cli(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
