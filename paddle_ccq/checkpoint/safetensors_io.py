@@ -219,8 +219,12 @@ class TensorFolder:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CcqError(f"{index}: no weight_map; not a safetensors index")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
-                raise CcqError(f"{index}: {name!r} is placed in {shard!r}, not a plain file name")
+            plain = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
+            if not plain or not shard.endswith(".safetensors"):
+                raise CcqError(
+                    f"{index}: {name!r} is placed in {shard!r}, not the plain name of a"
+                    " safetensors file"
+                )
         shards = sorted(set(weight_map.values()))
         if SINGLE_FILE not in shards and (self.folder / SINGLE_FILE).exists():
             raise CcqError(
