@@ -405,12 +405,12 @@ def test_pickle_only_folder_is_refused(tmp_path, name):
 
 
 def test_folders_without_tensors(tmp_path):
-    with pytest.raises(CcqError, match="neither model.safetensors nor"):
+    with pytest.raises(CcqError, match="neither model"):
         io.TensorFolder(tmp_path)
     with pytest.raises(CcqError, match="no such folder"):
         io.TensorFolder(tmp_path / "none")
     save_file({"a": np.zeros(2, "u1")}, tmp_path / io.shard_name(0, 2))
-    with pytest.raises(CcqError, match="index.json is missing"):
+    with pytest.raises(CcqError, match="json is missing"):
         io.TensorFolder(tmp_path)
 
 

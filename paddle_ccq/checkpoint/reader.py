@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
 from . import naming
@@ -155,10 +156,11 @@ class Checkpoint:
         return result
 
     def _dequantized(self, name: str, entry: _Entry) -> np.ndarray:
-        from ..codec import formats
-
+        tensors = self.packed(name)
+        for suffix, (_, dtype) in formats.tensor_specs(entry.format, *entry.shape).items():
+            tensors[suffix] = tensors[suffix].astype(DTYPES[dtype], copy=False)
         try:
-            weight = formats.dequantize(entry.format, self.packed(name))
+            weight = formats.dequantize(entry.format, tensors)
         except ValueError as error:
             where = self.tensors.path_of(next(iter(entry.packed.values())))
             raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None
@@ -268,8 +270,6 @@ def _packed_entry(
         raise CcqError(
             f"{tensors.path_of(lonely)}: {lonely} is there, but no quant_weight beside it"
         )
-    from ..codec import formats
-
     infos = {suffix: tensors.info(stored) for suffix, stored in found.items()}
     weight = infos["quant_weight"]
     if len(infos) == 1 and weight.dtype in FLOAT_DTYPES and weight.shape == shape:
@@ -287,20 +287,19 @@ def _packed_entry(
 
 
 def _fits(format_name: str, shape: tuple[int, ...], infos: dict[str, TensorInfo]) -> bool:
-    from ..codec import formats
-
-    try:
-        specs = formats.tensor_specs(format_name, *shape)
-    except (ValueError, CcqError):
-        return False  # the format cannot hold a matrix of this shape
-    if specs.keys() != infos.keys():
+    if formats.shape_problem(format_name, *shape):
         return False
-    return all(
-        infos[suffix].shape == tuple(wanted)
-        # Scales may be stored in any float type: FastDeploy casts some of them itself.
-        and (infos[suffix].dtype == dtype or {infos[suffix].dtype, dtype} <= set(FLOAT_DTYPES))
+    specs = formats.tensor_specs(format_name, *shape)
+    return specs.keys() == infos.keys() and all(
+        infos[suffix].shape == wanted
+        # FastDeploy casts the scales of dense linears on load, whatever float they are stored as.
+        and (infos[suffix].dtype == dtype or _is_float_scale(suffix, infos[suffix].dtype, dtype))
         for suffix, (wanted, dtype) in specs.items()
     )
+
+
+def _is_float_scale(suffix: str, stored: str, wanted: str) -> bool:
+    return suffix == "weight_scale" and wanted == "BF16" and stored in FLOAT_DTYPES
 
 
 def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:

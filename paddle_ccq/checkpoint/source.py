@@ -111,14 +111,16 @@ def resolve_model(
     `source` is AISTUDIO, MODELSCOPE or HUGGINGFACE; else the environment variable
     FD_MODEL_SOURCE decides, else AISTUDIO.
     """
-    path = Path(name).expanduser()
-    text = os.fspath(name)
+    text = os.fspath(name).strip()
+    if not text:
+        raise CcqError("model: the name is empty; give a folder, a hub id or a short name")
+    path = Path(text).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise CcqError(f"{path}: not a folder; give the checkpoint's folder")
-    if not text.strip() or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
-        raise CcqError(f"{text or 'model'}: no such folder")
+    if text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise CcqError(f"{text}: no such folder")
     hub_name, hub = _hub(source)
     model = full_id(text)
     organization, _, title = model.partition("/")
