@@ -46,9 +46,9 @@ def remove_client(monkeypatch, hub_name: str) -> None:
 
 
 def recorder(calls: list):
-    def download(model, local_dir, **options):
-        calls.append((model, local_dir, options))
-        Path(local_dir).mkdir(parents=True)
+    def download(**options):
+        calls.append(options)
+        Path(options["local_dir"]).mkdir(parents=True)
 
     return download
 
@@ -109,28 +109,28 @@ def test_empty_name():
 
 
 @pytest.mark.parametrize(
-    ("hub_name", "model"),
+    ("hub_name", "argument", "model"),
     [
-        ("AISTUDIO", "PaddlePaddle/ERNIE-4.5-21B-A3B-Paddle"),
-        ("MODELSCOPE", "PaddlePaddle/ERNIE-4.5-21B-A3B-Paddle"),
-        ("HUGGINGFACE", "baidu/ERNIE-4.5-21B-A3B-Paddle"),
+        ("AISTUDIO", "repo_id", "PaddlePaddle/ERNIE-4.5-21B-A3B-Paddle"),
+        ("MODELSCOPE", "model_id", "PaddlePaddle/ERNIE-4.5-21B-A3B-Paddle"),
+        ("HUGGINGFACE", "repo_id", "baidu/ERNIE-4.5-21B-A3B-Paddle"),
     ],
 )
-def test_download_from_each_hub(monkeypatch, tmp_path, hub_name, model):
+def test_download_from_each_hub(monkeypatch, tmp_path, hub_name, argument, model):
     calls, lines = [], []
     fake_client(monkeypatch, hub_name, recorder(calls))
     folder = source.resolve_model("ERNIE-4.5-21B", hub_name.lower(), "r1", lines.append)
     assert folder == tmp_path / "cache" / model
-    assert calls == [(model, str(folder), {"revision": "r1"})]
+    assert calls == [{argument: model, "local_dir": str(folder), "revision": "r1"}]
     assert lines == [f"ERNIE-4.5-21B is {model} on {hub_name}; local folder {folder}"]
 
 
 def test_organization_follows_the_hub(monkeypatch):
     calls = []
     fake_client(monkeypatch, "HUGGINGFACE", recorder(calls))
-    source.resolve_model("PaddlePaddle/ERNIE-4.5-0.3B-PT", "HUGGINGFACE", log=calls.append)
-    assert calls[-1][0] == "baidu/ERNIE-4.5-0.3B-PT"
-    assert calls[-1][2] == {}
+    source.resolve_model("PaddlePaddle/ERNIE-4.5-0.3B-PT", "HUGGINGFACE", log=lambda text: None)
+    assert calls[0]["repo_id"] == "baidu/ERNIE-4.5-0.3B-PT"
+    assert "revision" not in calls[0]
 
 
 def test_default_hub_and_environment(monkeypatch):
@@ -138,9 +138,9 @@ def test_default_hub_and_environment(monkeypatch):
     fake_client(monkeypatch, "AISTUDIO", recorder(calls))
     source.resolve_model("ERNIE-4.5-0.3B", log=lambda text: None)
     monkeypatch.setenv(source.SOURCE_VARIABLE, "MODELSCOPE")
-    fake_client(monkeypatch, "MODELSCOPE", lambda *a, **k: calls.append("modelscope"))
+    fake_client(monkeypatch, "MODELSCOPE", lambda **options: calls.append("modelscope"))
     source.resolve_model("ERNIE-4.5-0.3B", log=lambda text: None)
-    assert calls[0][0] == "PaddlePaddle/ERNIE-4.5-0.3B-Paddle"
+    assert calls[0]["repo_id"] == "PaddlePaddle/ERNIE-4.5-0.3B-Paddle"
     assert calls[1] == "modelscope"
 
 
@@ -190,7 +190,7 @@ def test_earlier_download_serves_without_a_network(monkeypatch, tmp_path):
 
 
 def test_failed_download_is_one_line(monkeypatch):
-    def download(model, **options):
+    def download(**options):
         raise RuntimeError("404 not found\n<html>")
 
     fake_client(monkeypatch, "AISTUDIO", download)

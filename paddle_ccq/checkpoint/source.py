@@ -28,7 +28,8 @@ class Hub:
     """A model hub: its client, the organization that publishes ERNIE there, and its server."""
 
     organization: str
-    client: str  # module with snapshot_download(id, revision=, local_dir=)
+    client: str  # module with snapshot_download(<id_argument>=, revision=, local_dir=)
+    id_argument: str  # by keyword: the clients differ in the order of their arguments
     extra: str
     server: str
     server_variable: str
@@ -38,13 +39,15 @@ HUBS = {
     "AISTUDIO": Hub(
         "PaddlePaddle",
         "aistudio_sdk.snapshot_download",
+        "repo_id",
         "aistudio",
-        "http://git.aistudio.baidu.com",
+        "https://git.aistudio.baidu.com",
         "STUDIO_GIT_HOST",
     ),
     "MODELSCOPE": Hub(
         "PaddlePaddle",
         "modelscope.hub.snapshot_download",
+        "model_id",
         "modelscope",
         "https://www.modelscope.cn",
         "MODELSCOPE_DOMAIN",
@@ -52,6 +55,7 @@ HUBS = {
     "HUGGINGFACE": Hub(
         "baidu",
         "huggingface_hub",
+        "repo_id",
         "huggingface",
         "https://huggingface.co",
         "HF_ENDPOINT",
@@ -168,9 +172,11 @@ def _download(
             log(f"{hub_name} is out of reach ({problem}); using what is in {folder}")
             return folder
         raise CcqError(f"{model}: {hub_name} is out of reach ({problem}); {instead}")
-    options = {"revision": revision} if revision else {}
+    options = {hub.id_argument: model, "local_dir": str(folder)}
+    if revision:
+        options["revision"] = revision
     try:
-        client.snapshot_download(model, local_dir=str(folder), **options)
+        client.snapshot_download(**options)
     except Exception as error:
         # Each client has its own exceptions, which cannot be named without importing all three.
         reason = (str(error).splitlines() or [""])[0][:200]
