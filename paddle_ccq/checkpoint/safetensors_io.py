@@ -1,67 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files: strict reading of one file or of a folder of shards, and streaming writing."""
+"""Strict reading of safetensors files and of folders of shards; writing is re-exported here."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CcqError
+from .safetensors_format import (
+    DTYPES,
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    SINGLE_FILE,
+    TensorSpec,
+    build_header,
+    dtype_name,
+    index_bytes,
+    parse_size,
+    shard_name,
+    split_shards,
+    tensor_bytes,
+)
+from .safetensors_writer import SafetensorsWriter, sync_folder
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-# The safetensors library refuses larger headers; a size read from a damaged file must not become
-# an allocation.
-MAX_HEADER_BYTES = 100_000_000
-MAX_DIMENSIONS = 8
-
-DTYPES: dict[str, np.dtype] = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype("<f2"),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "BOOL": np.dtype("?"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "I16": np.dtype("<i2"),
-    "U16": np.dtype("<u2"),
-    "I32": np.dtype("<i4"),
-    "U32": np.dtype("<u4"),
-    "I64": np.dtype("<i8"),
-    "U64": np.dtype("<u8"),
-}
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-
-TensorSpec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
-
-_COPY_BYTES = 8 << 20
-
-
-def dtype_name(dtype: np.dtype | type) -> str:
-    """The safetensors name of a numpy dtype (ml_dtypes.bfloat16 is BF16)."""
-    wanted = np.dtype(dtype)
-    for name, known in DTYPES.items():
-        if known == wanted:
-            return name
-    raise ValueError(f"no safetensors dtype for {wanted}")
-
-
-def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Size on disk of a tensor."""
-    return DTYPES[dtype].itemsize * math.prod(shape)
-
+__all__ = [
+    "DTYPES",
+    "FLOAT_DTYPES",
+    "INDEX_FILE",
+    "MAX_DIMENSIONS",
+    "MAX_HEADER_BYTES",
+    "SINGLE_FILE",
+    "SafetensorsFile",
+    "SafetensorsWriter",
+    "TensorFolder",
+    "TensorInfo",
+    "TensorSpec",
+    "build_header",
+    "dtype_name",
+    "index_bytes",
+    "load_json",
+    "parse_size",
+    "shard_name",
+    "split_shards",
+    "sync_folder",
+    "tensor_bytes",
+]
 
 # --- reading one file -------------------------------------------------------------------------
 
@@ -294,230 +286,3 @@ def _nothing_to_open(folder: Path) -> str:
     if shards:
         return f"{folder}: {shards[0]} is there but {INDEX_FILE} is missing; download it as well"
     return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; not a checkpoint folder"
-
-
-# --- writing ----------------------------------------------------------------------------------
-
-
-def build_header(specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> bytes:
-    """The length field and JSON header of a file with these tensors, in this order.
-
-    Deterministic: the same tensors and metadata give the same bytes.
-    """
-    header: dict[str, Any] = {}
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    begin = 0
-    for name, dtype, shape in specs:
-        if name in header or name == "__metadata__":
-            raise ValueError(f"tensor {name!r} is listed twice")
-        end = begin + tensor_bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise CcqError(
-            f"a shard of {len(specs)} tensors needs a header of {len(text)} bytes, more than"
-            f" safetensors allows ({MAX_HEADER_BYTES}); use smaller shards"
-        )
-    return len(text).to_bytes(8, "little") + text
-
-
-class SafetensorsWriter:
-    """Writes one safetensors file tensor by tensor, in the order of `specs`.
-
-    All names, dtypes and shapes are known beforehand, so the header goes first and no more than
-    one tensor is ever held. A run that was interrupted goes on with `resume`.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        metadata: dict[str, str] | None = None,
-    ) -> None:
-        self._prepare(path, specs, metadata)
-        self._file: BinaryIO = open(self.path, "wb", buffering=0)  # noqa: SIM115
-        self._append(self.header_bytes)
-
-    def _prepare(
-        self,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        metadata: dict[str, str] | None,
-    ) -> None:
-        self.path = Path(path)
-        self.specs = [(name, dtype, tuple(shape)) for name, dtype, shape in specs]
-        self.header_bytes = build_header(self.specs, metadata)
-        self.n_done = 0
-        self._digest = hashlib.sha256()
-
-    @classmethod
-    def resume(
-        cls,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        metadata: dict[str, str] | None,
-        n_done: int,
-        on_tensor: Callable[[str, str], None] | None = None,
-    ) -> SafetensorsWriter:
-        """Reopen an interrupted file after its first `n_done` tensors; what follows is cut off.
-
-        The finished part is read once for the file's hash; `on_tensor(name, sha256)` is called
-        for each finished tensor, so that the caller can compare it with what it recorded.
-        """
-        if n_done == 0:
-            return cls(path, specs, metadata)
-        writer = cls.__new__(cls)
-        writer._prepare(path, specs, metadata)
-        if not 0 < n_done <= len(writer.specs):
-            raise ValueError(f"{n_done} finished tensors of {len(writer.specs)}")
-        writer._file = open(writer.path, "r+b", buffering=0)  # noqa: SIM115
-        try:
-            writer._take_over(n_done, on_tensor)
-        except BaseException:
-            writer._file.close()
-            raise
-        return writer
-
-    def _take_over(self, n_done: int, on_tensor: Callable[[str, str], None] | None) -> None:
-        if self._file.read(len(self.header_bytes)) != self.header_bytes:
-            raise CcqError(
-                f"{self.path}: header differs from what this run would write; the interrupted run"
-                " had another input or other settings"
-            )
-        self._digest.update(self.header_bytes)
-        for name, dtype, shape in self.specs[:n_done]:
-            tensor_digest = hashlib.sha256() if on_tensor else None
-            left = tensor_bytes(dtype, shape)
-            while left:
-                chunk = self._file.read(min(left, _COPY_BYTES))
-                if not chunk:
-                    raise CcqError(
-                        f"{self.path}: ends inside {name!r}, which was recorded as finished"
-                    )
-                left -= len(chunk)
-                self._digest.update(chunk)
-                if tensor_digest:
-                    tensor_digest.update(chunk)
-            if on_tensor and tensor_digest:
-                on_tensor(name, tensor_digest.hexdigest())
-        self._file.truncate(self._file.tell())
-        self.n_done = n_done
-
-    def _append(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        try:
-            # An unbuffered write may take only a part, and takes at most 2 GiB on Linux.
-            written = 0
-            while written < len(view):
-                written += self._file.write(view[written:])
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise
-        self._digest.update(view)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the finished file."""
-        return len(self.header_bytes) + sum(tensor_bytes(d, s) for _, d, s in self.specs)
-
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Append the next tensor; name, dtype and shape must be those announced."""
-        if self.n_done == len(self.specs):
-            raise ValueError(f"{self.path}: {name!r} comes after the last announced tensor")
-        expected, dtype, shape = self.specs[self.n_done]
-        if name != expected:
-            raise ValueError(f"{self.path}: got {name!r} where {expected!r} was announced")
-        if array.dtype != DTYPES[dtype] or array.shape != shape:
-            raise ValueError(
-                f"{self.path}: {name!r} was announced as {dtype} {list(shape)}, got {array.dtype}"
-                f" {list(array.shape)}"
-            )
-        self._append(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-        self.n_done += 1
-
-    def sync(self) -> None:
-        """Force what was written to the disk; only then may a journal call it finished."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Finish the file; it is an error if announced tensors were not written."""
-        if self._file.closed:
-            return
-        try:
-            if self.n_done < len(self.specs):
-                raise ValueError(
-                    f"{self.path}: closed with {len(self.specs) - self.n_done} tensors missing,"
-                    f" the first {self.specs[self.n_done][0]!r}"
-                )
-            self.sync()
-        finally:
-            self._file.close()
-
-    def abort(self) -> None:
-        """Release the file without finishing it."""
-        self._file.close()
-
-    def sha256(self) -> str:
-        """Hash of all bytes of the file so far."""
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(self, exc_type: object, *_: object) -> None:
-        if exc_type is None:
-            self.close()
-        else:
-            self.abort()
-
-
-def split_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Cut the list of tensors into shards of at most `max_bytes` of data, keeping the order.
-
-    A tensor larger than the limit gets a shard of its own.
-    """
-    shards: list[list[TensorSpec]] = []
-    room = -1
-    for spec in specs:
-        size = tensor_bytes(spec[1], spec[2])
-        if not shards or size > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(spec)
-        room -= size
-    return shards
-
-
-def parse_size(text: str, flag: str = "--max-shard-size") -> int:
-    """Bytes in "5GB", "500MB", "4GiB" or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    power = " kmgt".index(match[2].lower() or " ") if match else 0
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
-    if size < 1:
-        raise CcqError(f"{flag}: {text!r} is not a size such as 5GB or 500MiB")
-    return size
-
-
-def shard_name(index: int, count: int) -> str:
-    """File name of shard `index` (from 0) of `count`."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def index_bytes(shards: dict[str, Sequence[TensorSpec]]) -> bytes:
-    """Content of the index file for shards by file name."""
-    total = sum(tensor_bytes(d, s) for specs in shards.values() for _, d, s in specs)
-    weight_map = {name: shard for shard, specs in shards.items() for name, _, _ in specs}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(index, indent=2) + "\n").encode("ascii")
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames and new files in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
