@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastDeploy's contract as code: tensor names and shapes, quantization_config, config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..codec import formats
+from ..version import __version__
+from .config import ErnieConfig
+from .reader import PROVENANCE_KEY
+from .safetensors_io import TensorSpec
+
+MOE_ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
+DENSE_ARCHITECTURE = "Ernie4_5_ForCausalLM"
+# Kept exactly: the router and its bias decide discretely, and FastDeploy holds both in float32.
+EXACT_SUFFIXES = ("mlp.gate.weight", "mlp.moe_statics.e_score_correction_bias")
+# Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
+# the same bytes.
+SHARD_METADATA = {"format": "np"}
+# Newer than this, a `dtype` in config.json reads as a torch checkpoint (FastDeploy config.py).
+NEWEST_TRANSFORMERS = (4, 56, 0)
+# weight_quantize(algo="weight_only_int4") only works on whole pairs of 64-row tiles.
+WINT4_ROW_MULTIPLE = 128
+# config.json entries that speak of the source's files or code and not of what is written.
+_DROPPED = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path", PROVENANCE_KEY)
+
+
+def kept_format(name: str) -> str:
+    """The float type of a tensor that is never quantized: "f32" or "bf16"."""
+    return "f32" if name.endswith(EXACT_SUFFIXES) else "bf16"
+
+
+def output_specs(
+    name: str, role: str, format: str, shape: tuple[int, ...]
+) -> tuple[TensorSpec, ...]:
+    """The stored tensors (name, dtype, shape) of one matrix [K, N] in a format."""
+    if format == "f32":
+        return ((name, "F32", shape),)
+    stem = name.removesuffix(".weight")
+    if format == "bf16":
+        # In a quantized checkpoint FastDeploy looks for `.quant_weight` even where
+        # modules_to_not_convert leaves a linear layer unquantized (layers/linear.py).
+        return ((f"{stem}.quant_weight" if role == "dense" else name, "BF16", shape),)
+    specs = formats.tensor_specs(format, *shape)
+    return tuple((f"{stem}.{suffix}", dtype, dims) for suffix, (dims, dtype) in specs.items())
+
+
+def shape_problem(format: str, shape: tuple[int, ...]) -> str | None:
+    """Why a matrix [K, N] cannot take a format, in plain words; None if it can."""
+    if format in ("bf16", "f32"):
+        return None
+    k, n = shape
+    if format == "wint4" and k % WINT4_ROW_MULTIPLE:
+        return f"wint4 needs K (input size) a multiple of {WINT4_ROW_MULTIPLE}, got {k}"
+    return formats.shape_problem(format, k, n)
+
+
+def quantization_config(
+    config: ErnieConfig, format: str, wint4_end_layer: int, not_converted: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The quantization_config of config.json, in the published structure.
+
+    FastDeploy reads `quantization` and the nested moe_quant_config; the top-level moe_quant_type
+    is written as published. A 2.5- or 2.75-bit checkpoint carries its own name, which FastDeploy
+    refuses as an invalid method instead of misreading the tensors.
+    """
+    result: dict[str, Any] = {"dense_quant_type": "wint8"}
+    if format == "wint8":
+        result["quantization"] = "wint8"
+    else:
+        last = config.num_hidden_layers - 1
+        result["moe_quant_type"] = "w4w2"
+        result["quantization"] = format
+        result["moe_quant_config"] = {
+            "quant_type": "w4w2",
+            "moe_w4_quant_config": {
+                "quant_type": "wint4",
+                "quant_granularity": "per_channel",
+                "quant_start_layer": 0,
+                "quant_end_layer": wint4_end_layer,
+            },
+            "moe_w2_quant_config": {
+                "quant_type": format,
+                "quant_granularity": "pp_acc",
+                "quant_group_size": 64,
+                "quant_start_layer": wint4_end_layer + 1,
+                "quant_end_layer": last,
+            },
+        }
+    if not_converted:
+        result["modules_to_not_convert"] = list(not_converted)
+    return result
+
+
+def output_config(
+    config: ErnieConfig, quantization: dict[str, Any], provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json of the output: the source's, as FastDeploy wants it, plus our provenance."""
+    moe = config.moe_num_experts > 0
+    result = {key: value for key, value in config.raw.items() if key not in _DROPPED}
+    result["architectures"] = [MOE_ARCHITECTURE if moe else DENSE_ARCHITECTURE]
+    result["dtype"] = "bfloat16"
+    # Where config.json is silent, FastDeploy's defaults (PRETRAINED_INIT_CONFIGURATION in its
+    # config.py) are not those of the ERNIE classes; so everything it reads is spelled out.
+    stated: dict[str, Any] = {
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    if moe:
+        stated |= {
+            "moe_num_shared_experts": config.moe_num_shared_experts,
+            "moe_layer_start_index": config.moe_layer_start_index,
+            "moe_use_aux_free": True,
+        }
+    for key, value in stated.items():
+        if result.get(key) is None:
+            result[key] = value
+    result["quantization_config"] = quantization
+    result[PROVENANCE_KEY] = {"version": __version__, **provenance}
+    return result
+
+
+def config_problems(raw: dict[str, Any]) -> list[str]:
+    """What in a config.json keeps FastDeploy from reading it as a quantized Paddle checkpoint."""
+    problems = []
+    if "torch_dtype" in raw:
+        both = " beside dtype" if "dtype" in raw else ""
+        problems.append(
+            f"config.json: torch_dtype{both}: FastDeploy takes this for a torch checkpoint; only"
+            " dtype may be there"
+        )
+    elif raw.get("dtype") is None:
+        problems.append("config.json: dtype is missing; FastDeploy can't tell the model format")
+    if "dtype" in raw and _newer(raw.get("transformers_version")):
+        problems.append(
+            f"config.json: transformers_version {raw['transformers_version']} with dtype makes"
+            " FastDeploy take this for a torch checkpoint; remove transformers_version"
+        )
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict) or not isinstance(quantization.get("quantization"), str):
+        problems.append("config.json: quantization_config.quantization is missing")
+        return problems
+    for key in ("is_quantized", "is_moe_quantized"):
+        if quantization.get(key, True) is not True:
+            problems.append(f"config.json: quantization_config.{key} must be true or absent")
+    if quantization["quantization"] == "wint2" and raw.get("architectures") != [MOE_ARCHITECTURE]:
+        problems.append(f"config.json: architectures must be [{MOE_ARCHITECTURE!r}] for wint2")
+    return problems
+
+
+def _newer(version: object) -> bool:
+    if version is None:
+        return False
+    numbers = [int(n) for n in re.findall(r"\d+", str(version))[:3]]
+    return tuple(numbers + [0] * (3 - len(numbers))) > NEWEST_TRANSFORMERS
+
+
+def wint4_end_layer_of(raw: dict[str, Any]) -> int | None:
+    """quant_end_layer of the wint4 layers as FastDeploy reads it (its default is 6)."""
+    node: Any = raw.get("quantization_config")
+    for key in ("moe_quant_config", "moe_w4_quant_config"):
+        node = node.get(key, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        return None
+    value = node.get("quant_end_layer", 6)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

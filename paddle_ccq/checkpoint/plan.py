@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will do, worked out from config.json alone: formats, output tensors, shards, sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
+from ..errors import CcqError
+from .config import ErnieConfig
+from .fastdeploy import kept_format, output_specs, shape_problem
+from .naming import is_expert, is_linear
+from .rules import Candidate, Rule, apply_rules, wint4_prefix
+from .safetensors_io import TensorSpec, shard_name, tensor_bytes
+from .tensor_parallel import Cut
+
+EXPERT_FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
+# FastDeploy's name for the row order, by --fastdeploy-layout.
+ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+# The published 54-layer recipe keeps MoE layers up to 6 at wint4. On a measured 10-layer model a
+# wint4 prefix bought 4 % of KL for 0.22 bits per weight, so smaller models get none.
+PREFIX_MIN_LAYERS = 40
+PUBLISHED_WINT4_END_LAYER = 6
+
+# Interpreter, libraries and encoder tables, before any tensor is read (measured, rounded up).
+BASE_MEMORY = 250_000_000
+# Bytes of host memory per weight at the worst moment: stored values, float32, its transposed or
+# permuted copy and the encoder's own buffers (quantized), or the rounded copy (kept).
+QUANTIZED_BYTES_PER_WEIGHT = 16
+KEPT_BYTES_PER_WEIGHT = 8
+
+
+@dataclass(frozen=True)
+class Item:
+    """One source matrix and what it becomes; every rank gets the same shapes."""
+
+    index: int
+    name: str
+    role: str  # "expert", "dense" or "kept"
+    layer: int | None
+    shape: tuple[int, ...]
+    format: str  # "f32" and "bf16" are stored as they are
+    cut: Cut | None
+    specs: tuple[TensorSpec, ...]  # of one rank
+
+    @property
+    def quantized(self) -> bool:
+        return self.format not in ("bf16", "f32")
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rank_bytes(self) -> int:
+        return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.specs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file of every rank: items first..last, in order."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [spec for item in self.items for spec in item.specs]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved job. Items are processed and written strictly in order."""
+
+    config: ErnieConfig
+    format: str  # what the 2-bit MoE layers become; "wint8" for a model without MoE layers
+    wint4_end_layer: int
+    row_order: str
+    tensor_parallel_size: int
+    items: tuple[Item, ...]
+    shards: tuple[Shard, ...]
+    messages: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(item.weights for item in self.items)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of all ranks."""
+        return self.tensor_parallel_size * sum(item.rank_bytes for item in self.items)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the model at two bytes a weight."""
+        return 2 * self.weights
+
+    def bits_per_weight(self, role: str | None = None) -> float:
+        """Stored bits per weight of the items of a role, or of all; over all ranks."""
+        chosen = [item for item in self.items if role in (None, item.role)]
+        weights = sum(item.weights for item in chosen)
+        bits = 8 * self.tensor_parallel_size * sum(item.rank_bytes for item in chosen)
+        return bits / weights if weights else 0.0
+
+    def peak_memory(self) -> int:
+        """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
+        largest = max(
+            item.weights
+            * (QUANTIZED_BYTES_PER_WEIGHT if item.quantized else KEPT_BYTES_PER_WEIGHT)
+            + item.rank_bytes
+            for item in self.items
+        )
+        return BASE_MEMORY + largest
+
+    def not_converted(self) -> list[str]:
+        """Dense linear layers that stay in bf16 (without `.weight`)."""
+        return [
+            item.name.removesuffix(".weight")
+            for item in self.items
+            if item.role == "dense" and item.format == "bf16"
+        ]
+
+
+def default_wint4_end_layer(config: ErnieConfig) -> int:
+    """The published prefix for models of the 300B's depth, none for smaller ones."""
+    deep = config.num_hidden_layers >= PREFIX_MIN_LAYERS
+    return PUBLISHED_WINT4_END_LAYER if deep else -1
+
+
+def build_plan(
+    config: ErnieConfig,
+    format: str = "wint2",
+    wint4_end_layer: int | None = None,
+    fastdeploy_layout: str = "2.1",
+    tensor_parallel_size: int = 1,
+    rules: Sequence[Rule] = (),
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Plan:
+    """Resolve every choice for a model, or refuse it in one line before any work starts."""
+    _check_choices(config, format, wint4_end_layer, fastdeploy_layout, max_shard_bytes)
+    messages = _messages(config)
+    if wint4_end_layer is None:
+        wint4_end_layer = default_wint4_end_layer(config)
+    shapes = config.canonical_shapes()
+    candidates = [_candidate(name, format, wint4_end_layer) for name in shapes]
+    resolved = apply_rules(rules, candidates, format)
+    experts = [c for c in candidates if c.role == "expert"]
+    if experts and rules:
+        prefix = wint4_prefix(resolved, experts)
+        first = experts[0].layer or 0
+        # A prefix that ends before the first MoE layer holds nothing: keep what was asked for.
+        wint4_end_layer = prefix if prefix >= 0 else min(wint4_end_layer, first - 1)
+    _check_tensor_parallel(config, shapes, resolved, tensor_parallel_size)
+    items = tuple(
+        _item(i, config, c, shapes[c.name], resolved[c.name], tensor_parallel_size)
+        for i, c in enumerate(candidates)
+    )
+    for item in items:
+        if item.role == "dense" and item.format == "bf16":
+            messages.append(
+                "dense layers that stay in bf16 are listed in modules_to_not_convert, which needs"
+                " FastDeploy 2.5 or later"
+            )
+            break
+    if not experts:
+        format = "wint8"
+        messages.append(
+            "this model has no MoE layer, so nothing becomes 2-bit: its linear layers are wint8"
+        )
+    elif all(item.format == "wint4" for item in items if item.role == "expert"):
+        messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
+    permuted = format == "wint2" and ROW_ORDERS[fastdeploy_layout] == FASTDEPLOY_2_1
+    return Plan(
+        config=config,
+        format=format,
+        wint4_end_layer=wint4_end_layer,
+        row_order=FASTDEPLOY_2_1 if permuted else PLAIN,
+        tensor_parallel_size=tensor_parallel_size,
+        items=items,
+        shards=_split(items, max_shard_bytes),
+        messages=tuple(messages),
+    )
+
+
+def _check_choices(
+    config: ErnieConfig, format: str, end_layer: int | None, layout: str, max_shard_bytes: int
+) -> None:
+    if format not in EXPERT_FORMATS:
+        raise CcqError(f"--format {format}: not one of {', '.join(EXPERT_FORMATS)}")
+    if layout not in ROW_ORDERS:
+        raise CcqError(f"--fastdeploy-layout {layout}: not one of {', '.join(ROW_ORDERS)}")
+    last = config.num_hidden_layers - 1
+    if end_layer is not None and not -1 <= end_layer <= last:
+        raise CcqError(
+            f"--wint4-end-layer {end_layer}: this model's layers are 0 to {last} (-1 for none)"
+        )
+    if max_shard_bytes < 1:
+        raise CcqError(f"--max-shard-size: {max_shard_bytes} bytes is no size")
+
+
+def _messages(config: ErnieConfig) -> list[str]:
+    """What FastDeploy will not do with this model, though the checkpoint can be written."""
+    messages = []
+    moe = config.moe_layers()
+    expected = list(range(config.moe_layer_start_index, config.num_hidden_layers))
+    if moe and moe != expected:
+        messages.append(
+            f"FastDeploy takes every layer from {expected[0]} on as a MoE layer, this model"
+            " doesn't; FastDeploy can't load it"
+        )
+    if config.vocab_size % 64:
+        messages.append(
+            f"vocabulary of {config.vocab_size}: FastDeploy pads to a multiple of 64 and refuses"
+            " embeddings of another size"
+        )
+    return messages
+
+
+def _candidate(name: str, format: str, wint4_end_layer: int) -> Candidate:
+    found = re.match(r"ernie\.layers\.(\d+)\.", name)
+    layer = int(found.group(1)) if found else None
+    if is_expert(name):
+        early = layer is not None and layer <= wint4_end_layer
+        return Candidate(name, "expert", layer, "wint4" if early else format)
+    if is_linear(name):
+        return Candidate(name, "dense", layer, "wint8")
+    return Candidate(name, "kept", layer, kept_format(name))
+
+
+def cut_of(config: ErnieConfig, name: str, shape: tuple[int, ...]) -> Cut | None:
+    """How FastDeploy cuts a tensor over ranks; None for what every rank holds whole."""
+    if name.endswith("qkv_proj.weight"):
+        return Cut(1, (config.q_size, config.kv_size, config.kv_size), config.head_dim)
+    if name.endswith("up_gate_proj.weight"):
+        return Cut(1, (shape[1] // 2, shape[1] // 2))
+    if name.endswith("o_proj.weight"):
+        return Cut(0, (shape[0],), config.head_dim)
+    if name.endswith(("down_proj.weight", "embed_tokens.weight")):
+        return Cut(0, (shape[0],))
+    if name == "lm_head.weight":
+        return Cut(1, (shape[1],))
+    return None
+
+
+def rank_problem(
+    config: ErnieConfig, name: str, shape: tuple[int, ...], format: str, size: int
+) -> str | None:
+    """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""
+    cut = cut_of(config, name, shape)
+    if cut is None or size == 1:
+        return shape_problem(format, shape)
+    if not cut.fits(size):
+        if name.endswith(("qkv_proj.weight", "o_proj.weight")):
+            heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key heads"
+            return f"{heads} can't be shared out evenly over {size} ranks"
+        return f"{cut.parts[0]} can't be cut into {size} equal parts"
+    return shape_problem(format, cut.rank_shape(shape, size))
+
+
+def _check_tensor_parallel(
+    config: ErnieConfig, shapes: dict[str, tuple[int, ...]], resolved: dict[str, str], size: int
+) -> None:
+    # Layers and experts repeat a few shapes; one of each kind is enough to look at.
+    kinds: dict[tuple[str, tuple[int, ...], str], str] = {}
+    for name, shape in shapes.items():
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", name), shape, resolved[name]), name)
+
+    def problem(ranks: int) -> str | None:
+        for (_, shape, format), name in kinds.items():
+            found = rank_problem(config, name, shape, format, ranks)
+            if found:
+                return f"{name}: {found}"
+        return None
+
+    if size < 1:
+        raise CcqError(f"--tensor-parallel-size {size}: must be at least 1")
+    whole = problem(1)
+    if whole:
+        raise CcqError(whole)
+    found = problem(size)
+    if found:
+        most = max(config.num_attention_heads, size)
+        works = [str(n) for n in range(1, most + 1) if not problem(n)]
+        raise CcqError(
+            f"--tensor-parallel-size {size} does not fit this model: {found}; sizes that work:"
+            f" {', '.join(works)}"
+        )
+
+
+def _item(
+    index: int,
+    config: ErnieConfig,
+    candidate: Candidate,
+    shape: tuple[int, ...],
+    format: str,
+    size: int,
+) -> Item:
+    name = candidate.name
+    cut = cut_of(config, name, shape)
+    rank_shape = cut.rank_shape(shape, size) if cut and size > 1 else shape
+    return Item(
+        index=index,
+        name=name,
+        role=candidate.role,
+        layer=candidate.layer,
+        shape=shape,
+        format=format,
+        cut=cut,
+        specs=output_specs(name, candidate.role, format, rank_shape),
+    )
+
+
+def _split(items: Sequence[Item], max_bytes: int) -> tuple[Shard, ...]:
+    """Shards of at most `max_bytes`; the tensors of one matrix stay together."""
+    groups: list[list[Item]] = []
+    room = -1
+    for item in items:
+        if not groups or item.rank_bytes > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(item)
+        room -= item.rank_bytes
+    count = len(groups)
+    return tuple(Shard(shard_name(i, count), tuple(group)) for i, group in enumerate(groups))
