@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a checkpoint on the CPU: perplexity, distance from a reference model, task accuracy."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.reader import Checkpoint, open_checkpoint
+from .checkpoint.source import resolve_model
+from .errors import CcqError, run_cli
+from .version import __version__
+
+MODEL, REFERENCE = "model", "reference"
+DEFAULT_WINDOW = 1024
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    tasks: Sequence[str | os.PathLike[str]] = (),
+    *,
+    window: int = DEFAULT_WINDOW,
+    max_tokens: int | None = None,
+    max_items: int | None = None,
+    threads: int | None = None,
+    source: str | None = None,
+    row_order: str | None = None,
+    log: Callable[[str], object] | None = None,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluate `model` on a text and on task files; quantized matrices are dequantized first.
+
+    With a reference model, both are run on the same tokens and items, and the KL divergence, the
+    top-1 agreement and the paired difference in nll are added.
+    """
+    log = log or (lambda message: print(message, file=sys.stderr))
+    if text is None and not tasks:
+        raise CcqError("nothing to measure: give --text, --tasks or both")
+    for flag, value in (
+        ("--max-tokens", max_tokens), ("--max-items", max_items), ("--threads", threads)
+    ):
+        if value is not None and value < 1:
+            raise CcqError(f"{flag} {value}: must be at least 1")
+    require_paddle()
+    from .evaluation.run import score_tasks, score_text, summarize
+    from .evaluation.tasks import read_items
+    from .evaluation.text import (
+        FRAMING,
+        Tokenizer,
+        check_same_tokenizer,
+        cut_windows,
+        read_documents,
+        token_stream,
+    )
+    from .models.ernie import Ernie
+
+    checkpoints = {MODEL: open_checkpoint(resolve_model(model, source, log=log), row_order)}
+    if reference is not None:
+        checkpoints[REFERENCE] = open_checkpoint(resolve_model(reference, source, log=log))
+    config = checkpoints[MODEL].config
+    tokenizer = Tokenizer(checkpoints[MODEL].path, config.raw)
+    if reference is not None:
+        other = checkpoints[REFERENCE]
+        check_same_tokenizer(tokenizer, Tokenizer(other.path, other.config.raw))
+        if other.config.vocab_size != config.vocab_size:
+            raise CcqError(
+                f"{other.path}: vocab_size {other.config.vocab_size} is not the model's"
+                f" {config.vocab_size}; the two cannot be compared"
+            )
+    result: dict[str, Any] = {
+        "version": __version__,
+        "arithmetic": "float32 on the CPU",
+        "models": {name: _describe(checkpoint) for name, checkpoint in checkpoints.items()},
+    }
+    windows, items = None, []
+    if text is not None:
+        documents = read_documents(text)
+        stream = token_stream(documents, tokenizer)
+        windows = cut_windows(stream, window, max_tokens)
+        longest = max(part.size for part in windows)
+        if longest > config.max_position_embeddings:
+            raise CcqError(
+                f"--window {window}: more than the model's max_position_embeddings"
+                f" ({config.max_position_embeddings})"
+            )
+        if int(stream.max()) >= config.vocab_size:
+            raise CcqError(
+                f"{tokenizer.path}: gives token {int(stream.max())}, but config.json has"
+                f" vocab_size {config.vocab_size}"
+            )
+        result["text"] = {
+            "path": str(text),
+            "documents": len(documents),
+            "stream_tokens": int(stream.size),
+            "windowing": FRAMING,
+            "window": window,
+            "windows": len(windows),
+            "used_tokens": sum(part.size for part in windows),
+        }
+    if tasks:
+        items = [item for path in tasks for item in read_items(path, max_items)]
+        result["tasks"] = {"paths": [str(path) for path in tasks], "items": len(items)}
+
+    for checkpoint in checkpoints.values():
+        for message in checkpoint.messages:
+            log(f"{checkpoint.path.name}: {message}")
+    _check_memory(checkpoints)
+    models = {name: Ernie(checkpoint) for name, checkpoint in checkpoints.items()}
+    compared = REFERENCE if reference is not None else None
+    text_scores = task_scores = None
+    if windows is not None:
+        with _Progress("windows", len(windows), show_progress) as progress:
+            text_scores = score_text(models, windows, compared, threads, progress)
+    if items:
+        task_scores = score_tasks(models, tokenizer, items, threads)
+    result["results"] = summarize(text_scores, task_scores, compared)
+    return result
+
+
+def require_paddle() -> None:
+    """Everything else in this package works without Paddle, so it is an extra."""
+    try:
+        with warnings.catch_warnings():
+            # Paddle warns at import about compilers that only building operators needs.
+            warnings.simplefilter("ignore")
+            import paddle  # noqa: F401
+    except ImportError as error:
+        raise CcqError(
+            "evaluation needs Paddle; install it with: pip install 'paddle-ccq[eval]'"
+            f" (import paddle: {error})"
+        ) from None
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    formats: dict[str, int] = {}
+    for name in checkpoint.names():
+        format_name = checkpoint.format_of(name)
+        formats[format_name] = formats.get(format_name, 0) + 1
+    return {
+        "path": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "tensors_by_format": formats,
+        "stored_bytes": sum(checkpoint.stored_bytes(name) for name in checkpoint.names()),
+    }
+
+
+def _check_memory(checkpoints: dict[str, Checkpoint]) -> None:
+    """Weights are held as float32; say so before the system ends the process for it."""
+    needed = sum(
+        4 * math.prod(checkpoint.shape(name))
+        for checkpoint in checkpoints.values()
+        for name in checkpoint.names()
+    )
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise CcqError(
+            f"{checkpoints[MODEL].path}: the weights take {needed / 2**30:.1f} GiB as float32, but"
+            f" {available / 2**30:.1f} GiB of memory are free; use a larger machine"
+        )
+
+
+def _available_memory() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+class _Progress:
+    """A progress bar where someone is watching."""
+
+    def __init__(self, unit: str, total: int, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit=unit, disable=not shown, leave=False)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return lambda done, total: self.bar.update(done - self.bar.n) and None
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="paddle-ccq evaluate", description=__doc__)
+    parser.add_argument("model", help="checkpoint folder, hub id or short name")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="compare with this model, usually the unquantized one"
+    )
+    parser.add_argument("--text", metavar="FILE", help='.jsonl (field "text") or .txt')
+    parser.add_argument(
+        "--tasks", metavar="FILE", nargs="+", action="extend", default=[],
+        help='.jsonl items: "task", "prompt", "answer" and, for multiple choice, "choices"',
+    )
+    parser.add_argument(
+        "--window", type=int, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", "--max_tokens", type=int, metavar="N",
+        help="use at most N tokens of the text, in windows spread evenly over it",
+    )
+    parser.add_argument(
+        "--max-items", "--max_items", type=int, metavar="N", help="use at most N items of each file"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all results here as well")
+    parser.add_argument("--force", action="store_true", help="let --json overwrite its file")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--source", help="hub to download from; see paddle-ccq quantize --help")
+    parser.add_argument(
+        "--row-order", "--row_order", metavar="ORDER",
+        help="order of WINT2 rows in a model that does not say: fastdeploy-2.1 or plain",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+
+    def body() -> int:
+        from rich.console import Console
+
+        from .evaluation.report import check_can_write, detail_table, write_json
+
+        if args.json is not None:
+            check_can_write(args.json, args.force)
+        result = evaluate(
+            args.model,
+            args.reference,
+            args.text,
+            args.tasks,
+            window=args.window,
+            max_tokens=args.max_tokens,
+            max_items=args.max_items,
+            threads=args.threads,
+            source=args.source,
+            row_order=args.row_order,
+            show_progress=sys.stderr.isatty(),
+        )
+        if args.json is not None:
+            write_json(args.json, result)
+        if "text" in result:
+            described = result["text"]
+            print(
+                f"{Path(described['path']).name}: {described['windows']} windows of"
+                f" {described['window']} tokens out of {described['stream_tokens']}"
+                f" ({described['windowing']})"
+            )
+        Console().print(detail_table(result["results"]))
+        print("In brackets: standard errors, over windows for text and over items for tasks.")
+        return 0
+
+    return run_cli(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for evaluation: documents, the checkpoint's own tokenizer, and windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CcqError
+
+TOKENIZER_FILE = "tokenizer.json"
+FRAMING = (
+    "every document is bos + text + eos; all are joined and cut into full windows that do not"
+    " overlap; every token of a window but the first is predicted"
+)
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint folder."""
+
+    def __init__(self, folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        self.path = Path(folder) / TOKENIZER_FILE
+        if not self.path.is_file():
+            has_model = (Path(folder) / "tokenizer.model").is_file()
+            raise CcqError(
+                f"{folder}: no {TOKENIZER_FILE}"
+                + (" (a SentencePiece tokenizer.model is not enough)" if has_model else "")
+                + "; put the one of the original model there, for instance as written by"
+                " transformers' AutoTokenizer.save_pretrained"
+            )
+        try:
+            from tokenizers import Tokenizer as FastTokenizer
+        except ImportError:
+            raise CcqError(
+                "the tokenizers package is missing; install it with: pip install 'paddle-ccq[eval]'"
+            ) from None
+        try:
+            self.fast = FastTokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises plain Exception for a bad file
+            raise CcqError(f"{self.path}: not a usable tokenizer: {error}") from None
+        settings = _tokenizer_config(Path(folder))
+        self.bos = self._special("bos_token", config, settings)
+        self.eos = self._special("eos_token", config, settings)
+
+    def _special(self, name: str, config: dict[str, Any], settings: dict[str, Any]) -> int:
+        """Id of the begin or end token: config.json's number, else tokenizer_config's text."""
+        number = config.get(f"{name}_id")
+        if isinstance(number, list) and number:
+            number = number[0]
+        if isinstance(number, int) and not isinstance(number, bool):
+            return number
+        text = settings.get(name)
+        if isinstance(text, dict):
+            text = text.get("content")
+        number = self.fast.token_to_id(text) if isinstance(text, str) else None
+        if number is None:
+            raise CcqError(
+                f"{self.path.parent}: neither config.json ({name}_id) nor tokenizer_config.json"
+                f" ({name}) names the {name[:3]} token"
+            )
+        return number
+
+    def encode(self, text: str) -> list[int]:
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.fast.decode(list(tokens), skip_special_tokens=True)
+
+    def newline_tokens(self) -> set[int]:
+        """Ids of all tokens whose text holds a newline."""
+        vocabulary = range(self.fast.get_vocab_size())
+        texts = self.fast.decode_batch([[token] for token in vocabulary])
+        return {token for token, text in zip(vocabulary, texts, strict=True) if "\n" in text}
+
+
+def check_same_tokenizer(a: Tokenizer, b: Tokenizer) -> None:
+    """Numbers of two models can only be compared on the same tokens."""
+    if a.path.read_bytes() != b.path.read_bytes():
+        raise CcqError(f"{a.path} and {b.path} differ; the two models cannot be compared")
+
+
+def read_documents(path: str | os.PathLike[str]) -> list[str]:
+    """The texts of a .jsonl file (field "text"), or a .txt file as one document."""
+    path = Path(path)
+    if path.suffix == ".txt":
+        try:
+            documents = [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise CcqError(f"{path}: not UTF-8 at byte {error.start}") from None
+    elif path.suffix == ".jsonl":
+        documents = []
+        for number, record in read_jsonl(path):
+            text = record.get("text")
+            if not isinstance(text, str):
+                raise CcqError(f'{path}:{number}: no field "text" with a string')
+            documents.append(text)
+    else:
+        raise CcqError(f"{path}: text must be a .jsonl or a .txt file")
+    if not any(documents):
+        raise CcqError(f"{path}: holds no text")
+    return documents
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise CcqError(f"{path}:{number}: not JSON: {error}") from None
+                if not isinstance(record, dict):
+                    raise CcqError(f"{path}:{number}: not a JSON object")
+                yield number, record
+    except UnicodeDecodeError as error:
+        raise CcqError(f"{path}: not UTF-8: {error.reason}") from None
+
+
+def token_stream(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents as one row of tokens, each framed by bos and eos."""
+    stream: list[int] = []
+    for document in documents:
+        stream += [tokenizer.bos, *tokenizer.encode(document), tokenizer.eos]
+    return np.asarray(stream, dtype=np.int64)
+
+
+def cut_windows(
+    stream: np.ndarray, window: int, max_tokens: int | None = None
+) -> list[np.ndarray]:
+    """Non-overlapping full windows from the start of the stream.
+
+    What is left over at the end is not used, unless it is all there is: windows of one length
+    weigh the same in every mean. With `max_tokens`, at most that many tokens, in windows spread
+    evenly over the stream.
+    """
+    if window < 2:
+        raise CcqError(f"--window {window}: must be at least 2, the first token is only context")
+    full = stream.size // window
+    if full == 0:
+        return [stream]
+    wanted = full
+    if max_tokens is not None:
+        wanted = min(full, max_tokens // window)
+        if wanted < 1:
+            raise CcqError(f"--max-tokens {max_tokens}: less than one window of {window} tokens")
+    # The middles of `wanted` equal parts of the list of windows; all of it if wanted == full.
+    chosen = [(2 * i + 1) * full // (2 * wanted) for i in range(wanted)]
+    return [stream[index * window : (index + 1) * window] for index in chosen]
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CcqError(f"{path}: not JSON: {error}") from None
+    return settings if isinstance(settings, dict) else {}
