@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluate command from outside: results, files, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+from synthetic import tiny_config, write_checkpoint
+
+pytest.importorskip("paddle")
+
+from paddle_ccq import evaluate as command
+from paddle_ccq.errors import CcqError
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = tiny_config(hidden_size=64, num_hidden_layers=2)
+    write_checkpoint(folder / "model", config)
+    write_checkpoint(folder / "other", config, layout="paddle", seed=1)
+    texts = [f"document {i} holds some words and the number {i * i}" for i in range(30)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text.jsonl").write_text(lines)
+    items = [
+        {"task": "arith", "prompt": "1 + 1 =", "answer": "2"},
+        {"task": "cont", "prompt": "a b", "answer": "c", "choices": ["c", "d e"]},
+    ]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items * 2))
+    return folder
+
+
+def run(files, *arguments) -> int:
+    return command.main([str(a).replace("@", f"{files}/") for a in arguments])
+
+
+def test_all_of_it(files, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    code = run(
+        files, "@model", "--reference", "@other", "--text", "@text.jsonl", "--tasks",
+        "@tasks.jsonl", "--window", 64, "--max_tokens", 640, "--max_items", 3, "--threads", 1,
+        "--json", output,
+    )
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "10 windows of 64 tokens" in shown.out and "perplexity" in shown.out
+    result = json.loads(output.read_text())
+    assert list(result["models"]) == ["model", "reference"]
+    assert result["models"]["reference"]["layout"] == "paddle"
+    assert result["text"]["windows"] == 10 and result["text"]["used_tokens"] == 640
+    ours, theirs = result["results"]["model"], result["results"]["reference"]
+    assert ours["text"]["kl_mean"] > 0.1 and "kl_mean" not in theirs["text"]
+    difference = ours["text"]["nll"] - theirs["text"]["nll"]
+    assert ours["text"]["nll_over_reference"] == pytest.approx(difference)
+    assert ours["tasks"]["arith"]["items"] == 2 and ours["tasks"]["cont"]["items"] == 1
+
+    before = output.read_bytes()
+    again = (files, "@model", "--text", "@text.jsonl", "--window", 64, "--json", output)
+    assert run(*again) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert run(*again, "--force") == 0
+    assert output.read_bytes() != before
+
+
+def test_same_weights_in_both_layouts_measure_the_same(files, tmp_path):
+    config = tiny_config(hidden_size=64, num_hidden_layers=2)
+    write_checkpoint(tmp_path / "copy", config, layout="paddle")
+    result = command.evaluate(
+        files / "model", tmp_path / "copy", files / "text.jsonl", window=64, log=lambda _: None
+    )
+    assert result["results"]["model"]["text"]["kl_mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["@model"], "nothing to measure"),
+        (["@nowhere/model", "--text", "@text.jsonl"], "nowhere"),
+        (["@model", "--text", "@no.jsonl"], "no.jsonl: No such file"),
+        (["@model", "--text", "@text.jsonl", "--window", "1"], "--window 1"),
+        (["@model", "--text", "@text.jsonl", "--window", "512"], "max_position_embeddings"),
+        (["@model", "--text", "@text.jsonl", "--max-tokens", "5"], "less than one window"),
+        (["@model", "--text", "@text.jsonl", "--threads", "0"], "--threads 0"),
+        (["@model", "--text", "@text.jsonl", "--json", "@no/out.json"], "does not exist"),
+        (["@model", "--text", "@text.jsonl", "--json", "@model"], "is a folder"),
+        (["@model", "--tasks", "@text.jsonl"], 'text.jsonl:1: no field "prompt"'),
+    ],
+)
+def test_errors_are_one_line(files, capsys, arguments, message):
+    assert run(files, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ") and message in error[-1]
+    assert not any("Traceback" in line for line in error)
+
+
+def test_different_tokenizers_are_refused(files, tmp_path, capsys):
+    shutil.copytree(files / "other", tmp_path / "other")
+    tokenizer = tmp_path / "other" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    arguments = ["@model", "--reference", tmp_path / "other", "--text", "@text.jsonl"]
+    assert run(files, *arguments) == 2
+    assert "differ; the two models cannot be compared" in capsys.readouterr().err
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path, files):
+    write_checkpoint(tmp_path / "small", tiny_config(vocab_size=100))
+    with pytest.raises(CcqError, match="has vocab_size 100"):
+        command.evaluate(tmp_path / "small", text=files / "text.jsonl", window=64)
+
+
+def test_without_paddle(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "paddle", None)
+    assert run(files, "@model", "--text", "@text.jsonl") == 2
+    assert "pip install 'paddle-ccq[eval]'" in capsys.readouterr().err
+
+
+def test_too_little_memory(files, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_available_memory", lambda: 1000)
+    assert run(files, "@model", "--text", "@text.jsonl", "--window", "64") == 2
+    assert "use a larger machine" in capsys.readouterr().err
