@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an encoder is, what it returns, and how to get one by name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..codec import formats
+
+PRESETS = ("fast", "default", "best")
+ENCODERS = ("search", "paper", "paper-literal")
+
+
+@dataclass(frozen=True)
+class ErrorStats:
+    """How far the encoded matrix is from the float one, by sums over all its weights.
+
+    Attributes:
+        energy: sum of w**2.
+        dot: sum of w * w'.
+        energy_encoded: sum of w'**2, w' being what the decoder returns in float32.
+    """
+
+    energy: float
+    dot: float
+    energy_encoded: float
+
+    @property
+    def squared_error(self) -> float:
+        """||W - W'||^2; never negative."""
+        return max(0.0, self.energy - 2 * self.dot + self.energy_encoded)
+
+    @property
+    def rel_mse(self) -> float:
+        """||W - W'||^2 / ||W||^2; 0 for a matrix of zeros."""
+        return self.squared_error / self.energy if self.energy else 0.0
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between W and W'; 1 when either is all zeros."""
+        norm = np.sqrt(self.energy) * np.sqrt(self.energy_encoded)
+        return float(self.dot / norm) if norm else 1.0
+
+    @classmethod
+    def between(cls, weight: np.ndarray, encoded: np.ndarray) -> ErrorStats:
+        """The statistics of two arrays of one shape."""
+        w, e = weight.ravel().astype(np.float64), encoded.ravel().astype(np.float64)
+        return cls(float(w @ w), float(w @ e), float(e @ e))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A matrix in its stored form: suffix -> array (formats.tensor_specs), and its error."""
+
+    tensors: dict[str, np.ndarray]
+    stats: ErrorStats
+
+
+class MatrixEncoder(Protocol):
+    """Turns one float matrix into the stored tensors of one format.
+
+    The writer knows nothing else of an encoder. One that weighs errors by activation statistics
+    finds those of the matrix by its name; format and writer do not change with the metric.
+    """
+
+    format: str
+
+    def encode(self, weight: np.ndarray, name: str = "") -> Encoded:
+        """Encode float32 [N, K] = [out, in], C-contiguous, finite, rows of K in stored order.
+
+        Raises:
+            ValueError: if the format cannot hold the shape.
+        """
+        ...
+
+
+def default_threads() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_encoder(
+    format: str,
+    preset: str = "default",
+    *,
+    encoder: str = "search",
+    threads: int | None = None,
+) -> MatrixEncoder:
+    """An encoder for wint2, ccq-2.5 or ccq-2.75 (`encoder`, `preset`), or for wint8 and wint4.
+
+    Raises:
+        ValueError: for an unknown format, preset or encoder.
+    """
+    from .integer import IntegerEncoder
+    from .paper import PaperEncoder
+    from .search import SearchEncoder
+
+    threads = threads or default_threads()
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    if encoder not in ENCODERS:
+        raise ValueError(f"unknown encoder {encoder!r}; known: {', '.join(ENCODERS)}")
+    if format in ("wint8", "wint4"):
+        return IntegerEncoder(format)
+    if format not in formats.CCQ_FORMATS:
+        raise ValueError(f"no encoder for format {format!r}")
+    if encoder == "search":
+        return SearchEncoder(format, preset, threads)
+    return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds paddle_ccq._core; everything else about the package stands in pyproject.toml."""
+
+import platform
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+SOURCES = "custom_ops/cpu"
+# One object per instruction set; dispatch.cpp picks at run time, so one wheel serves all processors.
+X86_FLAGS = {
+    "score_avx2.cpp": ["-mavx2"],
+    "score_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
+    "score_avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildCore(build_ext):
+    """build_ext with extra compiler flags for single files."""
+
+    def build_extension(self, ext):
+        compile_one = self.compiler._compile
+
+        def compile_with_flags(obj, src, extension, cc_args, extra_postargs, pp_opts):
+            flags = X86_FLAGS.get(src.rsplit("/", 1)[-1], []) if IS_X86 else []
+            compile_one(obj, src, extension, cc_args, [*extra_postargs, *flags], pp_opts)
+
+        self.compiler._compile = compile_with_flags
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler._compile = compile_one
+
+
+core = Pybind11Extension(
+    "paddle_ccq._core",
+    sources=[
+        f"{SOURCES}/{name}.cpp"
+        for name in (
+            "module",
+            "encode",
+            "dispatch",
+            "score_plain",
+            "score_avx2",
+            "score_avx512",
+            "score_avx512vnni",
+        )
+    ],
+    depends=[f"{SOURCES}/{name}" for name in ("search.h", "encode.h", "score.inc")],
+    include_dirs=[SOURCES],
+    cxx_std=17,
+    # No contraction: a fused multiply-add rounds once where the encoder's definition rounds twice.
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
+    extra_link_args=["-pthread"],
+)
+
+setup(ext_modules=[core], cmdclass={"build_ext": BuildCore})
