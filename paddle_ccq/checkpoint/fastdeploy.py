@@ -11,7 +11,7 @@ from ..codec import formats
 from ..version import __version__
 from .config import ErnieConfig
 from .reader import PROVENANCE_KEY
-from .safetensors_io import TensorSpec
+from .safetensors_format import TensorSpec
 
 MOE_ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 DENSE_ARCHITECTURE = "Ernie4_5_ForCausalLM"
@@ -123,6 +123,8 @@ def output_config(
     for key, value in stated.items():
         if result.get(key) is None:
             result[key] = value
+    if config.num_nextn_predict_layers:
+        result["num_nextn_predict_layers"] = 0  # the tensors of that head are not written
     result["quantization_config"] = quantization
     result[PROVENANCE_KEY] = {"version": __version__, **provenance}
     return result

@@ -14,7 +14,7 @@ from .config import ErnieConfig
 from .fastdeploy import kept_format, output_specs, shape_problem
 from .naming import is_expert, is_linear
 from .rules import Candidate, Rule, apply_rules, wint4_prefix
-from .safetensors_io import TensorSpec, shard_name, tensor_bytes
+from .safetensors_format import TensorSpec, shard_name, tensor_bytes
 from .tensor_parallel import Cut
 
 EXPERT_FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
@@ -84,6 +84,7 @@ class Plan:
     tensor_parallel_size: int
     items: tuple[Item, ...]
     shards: tuple[Shard, ...]
+    max_shard_bytes: int
     messages: tuple[str, ...]
 
     @property
@@ -110,8 +111,7 @@ class Plan:
     def peak_memory(self) -> int:
         """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
         largest = max(
-            item.weights
-            * (QUANTIZED_BYTES_PER_WEIGHT if item.quantized else KEPT_BYTES_PER_WEIGHT)
+            item.weights * (QUANTIZED_BYTES_PER_WEIGHT if item.quantized else KEPT_BYTES_PER_WEIGHT)
             + item.rank_bytes
             for item in self.items
         )
@@ -183,6 +183,7 @@ def build_plan(
         tensor_parallel_size=tensor_parallel_size,
         items=items,
         shards=_split(items, max_shard_bytes),
+        max_shard_bytes=max_shard_bytes,
         messages=tuple(messages),
     )
 

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python API: quantize, verify, dequantize, evaluate, each imported when first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dequantize import dequantize
+    from .evaluate import evaluate
+    from .quantize import quantize
+    from .verify import verify
+
+__all__ = ["dequantize", "evaluate", "quantize", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    # evaluate needs Paddle, which the others do not.
+    if name in __all__:
+        return getattr(importlib.import_module(f".{name}", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holding a quantized checkpoint against what its own config.json promises."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..codec.row_order import ROW_ORDERS
+from ..codec.wint2 import CODE_MAX, code_range
+from ..errors import CcqError
+from .config import ErnieConfig
+from .convert import count_nonfinite
+from .fastdeploy import EXACT_SUFFIXES, config_problems, wint4_end_layer_of
+from .naming import is_linear, is_mtp
+from .plan import EXPERT_FORMATS, Item, Plan, build_plan
+from .reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
+from .rules import Rule
+from .safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
+from .safetensors_io import SafetensorsFile, load_json
+from .writer import rank_folders
+
+
+class Inspection:
+    """An opened checkpoint, the plan it should follow, and the problems found so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+        self.messages: list[str] = []
+        self.config = _config(folder)
+        self.plan = _expected_plan(self.config, folder)
+        self.row_order = _row_order(self.config)
+        self.ranks = rank_folders(folder, self.plan.tensor_parallel_size)
+        self.files: list[dict[str, SafetensorsFile]] = []  # tensor name -> file, of each rank
+        self.sound: set[tuple[int, str]] = set()  # (rank, tensor) present as expected
+
+    def check_config(self) -> None:
+        """FastDeploy's rules for config.json."""
+        self.problems += config_problems(self.config.raw)
+        own = self.config.raw.get(PROVENANCE_KEY)
+        if not isinstance(own, dict):
+            self.messages.append("not written by paddle-ccq: nothing is recorded in config.json")
+            return
+        recorded = own.get("tensor_parallel_size", 1)
+        if recorded != self.plan.tensor_parallel_size:
+            self.problems.append(
+                f"config.json records {recorded} ranks, {self.plan.tensor_parallel_size} are there"
+            )
+
+    def check_structure(self) -> None:
+        """Files, names, shapes and dtypes of every rank."""
+        for folder in {self.folder, *self.ranks}:
+            for path in sorted(folder.glob("*.pdparams")):
+                self.problems.append(
+                    f"{self._shown(path)}: FastDeploy would load this pickle file instead"
+                )
+        for rank, folder in enumerate(self.ranks):
+            self.files.append(self._open(folder))
+            self._compare(rank, folder)
+
+    def _shown(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix() or "."
+
+    def _open(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """Every tensor that can be read, by name; what is wrong with the files is noted."""
+        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+        if not index.is_file():
+            if not single.is_file():
+                self.problems.append(f"{self._shown(index)}: missing")
+                return {}
+            self.messages.append(f"{self._shown(folder)}: one file and no index")
+            opened = self._open_file(single)
+            return dict.fromkeys(opened.tensors, opened) if opened else {}
+        try:
+            content = load_json(index)
+        except CcqError as error:
+            self.problems.append(str(error))
+            return {}
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+        ):
+            self.problems.append(f"{self._shown(index)}: no usable weight_map")
+            return {}
+        if single.is_file() and SINGLE_FILE not in weight_map.values():
+            self.problems.append(
+                f"{self._shown(single)}: FastDeploy would load this file instead of the shards"
+            )
+        found: dict[str, SafetensorsFile] = {}
+        for shard in sorted(set(weight_map.values())):
+            opened = self._open_file(folder / shard)
+            if opened is None:
+                continue
+            for name in opened.tensors:
+                if name in found:
+                    self.problems.append(f"{self._shown(opened.path)}: {name} is stored twice")
+                elif weight_map.get(name) != shard:
+                    self.problems.append(
+                        f"{self._shown(opened.path)}: {name} is here, {INDEX_FILE} says"
+                        f" {weight_map.get(name, 'nothing')}"
+                    )
+                found[name] = opened
+        for name, shard in weight_map.items():
+            if name not in found and (folder / shard).is_file():
+                self.problems.append(f"{self._shown(folder / shard)}: {name} is not in it")
+        return found
+
+    def _open_file(self, path: Path) -> SafetensorsFile | None:
+        if not path.is_file():
+            self.problems.append(f"{self._shown(path)}: missing")
+            return None
+        try:
+            return SafetensorsFile(path)
+        except CcqError as error:
+            self.problems.append(str(error).replace(str(path), self._shown(path)))
+            return None
+
+    def _compare(self, rank: int, folder: Path) -> None:
+        files = self.files[rank]
+        prefix = "" if folder == self.folder else f"{folder.name}: "
+        expected = set()
+        missing = []
+        for item in self.plan.items:
+            for name, dtype, shape in item.specs:
+                expected.add(name)
+                if name not in files:
+                    missing.append(name)
+                    continue
+                info = files[name].tensors[name]
+                if info.shape != shape and not _reshaped(name, info.shape, shape):
+                    self.problems.append(
+                        f"{prefix}{name}: shape {list(info.shape)}, should be {list(shape)}"
+                    )
+                elif info.dtype not in _accepted(item, name, dtype):
+                    self.problems.append(f"{prefix}{name}: dtype {info.dtype}, should be {dtype}")
+                else:
+                    self.sound.add((rank, name))
+        if missing and files:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            self.problems.append(f"{prefix}{missing[0]}{more}: missing")
+        for name in files:
+            if name not in expected and not is_mtp(name):
+                self.problems.append(f"{prefix}{name}: not a tensor of this model and format")
+
+    def tensors(self, item: Item, rank: int) -> dict[str, np.ndarray] | None:
+        """The stored tensors of a matrix by suffix; None if one of them is not as expected."""
+        if any((rank, name) not in self.sound for name, _, _ in item.specs):
+            return None
+        result = {}
+        for name, dtype, shape in item.specs:
+            values = self.files[rank][name].read(name).reshape(shape)
+            result[name.rpartition(".")[2]] = values.astype(DTYPES[dtype], copy=False)
+        return result
+
+    def check_values(self) -> None:
+        """Scales finite and not negative, codes in range, no NaN or infinity anywhere."""
+        for rank, folder in enumerate(self.ranks):
+            prefix = "" if folder == self.folder else f"{folder.name}: "
+            for item in self.plan.items:
+                self.problems += [f"{prefix}{text}" for text in self._value_problems(item, rank)]
+
+    def _value_problems(self, item: Item, rank: int) -> Iterator[str]:
+        floats = {}
+        for name, _, _ in item.specs:
+            if (rank, name) not in self.sound:
+                return
+            if self.files[rank][name].tensors[name].dtype in FLOAT_DTYPES:
+                values = self.files[rank][name].read(name)
+                bad = count_nonfinite(values)
+                if bad:
+                    yield f"{name}: {bad} of {values.size} values are NaN or infinite"
+                    return
+                floats[name.rpartition(".")[2]] = values
+        stem = item.name.removesuffix(".weight")
+        for suffix in ("super_scales", "weight_scale"):
+            if suffix in floats and np.any(floats[suffix].astype(np.float32) < 0):
+                yield f"{stem}.{suffix}: negative scales"
+        if item.format == "wint2":
+            low, high = code_range(floats["code_scale"], floats["code_zp"])
+            outside = int(np.count_nonzero((low < 0) | (high > CODE_MAX)))
+            if outside:
+                yield (
+                    f"{stem}.code_scale, .code_zp: {outside} of {low.size} columns decode to codes"
+                    f" outside 0..{CODE_MAX} ({low.min()}..{high.max()}), where kernels disagree"
+                )
+
+
+def _config(folder: Path) -> ErnieConfig:
+    if not folder.is_dir():
+        raise CcqError(f"{folder}: no such folder")
+    if folder.resolve().name.endswith(PARTIAL_SUFFIX) or (folder / JOURNAL_FILE).exists():
+        raise CcqError(f"{folder}: an unfinished output; run the command that writes it again")
+    return ErnieConfig.from_json(folder)
+
+
+def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
+    quantization = config.raw.get("quantization_config")
+    where = folder / "config.json"
+    if not isinstance(quantization, dict):
+        raise CcqError(f"{where}: no quantization_config; this is not a quantized checkpoint")
+    format = quantization.get("quantization")
+    if format not in (*EXPERT_FORMATS, "wint8"):
+        raise CcqError(
+            f"{where}: quantization_config.quantization is {format!r}; known here are"
+            f" {', '.join(EXPERT_FORMATS)} and, for models without MoE layers, wint8"
+        )
+    if format == "wint8" and config.moe_num_experts:
+        raise CcqError(f"{where}: a wint8 model with MoE layers is not written by this package")
+    end_layer = -1 if format == "wint8" else wint4_end_layer_of(config.raw)
+    if end_layer is None:
+        raise CcqError(f"{where}: quantization_config: quant_end_layer is not a number")
+    ranks = [p for p in folder.iterdir() if re.fullmatch(r"rank\d+", p.name) and p.is_dir()]
+    size = len(ranks) or 1
+    wrong = {p.name for p in ranks} ^ {f"rank{i}" for i in range(len(ranks))}
+    if wrong or len(ranks) == 1:
+        raise CcqError(
+            f"{folder}: rank folders {', '.join(sorted(p.name for p in ranks))} are not a whole set"
+            " of rank0 to rankN-1 with N at least 2; some are missing"
+        )
+    return build_plan(
+        config,
+        "wint2" if format == "wint8" else format,
+        max(-1, min(end_layer, config.num_hidden_layers - 1)),
+        tensor_parallel_size=size,
+        rules=_kept_dense(config, quantization.get("modules_to_not_convert")),
+    )
+
+
+def _kept_dense(config: ErnieConfig, patterns: object) -> list[Rule]:
+    if not isinstance(patterns, list):
+        return []
+    return [
+        Rule(name, "bf16")
+        for name in config.canonical_shapes()
+        if is_linear(name)
+        and ".mlp.experts." not in name
+        and any(
+            isinstance(pattern, str) and fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+            for pattern in patterns
+        )
+    ]
+
+
+def _row_order(config: ErnieConfig) -> str | None:
+    """What config.json records; None if it records nothing."""
+    own = config.raw.get(PROVENANCE_KEY)
+    recorded = own.get("row_order") if isinstance(own, dict) else None
+    return recorded if isinstance(recorded, str) else None
+
+
+def _accepted(item: Item, name: str, dtype: str) -> tuple[str, ...]:
+    """The dtypes that FastDeploy takes: it casts the router and the scales of dense layers."""
+    dense_scale = item.role == "dense" and name.endswith(".weight_scale")
+    if dense_scale or name.endswith(EXACT_SUFFIXES[0]):
+        return FLOAT_DTYPES
+    return (dtype,)
+
+
+def _reshaped(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """FastDeploy reshapes the correction bias."""
+    return name.endswith(EXACT_SUFFIXES[1]) and math.prod(found) == math.prod(expected)
+
+
+def other_order(order: str) -> str:
+    """The row order that is not the given one."""
+    return next(name for name in ROW_ORDERS if name != order)

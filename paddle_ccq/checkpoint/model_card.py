@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of the output: what it is, how large, how far from the original, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..codec.row_order import FASTDEPLOY_2_1
+from ..version import __version__
+from .plan import Item, Plan
+
+_PROJECTIONS = (
+    ("experts, up_gate_proj", "expert", "up_gate_proj"),
+    ("experts, down_proj", "expert", "down_proj"),
+    ("attention, qkv_proj", "dense", "qkv_proj"),
+    ("attention, o_proj", "dense", "o_proj"),
+    ("dense and shared MLP, up_gate_proj", "dense", "up_gate_proj"),
+    ("dense and shared MLP, down_proj", "dense", "down_proj"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices of a run that the plan does not hold."""
+
+    source_model: str
+    preset: str
+    encoder: str
+
+
+def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) -> str:
+    """The text of the card; depends on plan, recipe and errors alone, never on time or place."""
+    stats = [record["stats"] for record in records]
+    sections = [
+        _front_matter(recipe),
+        _summary(plan, recipe),
+        _errors(plan, stats),
+        _use(plan),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(recipe: Recipe) -> str:
+    lines = ["---", "library_name: PaddlePaddle", "tags: [ernie4.5, ccq, quantization]"]
+    if "/" in recipe.source_model:
+        lines.append(f"base_model: {recipe.source_model}")
+    return "\n".join([*lines, "---"])
+
+
+def _summary(plan: Plan, recipe: Recipe) -> str:
+    experts = [item for item in plan.items if item.role == "expert"]
+    kind = "wint8 only (no MoE layer)" if not experts else plan.format
+    rows = [
+        ("base model", recipe.source_model),
+        ("format", kind),
+        ("size", f"{plan.output_bytes / 1e9:.2f} GB (1 GB = 1e9 bytes)"),
+        ("bits per weight, whole model", f"{plan.bits_per_weight():.3f}"),
+    ]
+    if experts:
+        layers = {item.layer for item in experts if item.format == plan.format}
+        four = sorted({item.layer for item in experts if item.format == "wint4"} - {None})
+        rows += [
+            ("bits per weight, routed experts", f"{plan.bits_per_weight('expert'):.3f}"),
+            (f"MoE layers in {plan.format}", str(len(layers))),
+            ("MoE layers in wint4", ", ".join(map(str, four)) or "none"),
+            ("row order inside 64-groups", plan.row_order),
+            ("encoder", _encoder(recipe)),
+        ]
+    rows.append(("dense linear layers", _dense(plan)))
+    rows.append(("tensor parallelism", _ranks(plan)))
+    rows.append(("written by", f"paddle-ccq {__version__}"))
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    title = f"# {recipe.source_model.rsplit('/', 1)[-1]}, {kind}"
+    kept = (
+        "Router, correction bias, norms, embeddings and output head are not quantized. No data was"
+        " used: every matrix was encoded from its weights alone."
+    )
+    return "\n\n".join([title, "\n".join(table), kept])
+
+
+def _encoder(recipe: Recipe) -> str:
+    if recipe.encoder == "search":
+        return f"search, preset {recipe.preset}"
+    return f"{recipe.encoder} (the algorithm of arXiv 2507.07145)"
+
+
+def _dense(plan: Plan) -> str:
+    kept = len(plan.not_converted())
+    total = sum(item.role == "dense" for item in plan.items)
+    if not kept:
+        return "wint8 per channel"
+    return f"{total - kept} in wint8 per channel, {kept} in bf16 (needs FastDeploy 2.5 or later)"
+
+
+def _ranks(plan: Plan) -> str:
+    if plan.tensor_parallel_size == 1:
+        return "1 (one folder)"
+    return f"{plan.tensor_parallel_size} (folders rank0 to rank{plan.tensor_parallel_size - 1})"
+
+
+def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "## Error of the weights",
+        "",
+        "rel-MSE is the squared error over the squared weights of a matrix; the mean is over"
+        " matrices.",
+        "",
+        "| matrices | format | count | mean rel-MSE | worst rel-MSE | mean cosine |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, role, projection in _PROJECTIONS:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for item, found in zip(plan.items, stats, strict=True):
+            if _is(item, role, projection) and found.get("rel_mse") is not None:
+                groups.setdefault(item.format, []).append(found)
+        for format, found_stats in groups.items():
+            errors = [s["rel_mse"] for s in found_stats]
+            cosines = [s["cosine"] for s in found_stats]
+            lines.append(
+                f"| {title} | {format} | {len(errors)} | {sum(errors) / len(errors):.6f}"
+                f" | {max(errors):.6f} | {sum(cosines) / len(cosines):.6f} |"
+            )
+    zeroed = sum(s.get("nonfinite_set_to_zero", 0) for s in stats)
+    if zeroed:
+        lines += ["", f"{zeroed} weights of the source were NaN or infinite and were set to 0."]
+    return "\n".join(lines)
+
+
+def _is(item: Item, role: str, projection: str) -> bool:
+    return item.role == role and item.name.endswith(f"{projection}.weight")
+
+
+def _use(plan: Plan) -> str:
+    check = ["## Check", "", "```", "python -m paddle_ccq.verify .", "```"]
+    if plan.format not in ("wint2", "wint8"):
+        text = (
+            f"FastDeploy has no model path for {plan.format} and refuses this checkpoint; use it"
+            " with `paddle_ccq` (evaluate, dequantize) and its operators."
+        )
+        return "\n".join([*check, "", "## Use", "", text])
+    serve = [
+        "## Serve with FastDeploy",
+        "",
+        "```",
+        "python -m fastdeploy.entrypoints.openai.api_server \\",
+        "    --model . \\",
+        "    --port 8180 --metrics-port 8181 \\",
+        "    --engine-worker-queue-port 8182 --cache-queue-port 8183 \\",
+        f"    --tensor-parallel-size {plan.tensor_parallel_size} \\",
+        "    --max-model-len 32768 --max-num-seqs 128",
+        "```",
+        "",
+        "No `--quantization` is needed: config.json says it.",
+    ]
+    if plan.format == "wint2":
+        version = "2.1 and later" if plan.row_order == FASTDEPLOY_2_1 else "2.0.x only"
+        serve.append(
+            f"The rows of the 2-bit matrices are in the order that FastDeploy {version} expects;"
+            " another version loads the files without complaint and computes nonsense."
+        )
+        serve.append("Expert parallelism does not work with this format.")
+    return "\n".join([*check, "", *serve])

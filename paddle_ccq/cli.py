@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script: `paddle-ccq COMMAND ...`, the same as `python -m paddle_ccq.COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from .version import __version__
+
+COMMANDS = {
+    "quantize": "make a 2-bit checkpoint from a float one",
+    "verify": "check a quantized checkpoint, and its error against the float one",
+    "evaluate": "perplexity, divergence and tasks, before and after (needs Paddle)",
+    "dequantize": "turn a quantized checkpoint back into bfloat16",
+}
+
+
+def usage() -> str:
+    lines = ["usage: paddle-ccq COMMAND ...", ""]
+    lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    lines += ["", "`paddle-ccq COMMAND --help` explains a command's options."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = sys.argv[1:] if argv is None else argv
+    if args[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if args[:1] in ([], ["-h"], ["--help"]):
+        print(usage())
+        return 0 if args else 2
+    command = args[0]
+    if command not in COMMANDS:
+        print(
+            f"error: {command!r} is not a command; the commands are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    return importlib.import_module(f".{command}", __package__).main(args[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

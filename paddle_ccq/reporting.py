@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables for people: the plan before a run, the result after it."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint.plan import Item, Plan
+
+# A table that is piped into a file or a pager is not cut at 80 columns.
+PIPED_WIDTH = 120
+
+
+def console() -> Console:
+    """Where results go: stdout, at a width that does not depend on a missing terminal."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table; all columns but the first are numbers and stand on the right."""
+    result = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def gigabytes(size: float) -> str:
+    """A size in GB (1e9 bytes), or MB where that says more."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A time in the largest sensible units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def peak_rss() -> int:
+    """Largest memory this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 -> "1-3,7"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def collapsed(items: Iterable[Item]) -> list[tuple[str, list[Item]]]:
+    """Items alike in all but layer and expert, each group with a pattern that names it."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Item]] = {}
+    for item in items:
+        pattern = re.sub(r"\.(layers|experts)\.\d+", r".\1.*", item.name)
+        groups.setdefault((pattern, item.format, item.shape), []).append(item)
+    result = []
+    for (pattern, _, _), members in groups.items():
+        for part in ("layers", "experts"):
+            found = [re.search(rf"\.{part}\.(\d+)\.", item.name) for item in members]
+            numbers = [int(match.group(1)) for match in found if match]
+            if numbers:
+                pattern = pattern.replace(f".{part}.*", f".{part}.{_ranges(numbers)}")
+        result.append((pattern, members))
+    return result
+
+
+FORMAT_WORDS = {"bf16": "bf16 (kept)", "f32": "float32 (kept)"}
+
+
+def plan_table(plan: Plan) -> Table:
+    """What every tensor becomes, repeated ones on one line."""
+    rows = []
+    for pattern, members in collapsed(plan.items):
+        stored = sum(item.rank_bytes for item in members) * plan.tensor_parallel_size
+        weights = sum(item.weights for item in members)
+        rows.append(
+            [
+                pattern.removeprefix("ernie.").removesuffix(".weight"),
+                str(list(members[0].shape)),
+                f"{len(members):,}",
+                FORMAT_WORDS.get(members[0].format, members[0].format),
+                f"{8 * stored / weights:.3f}",
+                gigabytes(stored),
+            ]
+        )
+    return table(["tensor", "shape [in, out]", "count", "format", "bits/weight", "size"], rows)
+
+
+def plan_facts(plan: Plan) -> list[tuple[str, str]]:
+    """Sizes and choices that follow from the plan."""
+    size = plan.output_bytes
+    facts = [
+        ("weights", f"{plan.weights:,}"),
+        ("source at bf16", gigabytes(plan.source_bytes)),
+        (
+            "output",
+            f"{gigabytes(size)} (1 GB = 1e9 bytes; {size / 2**30:.2f} GiB)"
+            f" in {len(plan.shards) * plan.tensor_parallel_size} files",
+        ),
+        ("bits per weight, whole model", f"{plan.bits_per_weight():.3f}"),
+    ]
+    if any(item.role == "expert" for item in plan.items):
+        facts.append(("bits per weight, routed experts", f"{plan.bits_per_weight('expert'):.3f}"))
+        last = plan.wint4_end_layer
+        facts.append(("wint4 MoE layers", f"up to layer {last}" if last >= 0 else "none"))
+        facts.append(("row order inside 64-groups", plan.row_order))
+    if plan.tensor_parallel_size > 1:
+        facts.append(("tensor parallelism", f"{plan.tensor_parallel_size} rank folders"))
+    return facts
+
+
+def summary_rows(plan: Plan, records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Per format: matrices, weights, bits per weight, mean rel-MSE, size; then the total."""
+    groups: dict[str, list[tuple[Item, dict[str, Any]]]] = {}
+    for item, record in zip(plan.items, records, strict=True):
+        groups.setdefault(item.format, []).append((item, record["stats"]))
+    rows = []
+    for format, members in groups.items():
+        weights = sum(item.weights for item, _ in members)
+        stored = sum(item.rank_bytes for item, _ in members) * plan.tensor_parallel_size
+        errors = [stats["rel_mse"] for _, stats in members if stats.get("rel_mse") is not None]
+        rows.append(
+            [
+                FORMAT_WORDS.get(format, format),
+                f"{len(members):,}",
+                f"{weights:,}",
+                f"{8 * stored / weights:.3f}",
+                f"{sum(errors) / len(errors):.5f}" if errors else "",
+                gigabytes(stored),
+            ]
+        )
+    total = plan.output_bytes
+    rows.append(
+        [
+            "total",
+            f"{len(plan.items):,}",
+            f"{plan.weights:,}",
+            f"{8 * total / plan.weights:.3f}",
+            "",
+            gigabytes(total),
+        ]
+    )
+    return rows
+
+
+SUMMARY_COLUMNS = ("format", "matrices", "weights", "bits/weight", "mean rel-MSE", "size")

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a quantized checkpoint: is it whole, and how far is it from the float weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from . import reporting
+from .checkpoint.convert import energy
+from .checkpoint.inspection import Inspection, other_order
+from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
+from .checkpoint.plan import Item
+from .checkpoint.reader import Checkpoint, open_checkpoint
+from .checkpoint.safetensors_format import DTYPES
+from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.tensor_parallel import join
+from .codec import formats
+from .codec.row_order import FASTDEPLOY_2_1, unpermute_rows
+from .errors import CcqError, run_cli
+
+# Above this relative squared error a matrix is no approximation of the reference but another one
+# (1 is what all zeros would give).
+LARGEST_ERROR = {"wint8": 0.05}
+LARGEST_ERROR_OTHERS = 0.5
+SHOWN_WORST = 5
+
+
+@dataclass
+class VerifyResult:
+    """What was found; `matrices` holds the error of each matrix if there was a reference."""
+
+    folder: str
+    problems: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    matrices: list[dict[str, Any]] = field(default_factory=list)
+    unquantized_equal: int = 0
+    tensors: int = 0
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sound": self.sound, **asdict(self)}
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | None = None,
+    *,
+    hashes: bool = True,
+    source: str | None = None,
+    quiet: bool = True,
+) -> VerifyResult:
+    """Check structure, hashes and values; with a float `reference` also every matrix's error.
+
+    Raises:
+        CcqError: if `folder` is no quantized checkpoint at all, or the reference can't be used.
+    """
+    path = Path(folder)
+    inspection = Inspection(path)
+    original = _reference(reference, inspection, source) if reference is not None else None
+    inspection.check_config()
+    inspection.check_structure()
+    manifest_problems = check_manifest(path, hashes)
+    if read_manifest(path) is None:
+        inspection.messages.append(f"no {MANIFEST_FILE}: hashes can't be checked")
+    # A missing or short file shows up in the structure too; one line for each is enough.
+    named = {problem.split(":", 1)[0] for problem in inspection.problems}
+    inspection.problems += [p for p in manifest_problems if p.split(":", 1)[0] not in named]
+    inspection.check_values()
+    result = VerifyResult(str(folder), inspection.problems, inspection.messages)
+    result.tensors = len(inspection.sound)
+    if original is not None:
+        _compare(inspection, original, result, quiet)
+    return result
+
+
+def _reference(
+    reference: str | os.PathLike[str], inspection: Inspection, source: str | None
+) -> Checkpoint:
+    checkpoint = open_checkpoint(resolve_model(reference, source, log=_to_stderr))
+    if checkpoint.is_quantized:
+        raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
+    wanted, given = inspection.config.canonical_shapes(), checkpoint.config.canonical_shapes()
+    if wanted != given:
+        name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
+        raise CcqError(f"--reference {reference}: another model; the two differ in {name}")
+    return checkpoint
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _compare(
+    inspection: Inspection, reference: Checkpoint, result: VerifyResult, quiet: bool
+) -> None:
+    order = inspection.row_order or FASTDEPLOY_2_1
+    if inspection.row_order is None and inspection.plan.format == "wint2":
+        result.messages.append(f"the row order is not recorded; taking {order}")
+    order_checked = False
+    items = tqdm(inspection.plan.items, unit="matrix", disable=True if quiet else None)
+    for item in items:
+        parts = [inspection.tensors(item, rank) for rank in range(len(inspection.ranks))]
+        if any(part is None for part in parts):
+            continue
+        whole = [part for part in parts if part is not None]
+        if not item.quantized:
+            if _equal(item, whole, reference):
+                result.unquantized_equal += 1
+            else:
+                result.problems.append(f"{item.name}: not the reference's values")
+            continue
+        weight = reference.read(item.name)
+        error = _error(item, whole, weight, order)
+        if item.format == "wint2" and not order_checked:
+            order_checked = True
+            other = _error(item, whole, weight, other_order(order))
+            if other["rel_mse"] < 0.5 * error["rel_mse"]:
+                result.problems.append(
+                    f"{item.name}: the rows are in {other_order(order)} order, not {order};"
+                    " FastDeploy would compute nonsense without complaint"
+                )
+        limit = LARGEST_ERROR.get(item.format, LARGEST_ERROR_OTHERS)
+        if not error["rel_mse"] <= limit:
+            result.problems.append(
+                f"{item.name}: rel-MSE {error['rel_mse']:.3g} to the reference; these are other"
+                " weights"
+            )
+        result.matrices.append({"name": item.name, "format": item.format, **error})
+
+
+def _equal(item: Item, parts: list[dict[str, np.ndarray]], reference: Checkpoint) -> bool:
+    ((_, dtype, _),) = item.specs
+    whole = join([next(iter(part.values())) for part in parts], item.cut)
+    expected = reference.read_stored(item.name).astype(DTYPES[dtype], copy=False)
+    return expected.reshape(whole.shape).tobytes() == whole.tobytes()
+
+
+def _error(
+    item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray, order: str
+) -> dict[str, float]:
+    """rel-MSE and cosine of a matrix, decoded exactly (float32), to the reference [K, N]."""
+    decoded = []
+    for part in parts:
+        values = formats.dequantize(item.format, part, "float32")
+        permuted = item.format == "wint2" and order == FASTDEPLOY_2_1
+        decoded.append(unpermute_rows(values) if permuted else values)
+    found = join(decoded, item.cut)
+    size, found_size = energy(weight), energy(found)
+    product = float(
+        sum(np.dot(a, b).astype(np.float64) for a, b in zip(weight, found, strict=True))
+    )
+    difference = energy(weight - found)
+    scale = math.sqrt(size * found_size)
+    return {
+        "rel_mse": difference / size if size else (0.0 if not difference else math.inf),
+        "cosine": product / scale if scale else float(size == found_size),
+    }
+
+
+def print_result(result: VerifyResult) -> None:
+    """Problems one a line, then errors by kind of matrix, then the verdict."""
+    out = reporting.console()
+
+    def line(text: str) -> None:
+        out.print(text, soft_wrap=True, markup=False)
+
+    for message in result.messages:
+        line(f"note: {message}")
+    if result.matrices:
+        rows = []
+        for kind, members in _kinds(result.matrices).items():
+            errors = [m["rel_mse"] for m in members]
+            cosines = [m["cosine"] for m in members]
+            rows.append(
+                [
+                    *kind,
+                    f"{len(members):,}",
+                    f"{sum(errors) / len(errors):.6f}",
+                    f"{max(errors):.6f}",
+                    f"{sum(cosines) / len(cosines):.6f}",
+                ]
+            )
+        columns = ["matrices", "format", "count", "mean rel-MSE", "worst rel-MSE", "mean cosine"]
+        out.print(reporting.table(columns, rows))
+        worst = sorted(result.matrices, key=lambda m: -m["rel_mse"])[:SHOWN_WORST]
+        rows = [[m["name"], m["format"], f"{m['rel_mse']:.6f}"] for m in worst]
+        out.print(reporting.table(["worst", "format", "rel-MSE"], rows))
+        line(f"unquantized tensors equal to the reference: {result.unquantized_equal}")
+    for problem in result.problems:
+        line(f"problem: {problem}")
+    if result.sound:
+        line(f"sound: {result.tensors} tensors in {result.folder}")
+    else:
+        line(f"NOT sound: {len(result.problems)} problems in {result.folder}")
+
+
+def _kinds(matrices: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for matrix in matrices:
+        parts = matrix["name"].split(".")
+        place = "experts " if "experts" in parts else ""
+        place = "shared experts " if "shared_experts" in parts else place
+        kinds.setdefault((place + parts[-2], matrix["format"]), []).append(matrix)
+    return kinds
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m paddle_ccq.verify", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", help="quantized checkpoint")
+    parser.add_argument("--reference", metavar="MODEL", help="float checkpoint to compare with")
+    parser.add_argument("--json", metavar="OUT", help="write the result as JSON")
+    parser.add_argument(
+        "--no-hash", "--no_hash", action="store_true", help="don't compare sha256 with the manifest"
+    )
+    parser.add_argument(
+        "--source", choices=tuple(HUBS), type=str.upper, help="hub to download from"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+
+    def body() -> int:
+        result = verify(
+            args.folder, args.reference, hashes=not args.no_hash, source=args.source, quiet=False
+        )
+        print_result(result)
+        if args.json:
+            text = json.dumps(result.to_json(), indent=1)
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+        return 0 if result.sound else 1
+
+    return run_cli(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
