@@ -7,7 +7,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 SOURCES = "custom_ops/cpu"
-# One object per instruction set; dispatch.cpp picks at run time, so one wheel serves all processors.
+# One object per instruction set; dispatch.cpp picks at run time: one wheel serves all processors.
 X86_FLAGS = {
     "score_avx2.cpp": ["-mavx2"],
     "score_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
