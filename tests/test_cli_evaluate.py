@@ -113,6 +113,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path, files):
     write_checkpoint(tmp_path / "small", tiny_config(vocab_size=100))
     with pytest.raises(CcqError, match="has vocab_size 100"):
         command.evaluate(tmp_path / "small", text=files / "text.jsonl", window=64)
+    with pytest.raises(CcqError, match=r"tasks\.jsonl:2: .* has vocab_size 100"):
+        command.evaluate(tmp_path / "small", tasks=[files / "tasks.jsonl"])
 
 
 def test_without_paddle(files, monkeypatch, capsys):

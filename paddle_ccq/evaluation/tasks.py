@@ -88,6 +88,12 @@ def score_items(
                 f"{item.where}: the prompt has {len(prompt)} tokens and needs {room} more, but the"
                 f" model's max_position_embeddings is {limit}; shorten or remove this item"
             )
+        largest = max(max(tokens) for tokens in (prompt, *options))
+        if largest >= model.config.vocab_size:
+            raise CcqError(
+                f"{item.where}: {tokenizer.path} gives token {largest}, but config.json has"
+                f" vocab_size {model.config.vocab_size}"
+            )
 
     def score_batch(batch: list[int]) -> list[bool]:
         chosen = [items[i] for i in batch]
