@@ -23,7 +23,7 @@ from .checkpoint.convert import Converter
 from .checkpoint.fastdeploy import output_config, quantization_config
 from .checkpoint.journal import make_fingerprint
 from .checkpoint.model_card import Recipe, model_card
-from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Plan, build_plan
+from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
@@ -197,7 +197,7 @@ class _Run:
                 self.say(f"{self.workplace.output}: was finished by the run before")
                 records = [record for record in journal.records if "item" in record]
             else:
-                writer = CheckpointWriter(self.plan, self.workplace, journal, lambda: None)
+                writer = CheckpointWriter(self.plan, self.workplace, journal)
                 try:
                     records = self._write(writer)
                 finally:
@@ -273,8 +273,8 @@ class _Run:
         free = shutil.disk_usage(self.workplace.folder).free
         if free < needed:
             raise CcqError(
-                f"{self.workplace.output}: needs {reporting.gigabytes(needed)} more, the disk has"
-                f" {reporting.gigabytes(free)} free; make room and run the same command again"
+                f"{self.workplace.output}: needs {gigabytes(needed)} more, the disk has"
+                f" {gigabytes(free)} free; make room and run the same command again"
             )
 
     def _small_files(self, records: list[dict[str, Any]]) -> dict[str, bytes]:
@@ -345,8 +345,8 @@ def _dry_run(
     main_format = max(quantized, key=lambda format: quantized[format])
     facts = [
         *reporting.plan_facts(plan),
-        ("peak memory (estimate)", reporting.gigabytes(plan.peak_memory())),
-        ("disk needed", reporting.gigabytes(plan.output_bytes * 1.001)),
+        ("peak memory (estimate)", gigabytes(plan.peak_memory())),
+        ("disk needed", gigabytes(plan.output_bytes * 1.001)),
         (
             "time (estimate)",
             f"{reporting.duration(seconds)} of encoding on this machine, reading and writing not"
@@ -383,7 +383,7 @@ def print_summary(result: QuantizeResult) -> None:
     parts = ", ".join(f"{k} {reporting.duration(seconds[k])}" for k in ("read", "encode", "write"))
     out.print(
         f"{reporting.duration(seconds['total'])} ({parts}); peak memory"
-        f" {reporting.gigabytes(result.peak_rss)}",
+        f" {gigabytes(result.peak_rss)}",
         soft_wrap=True,
     )
     out.print(f"{result.output}", soft_wrap=True)

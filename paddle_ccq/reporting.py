@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.plan import Item, Plan
+from .checkpoint.plan import Item, Plan, gigabytes
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
@@ -31,11 +31,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     for row in rows:
         result.add_row(*row)
     return result
-
-
-def gigabytes(size: float) -> str:
-    """A size in GB (1e9 bytes), or MB where that says more."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def duration(seconds: float) -> str:

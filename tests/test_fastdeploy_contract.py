@@ -27,7 +27,10 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 def contract(layers: int, moe_start: int, wint4_end: int, tied: bool) -> dict:
     """name -> (dtype, shape) of a WINT2 checkpoint, written down from FastDeploy's side."""
-    expected = {"ernie.embed_tokens.weight": ("BF16", [VOCAB, H]), "ernie.norm.weight": ("BF16", [H])}
+    expected = {
+        "ernie.embed_tokens.weight": ("BF16", [VOCAB, H]),
+        "ernie.norm.weight": ("BF16", [H]),
+    }
     if not tied:
         expected["lm_head.weight"] = ("BF16", [H, VOCAB])
 

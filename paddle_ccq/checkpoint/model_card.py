@@ -9,7 +9,7 @@ from typing import Any
 
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..version import __version__
-from .plan import Item, Plan
+from .plan import Item, Plan, gigabytes
 
 _PROJECTIONS = (
     ("experts, up_gate_proj", "expert", "up_gate_proj"),
@@ -55,7 +55,7 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
     rows = [
         ("base model", recipe.source_model),
         ("format", kind),
-        ("size", f"{plan.output_bytes / 1e9:.2f} GB (1 GB = 1e9 bytes)"),
+        ("size", f"{gigabytes(plan.output_bytes)} (1 GB = 1e9 bytes)"),
         ("bits per weight, whole model", f"{plan.bits_per_weight():.3f}"),
     ]
     if experts:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,9 +169,7 @@ class Workplace:
 class CheckpointWriter:
     """Writes every rank's tensors in plan order; goes on where the journal ends."""
 
-    def __init__(
-        self, plan: Plan, workplace: Workplace, journal: Journal, on_check: Callable[[], None]
-    ) -> None:
+    def __init__(self, plan: Plan, workplace: Workplace, journal: Journal) -> None:
         self.plan = plan
         self.journal = journal
         self.folder = workplace.checkpoint
@@ -182,7 +180,7 @@ class CheckpointWriter:
         self._first_of = {shard.items[0].index: i for i, shard in enumerate(plan.shards)}
         for rank in self.ranks:
             rank.mkdir(parents=True, exist_ok=True)
-        self._take_over(on_check)
+        self._take_over()
 
     def item_records(self) -> list[dict[str, Any]]:
         """The journal's records of finished matrices, in order."""
@@ -196,7 +194,7 @@ class CheckpointWriter:
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
-    def _take_over(self, on_check: Callable[[], None]) -> None:
+    def _take_over(self) -> None:
         """Check finished files by size, read the unfinished ones again, cut off what is torn."""
         finished = {record["file"]: record for record in self.journal.records if "file" in record}
         records = self.item_records()
@@ -217,7 +215,7 @@ class CheckpointWriter:
                     self.hashes[self._relative(path)] = record["sha256"]
                     continue
                 expected = [h for item in done for h in records[item.index]["sha256"][rank]]
-                writers.append(self._reopen(path, shard.specs, expected, on_check))
+                writers.append(self._reopen(path, shard.specs, expected))
             if writers and complete:
                 self._close(writers)
             elif writers:
@@ -236,12 +234,10 @@ class CheckpointWriter:
         path: Path,
         specs: Sequence[TensorSpec],
         expected: list[str],
-        on_check: Callable[[], None],
     ) -> SafetensorsWriter:
         found = iter(expected)
 
         def check(name: str, sha256: str) -> None:
-            on_check()
             if sha256 != next(found):
                 raise CcqError(
                     f"{path}: {name} is not what the journal recorded; the file was changed or the"
