@@ -4,65 +4,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from . import reporting
 from .checkpoint.config import CONFIG_FILE, ErnieConfig
-from .checkpoint.convert import Converter
-from .checkpoint.fastdeploy import output_config, quantization_config
-from .checkpoint.journal import make_fingerprint
-from .checkpoint.model_card import Recipe, model_card
 from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Plan, build_plan, gigabytes
-from .checkpoint.reader import Checkpoint, open_checkpoint
+from .checkpoint.reader import open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
-from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
-from .encoder.base import ENCODERS, PRESETS, MatrixEncoder, make_encoder
+from .checkpoint.writer import Workplace
+from .encoder.base import ENCODERS, PRESETS, MatrixEncoder
 from .errors import CcqError, run_cli
-from .version import __version__
-
-# Small files that belong to a model; weights, code, pickles and links are never copied.
-COPIED_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-NEVER_COPIED = (CONFIG_FILE, "README.md")
-MAX_COPIED_BYTES = 64_000_000
+from .quantize_run import Options, QuantizeResult, QuantizeRun, make_encoders
 
 # Weights of the random matrix whose encoding is timed for a dry run: [out, in].
 MEASURED_SHAPE = (512, 1024)
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What a run did; `records` holds one entry a matrix, `seconds` the total and its parts."""
-
-    output: Path | None
-    plan: Plan
-    records: list[dict[str, Any]]
-    seconds: dict[str, float]
-    peak_rss: int
-
-
-@dataclass(frozen=True)
-class Options:
-    """The checked options of a run."""
-
-    preset: str
-    encoder: str
-    threads: int | None
-    allow_nonfinite: bool
-    restart: bool
-    quiet: bool
 
 
 def quantize(
@@ -122,6 +86,7 @@ def quantize(
     plan = plan_for(ErnieConfig.from_json(folder))
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
+    encoders = make_encoders(plan, options)
     with Workplace(target) as workplace:
         checkpoint = open_checkpoint(folder)
         if checkpoint.is_quantized:
@@ -130,7 +95,10 @@ def quantize(
             )
         for message in (*checkpoint.messages, *plan.messages):
             say(message)
-        return _Run(plan, options, checkpoint, _model_name(model), workplace, log_path, say).run()
+        run = QuantizeRun(
+            plan, options, encoders, checkpoint, _model_name(model), workplace, log_path, say
+        )
+        return run.run()
 
 
 def _check_option(flag: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -152,175 +120,6 @@ def _model_name(model: str | os.PathLike[str]) -> str:
     """What the output calls its source: a hub id or short name as given, or a folder's name."""
     text = os.fspath(model)
     return Path(text).expanduser().resolve().name if Path(text).expanduser().is_dir() else text
-
-
-def make_encoders(plan: Plan, options: Options) -> dict[str, MatrixEncoder]:
-    """One encoder for each format that occurs in the plan."""
-    return {
-        format: make_encoder(
-            format, options.preset, encoder=options.encoder, threads=options.threads
-        )
-        for format in {item.format for item in plan.items if item.quantized}
-    }
-
-
-class _Run:
-    """One run over a whole checkpoint, from the journal's end to the rename."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        options: Options,
-        checkpoint: Checkpoint,
-        model_name: str,
-        workplace: Workplace,
-        log_path: Path,
-        say: Callable[[str], object],
-    ) -> None:
-        self.plan = plan
-        self.options = options
-        self.checkpoint = checkpoint
-        self.recipe = Recipe(model_name, options.preset, options.encoder)
-        self.workplace = workplace
-        self.log_path = log_path
-        self.say = say
-        self.seconds = dict.fromkeys(("total", "read", "encode", "write"), 0.0)
-
-    def run(self) -> QuantizeResult:
-        start = time.perf_counter()
-        fingerprint = self._fingerprint()
-        if self.options.restart:
-            self.workplace.discard()
-        journal = self.workplace.open_journal(fingerprint)
-        try:
-            if self.workplace.finished:
-                self.say(f"{self.workplace.output}: was finished by the run before")
-                records = [record for record in journal.records if "item" in record]
-            else:
-                writer = CheckpointWriter(self.plan, self.workplace, journal)
-                try:
-                    records = self._write(writer)
-                finally:
-                    writer.abort()
-        finally:
-            journal.close()
-        self.workplace.clean()
-        self.seconds["total"] = time.perf_counter() - start
-        return QuantizeResult(
-            self.workplace.output, self.plan, records, self.seconds, reporting.peak_rss()
-        )
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the output."""
-        plan, options = self.plan, self.options
-        chosen = {
-            "model": self.recipe.source_model,
-            "format": plan.format,
-            "preset": options.preset,
-            "encoder": options.encoder,
-            "wint4_end_layer": plan.wint4_end_layer,
-            "fastdeploy_layout": plan.row_order,
-            "tensor_parallel_size": plan.tensor_parallel_size,
-            "rules": plan.not_converted(),
-            "max_shard_size": plan.max_shard_bytes,
-            "allow_nonfinite": options.allow_nonfinite,
-        }
-        folder = self.checkpoint.path
-        files = [*self.checkpoint.tensors.files.values()]
-        return make_fingerprint(
-            __version__,
-            chosen,
-            (folder / CONFIG_FILE).read_bytes(),
-            [file.path for file in files],
-        )
-
-    def _write(self, writer: CheckpointWriter) -> list[dict[str, Any]]:
-        self._check_room(writer)
-        if writer.done:
-            self.say(f"going on after {writer.done} of {len(self.plan.items)} matrices")
-        encoders = make_encoders(self.plan, self.options)
-        converter = Converter(self.checkpoint, self.plan, encoders, self.options.allow_nonfinite)
-        done = sum(item.weights for item in self.plan.items[: writer.done])
-        bar = tqdm(
-            total=self.plan.weights,
-            initial=done,
-            unit="w",
-            unit_scale=True,
-            # None: only where stderr is a terminal.
-            disable=True if self.options.quiet else None,
-        )
-        with bar, open(self.log_path, "w", encoding="utf-8") as log:
-            for record in writer.item_records():
-                _log(log, record)
-            for item in self.plan.items[writer.done :]:
-                converted = converter.convert(item)
-                before = time.perf_counter()
-                record = writer.write(item, converted.parts, converted.stats)
-                self.seconds["write"] += time.perf_counter() - before
-                self.seconds["read"] += converted.stats["read_seconds"]
-                self.seconds["encode"] += converted.stats["seconds"]
-                _log(log, record)
-                bar.update(item.weights)
-        records = writer.item_records()
-        before = time.perf_counter()
-        writer.finish(self._small_files(records))
-        self.workplace.publish()
-        self.seconds["write"] += time.perf_counter() - before
-        return records
-
-    def _check_room(self, writer: CheckpointWriter) -> None:
-        needed = writer.remaining_bytes()
-        free = shutil.disk_usage(self.workplace.folder).free
-        if free < needed:
-            raise CcqError(
-                f"{self.workplace.output}: needs {gigabytes(needed)} more, the disk has"
-                f" {gigabytes(free)} free; make room and run the same command again"
-            )
-
-    def _small_files(self, records: list[dict[str, Any]]) -> dict[str, bytes]:
-        plan = self.plan
-        provenance = {
-            "format": plan.format,
-            "preset": self.options.preset,
-            "encoder": self.options.encoder,
-            "row_order": plan.row_order,
-            "source_model": self.recipe.source_model,
-            "wint4_end_layer": plan.wint4_end_layer,
-            "tensor_parallel_size": plan.tensor_parallel_size,
-        }
-        quantization = quantization_config(
-            plan.config, plan.format, plan.wint4_end_layer, plan.not_converted()
-        )
-        config = output_config(plan.config, quantization, provenance)
-        files = copied_files(self.checkpoint.path)
-        files[CONFIG_FILE] = json_bytes(config)
-        files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")
-        return files
-
-
-def copied_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer, generation and licence files of a model, by name."""
-    found = {}
-    for path in sorted({path for pattern in COPIED_PATTERNS for path in folder.glob(pattern)}):
-        name = path.name
-        skipped = name in NEVER_COPIED or name.endswith((".index.json", "-manifest.json"))
-        outside = path.resolve().parent != folder.resolve() and not _hub_cached(path, folder)
-        if skipped or outside or not path.is_file() or path.stat().st_size > MAX_COPIED_BYTES:
-            continue
-        found[name] = path.read_bytes()
-    return found
-
-
-def _hub_cached(path: Path, folder: Path) -> bool:
-    """Whether a link leads into the blobs of the hub cache that the folder itself is part of."""
-    target = path.resolve().parent
-    return target.name == "blobs" and target.parent in folder.resolve().parents
-
-
-def _log(file: TextIO, record: dict[str, Any]) -> None:
-    entry = {"name": record["name"], **record["stats"]}
-    file.write(json.dumps(entry) + "\n")
-    file.flush()
 
 
 def _dry_run(

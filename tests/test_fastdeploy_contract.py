@@ -20,7 +20,7 @@ from paddle_ccq.checkpoint.fastdeploy import (
 from paddle_ccq.codec import formats, row_order
 from paddle_ccq.quantize import quantize
 
-H, I, E, VOCAB = 128, 128, 4, 320
+H, INNER, E, VOCAB = 128, 128, 4, 320
 NQ, NKV, D, DENSE_I, SHARED_I = 4, 2, 32, 256, 128
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -53,7 +53,7 @@ def contract(layers: int, moe_start: int, wint4_end: int, tied: bool) -> dict:
         wint8(f"{p}.mlp.shared_experts.up_gate_proj", H, 2 * SHARED_I)
         wint8(f"{p}.mlp.shared_experts.down_proj", SHARED_I, H)
         for expert in range(E):
-            for projection, k, n in (("up_gate_proj", H, 2 * I), ("down_proj", I, H)):
+            for projection, k, n in (("up_gate_proj", H, 2 * INNER), ("down_proj", INNER, H)):
                 q = f"{p}.mlp.experts.{expert}.{projection}"
                 if layer <= wint4_end:
                     expected[f"{q}.quant_weight"] = ("I8", [n // 2, k])
@@ -176,7 +176,7 @@ def test_rows_are_permuted_for_2_1_and_plain_for_2_0(source, tmp_path):
         with safe_open(out / "model-00001-of-00001.safetensors", framework="np") as file:
             tensors = {
                 suffix: file.get_tensor(f"{name}.{suffix}")
-                for suffix in formats.tensor_specs("wint2", I, H)
+                for suffix in formats.tensor_specs("wint2", INNER, H)
             }
         decoded[layout] = formats.dequantize("wint2", tensors)
         recorded = json.loads((out / "config.json").read_text())["paddle_ccq"]["row_order"]

@@ -24,7 +24,7 @@ from paddle_ccq.verify import verify
 CONFIG = tiny_config(
     num_hidden_layers=3, moe_num_experts=2, moe_intermediate_size=256, tie_word_embeddings=False
 )
-Q, KV, D, I = 128, 64, 32, 256
+Q, KV = 128, 64
 
 
 def by_hand(name: str, weight: np.ndarray, rank: int) -> np.ndarray:

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One quantization run over a whole checkpoint, from where the journal ends to the rename."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from . import reporting
+from .checkpoint.config import CONFIG_FILE
+from .checkpoint.convert import Converter
+from .checkpoint.fastdeploy import output_config, quantization_config
+from .checkpoint.journal import make_fingerprint
+from .checkpoint.model_card import Recipe, model_card
+from .checkpoint.plan import Plan, gigabytes
+from .checkpoint.reader import Checkpoint
+from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
+from .codec.formats import CCQ_FORMATS
+from .encoder.base import MatrixEncoder, make_encoder
+from .errors import CcqError
+from .version import __version__
+
+# Small files that belong to a model; weights, code, pickles and links are never copied.
+COPIED_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+NEVER_COPIED = (CONFIG_FILE, "README.md")
+MAX_COPIED_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run did; `records` holds one entry a matrix, `seconds` the total and its parts."""
+
+    output: Path | None
+    plan: Plan
+    records: list[dict[str, Any]]
+    seconds: dict[str, float]
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of a run."""
+
+    preset: str
+    encoder: str
+    threads: int | None
+    allow_nonfinite: bool
+    restart: bool
+    quiet: bool
+
+
+def make_encoders(plan: Plan, options: Options) -> dict[str, MatrixEncoder]:
+    """One encoder for each format that occurs in the plan."""
+    used = {item.format for item in plan.items if item.quantized}
+    if options.encoder == "search" and used & set(CCQ_FORMATS):
+        try:
+            importlib.import_module("._core", __package__)
+        except ImportError as error:
+            raise CcqError(
+                f"the compiled encoder is missing ({error}); build it with `pip install .`"
+            ) from None
+    return {
+        format: make_encoder(
+            format, options.preset, encoder=options.encoder, threads=options.threads
+        )
+        for format in sorted(used)
+    }
+
+
+class QuantizeRun:
+    """One run over a whole checkpoint, from the journal's end to the rename."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: Options,
+        encoders: dict[str, MatrixEncoder],
+        checkpoint: Checkpoint,
+        model_name: str,
+        workplace: Workplace,
+        log_path: Path,
+        say: Callable[[str], object],
+    ) -> None:
+        self.plan = plan
+        self.options = options
+        self.encoders = encoders
+        self.checkpoint = checkpoint
+        self.recipe = Recipe(model_name, options.preset, options.encoder)
+        self.workplace = workplace
+        self.log_path = log_path
+        self.say = say
+        self.seconds = dict.fromkeys(("total", "read", "encode", "write"), 0.0)
+
+    def run(self) -> QuantizeResult:
+        start = time.perf_counter()
+        fingerprint = self._fingerprint()
+        if self.options.restart:
+            self.workplace.discard()
+        journal = self.workplace.open_journal(fingerprint)
+        try:
+            if self.workplace.finished:
+                self.say(f"{self.workplace.output}: was finished by the run before")
+                records = [record for record in journal.records if "item" in record]
+            else:
+                writer = CheckpointWriter(self.plan, self.workplace, journal)
+                try:
+                    records = self._write(writer)
+                finally:
+                    writer.abort()
+        finally:
+            journal.close()
+        self.workplace.clean()
+        self.seconds["total"] = time.perf_counter() - start
+        return QuantizeResult(
+            self.workplace.output, self.plan, records, self.seconds, reporting.peak_rss()
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the output."""
+        plan, options = self.plan, self.options
+        chosen = {
+            "model": self.recipe.source_model,
+            "format": plan.format,
+            "preset": options.preset,
+            "encoder": options.encoder,
+            "wint4_end_layer": plan.wint4_end_layer,
+            "fastdeploy_layout": plan.row_order,
+            "tensor_parallel_size": plan.tensor_parallel_size,
+            "rules": plan.not_converted(),
+            "max_shard_size": plan.max_shard_bytes,
+            "allow_nonfinite": options.allow_nonfinite,
+        }
+        folder = self.checkpoint.path
+        files = [*self.checkpoint.tensors.files.values()]
+        return make_fingerprint(
+            __version__,
+            chosen,
+            (folder / CONFIG_FILE).read_bytes(),
+            [file.path for file in files],
+        )
+
+    def _write(self, writer: CheckpointWriter) -> list[dict[str, Any]]:
+        self._check_room(writer)
+        if writer.done:
+            self.say(f"going on after {writer.done} of {len(self.plan.items)} matrices")
+        converter = Converter(
+            self.checkpoint, self.plan, self.encoders, self.options.allow_nonfinite
+        )
+        done = sum(item.weights for item in self.plan.items[: writer.done])
+        bar = tqdm(
+            total=self.plan.weights,
+            initial=done,
+            unit="w",
+            unit_scale=True,
+            # None: only where stderr is a terminal.
+            disable=True if self.options.quiet else None,
+        )
+        with bar, open(self.log_path, "w", encoding="utf-8") as log:
+            for record in writer.item_records():
+                _log(log, record)
+            for item in self.plan.items[writer.done :]:
+                converted = converter.convert(item)
+                before = time.perf_counter()
+                record = writer.write(item, converted.parts, converted.stats)
+                self.seconds["write"] += time.perf_counter() - before
+                self.seconds["read"] += converted.stats["read_seconds"]
+                self.seconds["encode"] += converted.stats["seconds"]
+                _log(log, record)
+                bar.update(item.weights)
+        records = writer.item_records()
+        before = time.perf_counter()
+        writer.finish(self._small_files(records))
+        self.workplace.publish()
+        self.seconds["write"] += time.perf_counter() - before
+        return records
+
+    def _check_room(self, writer: CheckpointWriter) -> None:
+        needed = writer.remaining_bytes()
+        free = shutil.disk_usage(self.workplace.folder).free
+        if free < needed:
+            raise CcqError(
+                f"{self.workplace.output}: needs {gigabytes(needed)} more, the disk has"
+                f" {gigabytes(free)} free; make room and run the same command again"
+            )
+
+    def _small_files(self, records: list[dict[str, Any]]) -> dict[str, bytes]:
+        plan = self.plan
+        provenance = {
+            "format": plan.format,
+            "preset": self.options.preset,
+            "encoder": self.options.encoder,
+            "row_order": plan.row_order,
+            "source_model": self.recipe.source_model,
+            "wint4_end_layer": plan.wint4_end_layer,
+            "tensor_parallel_size": plan.tensor_parallel_size,
+        }
+        quantization = quantization_config(
+            plan.config, plan.format, plan.wint4_end_layer, plan.not_converted()
+        )
+        config = output_config(plan.config, quantization, provenance)
+        files = copied_files(self.checkpoint.path)
+        files[CONFIG_FILE] = json_bytes(config)
+        files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")
+        return files
+
+
+def copied_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer, generation and licence files of a model, by name."""
+    found = {}
+    for path in sorted({path for pattern in COPIED_PATTERNS for path in folder.glob(pattern)}):
+        name = path.name
+        skipped = name in NEVER_COPIED or name.endswith((".index.json", "-manifest.json"))
+        outside = path.resolve().parent != folder.resolve() and not _hub_cached(path, folder)
+        if skipped or outside or not path.is_file() or path.stat().st_size > MAX_COPIED_BYTES:
+            continue
+        found[name] = path.read_bytes()
+    return found
+
+
+def _hub_cached(path: Path, folder: Path) -> bool:
+    """Whether a link leads into the blobs of the hub cache that the folder itself is part of."""
+    target = path.resolve().parent
+    return target.name == "blobs" and target.parent in folder.resolve().parents
+
+
+def _log(file: TextIO, record: dict[str, Any]) -> None:
+    entry = {"name": record["name"], **record["stats"]}
+    file.write(json.dumps(entry) + "\n")
+    file.flush()
