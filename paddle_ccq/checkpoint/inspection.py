@@ -55,7 +55,7 @@ class Inspection:
 
     def check_structure(self) -> None:
         """Files, names, shapes and dtypes of every rank."""
-        for folder in {self.folder, *self.ranks}:
+        for folder in dict.fromkeys((self.folder, *self.ranks)):
             for path in sorted(folder.glob("*.pdparams")):
                 self.problems.append(
                     f"{self._shown(path)}: FastDeploy would load this pickle file instead"

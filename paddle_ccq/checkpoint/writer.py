@@ -302,7 +302,7 @@ class CheckpointWriter:
             write_file(self.folder / name, data)
         self._remove_strangers(files)
         write_file(self.folder / MANIFEST_FILE, manifest_bytes(self.folder, self.hashes))
-        for folder in {self.folder, *self.ranks}:
+        for folder in dict.fromkeys((self.folder, *self.ranks)):
             sync_folder(folder)
 
     def _remove_strangers(self, files: dict[str, bytes]) -> None:
