@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each method costs a real model: the table of docs/accuracy.md.
+
+    python benchmarks/accuracy.py --model DIR --text FILE.jsonl --tasks FILE.jsonl ...
+
+Rows with a file format are written by `quantize` and read back; the others replace the expert
+weights of the wint8 checkpoint by what their decoder would return. Dense linears are wint8 in every
+row but bf16, so that rows differ in the experts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from baselines import RTN_BITS, SYMMETRIC_BITS, rtn_int2, symmetric_int2
+from common import markdown, put_into_doc, save_result
+
+from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
+from paddle_ccq.codec import formats
+from paddle_ccq.codec.weight_only import dequantize_wint8, quantize_wint8
+from paddle_ccq.evaluation.metrics import paired_difference
+from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
+from paddle_ccq.evaluation.tasks import read_items
+from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.models.ernie import Ernie
+from paddle_ccq.models.weights import OverriddenWeights
+from paddle_ccq.quantize import quantize
+
+# label, format, encoder: rows that `quantize` writes.
+WRITTEN = [
+    ("CCQ 2.06, paper's encoder", "wint2", "paper"),
+    ("**CCQ 2.06, default**", "wint2", "search"),
+    ("**CCQ 2.5, default**", "ccq-2.5", "search"),
+    ("**CCQ 2.75, default**", "ccq-2.75", "search"),
+]
+# label, bits per weight without per-column extras, function on [N, K]: rows that replace weights.
+REPLACED = [
+    ("RTN int2, groups of 64", RTN_BITS, rtn_int2),
+    ("plain int2, symmetric, searched scales", SYMMETRIC_BITS, symmetric_int2),
+]
+PAPER, OURS, PLAIN = "CCQ 2.06, paper's encoder", "CCQ 2.06, default", REPLACED[1][0]
+
+
+def wint8(weight: np.ndarray) -> np.ndarray:
+    return dequantize_wint8(*quantize_wint8(weight.T)).T
+
+
+class Rows:
+    """Models of the table with their sizes; everything on disk lies in one temporary folder."""
+
+    def __init__(self, source: Checkpoint, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        self.models: dict[str, Ernie] = {}
+        self.size: dict[str, float] = {}
+        # Bits per expert weight: of codes and group scales, and with what is stored once a column.
+        self.nominal_bits: dict[str, float] = {}
+        self.expert_bits: dict[str, float] = {}
+        config = source.config
+        self.expert_names = [n for n in source.names() if ".experts." in n]
+        self.expert_weights = sum(int(np.prod(source.shape(n))) for n in self.expert_names)
+        self.weights = sum(int(np.prod(shape)) for shape in config.canonical_shapes().values())
+        self.first_moe = config.moe_layers()[0]
+
+    def add_source(self) -> None:
+        self._add("bf16", self.source, 2 * self.weights, 16.0, 16.0)
+
+    def write(self, label: str, format: str, encoder: str, wint4_end_layer: int) -> Checkpoint:
+        target = self.folder / label.replace(" ", "-").replace(",", "")
+        if not target.exists():
+            quantize(
+                self.source.path,
+                target,
+                format=format,
+                encoder=encoder,
+                wint4_end_layer=wint4_end_layer,
+                quiet=True,
+            )
+        return open_checkpoint(target)
+
+    def add_written(self, label: str, checkpoint: Checkpoint) -> None:
+        bits = nominal = 0.0
+        for name in self.expert_names:
+            k, n = checkpoint.shape(name)
+            format = checkpoint.format_of(name)
+            bits += formats.stored_bits_per_weight(format, k, n) * k * n
+            nominal += formats.get(format).bits_per_weight * k * n
+        size = sum(f.stat().st_size for f in checkpoint.path.glob("*.safetensors"))
+        self._add(
+            label, checkpoint, size, bits / self.expert_weights, nominal / self.expert_weights
+        )
+
+    def add_replaced(
+        self,
+        label: str,
+        base: Checkpoint,
+        bits: float,
+        function: Callable[[np.ndarray], np.ndarray],
+        keep: int | None = None,
+    ) -> None:
+        """`keep`: a MoE layer whose experts stay as they are in `base`."""
+        names = [n for n in self.expert_names if keep is None or f".layers.{keep}." not in n]
+        replaced = {n: function(self.source.read_out_in(n)).T for n in names}
+        count = sum(w.size for w in replaced.values())
+        kept = self.expert_weights - count
+        total = bits * count + (self.expert_bits["wint4"] if kept else 0) * kept
+        nominal = bits * count + 4.0 * kept
+        other = self.size["wint4"] - self.expert_bits["wint4"] * self.expert_weights / 8
+        weights = OverriddenWeights(base, replaced)
+        n = self.expert_weights
+        self._add(label, weights, other + total / 8, total / n, nominal / n)
+
+    def _add(self, label: str, source: object, size: float, bits: float, nominal: float) -> None:
+        self.models[label] = Ernie(source)
+        self.size[label], self.expert_bits[label] = size, bits
+        self.nominal_bits[label] = nominal
+
+
+def build(rows: Rows) -> None:
+    """All models of the table."""
+    last = rows.source.config.num_hidden_layers - 1
+    rows.add_source()
+    wint4 = rows.write("wint4", "wint2", "search", last)
+    rows.add_written("wint4", wint4)
+    rows.add_replaced("wint8", wint4, 8.0, wint8)
+    for suffix, end in (("", -1), (", first MoE layer wint4", rows.first_moe)):
+        keep = rows.first_moe if suffix else None
+        for label, bits, function in REPLACED:
+            rows.add_replaced(label + suffix, wint4, bits, function, keep)
+        for label, format, encoder in WRITTEN:
+            label = label.strip("*") + suffix
+            rows.add_written(label, rows.write(label, format, encoder, end))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=102_400)
+    parser.add_argument("--marker", default="accuracy", help="table of docs/accuracy.md to write")
+    args = parser.parse_args()
+
+    source = open_checkpoint(args.model)
+    tokenizer = Tokenizer(source.path, source.config.raw)
+    stream = token_stream(read_documents(args.text), tokenizer)
+    windows = cut_windows(stream, args.window, args.max_tokens)
+    items = [item for path in args.tasks for item in read_items(path)]
+
+    folder = Path(tempfile.mkdtemp(prefix="ccq-accuracy-"))
+    try:
+        rows = Rows(source, folder)
+        start = time.perf_counter()
+        build(rows)
+        print(f"{len(rows.models)} models built in {time.perf_counter() - start:.0f} s", flush=True)
+        text = score_text(
+            rows.models,
+            windows,
+            reference="bf16",
+            progress=lambda done, total: print(f"window {done}/{total}", flush=True),
+        )
+        tasks = score_tasks(rows.models, tokenizer, items)
+    finally:
+        shutil.rmtree(folder)
+    report(args.marker, rows, text, summarize(text, tasks, "bf16"))
+
+
+def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
+    """Print, save and put into the docs."""
+    task_names = list(next(iter(summary.values()))["tasks"])
+    table, numbers = [], {}
+    for label, row in summary.items():
+        t = row["text"]
+        accuracies = [row["tasks"][task]["accuracy"] for task in task_names]
+        numbers[label] = {
+            "nominal_bits": rows.nominal_bits[label],
+            "expert_bits": rows.expert_bits[label],
+            "model_bits": rows.size[label] * 8 / rows.weights,
+            "megabytes": rows.size[label] / 1e6,
+            **row,
+        }
+        bold = "**" if label.startswith(OURS) else ""
+        table.append(
+            [
+                f"{bold}{label}{bold}",
+                f"{rows.expert_bits[label]:.2f}",
+                f"{rows.size[label] * 8 / rows.weights:.2f}",
+                f"{rows.size[label] / 1e6:.1f}",
+                f"{t['perplexity']:.3f}",
+                _with_error(t, "nll_over_reference", "+.4f"),
+                _with_error(t, "kl_mean", ".4f"),
+                f"{t['top1_agreement']:.1%}" if "top1_agreement" in t else "",
+                *(f"{a:.3f}" for a in accuracies),
+                f"{np.mean(accuracies):.3f}",
+            ]
+        )
+    header = ["method", "bits, experts", "bits, model", "MB", "ppl", "nll - bf16", "KL", "top-1"]
+    body = markdown([*header, *task_names, "mean"], table)
+
+    pairs = []
+    for suffix in ("", ", first MoE layer wint4"):
+        for other in (PLAIN, PAPER):
+            a, b = OURS + suffix, other + suffix
+            pairs.append([f"{a} - {b}"])
+            for quantity in ("nll", "kl"):
+                d = paired_difference(text[a], text[b], quantity)
+                pairs[-1].append(f"{d.mean:+.4f} ({d.error:.4f})")
+                numbers[a].setdefault("paired", {}).setdefault(b, {})[quantity] = [d.mean, d.error]
+    paired = markdown(["same windows; negative: the first is better", "nll", "KL"], pairs)
+
+    first = next(iter(summary.values()))
+    note = (
+        f"`{rows.source.path.name}`, {rows.weights / 1e6:.1f}M weights of which "
+        f"{rows.expert_weights / 1e6:.1f}M in experts; {first['text']['predicted_tokens']:,} "
+        f"predicted tokens in {first['text']['windows']} windows; "
+        f"{first['tasks'][task_names[0]]['items']} items a task. Standard errors over windows "
+        "in brackets; that of a task accuracy of 0.9 on 200 items is 0.021."
+    )
+    save_result(f"accuracy_{rows.source.path.name}", numbers)
+    print(body, paired, note, sep="\n\n")
+    put_into_doc("docs/accuracy.md", marker, f"{body}\n\n{paired}\n\n{note}")
+    if marker == "accuracy":
+        write_summary(numbers)
+
+
+# The README's table: label of a row, and its name in English and Chinese.
+SUMMARY = [
+    ("bf16", "bfloat16", "bfloat16"),
+    ("wint4", "wint4 per channel", "wint4(按通道)"),
+    ("RTN int2, groups of 64", "round to nearest, int2", "就近取整 int2"),
+    (PLAIN, "plain int2, searched scales", "普通 int2,搜索缩放"),
+    (PAPER, "CCQ, the paper's encoder", "CCQ,论文的编码器"),
+    (OURS, "**CCQ, paddle-ccq**", "**CCQ,paddle-ccq**"),
+    ("CCQ 2.5, default", "CCQ 2.5, paddle-ccq", "CCQ 2.5,paddle-ccq"),
+    ("CCQ 2.75, default", "CCQ 2.75, paddle-ccq", "CCQ 2.75,paddle-ccq"),
+]
+HEADERS = {
+    "README.md": ["experts", "bits", "perplexity", "KL", "top-1 same", "5 tasks, mean"],
+    "README.zh.md": ["专家权重", "比特", "困惑度", "KL 散度", "top-1 一致", "5 项任务平均"],
+}
+
+
+def write_summary(numbers: dict) -> None:
+    """The short table of both READMEs."""
+    for column, (file, header) in enumerate(HEADERS.items()):
+        rows = []
+        for label, *names in SUMMARY:
+            row = numbers[label]
+            text = row["text"]
+            compared = "kl_mean" in text
+            rows.append(
+                [
+                    names[column],
+                    f"{row['nominal_bits']:.2f}",
+                    f"{text['perplexity']:.2f}",
+                    f"{text['kl_mean']:.3f}" if compared else "",
+                    f"{text['top1_agreement']:.1%}" if compared else "",
+                    f"{np.mean([t['accuracy'] for t in row['tasks'].values()]):.3f}",
+                ]
+            )
+        put_into_doc(file, "summary", markdown(header, rows))
+
+
+def _with_error(values: dict, key: str, form: str) -> str:
+    if key not in values:
+        return ""
+    return f"{values[key]:{form}} ({values[key + '_error']:.4f})"
+
+
+if __name__ == "__main__":
+    main()
