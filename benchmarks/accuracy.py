@@ -128,6 +128,8 @@ def build(rows: Rows) -> None:
     wint4 = rows.write("wint4", "wint2", "search", last)
     rows.add_written("wint4", wint4)
     rows.add_replaced("wint8", wint4, 8.0, wint8)
+    # Most bits first.
+    rows.models["wint4"] = rows.models.pop("wint4")
     for suffix, end in (("", -1), (", first MoE layer wint4", rows.first_moe)):
         keep = rows.first_moe if suffix else None
         for label, bits, function in REPLACED:
@@ -189,6 +191,7 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
         table.append(
             [
                 f"{bold}{label}{bold}",
+                f"{rows.nominal_bits[label]:.2f}",
                 f"{rows.expert_bits[label]:.2f}",
                 f"{rows.size[label] * 8 / rows.weights:.2f}",
                 f"{rows.size[label] / 1e6:.1f}",
@@ -200,7 +203,17 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
                 f"{np.mean(accuracies):.3f}",
             ]
         )
-    header = ["method", "bits, experts", "bits, model", "MB", "ppl", "nll - bf16", "KL", "top-1"]
+    header = [
+        "method",
+        "bits, codes",
+        "bits, experts",
+        "bits, model",
+        "MB",
+        "ppl",
+        "nll - bf16",
+        "KL",
+        "top-1",
+    ]
     body = markdown([*header, *task_names, "mean"], table)
 
     pairs = []
@@ -216,7 +229,8 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
 
     first = next(iter(summary.values()))
     note = (
-        f"`{rows.source.path.name}`, {rows.weights / 1e6:.1f}M weights of which "
+        "Bits of codes and group scales; of experts with what is stored once a column; of the whole "
+        f"model. `{rows.source.path.name}`, {rows.weights / 1e6:.1f}M weights of which "
         f"{rows.expert_weights / 1e6:.1f}M in experts; {first['text']['predicted_tokens']:,} "
         f"predicted tokens in {first['text']['windows']} windows; "
         f"{first['tasks'][task_names[0]]['items']} items a task. Standard errors over windows "
