@@ -229,15 +229,14 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
 
     first = next(iter(summary.values()))
     note = (
-        "Bits of codes and group scales; of experts with what is stored once a column; of the whole "
-        f"model. `{rows.source.path.name}`, {rows.weights / 1e6:.1f}M weights of which "
+        "Bits of codes and group scales; of experts with what is stored once a column; of the "
+        f"whole model. `{rows.source.path.name}`, {rows.weights / 1e6:.1f}M weights of which "
         f"{rows.expert_weights / 1e6:.1f}M in experts; {first['text']['predicted_tokens']:,} "
         f"predicted tokens in {first['text']['windows']} windows; "
         f"{first['tasks'][task_names[0]]['items']} items a task. Standard errors over windows "
         "in brackets; that of a task accuracy of 0.9 on 200 items is 0.021."
     )
     save_result(f"accuracy_{rows.source.path.name}", numbers)
-    print(body, paired, note, sep="\n\n")
     put_into_doc("docs/accuracy.md", marker, f"{body}\n\n{paired}\n\n{note}")
     if marker == "accuracy":
         write_summary(numbers)

@@ -29,6 +29,7 @@ def put_into_doc(doc: str, marker: str, text: str) -> None:
     Raises:
         SystemExit: if the markers are missing; the table is never put elsewhere.
     """
+    print(text)
     path = ROOT / doc
     begin, end = f"<!-- table: {marker} -->", "<!-- end -->"
     pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
