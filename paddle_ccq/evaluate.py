@@ -45,7 +45,9 @@ def evaluate(
     if text is None and not tasks:
         raise CcqError("nothing to measure: give --text, --tasks or both")
     for flag, value in (
-        ("--max-tokens", max_tokens), ("--max-items", max_items), ("--threads", threads)
+        ("--max-tokens", max_tokens),
+        ("--max-items", max_items),
+        ("--threads", threads),
     ):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
@@ -201,14 +203,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", metavar="FILE", help='.jsonl (field "text") or .txt')
     parser.add_argument(
-        "--tasks", metavar="FILE", nargs="+", action="extend", default=[],
+        "--tasks",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
         help='.jsonl items: "task", "prompt", "answer" and, for multiple choice, "choices"',
     )
     parser.add_argument(
         "--window", type=int, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", "--max_tokens", type=int, metavar="N",
+        "--max-tokens",
+        "--max_tokens",
+        type=int,
+        metavar="N",
         help="use at most N tokens of the text, in windows spread evenly over it",
     )
     parser.add_argument(
@@ -219,7 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     parser.add_argument("--source", help="hub to download from; see paddle-ccq quantize --help")
     parser.add_argument(
-        "--row-order", "--row_order", metavar="ORDER",
+        "--row-order",
+        "--row_order",
+        metavar="ORDER",
         help="order of WINT2 rows in a model that does not say: fastdeploy-2.1 or plain",
     )
     return parser

@@ -71,9 +71,7 @@ def mixture(config: dict, w: dict, name: str, token: np.ndarray) -> np.ndarray:
     preference = probabilities + w[f"{name}.moe_statics.e_score_correction_bias"][0]
     chosen = np.argsort(-preference)[: config["moe_k"]]
     total = max(probabilities[chosen].sum(), config.get("moe_norm_min", 1e-12))
-    result = sum(
-        probabilities[e] / total * mlp(w, f"{name}.experts.{e}", token) for e in chosen
-    )
+    result = sum(probabilities[e] / total * mlp(w, f"{name}.experts.{e}", token) for e in chosen)
     if config["moe_num_shared_experts"]:
         result = result + mlp(w, f"{name}.shared_experts", token)
     return result

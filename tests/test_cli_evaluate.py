@@ -43,9 +43,24 @@ def run(files, *arguments) -> int:
 def test_all_of_it(files, tmp_path, capsys):
     output = tmp_path / "result.json"
     code = run(
-        files, "@model", "--reference", "@other", "--text", "@text.jsonl", "--tasks",
-        "@tasks.jsonl", "--window", 64, "--max_tokens", 640, "--max_items", 3, "--threads", 1,
-        "--json", output,
+        files,
+        "@model",
+        "--reference",
+        "@other",
+        "--text",
+        "@text.jsonl",
+        "--tasks",
+        "@tasks.jsonl",
+        "--window",
+        64,
+        "--max_tokens",
+        640,
+        "--max_items",
+        3,
+        "--threads",
+        1,
+        "--json",
+        output,
     )
     shown = capsys.readouterr()
     assert code == 0, shown.err

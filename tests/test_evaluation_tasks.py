@@ -83,10 +83,15 @@ def test_scoring_on_a_stand_in(tokenizer):
     model = Parrot(
         tokenizer,
         {
-            "1 + 1 =": " 2\nmore", "2 + 2 =": " 5\n",
-            "What is x?\nA:": " red\n", "Q3:": " bluish\n",
-            "Sol 1:": " 3 and 4. The answer is 7.\nNext", "Sol 2:": " It is 8.\n",
-            "Sol 3:": " The answer is -12\n", "word?": " cat", "which?": " longer one",
+            "1 + 1 =": " 2\nmore",
+            "2 + 2 =": " 5\n",
+            "What is x?\nA:": " red\n",
+            "Q3:": " bluish\n",
+            "Sol 1:": " 3 and 4. The answer is 7.\nNext",
+            "Sol 2:": " It is 8.\n",
+            "Sol 3:": " The answer is -12\n",
+            "word?": " cat",
+            "which?": " longer one",
         },
     )
     items = items_of(
@@ -103,12 +108,16 @@ def test_scoring_on_a_stand_in(tokenizer):
     scores = score_tasks({"m": model}, tokenizer, items, threads=2)["m"]
     result = {task: score.correct.tolist() for task, score in scores.items()}
     assert result == {
-        "arith": [True, False], "choice": [True, False], "recall": [True, False],
+        "arith": [True, False],
+        "choice": [True, False],
+        "recall": [True, False],
         "word": [True, False, True],
     }
     summary = summarize(None, {"m": scores}, None)["m"]["tasks"]
     assert summary["arith"] == {
-        "items": 2, "accuracy": 0.5, "accuracy_error": pytest.approx(np.sqrt(0.125))
+        "items": 2,
+        "accuracy": 0.5,
+        "accuracy_error": pytest.approx(np.sqrt(0.125)),
     }
 
 

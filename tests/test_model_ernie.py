@@ -19,8 +19,12 @@ from paddle_ccq.models.generation import generate, left_padded  # noqa: E402
 from paddle_ccq.models.weights import OverriddenWeights  # noqa: E402
 
 SMALL = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
-    "moe_num_experts": 6, "moe_intermediate_size": 48,
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "moe_num_experts": 6,
+    "moe_intermediate_size": 48,
 }
 VARIANTS = {
     "moe, one shared expert": {},
@@ -31,7 +35,9 @@ VARIANTS = {
     "all experts chosen": {"moe_k": 6},
     "dense": {"moe_num_experts": 0},
     "dense, untied, no grouping": {
-        "moe_num_experts": 0, "tie_word_embeddings": False, "num_key_value_heads": 4
+        "moe_num_experts": 0,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 4,
     },
     "one key head": {"num_key_value_heads": 1},
 }

@@ -132,9 +132,7 @@ def token_stream(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     return np.asarray(stream, dtype=np.int64)
 
 
-def cut_windows(
-    stream: np.ndarray, window: int, max_tokens: int | None = None
-) -> list[np.ndarray]:
+def cut_windows(stream: np.ndarray, window: int, max_tokens: int | None = None) -> list[np.ndarray]:
     """Non-overlapping full windows from the start of the stream.
 
     What is left over at the end is not used, unless it is all there is: windows of one length

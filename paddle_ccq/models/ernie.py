@@ -95,9 +95,7 @@ class Block:
         kind = MoE if config.is_moe_layer(layer) else MLP
         self.mlp = kind(weights, f"{name}.mlp")
 
-    def __call__(
-        self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None) -> Tensor:
         x = x + self.attention(rms_norm(x, self.attention_norm, self.eps), rope, spans, slot)
         normed = rms_norm(x, self.mlp_norm, self.eps)
         return x + self.mlp(normed.reshape([-1, x.shape[-1]])).reshape(x.shape)
