@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documents rot: golden vectors that no longer hold, dead links, flags that do not exist."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from paddle_ccq.cli import COMMANDS
+from paddle_ccq.codec import formats, row_order, spare_scale, weight_only, wint2
+from paddle_ccq.codec.convolution import ConvolutionalCode
+
+ROOT = Path(__file__).parent.parent
+DOCS = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("README*.md"))]
+SPECIFICATION = ROOT / "docs" / "formats.md"
+# Documents that speak of no other program's flags.
+OWN_FLAGS_ONLY = ("architecture.md", "checkpoints.md", "encoder.md", "formats.md")
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+GOLDEN = json.loads(
+    re.search(r"^```json golden\n(.*?)^```", SPECIFICATION.read_text("utf-8"), re.S | re.M)[1]
+)
+
+
+def sequence(rows: int, columns: int, rule: list[int]) -> np.ndarray:
+    """[a, b, c, m] of the document: (a * row + b * column + c) mod m."""
+    a, b, c, m = rule
+    return (a * np.arange(rows)[:, None] + b * np.arange(columns) + c) % m
+
+
+def sha256(values: np.ndarray) -> str:
+    if values.dtype == np.float32:
+        values = values + np.float32(0)  # -0.0 becomes 0.0
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def column(value: object, n: int) -> np.ndarray:
+    return np.broadcast_to(np.array(value, np.float64), (n,)).astype(np.float32)
+
+
+@pytest.mark.parametrize("entry", GOLDEN["convolution"], ids=lambda e: str(e["code"]))
+def test_golden_code_words(entry: dict) -> None:
+    code = ConvolutionalCode(*entry["code"])
+    assert code.decode(np.array(entry["word"])).tolist() == entry["states"]
+    assert code.encode(np.array(entry["states"])) == entry["word"]
+
+
+@pytest.mark.parametrize("entry", GOLDEN["wint2_bytes"], ids=lambda e: str(list(e.values())[:3]))
+def test_golden_wint2_bytes(entry: dict) -> None:
+    q = np.array([[entry["q"]]], np.uint8)
+    pair = column(entry["code_scale"], 1), column(entry["code_zp"], 1)
+    assert wint2.decode_codes(q, *pair)[0, 0] == entry["code"]
+    assert wint2.decode_states(q, *pair)[:, 0].tolist() == entry["states"]
+
+
+def check_values(format: str, tensors: dict[str, np.ndarray], golden: dict) -> np.ndarray:
+    for runtime in ("float32", "bfloat16"):
+        decoded = formats.dequantize(format, tensors, runtime)
+        assert sha256(decoded) == golden[f"sha256_{runtime}"]
+        if runtime in golden:
+            assert [float(decoded[k, n]) for k, n in golden["at"]] == golden[runtime]
+    return formats.dequantize(format, tensors, "float32")
+
+
+def test_golden_wint2_tensor() -> None:
+    g = GOLDEN["wint2_tensor"]
+    k, n = g["K"], g["N"]
+    tensors = {
+        "quant_weight": sequence(k // 4, n, g["quant_weight"]).astype(np.uint8),
+        "weight_scale": sequence(k // 128, n, g["weight_scale"]).astype(np.uint8),
+        "super_scales": column(g["super_scales"], n).astype(BF16),
+        "code_scale": column(g["code_scale"], n),
+        "code_zp": column(g["code_zp"], n),
+    }
+    decoded = check_values("wint2", tensors, g)
+    assert sha256(row_order.unpermute_rows(decoded)) == g["sha256_float32_input_order"]
+
+
+@pytest.mark.parametrize("f", [spare_scale.CCQ_2_5, spare_scale.CCQ_2_75], ids=lambda f: f.name)
+def test_golden_spare_scale(f: spare_scale.SpareScaleFormat) -> None:
+    g = GOLDEN[f.name]
+    unsigned = np.dtype(f"uint{f.word_bits}")
+    words = np.array([[g["word"]]] * (f.words_per_group - 1) + [[g["last_word"]]], unsigned)
+    one = spare_scale.SpareScaleTensors(f, words.view(f.storage), np.ones(1, BF16))
+    states, scales = spare_scale.unpack(one)
+    assert states[: f.rows_per_word, 0].tolist() == g["states"]
+    assert (states[63, 0], scales[0, 0]) == (g["last_state"], g["local_scale"])
+    rows = g["K"] // 64 * f.words_per_group
+    tensors = {
+        "quant_weight": sequence(rows, g["N"], g["quant_weight"]).astype(unsigned).view(f.storage),
+        "super_scales": column(g["super_scales"], g["N"]).astype(BF16),
+    }
+    check_values(f.name, tensors, g)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_golden_weight_only(bits: int) -> None:
+    g = GOLDEN[f"wint{bits}"]
+    weight = (sequence(g["K"], g["N"], g["weight"]) - g["minus"]) / g["over"]
+    weight[:, g["zero_column"]] = 0
+    quantize = {8: weight_only.quantize_wint8, 4: weight_only.quantize_wint4}[bits]
+    q, scale = quantize(weight.astype(BF16))
+    assert sorted(set(scale.view(np.uint16).tolist())) == g["scale_bits"]
+    assert q.view(np.uint8).ravel()[: len(g["first_bytes"])].tolist() == g["first_bytes"]
+    assert sha256(q) == g["sha256_quant_weight"]
+    assert sha256(scale) == g["sha256_weight_scale"]
+
+
+@pytest.mark.parametrize("bits,c", [(8, 2), (4, 4)])
+def test_the_documents_interleaving_formula(bits: int, c: int) -> None:
+    big_k, big_n = 128, 32
+    top = 1 << (bits - 1)
+    states = np.random.default_rng(0).integers(-top, top, (big_k, big_n)).astype(np.int8)
+    stored = weight_only.interleave(states, bits).view(np.uint8).ravel()
+    k, n = np.arange(big_k)[:, None], np.arange(big_n)
+    r, b = k % 64, 8 * c
+    position = 64 * c * (n // c * (big_k // 64) + k // 64) + 64 * (n % c)
+    position = position + b * (r // b) + c * (r % 8) + r % b // 8
+    nibbles = np.stack([stored & 15, stored >> 4], axis=1).ravel()
+    found = (stored if bits == 8 else nibbles)[position]
+    np.testing.assert_array_equal(found.astype(int) - top, states)
+
+
+def test_the_documents_bits_per_weight() -> None:
+    text = SPECIFICATION.read_text("utf-8")
+    for name in ("wint2", "ccq-2.5", "ccq-2.75", "wint4", "wint8"):
+        row = re.search(rf"^\| `{name}` \| 16 [+ 0-9]*bits \|.*", text, re.M)[0]
+        found = [cell.strip() for cell in row.split("|")[3:-1]]
+        exact = [formats.stored_bits_per_weight(name, k, 128) for k in (1536, 2560, 3584, 8192)]
+        assert [float(cell) for cell in found] == pytest.approx(exact, abs=5.1e-5)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_relative_links_resolve(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.S | re.M)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    local = [t.split("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
+    assert [t for t in local if not (path.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_table_markers_come_in_pairs(path: Path) -> None:
+    markers = re.findall(r"^<!-- (table|end)\b.*-->$", path.read_text("utf-8"), re.M)
+    assert markers == ["table", "end"] * (len(markers) // 2)
+
+
+def flags_of(command: str) -> set[str]:
+    parser = importlib.import_module(f"paddle_ccq.{command}").build_parser()
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def commands_in(text: str) -> list[tuple[str, str]]:
+    """(command, the rest of its line) for all mentions in blocks and in inline code."""
+    fence = re.compile(r"^```.*?^```", re.S | re.M)
+    blocks = [block.replace("\\\n", " ") for block in fence.findall(text)]
+    inline = [s.replace("\n", " ") for s in re.findall(r"`([^`]+)`", fence.sub("", text))]
+    pattern = re.compile(r"(?:python3? -m paddle_ccq\.|paddle-ccq +)(\w+)([^\n#]*)")
+    return [found for part in blocks + inline for found in pattern.findall(part)]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_flags_after_a_command_exist(path: Path) -> None:
+    for command, rest in commands_in(path.read_text("utf-8")):
+        assert command in COMMANDS
+        unknown = set(re.findall(r"--[a-z][\w-]*", rest)) - flags_of(command)
+        assert not unknown, f"{command} has no {unknown}"
+
+
+@pytest.mark.parametrize("name", OWN_FLAGS_ONLY)
+def test_flags_on_their_own_exist_in_some_command(name: str) -> None:
+    known = set().union(*map(flags_of, COMMANDS))
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    mentioned = set(re.findall(r"`(?:quantize |verify )?(--[a-z][\w-]*)", text))
+    assert mentioned - known == set()
