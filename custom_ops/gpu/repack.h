@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checkpoint layout of WINT2 <-> the layout the grouped GEMM reads. Exact in both directions.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Types of 16-bit floats at this interface.
+enum ccq_dtype { CCQ_BF16 = 0, CCQ_FP16 = 1 };
+
+// What repacking found out about a tensor's (code_scale, code_zp) pairs.
+//   CCQ_PAIRS_INTEGER: every pair integer and every one of its 256 codes inside [0, 32767].
+//   CCQ_PAIRS_GENERAL: anything else; decoded with FastDeploy's float32 rounding.
+enum ccq_pairs { CCQ_PAIRS_INTEGER = 0, CCQ_PAIRS_GENERAL = 1 };
+
+// The kernel's layout, all row-major, E experts, K input rows, N output columns, K % 128 == 0, N % 16 == 0:
+//   quant   uint8  [E, N/16, K/128, 32, 16]   E*N*K/4 bytes
+//   scales  uint8  [E, N/16, K/128, 8, 2]     E*N*K/128 bytes
+//   columns uint32 [E, N/16, 3, 16]           E*N*12 bytes (float32 bits: code_scale, code_zp, super scale)
+// All three need 16-byte alignment. Row order (plain or FastDeploy's) is untouched by repacking: the GEMM is told.
+
+// Inputs: stacked checkpoint tensors quant_weight u8 [E, K/4, N], weight_scale u8 [E, K/128, N], super_scales [E, N] of
+// `super_dtype`, code_scale and code_zp float32 [E, N].
+// pair_kind: one int32 on the device; receives an enum ccq_pairs for the whole tensor. Read it once, at load.
+// No synchronization, no allocation. Source and destination must not overlap.
+cudaError_t ccq_repack_wint2(const uint8_t* quant_weight, const uint8_t* weight_scale, const void* super_scales,
+                             int super_dtype, const float* code_scale, const float* code_zp, int experts, int k, int n,
+                             uint8_t* quant, uint8_t* scales, uint32_t* columns, int32_t* pair_kind,
+                             cudaStream_t stream);
+
+// The inverse, bit for bit (super_dtype must be the one given to ccq_repack_wint2).
+cudaError_t ccq_unpack_wint2(const uint8_t* quant, const uint8_t* scales, const uint32_t* columns, int experts, int k,
+                             int n, uint8_t* quant_weight, uint8_t* weight_scale, void* super_scales, int super_dtype,
+                             float* code_scale, float* code_zp, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
