@@ -48,7 +48,7 @@ def code_scales(result: dict) -> None:
     for scale in range(117, 126):
         errors = {
             zp: float(pair_errors(weight, scale, zp).mean())
-            for zp in range(400, 32768 - 255 * scale, 8)
+            for zp in range(400, 32768 - 255 * scale, 2)
         }
         best = min(errors, key=errors.get)
         result.setdefault("code_scales", {})[scale] = [best, errors[best]]

@@ -59,7 +59,8 @@ def run(model: Path, output: Path, preset: str) -> dict:
         "import sys, json, resource; from paddle_ccq.quantize import quantize; "
         "r = quantize(sys.argv[1], sys.argv[2], preset=sys.argv[3], quiet=True); "
         "print(json.dumps({'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "
-        "'estimate': r.plan.peak_memory(), 'seconds': r.seconds, 'records': [x['stats'] for x in r.records]}))"
+        "'estimate': r.plan.peak_memory(), 'seconds': r.seconds, "
+        "'records': [x['stats'] for x in r.records]}))"
     )
     command = [sys.executable, "-c", code, str(model), str(output), preset]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
