@@ -12,6 +12,9 @@ X86_FLAGS = {
     "score_avx2.cpp": ["-mavx2"],
     "score_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
     "score_avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+    "matmul_avx2.cpp": ["-mavx2", "-mfma"],
+    "matmul_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
+    "matmul_avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -45,6 +48,13 @@ core = Pybind11Extension(
             "score_avx2",
             "score_avx512",
             "score_avx512vnni",
+            "ops_module",
+            "dequant",
+            "matmul",
+            "matmul_plain",
+            "matmul_avx2",
+            "matmul_avx512",
+            "matmul_avx512vnni",
         )
     ],
     depends=[f"{SOURCES}/{name}" for name in ("search.h", "encode.h", "score.inc")],

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "encode.h"
+#include "ops_module.h"
 
 namespace py = pybind11;
 
@@ -137,4 +138,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("encode", &encode, py::arg("weight"), py::arg("pairs"), py::arg("index_bits"), py::arg("layout"),
         py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
   m.def("instruction_sets", &instruction_sets, "Usable builds of the score loop, fastest first.");
+  ccq::bind_ops(m);
 }

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Around the block kernels: fixed-point activations, tasks for the threads, SwiGLU.
+#include "matmul.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "parallel.h"
+#include "search.h"
+
+namespace ccq {
+
+const FormatInfo& info(Format format) {
+  static const FormatInfo table[] = {
+      {"wint2", 16, 1, 32, 4}, {"ccq-2.5", 10, 2, 4, 13}, {"ccq-2.75", 22, 1, 8, 4}};
+  return table[static_cast<int>(format)];
+}
+
+Buffer::Buffer(size_t bytes) : size_(bytes) {
+  const size_t rounded = (std::max<size_t>(bytes, 1) + 63) / 64 * 64;
+  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, rounded)));
+  if (!data_) throw std::bad_alloc();
+  std::memset(data_.get(), 0, rounded);
+}
+
+Packed::Packed(Format f, int64_t rows, int64_t columns)
+    : format(f), k(rows), n(columns),
+      words(static_cast<size_t>(rows / kRows * info(f).words * info(f).word_bytes * columns)),
+      scales(f == Format::kWint2 ? static_cast<size_t>(rows / 128 * columns) : 0), super(columns) {}
+
+const MatmulKernels* pick_matmul(const char* name) {
+  const MatmulKernels* all[] = {matmul_avx512vnni(), matmul_avx512(), matmul_avx2(), matmul_plain()};
+#if defined(__x86_64__) || defined(__i386__)
+  const bool fma = __builtin_cpu_supports("fma");
+#else
+  const bool fma = false;
+#endif
+  for (const MatmulKernels* k : all) {
+    // What the processor runs is the encoder's question too; only avx2 needs one flag more here.
+    if (!k || !pick_kernels(k->name) || (k == matmul_avx2() && !fma)) continue;
+    if (!std::strcmp(name, "auto") || !std::strcmp(name, k->name)) return k;
+  }
+  return nullptr;
+}
+
+Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, int threads) {
+  Activations a;
+  a.rows = rows;
+  a.groups = k / kRows;
+  a.pairs.resize(a.groups * rows * kPairs);
+  a.scale.resize(a.groups * rows);
+  a.sum.resize(a.groups * rows);
+  auto one_row = [&](int64_t r) {
+    for (int64_t g = 0; g < a.groups; ++g) {
+      float v[kRows];
+      uint32_t top = 0;
+      for (int s = 0; s < kRows; ++s) {
+        v[s] = x[r * k + g * kRows + order[s]];
+        uint32_t bits;
+        std::memcpy(&bits, v + s, 4);
+        top = std::max(top, bits & 0x7FFFFFFFu);
+      }
+      float largest;
+      std::memcpy(&largest, &top, 4);
+      const int64_t at = g * rows + r;
+      int32_t q[kRows] = {};
+      int32_t sum = 0;
+      if (top >= 0x7F800000u) {
+        // An infinity or NaN has no fixed-point form; the whole sum becomes NaN.
+        a.scale[at] = std::numeric_limits<float>::quiet_NaN();
+      } else if (largest > 7.9e-31f) {  // below, the reciprocal leaves float32: taken as zeros
+        const float inverse = 32767.0f / largest;
+        for (int s = 0; s < kRows; ++s) {
+          // Adding and taking away 1.5 * 2^23 rounds to nearest even, in any instruction set.
+          q[s] = static_cast<int32_t>((v[s] * inverse + 12582912.0f) - 12582912.0f);
+          sum += q[s];
+        }
+        a.scale[at] = largest / 32767.0f;
+      } else {
+        a.scale[at] = 0;
+      }
+      a.sum[at] = sum;
+      int32_t* pairs = a.pairs.data() + at * kPairs;
+      for (int j = 0; j < kPairs; ++j)
+        pairs[j] = static_cast<int32_t>((static_cast<uint32_t>(q[low_row(j)]) & 0xFFFFu) |
+                                        (static_cast<uint32_t>(q[high_row(j)]) << 16));
+    }
+  };
+  parallel(rows, rows * k >= 1 << 15 ? threads : 1, one_row);
+  return a;
+}
+
+void multiply(const MatmulKernels& kernels, const std::vector<const Packed*>& matrices,
+              const int64_t* ends, const float* x, const int* order, float* y, int threads) {
+  const Packed& shape = *matrices[0];
+  const int64_t rows = ends[matrices.size() - 1];
+  const Activations a = quantize(x, rows, shape.k, order, threads);
+  // Columns of one task: large enough to amortise its start, small enough to share out evenly.
+  constexpr int64_t kBlocksPerTask = 4;
+  struct Task {
+    const Packed* matrix;
+    int64_t block, first;
+    int count;
+  };
+  std::vector<Task> tasks;
+  for (size_t e = 0; e < matrices.size(); ++e) {
+    const int64_t end = ends[e];
+    for (int64_t first = e ? ends[e - 1] : 0; first < end; first += kTokens)
+      for (int64_t block = 0; block < shape.blocks(); block += kBlocksPerTask)
+        tasks.push_back({matrices[e], block, first, static_cast<int>(std::min<int64_t>(kTokens, end - first))});
+  }
+  parallel(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
+    const Task& t = tasks[i];
+    const int64_t last = std::min(t.block + kBlocksPerTask, shape.blocks());
+    for (int64_t b = t.block; b < last; ++b)
+      kernels.block(*t.matrix, b, a, t.first, t.count, y + t.first * shape.n + b * kColumns, shape.n);
+  });
+}
+
+void swiglu(const float* x, int64_t rows, int64_t half, float* y, int threads) {
+  parallel(rows, rows * half >= 1 << 14 ? threads : 1, [&](int64_t r) {
+    const float *gate = x + r * 2 * half, *up = gate + half;
+    for (int64_t i = 0; i < half; ++i) y[r * half + i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  });
+}
+
+}  // namespace ccq

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks: everything a caller can get wrong, as a ValueError that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..codec import formats
+from ..codec.floats import BFLOAT16
+from ..codec.formats import SAFETENSORS_DTYPES, Tensors
+from ..codec.row_order import (
+    FASTDEPLOY_2_1,
+    INPUT_FROM_STORED,
+    PLAIN,
+    ROW_ORDERS,
+    STORED_FROM_INPUT,
+)
+
+ACTIVATIONS = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16))
+# Codes beyond this leave 32-bit integers, where conversions differ from one processor to the next.
+CODE_LIMIT = 1 << 30
+
+
+def array(value: object, name: str) -> np.ndarray:
+    """`value` if it is a C-contiguous NumPy array."""
+    if not isinstance(value, np.ndarray):
+        kind = type(value)
+        raise ValueError(f"{name} must be a NumPy array, got {kind.__module__}.{kind.__name__}")
+    if not value.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous, got strides {value.strides}")
+    return value
+
+
+def activations(value: object, name: str, width: int) -> np.ndarray:
+    """[tokens, width] of float32, bfloat16 or float16."""
+    x = array(value, name)
+    if x.dtype not in ACTIVATIONS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"{name} must be [tokens, {width}], got {list(x.shape)}")
+    return x
+
+
+def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int, int]:
+    """The tensors of one matrix as the format stores them, and its K and N."""
+    if format not in formats.CCQ_FORMATS:
+        raise ValueError(f"format must be one of {', '.join(formats.CCQ_FORMATS)}, got {format!r}")
+    if "quant_weight" not in tensors:
+        raise ValueError(f"quant_weight is missing; got {', '.join(tensors) or 'nothing'}")
+    words = array(tensors["quant_weight"], "quant_weight")
+    if words.ndim != 2:
+        raise ValueError(f"quant_weight must have two dimensions, got {list(words.shape)}")
+    step = formats.get(format).row_multiple
+    rows_per_step = formats.tensor_specs(format, step, 1)["quant_weight"][0][0]
+    if words.shape[0] == 0 or words.shape[0] % rows_per_step:
+        raise ValueError(
+            f"quant_weight has {words.shape[0]} rows; {format} needs a multiple of {rows_per_step} "
+            f"(K a multiple of {step})"
+        )
+    k, n = words.shape[0] // rows_per_step * step, words.shape[1]
+    found = {}
+    for suffix, (shape, dtype) in formats.tensor_specs(format, k, n).items():
+        if suffix not in tensors:
+            raise ValueError(f"{suffix} is missing for format {format}")
+        value, expected = array(tensors[suffix], suffix), SAFETENSORS_DTYPES[dtype]
+        if value.shape != shape or value.dtype != expected:
+            raise ValueError(
+                f"{suffix} must be {expected}{list(shape)}, got {value.dtype}{list(value.shape)}"
+            )
+        found[suffix] = value
+    if format == "wint2":
+        first = found["code_zp"].astype(np.float64)
+        last = first + 255 * found["code_scale"].astype(np.float64)
+        for name, codes in (("code_zp", first), ("code_scale", last)):
+            if not np.all(np.abs(codes) < CODE_LIMIT):
+                column = int(np.argmax(~(np.abs(codes) < CODE_LIMIT)))
+                raise ValueError(f"{name} of column {column} gives codes beyond {CODE_LIMIT}")
+    return found, k, n
+
+
+def row_order(value: str) -> np.ndarray:
+    """For every stored row of a 64-group the input row that it multiplies."""
+    if value not in ROW_ORDERS:
+        raise ValueError(f"row_order must be one of {', '.join(ROW_ORDERS)}, got {value!r}")
+    assert ROW_ORDERS == (FASTDEPLOY_2_1, PLAIN)
+    return STORED_FROM_INPUT if value == FASTDEPLOY_2_1 else np.arange(len(INPUT_FROM_STORED))
+
+
+def offsets(value: object, experts: int, tokens: int) -> list[int]:
+    """Inclusive running token counts [experts], as integers."""
+    ends = array(value, "offsets")
+    if ends.dtype not in (np.int32, np.int64) or ends.shape != (experts,):
+        raise ValueError(
+            f"offsets must be int32 or int64 [{experts}], got {ends.dtype}{list(ends.shape)}"
+        )
+    if np.any(np.diff(ends, prepend=0) < 0):
+        raise ValueError("offsets must not fall: entry e is the number of rows of experts 0..e")
+    if ends[-1] != tokens:
+        raise ValueError(f"offsets must end at the {tokens} rows of x, not at {int(ends[-1])}")
+    return [int(end) for end in ends]
+
+
+def threads(value: int | None) -> int:
+    """A usable thread count; None means every processor this process may use."""
+    from ..encoder.base import default_threads
+
+    if value is None:
+        return default_threads()
+    if value < 1:
+        raise ValueError(f"threads must be at least 1, got {value}")
+    return value
