@@ -46,50 +46,64 @@ const MatmulKernels* pick_matmul(const char* name) {
   return nullptr;
 }
 
+Level::Level(int64_t count)
+    : pairs(static_cast<int32_t*>(std::calloc(std::max<int64_t>(count, 1) * kPairs, sizeof(int32_t)))),
+      scale(count), sum(count) {
+  if (!pairs) throw std::bad_alloc();
+}
+
+namespace {
+
+// Rounds the values of one group into `level` and returns the sum of the integers' magnitudes;
+// v becomes what is left over.
+int64_t round_group(float* v, Level& level, int64_t at) {
+  uint32_t top = 0;
+  for (int s = 0; s < kRows; ++s) {
+    uint32_t bits;
+    std::memcpy(&bits, v + s, 4);
+    top = std::max(top, bits & 0x7FFFFFFFu);
+  }
+  float largest;
+  std::memcpy(&largest, &top, 4);
+  if (top >= 0x7F800000u) {
+    // An infinity or NaN has no fixed-point form; the whole sum becomes NaN.
+    level.scale[at] = std::numeric_limits<float>::quiet_NaN();
+    return 0;
+  }
+  if (largest < 7.9e-31f) return 0;  // the reciprocal would leave float32: taken as zeros
+  const float inverse = 32767.0f / largest, scale = largest / 32767.0f;
+  int32_t q[kRows], sum = 0, magnitude = 0;
+  for (int s = 0; s < kRows; ++s) {
+    // Adding and taking away 1.5 * 2^23 rounds to nearest even, in any instruction set.
+    const float x = (v[s] * inverse + 12582912.0f) - 12582912.0f;
+    q[s] = static_cast<int32_t>(x);
+    v[s] -= x * scale;
+    sum += q[s];
+    magnitude += q[s] < 0 ? -q[s] : q[s];
+  }
+  level.scale[at] = scale;
+  level.sum[at] = sum;
+  int32_t* pairs = level.pairs.get() + at * kPairs;
+  for (int j = 0; j < kPairs; ++j)
+    pairs[j] = static_cast<int32_t>((static_cast<uint32_t>(q[low_row(j)]) & 0xFFFFu) |
+                                    (static_cast<uint32_t>(q[high_row(j)]) << 16));
+  return magnitude;
+}
+
+}  // namespace
+
 Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, int threads) {
-  Activations a;
-  a.rows = rows;
-  a.groups = k / kRows;
-  a.pairs.resize(a.groups * rows * kPairs);
-  a.scale.resize(a.groups * rows);
-  a.sum.resize(a.groups * rows);
-  auto one_row = [&](int64_t r) {
+  // Mean below a sixteenth of the largest: never on Gaussian rows (a quarter), always with an outlier.
+  constexpr int64_t kOutlier = 32767 * kRows / 16;
+  Activations a(rows, k / kRows);
+  parallel(rows, rows * k >= 1 << 15 ? threads : 1, [&](int64_t r) {
     for (int64_t g = 0; g < a.groups; ++g) {
       float v[kRows];
-      uint32_t top = 0;
-      for (int s = 0; s < kRows; ++s) {
-        v[s] = x[r * k + g * kRows + order[s]];
-        uint32_t bits;
-        std::memcpy(&bits, v + s, 4);
-        top = std::max(top, bits & 0x7FFFFFFFu);
-      }
-      float largest;
-      std::memcpy(&largest, &top, 4);
-      const int64_t at = g * rows + r;
-      int32_t q[kRows] = {};
-      int32_t sum = 0;
-      if (top >= 0x7F800000u) {
-        // An infinity or NaN has no fixed-point form; the whole sum becomes NaN.
-        a.scale[at] = std::numeric_limits<float>::quiet_NaN();
-      } else if (largest > 7.9e-31f) {  // below, the reciprocal leaves float32: taken as zeros
-        const float inverse = 32767.0f / largest;
-        for (int s = 0; s < kRows; ++s) {
-          // Adding and taking away 1.5 * 2^23 rounds to nearest even, in any instruction set.
-          q[s] = static_cast<int32_t>((v[s] * inverse + 12582912.0f) - 12582912.0f);
-          sum += q[s];
-        }
-        a.scale[at] = largest / 32767.0f;
-      } else {
-        a.scale[at] = 0;
-      }
-      a.sum[at] = sum;
-      int32_t* pairs = a.pairs.data() + at * kPairs;
-      for (int j = 0; j < kPairs; ++j)
-        pairs[j] = static_cast<int32_t>((static_cast<uint32_t>(q[low_row(j)]) & 0xFFFFu) |
-                                        (static_cast<uint32_t>(q[high_row(j)]) << 16));
+      for (int s = 0; s < kRows; ++s) v[s] = x[r * k + g * kRows + order[s]];
+      const int64_t at = g * rows + r, magnitude = round_group(v, a.main, at);
+      if (magnitude > 0 && magnitude < kOutlier) round_group(v, a.rest, at);
     }
-  };
-  parallel(rows, rows * k >= 1 << 15 ? threads : 1, one_row);
+  });
   return a;
 }
 

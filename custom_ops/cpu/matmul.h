@@ -59,13 +59,24 @@ struct Packed {
   bool integer = false;
 };
 
-// Activations as 16-bit integers with one scale per token and group, in the order of the pairs.
-// Largest |value| is 32767, so a group's sum with 6-bit states (63 * 32767 * 64) fits 32 bits.
+// A group's activations as 16-bit integers with one scale, in the order of the pairs. The largest
+// |value| is 32767, so a group's sum with 6-bit states (63 * 32767 * 64) fits 32 bits.
+struct Level {
+  explicit Level(int64_t groups_times_rows);
+  struct Free {
+    void operator()(int32_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<int32_t, Free> pairs;  // [groups][rows][kPairs]: row low(j) in the low half, high(j) above
+  std::vector<float> scale;              // [groups][rows]
+  std::vector<int32_t> sum;              // [groups][rows]: sum of the group's integers
+};
+
+// x = main + rest. The rest is there (scale not 0) for groups in which an outlier leaves the other
+// activations few bits.
 struct Activations {
-  int64_t rows = 0, groups = 0;
-  std::vector<int32_t> pairs;  // [groups][rows][kPairs]: row low(j) in the low half, high(j) above
-  std::vector<float> scale;    // [groups][rows]
-  std::vector<int32_t> sum;    // [groups][rows]: sum of the group's integers
+  Activations(int64_t r, int64_t g) : rows(r), groups(g), main(r * g), rest(r * g) {}
+  int64_t rows, groups;
+  Level main, rest;
 };
 
 // Rows of pair j: byte rows 0 and 2, or 1 and 3, of a 64-byte vector (16 rows) share a lane.

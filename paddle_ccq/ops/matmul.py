@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with packed weights on the CPU: one matrix, grouped over experts, and the MoE block.
 
-Weights are decoded on the fly. Activations enter as 16-bit integers with one scale per token and
-64 rows, which costs at most 7e-5 of the output's norm (2e-5 on Gaussian rows; a bfloat16 output
-alone costs 1.6e-3); sums are exact inside a group and float32 across groups, in a fixed order. A
-token's result depends neither on the other tokens nor on threads or instruction set.
+Weights are decoded on the fly, exactly. Activations enter as 16-bit integers with one scale per
+token and 64 rows, in two steps where an outlier would leave the others few bits: each is off by at
+most 2^-12 of its group's mean magnitude, 2e-5 of the output's norm on Gaussian rows (a bfloat16
+output alone costs 1.6e-3). Sums are exact inside a group and float32 across groups, in a fixed
+order, so a token's result depends neither on the other tokens nor on threads or instruction set.
 """
 
 from __future__ import annotations
