@@ -11,6 +11,8 @@ SOURCES = "custom_ops/cpu"
 X86_FLAGS = {
     "score_avx2.cpp": ["-mavx2"],
     "score_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
+    "ldlq_avx2.cpp": ["-mavx2"],
+    "ldlq_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
     "score_avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
     "matmul_avx2.cpp": ["-mavx2", "-mfma"],
     "matmul_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
@@ -55,13 +57,26 @@ core = Pybind11Extension(
             "matmul_avx2",
             "matmul_avx512",
             "matmul_avx512vnni",
+            "ldlq",
+            "ldlq_plain",
+            "ldlq_avx2",
+            "ldlq_avx512",
         )
     ],
-    depends=[f"{SOURCES}/{name}" for name in ("search.h", "encode.h", "score.inc")],
+    depends=[
+        f"{SOURCES}/{name}" for name in ("search.h", "encode.h", "score.inc", "ldlq.h", "ldlq.inc")
+    ],
     include_dirs=[SOURCES],
     cxx_std=17,
     # No contraction: a fused multiply-add rounds once where the encoder's definition rounds twice.
-    extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
+    # psabi: vectors wider than the registers are passed between inlined functions only.
+    extra_compile_args=[
+        "-O3",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-pthread",
+        "-Wno-psabi",
+    ],
     extra_link_args=["-pthread"],
 )
 

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module paddle_ccq._core: argument checks and array plumbing around encode().
+// The Python module paddle_ccq._core: argument checks and array plumbing around encode() and ldlq_encode().
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 
 #include "encode.h"
+#include "ldlq.h"
 #include "ops_module.h"
 
 namespace py = pybind11;
@@ -124,6 +126,76 @@ py::dict encode(const Weight& weight, const std::vector<std::vector<Array>>& pai
   return result;
 }
 
+// A contiguous float32 array of exactly this shape, or an error that names it.
+const float* checked(const Weight& array, std::initializer_list<py::ssize_t> shape, const char* name) {
+  bool fits = array.ndim() == static_cast<py::ssize_t>(shape.size());
+  py::ssize_t i = 0;
+  for (const py::ssize_t size : shape) fits = fits && array.shape(i++) == size;
+  if (!fits) throw std::invalid_argument(std::string(name) + " has the wrong shape");
+  return array.data();
+}
+
+py::dict ldlq(const Weight& weight, const py::dict& metric_in, const Weight& books, const Weight& supers,
+              const py::dict& recipe_in, int threads, const std::string& isa) {
+  if (weight.ndim() != 2 || weight.shape(0) < 1 || weight.shape(1) < 1 || weight.shape(1) % ccq::kRows)
+    throw std::invalid_argument("weight must be float32 [N, K] with 64 | K");
+  const py::ssize_t n = weight.shape(0), k = weight.shape(1), blocks = k / ccq::kBlock;
+  if (books.ndim() != 3 || books.shape(0) < 1 || supers.ndim() != 2 || supers.shape(0) < 1)
+    throw std::invalid_argument("books must be [pairs, 256, 4] and supers [candidates, N]");
+  const auto h = metric_in["h"].cast<Weight>(), feedback = metric_in["feedback"].cast<Weight>();
+  const auto d_root = metric_in["d_root"].cast<Weight>(), h_root = metric_in["h_root"].cast<Weight>();
+  const auto h_inverse = metric_in["h_inverse"].cast<Weight>();
+  ccq::Metric metric;
+  metric.k = k;
+  metric.h = checked(h, {k, k}, "h");
+  metric.feedback = checked(feedback, {k, k}, "feedback");
+  metric.d_root = checked(d_root, {blocks, ccq::kBlock, ccq::kBlock}, "d_root");
+  metric.h_root = checked(h_root, {blocks, ccq::kBlock, ccq::kBlock}, "h_root");
+  metric.h_inverse = checked(h_inverse, {blocks, ccq::kBlock, ccq::kBlock}, "h_inverse");
+  metric.nominal = recipe_in["nominal"].cast<float>();
+  const float* book = checked(books, {books.shape(0), ccq::kWords, ccq::kBlock}, "books");
+  const float* super_scales = checked(supers, {supers.shape(0), n}, "supers");
+
+  ccq::LdlqRecipe recipe;
+  recipe.low = recipe_in["window_low"].cast<int>();
+  recipe.high = recipe_in["window_high"].cast<int>();
+  recipe.keep_pairs = recipe_in["keep_pairs"].cast<int>();
+  recipe.sweeps = recipe_in["sweeps"].cast<int>();
+  const int tried = recipe.high - recipe.low + 1;
+  if (tried < 1 || tried > ccq::kMaxScales) throw std::invalid_argument("1 to 8 local scales");
+  if (recipe.keep_pairs < 1 || recipe.sweeps < 0 || threads < 1)
+    throw std::invalid_argument("keep_pairs and threads >= 1, sweeps >= 0");
+  const ccq::LdlqKernels* kernels = ccq::pick_ldlq(isa.c_str());
+  if (!kernels) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+
+  py::array_t<uint16_t> words({n, blocks});
+  py::array_t<uint16_t> scales({n, k / ccq::kRows});
+  py::array_t<float> chosen_supers(n);
+  py::array_t<int32_t> pairs(n);
+  py::array_t<double> loss(n);
+  const ccq::LdlqOutput out{words.mutable_data(), scales.mutable_data(), chosen_supers.mutable_data(),
+                            pairs.mutable_data(), loss.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    ccq::ldlq_encode(*kernels, metric, recipe, book, static_cast<int>(books.shape(0)), super_scales,
+                     static_cast<int>(supers.shape(0)), weight.data(), n, threads, out);
+  }
+  py::dict result;
+  result["words"] = words;
+  result["scales"] = scales;
+  result["supers"] = chosen_supers;
+  result["pairs"] = pairs;
+  result["loss"] = loss;
+  return result;
+}
+
+std::vector<std::string> ldlq_instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* name : {"avx512", "avx2", "plain"})
+    if (ccq::pick_ldlq(name)) names.emplace_back(name);
+  return names;
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const char* name : {"avx512vnni", "avx512", "avx2", "plain"})
@@ -134,9 +206,12 @@ std::vector<std::string> instruction_sets() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled core of paddle_ccq: the data-free code search.";
+  m.doc() = "Compiled core of paddle_ccq: the code search, data-free and calibrated.";
   m.def("encode", &encode, py::arg("weight"), py::arg("pairs"), py::arg("index_bits"), py::arg("layout"),
         py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("ldlq", &ldlq, py::arg("weight"), py::arg("metric"), py::arg("books"), py::arg("supers"),
+        py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("ldlq_instruction_sets", &ldlq_instruction_sets, "Usable builds of ldlq, fastest first.");
   m.def("instruction_sets", &instruction_sets, "Usable builds of the score loop, fastest first.");
   ccq::bind_ops(m);
 }

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -54,10 +54,14 @@ class ErrorStats:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A matrix in its stored form: suffix -> array (formats.tensor_specs), and its error."""
+    """A matrix in its stored form: suffix -> array (formats.tensor_specs), and its error.
+
+    `measures` holds what else an encoder has to say, by name; the journal records it.
+    """
 
     tensors: dict[str, np.ndarray]
     stats: ErrorStats
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class MatrixEncoder(Protocol):
@@ -69,8 +73,11 @@ class MatrixEncoder(Protocol):
 
     format: str
 
-    def encode(self, weight: np.ndarray, name: str = "") -> Encoded:
+    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """Encode float32 [N, K] = [out, in], C-contiguous, finite, rows of K in stored order.
+
+        `rows` [K] says which input row of the named matrix each of them is, where they are not
+        all of it in plain order.
 
         Raises:
             ValueError: if the format cannot hold the shape.

@@ -24,7 +24,7 @@ class IntegerEncoder:
             "wint4": (quantize_wint4, dequantize_wint4),
         }[format]
 
-    def encode(self, weight: np.ndarray, name: str = "") -> Encoded:
+    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """See MatrixEncoder.encode; weights are rounded to bfloat16 first, as Paddle needs them."""
         quantize, dequantize = self._functions
         q, scale = quantize(weight.T)

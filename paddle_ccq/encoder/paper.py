@@ -102,9 +102,7 @@ class PaperEncoder:
         self.format = format
         self._literal = literal
 
-    def encode(
-        self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None
-    ) -> Encoded:
+    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """See MatrixEncoder.encode."""
         n, k = weight.shape
         problem = formats.shape_problem(self.format, k, n)

@@ -58,7 +58,7 @@ class SearchEncoder:
         self._recipe = recipe or RECIPES[format][preset]
         self._books = pair_books(format, self._recipe)
 
-    def encode(self, weight: np.ndarray, name: str = "") -> Encoded:
+    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """See MatrixEncoder.encode."""
         from .. import _core
 
