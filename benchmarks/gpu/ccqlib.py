@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU library through ctypes and torch: a development harness, free of Paddle.
+
+Build: `python benchmarks/gpu/ccqlib.py OUT.so [--arch 90a] [nvcc flags]`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("repack.cu", "moe_gemm.cu")
+BF16, FP16 = 0, 1
+PLAIN, FASTDEPLOY = 0, 1
+INTEGER, GENERAL = 0, 1
+
+
+def build(out: str, arch: str = "90a", flags: tuple[str, ...] = ()) -> None:
+    """Compile the launchers into one shared library."""
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cudart", "static", *flags]
+    command += [str(ROOT / "custom_ops" / "gpu" / s) for s in SOURCES] + ["-o", out]
+    subprocess.run(command, check=True)
+
+
+class GemmArgs(ctypes.Structure):
+    """ccq_moe_gemm_args of moe_gemm.h."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("x", "offsets", "quant", "scales", "columns", "row_scale", "out", "workspace")
+    ] + [
+        (name, ctypes.c_int)
+        for name in ("rows", "k", "n", "experts", "dtype", "pairs", "row_order")
+    ]
+
+
+@dataclass
+class Packed:
+    """Weights in the kernel's layout."""
+
+    quant: object
+    scales: object
+    columns: object
+    pairs: int
+    experts: int
+    k: int
+    n: int
+
+
+class Library:
+    """The C interface with torch tensors; every return code is checked."""
+
+    def __init__(self, path: str) -> None:
+        import torch
+
+        self.torch = torch
+        self.lib = ctypes.CDLL(path)
+        self.lib.ccq_moe_gemm_workspace.restype = ctypes.c_size_t
+
+    def stream(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
+
+    def check(self, code: int) -> None:
+        if code:
+            raise RuntimeError(f"CUDA error {code}")
+
+    def force_variant(self, variant: int) -> None:
+        """Only in builds with -DCCQ_TUNING; -1 returns to the automatic choice."""
+        self.lib.ccq_moe_gemm_force_variant(variant)
+
+    def repack(self, q, ws, ss, cs, zp) -> Packed:
+        """Checkpoint tensors stacked over experts -> Packed."""
+        torch = self.torch
+        experts, k, n = q.shape[0], q.shape[1] * 4, q.shape[2]
+        made = dict(device=q.device, dtype=torch.uint8)
+        quant = torch.empty(experts * n * k // 4, **made)
+        scales = torch.empty(experts * n * k // 128, **made)
+        columns = torch.empty(experts * n * 3, device=q.device, dtype=torch.int32)
+        kind = torch.full((1,), 77, device=q.device, dtype=torch.int32)
+        dtype = BF16 if ss.dtype == torch.bfloat16 else FP16
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (q, ws, ss)]
+        pointers += [ctypes.c_int(dtype)] + [ctypes.c_void_p(t.data_ptr()) for t in (cs, zp)]
+        pointers += [ctypes.c_int(v) for v in (experts, k, n)]
+        pointers += [ctypes.c_void_p(t.data_ptr()) for t in (quant, scales, columns, kind)]
+        self.check(self.lib.ccq_repack_wint2(*pointers, self.stream()))
+        return Packed(quant, scales, columns, int(kind.item()), experts, k, n)
+
+    def unpack(self, p: Packed, super_dtype):
+        """Packed -> checkpoint tensors."""
+        torch, d = self.torch, p.quant.device
+        q = torch.empty(p.experts, p.k // 4, p.n, device=d, dtype=torch.uint8)
+        ws = torch.empty(p.experts, p.k // 128, p.n, device=d, dtype=torch.uint8)
+        ss = torch.empty(p.experts, p.n, device=d, dtype=super_dtype)
+        cs, zp = (torch.empty(p.experts, p.n, device=d) for _ in range(2))
+        dtype = BF16 if super_dtype == torch.bfloat16 else FP16
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (p.quant, p.scales, p.columns)]
+        pointers += [ctypes.c_int(v) for v in (p.experts, p.k, p.n)]
+        pointers += [ctypes.c_void_p(t.data_ptr()) for t in (q, ws, ss)] + [ctypes.c_int(dtype)]
+        pointers += [ctypes.c_void_p(t.data_ptr()) for t in (cs, zp)]
+        self.check(self.lib.ccq_unpack_wint2(*pointers, self.stream()))
+        return q, ws, ss, cs, zp
+
+    def workspace(self, rows: int, k: int, n: int, experts: int):
+        size = self.lib.ccq_moe_gemm_workspace(rows, k, n, experts)
+        made = self.torch.empty(size, device="cuda", dtype=self.torch.uint8)
+        return made.fill_(255)  # NaN everywhere: nothing may depend on its contents
+
+    def gemm(self, x, offsets, p: Packed, out, workspace, *, row_scale=None, order=PLAIN,
+             pairs=None) -> None:
+        """out[r] = x[r] W[expert(r)] (* row_scale[r]); offsets int64 inclusive sums or None."""
+        def pointer(t):
+            return None if t is None else t.data_ptr()
+
+        args = GemmArgs(
+            pointer(x), pointer(offsets), pointer(p.quant), pointer(p.scales), pointer(p.columns),
+            pointer(row_scale), pointer(out), pointer(workspace),
+            x.shape[0], p.k, p.n, p.experts,
+            BF16 if x.dtype == self.torch.bfloat16 else FP16,
+            p.pairs if pairs is None else pairs, order,
+        )  # fmt: skip
+        self.check(self.lib.ccq_moe_gemm(ctypes.byref(args), self.stream()))
+
+
+def random_weights(torch, experts: int, k: int, n: int, pairs: str = "integer", seed: int = 0):
+    """Random checkpoint tensors on the GPU; `pairs`: integer, float, or mixed signs and fractions."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g, device="cuda")
+
+    q = torch.randint(0, 256, (experts, k // 4, n), generator=g, device="cuda", dtype=torch.uint8)
+    ws = torch.randint(0, 256, (experts, k // 128, n), generator=g, device="cuda",
+                       dtype=torch.uint8)  # fmt: skip
+    ss = ((0.5 + uniform(experts, n)) / 400).to(torch.bfloat16)
+    if pairs == "integer":
+        cs = torch.full((experts, n), 121.0, device="cuda")
+        zp = torch.floor(uniform(experts, n) * 1900)
+        flip = uniform(experts, n) < 0.1  # other steps and signs are integer pairs too
+        cs = torch.where(flip, -127.0, cs)
+        zp = torch.where(flip, zp + 32385 - 1900, zp)
+        zp = torch.where(flip, zp.clamp(max=32767), zp)
+        zp = torch.where(flip & (zp < 32385), torch.full_like(zp, 32385.0), zp)
+    else:
+        cs = 90 + uniform(experts, n) * 38
+        zp = uniform(experts, n) * 100
+        flip = uniform(experts, n) < 0.2
+        cs, zp = torch.where(flip, -cs, cs), torch.where(flip, zp + 32600, zp)
+    return q, ws, ss, cs, zp
+
+
+def decode(torch, q, ws, ss, cs, zp, fastdeploy: bool = False):
+    """float64 weights [K, N] of one expert, scale and product exact; input rows in plain order."""
+    # float64 holds product and sum of the fma exactly, so one rounding to float32 is the fma.
+    v = q.double() * cs.double() + (zp + 0.5).double()
+    codes = torch.floor(v.float()).to(torch.int64) & 32767
+    states = torch.stack([(codes >> s & 63) - 32 for s in (9, 6, 3, 0)], 1)
+    states = states.reshape(-1, q.shape[-1])
+    nibbles = torch.stack([ws >> 4, ws & 15], 1).reshape(-1, q.shape[-1])
+    w = states.double() * nibbles.double().repeat_interleave(64, 0) * ss.double()
+    if fastdeploy:  # stored row 16a + 2b + c is input row 8b + 2a + c
+        w = w.reshape(-1, 4, 8, 2, w.shape[-1]).transpose(1, 2).reshape(-1, w.shape[-1])
+    return w
+
+
+def random_offsets(torch, experts: int, rows: int, seed: int, skew: float = 0.0):
+    """Inclusive int64 sums of a random routing of `rows` rows; many experts stay empty."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.rand(experts, generator=g) ** (1 + 4 * skew) + 1e-6
+    ids = torch.multinomial(weight, rows, replacement=True, generator=g)
+    return torch.bincount(ids, minlength=experts).cumsum(0).to(torch.int64)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    arch = "90a"
+    if "--arch" in arguments:
+        at = arguments.index("--arch")
+        arch = arguments[at + 1]
+        del arguments[at : at + 2]
+    build(arguments[0], arch, tuple(arguments[1:]))

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// WINT2 bytes to tensor-core operands, in registers.
+//
+// At 3 TB/s an H100 SM receives about 52 weights a clock and issues 64 integer lanes a clock, so decoding may cost about
+// one integer operation a weight. What makes it fit:
+//
+// - A code's windows are read as fp16 SUBNORMALS. Two 15-bit codes stand in one register (16x2); `c & 0x003F003F` is
+//   window 3 as w * 2^-24, `c & 0x01F801F8` window 2 as 8 w * 2^-24; after one `c >> 6` the same masks give windows 1
+//   and 0. Tensor cores take subnormals at full speed, so there is no exponent to OR in and nothing to subtract. The
+//   factor 8 is divided out of the activations, 2^24 multiplied into the super scale, and the offset of -32 becomes the
+//   accumulator's initial value, -32 * (sum of the group's activations).
+// - An integer pair decodes two bytes with one multiply-add: (q0 | q1 << 16) * scale + (zp | zp << 16). Both codes lie
+//   in [0, 2^15) (checked when repacking), so no carry crosses.
+// - The scale of a group multiplies the fp32 accumulator of 16 columns x 8 tokens, never a weight.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace ccq {
+
+enum class Pairs { kInteger, kGeneral };
+
+// What decoding needs to know of one column, from the float32 pair that the checkpoint carries.
+template <Pairs kPairs>
+struct Column;
+
+template <>
+struct Column<Pairs::kInteger> {
+  uint32_t scale, zp2;
+  __device__ Column() {}
+  __device__ Column(float code_scale, float code_zp) {
+    scale = static_cast<uint32_t>(__float2int_rn(code_scale));
+    zp2 = static_cast<uint32_t>(__float2int_rn(code_zp)) * 0x00010001u;
+  }
+  // Codes of bytes 0 and 2 of `word` for pair 0, of bytes 1 and 3 for pair 1.
+  template <int kPair>
+  __device__ uint32_t codes(uint32_t word) const {
+    uint32_t q = kPair == 0 ? word & 0x00FF00FFu : __byte_perm(word, 0, 0x4341);
+    return q * scale + zp2;
+  }
+};
+
+template <>
+struct Column<Pairs::kGeneral> {
+  float scale, offset;
+  __device__ Column() {}
+  __device__ Column(float code_scale, float code_zp) {
+    scale = code_scale;
+    offset = __fadd_rn(code_zp, 0.5f);
+  }
+  // floor(fma(q, scale, offset)), low 16 bits: FastDeploy's rounding. The byte becomes a float as the mantissa of 2^23;
+  // the floor is an addition of 1.5 * 2^23 rounded down, which leaves the integer in the low mantissa bits. Both run at
+  // the full float rate, where float-to-int conversions run at an eighth of it.
+  template <int kByte>
+  __device__ uint32_t code(uint32_t word) const {
+    float q = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7540 | kByte)) - 8388608.f;
+    return __float_as_uint(__fadd_rd(__fmaf_rn(q, scale, offset), 12582912.f));
+  }
+  template <int kPair>
+  __device__ uint32_t codes(uint32_t word) const {
+    return __byte_perm(code<kPair>(word), code<kPair + 2>(word), 0x5410);
+  }
+};
+
+// The four A registers' worth of one pair: windows 3, 2, 1, 0 of both codes, as fp16 subnormals (see above).
+struct Windows {
+  uint32_t w[4];
+  __device__ explicit Windows(uint32_t c) {
+    w[0] = c & 0x003F003Fu;
+    w[1] = c & 0x01F801F8u;
+    c >>= 6;  // what the upper code leaves in the lower half's bits 10 to 15 is masked away
+    w[2] = c & 0x003F003Fu;
+    w[3] = c & 0x01F801F8u;
+  }
+};
+
+// Nibble i of a scale word as float, times 16^i. OR-ed into the mantissa of 2^23, which is then subtracted; `magic` is
+// kMagic in a register, so that AND and OR are one instruction. The powers of 16 cost nothing: those of odd nibbles
+// (odd groups) are divided out of the activations, that of the upper two (columns g + 8) out of the super scale.
+constexpr uint32_t kMagic = 0x4B000000u;
+__device__ inline uint32_t in_register(uint32_t constant) {
+  asm volatile("" : "+r"(constant));
+  return constant;
+}
+template <int i>
+__device__ inline float nibble(uint32_t word, uint32_t magic) {
+  return __uint_as_float((word & (0xFu << (4 * i))) | magic) - 8388608.f;
+}
+constexpr float kOddGroup = 1.f / 16.f, kUpperColumns = 1.f / 256.f;
+
+// Rows of a 64-group in the order the fragments want them. Lane t of a quad owns rows 16t..16t+15 (four bytes). Its
+// B registers, two 16-byte halves p = 0, 1 of four registers i = 0..3, hold rows 4p + 3 - i (low half of the register)
+// and 4(p + 2) + 3 - i (high), matching Windows::w[i] of codes<p>. Registers 1 and 3 carry the factor 1/8.
+__host__ __device__ constexpr int fragment_row(int p, int i, int high) { return 4 * (p + 2 * high) + 3 - i; }
+
+// 16x8 = 16x16 * 16x8 + 16x8, fp16 operands, fp32 accumulators. Separate C and D let tiles share a starting value.
+__device__ inline void mma(float (&d)[4], const float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+__device__ inline void copy16(void* shared, const void* global) {
+  uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(to), "l"(global) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int kPending>
+__device__ inline void copy_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Programmatic dependent launch (Hopper and later): the second kernel starts while the first runs, and waits for its
+// results only here. Before Hopper kernels run one after another and both are empty.
+__device__ inline void dependents_may_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_prerequisites() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+}  // namespace ccq

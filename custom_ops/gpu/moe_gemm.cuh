@@ -1,0 +1,429 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped GEMM for few rows an expert: persistent, split along K, weights streamed through shared memory.
+//
+// Work. A tile is (expert, 16 * kR * kWarps columns, up to 8 * kNT rows); a unit is a tile's next 128 input rows. All
+// units of all tiles form one line, tile after tile, and each block takes an equal stretch of it, so that all SMs end
+// together whatever the routing. A tile that lies in several stretches is summed from fp32 partial results by whichever
+// block finishes it last, always in the order of K: which block does it changes from run to run, the sum does not.
+//
+// Warps. A warp owns kR tiles of 16 columns; nothing is shared between warps and there is no block barrier after the
+// start. Its weights come through a ring of kStages units in shared memory by cp.async, where each lane fetches the 16
+// bytes that it will itself decode. The ring runs on across tile borders, so the memory pipe never drains. The warps
+// of a block stand at about the same K of the same rows, so that activations, read straight into fragment registers,
+// come from L1 for all of them but the first.
+#pragma once
+
+#include "decode.cuh"
+#include "prepare.cuh"
+
+namespace ccq {
+
+struct GemmParams {
+  const int64_t* offsets;
+  const uint8_t* quant;
+  const uint8_t* scales;
+  const uint32_t* columns;
+  Prepared prepared;
+  float4* partial;
+  void* out;
+  int rows, k, n, experts, dtype;
+};
+
+template <Pairs kPairs_, int kR_, int kNT_, int kStages_, int kMinBlocks_>
+struct Config {
+  static constexpr Pairs kPairs = kPairs_;
+  static constexpr int kR = kR_, kNT = kNT_, kStages = kStages_, kMinBlocks = kMinBlocks_;
+  static constexpr int kWarps = 8, kThreads = kWarps * 32, kTileTokens = 8 * kNT;
+  static constexpr int kTiles = kR * kWarps;  // 16-column tiles a block tile has
+  // Shared memory of one warp: stages of quant [r][512] and scales [r][16]; then columns [stage][r][192].
+  static constexpr int kStageBytes = kR * 528, kColumnBytes = kR * 192;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kWarpBytes = kRingBytes + kStages * kColumnBytes;
+  static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block and slot
+  static size_t shared_bytes(int experts) { return kWarps * kWarpBytes + 2 * sizeof(int) * (experts + 1); }
+};
+
+// Where a tile lies. Tiles run over experts, then columns, then blocks of rows, so that blocks reading the same weights
+// stand next to each other.
+struct Tile {
+  int expert, column_tile, row, rows;
+};
+
+// Prefix sums over experts, in shared memory.
+struct Routing {
+  const int* blocks;  // [experts + 1] row blocks before an expert
+  const int* rows;    // [experts + 1] rows before an expert
+  int column_tiles;
+
+  __device__ Tile find(int tile, int expert, int tile_tokens) const {
+    while (tile >= blocks[expert + 1] * column_tiles) ++expert;
+    int local = tile - blocks[expert] * column_tiles, count = blocks[expert + 1] - blocks[expert];
+    int column = local / count, block = local - column * count;
+    int row = rows[expert] + block * tile_tokens;
+    return {expert, column, row, min(tile_tokens, rows[expert + 1] - row)};
+  }
+  __device__ int expert_of(int tile, int experts) const {
+    int low = 0, high = experts - 1;
+    while (low < high) {
+      int mid = (low + high) / 2;
+      if (tile < blocks[mid + 1] * column_tiles) high = mid; else low = mid + 1;
+    }
+    return low;
+  }
+};
+
+// Inclusive prefix sums of row blocks and rows; one pass of warp scans per 256 experts.
+template <int kThreads>
+__device__ void scan_offsets(const GemmParams& p, int tile_tokens, int* blocks, int* rows) {
+  __shared__ int sum_of_warp[kThreads / 32];
+  int carry = 0;
+  if (threadIdx.x == 0) blocks[0] = rows[0] = 0;
+  for (int base = 0; base < p.experts; base += kThreads) {
+    const int e = base + threadIdx.x;
+    int end = 0, count = 0;
+    if (e < p.experts) {
+      end = p.offsets ? static_cast<int>(p.offsets[e]) : p.rows;
+      int begin = e && p.offsets ? static_cast<int>(p.offsets[e - 1]) : 0;
+      count = (end - begin + tile_tokens - 1) / tile_tokens;
+    }
+    int sum = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      int other = __shfl_up_sync(~0u, sum, d);
+      if (static_cast<int>(threadIdx.x % 32) >= d) sum += other;
+    }
+    if (threadIdx.x % 32 == 31) sum_of_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    int before = carry;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < static_cast<int>(threadIdx.x / 32)) before += sum_of_warp[w];
+      carry += sum_of_warp[w];
+    }
+    if (e < p.experts) blocks[e + 1] = before + sum, rows[e + 1] = end;
+    __syncthreads();
+  }
+}
+
+// The stretches: block b of `grid` takes quanta [b * total / grid, (b + 1) * total / grid).
+struct Split {
+  int total, grid;
+  __device__ int begin(int b) const { return static_cast<int>(static_cast<int64_t>(b) * total / grid); }
+  __device__ int owner(int quantum) const {
+    return static_cast<int>((static_cast<int64_t>(quantum + 1) * grid - 1) / total);
+  }
+};
+
+template <typename C>
+struct Warp {
+  static constexpr int kR = C::kR, kStages = C::kStages;
+  const GemmParams& p;
+  const Routing routing;
+  char* const ring;
+  char* const ring_lane;  // ring + 16 * lane
+  const int lane, warp, blocks_k, tiles_n;
+
+  // The end of the ring where units are requested.
+  int ahead_tile, ahead_kb, ahead_left, ahead_expert, ahead_stage, ahead_columns;
+  bool ahead_new;
+  const uint8_t* ahead_quant;
+  const uint8_t* ahead_scales;
+  const uint32_t* ahead_column;
+  int step;  // bytes of quant from tile r to r + 1; 0 at the right edge
+  bool step_columns;
+
+  // Positions in the ring are byte offsets.
+  __device__ static int next_stage(int at) { return at + C::kStageBytes == C::kRingBytes ? 0 : at + C::kStageBytes; }
+  __device__ static int next_columns(int at) {
+    return at + C::kColumnBytes == C::kWarpBytes ? C::kRingBytes : at + C::kColumnBytes;
+  }
+  __device__ int tile16(int column_tile) const { return column_tile * C::kTiles + warp * kR; }
+
+  __device__ void aim() {  // at the tile ahead_tile, row block ahead_kb
+    Tile t = routing.find(ahead_tile, ahead_expert, C::kTileTokens);
+    ahead_expert = t.expert;
+    // A warp right of the last column reads its last tile again and writes nothing.
+    const int t16 = min(tile16(t.column_tile), tiles_n - 1);
+    const size_t tile = static_cast<size_t>(t.expert) * tiles_n + t16;
+    step_columns = t16 + kR <= tiles_n;
+    step = step_columns ? blocks_k * 512 : 0;
+    ahead_quant = p.quant + (tile * blocks_k + ahead_kb) * 512 + lane * 16;
+    ahead_scales = p.scales + (tile * blocks_k + ahead_kb) * 16 + (lane < kR ? lane * (step / 32) : 0);
+    ahead_column = p.columns + tile * 48 + lane * 4;
+    ahead_new = true;
+  }
+  __device__ void request() {  // the next unit of the line, or nothing
+    if (ahead_left > 0) {
+char* to = ring_lane + ahead_stage;
+#pragma unroll
+      for (int r = 0; r < kR; ++r) copy16(to + r * 512, ahead_quant + r * step);
+      if (lane < kR) copy16(to + kR * 512, ahead_scales);
+      if (ahead_new && lane < 12) {
+#pragma unroll
+        for (int r = 0; r < kR; ++r) copy16(ring_lane + ahead_columns + r * 192, ahead_column + (step_columns ? r * 48 : 0));
+      }
+      ahead_new = false;
+      ahead_quant += 512, ahead_scales += 16;
+      ahead_stage = next_stage(ahead_stage);
+      --ahead_left;
+      if (++ahead_kb == blocks_k) {
+        ahead_kb = 0, ++ahead_tile;
+        ahead_columns = next_columns(ahead_columns);
+        if (ahead_left > 0) aim();
+      }
+    }
+    copy_commit();  // an empty group keeps the count of pending groups right at the end
+  }
+};
+
+template <typename C, int kNT>
+struct Accumulator {
+  float o[C::kR][kNT][4];
+};
+
+__device__ inline uint4 load4(const __half* p) { return *reinterpret_cast<const uint4*>(p); }
+
+// Units kb..kb_end of one tile into `acc`. kNT: blocks of 8 rows that this tile really has.
+template <typename C, int kNT>
+__device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& stage, int columns_at,
+                         Accumulator<C, kNT>& acc) {
+  constexpr int kR = C::kR;
+  const GemmParams& p = w.p;
+  const int g = w.lane / 4, t = w.lane % 4, groups = p.k / 64, last = tile.row + tile.rows - 1;
+  const __half* x[kNT];
+  const float* sums[kNT][2];
+#pragma unroll
+  for (int nt = 0; nt < kNT; ++nt) {
+    // Rows past the end repeat the last one; their results are not stored.
+    const int row = min(tile.row + nt * 8 + g, last);
+    x[nt] = p.prepared.x + static_cast<size_t>(row) * p.k + kb * 128 + t * 8;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      sums[nt][i] =
+          p.prepared.sums + static_cast<size_t>(min(tile.row + nt * 8 + 2 * t + i, last)) * groups + kb * 2;
+  }
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
+
+  const uint32_t magic = in_register(kMagic);
+  Column<C::kPairs> column[kR][2];
+  bool first = true;
+  for (; kb < kb_end; ++kb) {
+    uint4 b[kNT][4];
+    float2 s[kNT][2];
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[nt][i] = load4(x[nt] + i * 32);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) s[nt][i] = *reinterpret_cast<const float2*>(sums[nt][i]), sums[nt][i] += 2;
+      x[nt] += 128;
+    }
+    copy_wait<C::kStages - 2>();
+    __syncwarp();  // scales and columns were fetched by other lanes
+    if (first) {
+      first = false;
+      const float* c = reinterpret_cast<const float*>(w.ring + columns_at);
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        column[r][0] = Column<C::kPairs>(c[r * 48 + g], c[r * 48 + 16 + g]);
+        column[r][1] = Column<C::kPairs>(c[r * 48 + g + 8], c[r * 48 + 24 + g]);
+      }
+    }
+    uint4 q[kR];
+    uint32_t scale[kR];
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      q[r] = *reinterpret_cast<const uint4*>(w.ring_lane + stage + r * 512);
+      scale[r] = *reinterpret_cast<const uint16_t*>(w.ring + stage + kR * 512 + r * 16 + g * 2);
+    }
+    stage = Warp<C>::next_stage(stage);
+    // The stage requested now is the one read in the last round, which every lane has left (the barrier above).
+    w.request();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float start[kNT][4];
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt) {
+        start[nt][0] = start[nt][2] = half ? s[nt][0].y : s[nt][0].x;
+        start[nt][1] = start[nt][3] = half ? s[nt][1].y : s[nt][1].x;
+      }
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
+        float d[kNT][4];
+        {
+          const Windows a(column[r][0].template codes<0>(low)), c(column[r][1].template codes<0>(high));
+#pragma unroll
+          for (int nt = 0; nt < kNT; ++nt) {
+            const uint4 v = b[nt][half * 2];
+            mma(d[nt], start[nt], a.w[0], c.w[0], a.w[1], c.w[1], v.x, v.y);
+            mma(d[nt], d[nt], a.w[2], c.w[2], a.w[3], c.w[3], v.z, v.w);
+          }
+        }
+        {
+          const Windows a(column[r][0].template codes<1>(low)), c(column[r][1].template codes<1>(high));
+#pragma unroll
+          for (int nt = 0; nt < kNT; ++nt) {
+            const uint4 v = b[nt][half * 2 + 1];
+            mma(d[nt], d[nt], a.w[0], c.w[0], a.w[1], c.w[1], v.x, v.y);
+            mma(d[nt], d[nt], a.w[2], c.w[2], a.w[3], c.w[3], v.z, v.w);
+          }
+        }
+        const float f0 = half ? nibble<1>(scale[r], magic) : nibble<0>(scale[r], magic);
+        const float f1 = half ? nibble<3>(scale[r], magic) : nibble<2>(scale[r], magic);
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+          float* o = acc.o[r][nt];
+          o[0] = fmaf(f0, d[nt][0], o[0]), o[1] = fmaf(f0, d[nt][1], o[1]);
+          o[2] = fmaf(f1, d[nt][2], o[2]), o[3] = fmaf(f1, d[nt][3], o[3]);
+        }
+      }
+    }
+  }
+}
+
+__device__ inline void store(const GemmParams& p, size_t at, float v) {
+  if (p.dtype == CCQ_BF16) static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(v);
+  else static_cast<__half*>(p.out)[at] = __float2half_rn(v);
+}
+
+// A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
+template <typename C, int kNT>
+__device__ void write_out(Warp<C>& w, const Tile& tile, const float (&super)[C::kR][2], Accumulator<C, kNT>& acc) {
+  const GemmParams& p = w.p;
+  const int g = w.lane / 4, t = w.lane % 4;
+#pragma unroll
+  for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = nt * 8 + 2 * t + i;
+      if (token >= tile.rows) continue;
+      const float row_scale = p.prepared.row_scale[tile.row + token];
+      const size_t base = static_cast<size_t>(tile.row + token) * p.n;
+#pragma unroll
+      for (int r = 0; r < C::kR; ++r) {
+        const int t16 = w.tile16(tile.column_tile) + r;
+        if (t16 >= w.tiles_n) continue;
+        store(p, base + t16 * 16 + g, acc.o[r][nt][i] * super[r][0] * row_scale);
+        store(p, base + t16 * 16 + g + 8, acc.o[r][nt][2 + i] * super[r][1] * row_scale);
+      }
+    }
+}
+
+// Leaves this block's share of a tile in the workspace. True in the last block to do so, with the tile's sum in `acc`.
+template <typename C, int kNT>
+__device__ bool combine(Warp<C>& w, int first_block, int last_block, Accumulator<C, kNT>& acc) {
+  const GemmParams& p = w.p;
+  // A block has at most two shared tiles: the one that its stretch begins in (slot 0) and the one it ends in (slot 1).
+  auto at = [&](int block) {
+    return p.partial + (static_cast<size_t>(block * 2 + (block == first_block)) * C::kWarps + w.warp) *
+                           (C::kPartialFloat4 / C::kWarps) + w.lane;
+  };
+  float4* mine = at(blockIdx.x);
+#pragma unroll
+  for (int r = 0; r < C::kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt) {
+      const float* o = acc.o[r][nt];
+      __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
+    }
+  __threadfence();
+  __syncwarp();
+  int arrived = 0;
+  if (w.lane == 0) arrived = atomicAdd(p.prepared.tickets + first_block * C::kWarps + w.warp, 1);
+  arrived = __shfl_sync(~0u, arrived, 0);
+  if (arrived != last_block - first_block) return false;
+  __threadfence();
+#pragma unroll
+  for (int r = 0; r < C::kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
+  for (int block = first_block; block <= last_block; ++block) {
+    const float4* from = at(block);
+#pragma unroll
+    for (int r = 0; r < C::kR; ++r)
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt) {
+        const float4 v = __ldcg(from + (r * kNT + nt) * 32);
+        float* o = acc.o[r][nt];
+        o[0] += v.x, o[1] += v.y, o[2] += v.z, o[3] += v.w;
+      }
+  }
+  return true;
+}
+
+template <typename C, int kNT>
+__device__ void run_tile(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& stage, int columns_at,
+                         int first_block, int last_block) {
+  Accumulator<C, kNT> acc;
+  multiply<C, kNT>(w, tile, kb, kb_end, stage, columns_at, acc);
+  // Read here and not before the loop, to keep them out of its registers; the slot stays until the tile is done.
+  float super[C::kR][2];
+  const float* c = reinterpret_cast<const float*>(w.ring + columns_at);
+#pragma unroll
+  for (int r = 0; r < C::kR; ++r)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) super[r][i] = c[r * 48 + 32 + w.lane / 4 + 8 * i] * (i ? 16777216.f * kUpperColumns : 16777216.f);
+  if (first_block != last_block && !combine<C, kNT>(w, first_block, last_block, acc)) return;
+  write_out<C, kNT>(w, tile, super, acc);
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmParams p) {
+  extern __shared__ __align__(16) char shared[];
+  int* blocks = reinterpret_cast<int*>(shared + C::kWarps * C::kWarpBytes);
+  int* rows = blocks + p.experts + 1;
+  scan_offsets<C::kThreads>(p, C::kTileTokens, blocks, rows);
+
+  const int blocks_k = p.k / 128, tiles_n = p.n / 16;
+  const Routing routing{blocks, rows, (tiles_n + C::kTiles - 1) / C::kTiles};
+  const int tiles = blocks[p.experts] * routing.column_tiles;
+  // Short columns are not worth a second block's partial results.
+  const int quantum = blocks_k <= 8 ? blocks_k : 1, per_tile = blocks_k / quantum;
+  const Split split{tiles * per_tile, static_cast<int>(gridDim.x)};
+  const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
+  if (begin >= end) return;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  char* const ring = shared + warp * C::kWarpBytes;
+  Warp<C> w{p, routing, ring, ring + lane * 16, lane, warp, blocks_k, tiles_n};
+  int tile_index = begin / per_tile, kb = begin % per_tile * quantum, left = (end - begin) * quantum;
+  int expert = routing.expert_of(tile_index, p.experts);
+  w.ahead_tile = tile_index, w.ahead_kb = kb, w.ahead_left = left, w.ahead_expert = expert;
+  w.ahead_stage = 0, w.ahead_columns = C::kRingBytes;
+  w.aim();
+#pragma unroll
+  for (int i = 0; i < C::kStages - 1; ++i) w.request();
+  // Weights and offsets do not depend on the kernel before this one, activations and tickets do.
+  wait_for_prerequisites();
+
+  int stage = 0, columns_at = C::kRingBytes;
+  while (left > 0) {
+    const Tile tile = routing.find(tile_index, expert, C::kTileTokens);
+    expert = tile.expert;
+    const int kb_end = min(blocks_k, kb + left);
+    int first_block = blockIdx.x, last_block = blockIdx.x;
+    if (kb > 0 || kb_end < blocks_k) {
+      first_block = split.owner(tile_index * per_tile);
+      last_block = split.owner(tile_index * per_tile + per_tile - 1);
+    }
+    if (C::kNT == 1 || tile.rows <= 8)
+      run_tile<C, 1>(w, tile, kb, kb_end, stage, columns_at, first_block, last_block);
+    else if (C::kNT == 2 || tile.rows <= 16)
+      run_tile<C, C::kNT < 2 ? C::kNT : 2>(w, tile, kb, kb_end, stage, columns_at, first_block, last_block);
+    else
+      run_tile<C, C::kNT>(w, tile, kb, kb_end, stage, columns_at, first_block, last_block);
+    columns_at = Warp<C>::next_columns(columns_at);
+    left -= kb_end - kb;
+    kb = 0, ++tile_index;
+  }
+}
+
+}  // namespace ccq

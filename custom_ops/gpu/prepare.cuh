@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Activations as the grouped GEMM reads them: fp16, a power-of-two scale a row, permuted, with the groups' sums.
+//
+// The weights are fp16 (decode.cuh), so bf16 activations must become fp16. Scaling each row by a power of two, so that
+// its largest value lies in [2^14, 2^15), leaves bf16 values exact down to 2^-24 of the row's largest and their error
+// below 2^-32 of it otherwise (both after the factors 1/8 and 1/16 that decode.cuh wants divided out).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "decode.cuh"
+#include "moe_gemm.h"
+
+namespace ccq {
+
+constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
+
+struct Prepared {
+  __half* x;         // [rows, K/64, 2, 4, 8]: per group both halves p of the quad's four lanes (decode.cuh)
+  float* sums;       // [rows, K/64]: -32 * 2^-24 * sum of the group's scaled values (odd groups / 16)
+  float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
+  int* tickets;      // set to zero here, for the split of K
+};
+
+template <typename T>
+__device__ float to_float(T v);
+template <>
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <>
+__device__ inline float to_float(__half v) { return __half2float(v); }
+
+// Sixteen stored rows 16t..16t+15 of a 64-group. In FastDeploy's order stored row 16a + 2b + c is input row 8b + 2a + c.
+template <typename T>
+__device__ void load_chunk(const T* x, int chunk, bool fastdeploy, float (&v)[16]) {
+  union { uint32_t words[8]; T values[16]; } raw;
+  if (!fastdeploy) {
+    const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<size_t>(chunk) * 16);
+    uint4 a = from[0], b = from[1];
+    raw.words[0] = a.x, raw.words[1] = a.y, raw.words[2] = a.z, raw.words[3] = a.w;
+    raw.words[4] = b.x, raw.words[5] = b.y, raw.words[6] = b.z, raw.words[7] = b.w;
+  } else {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(x + static_cast<size_t>(chunk / 4) * 64) + chunk % 4;
+#pragma unroll
+    for (int b = 0; b < 8; ++b) raw.words[b] = from[4 * b];
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = to_float(raw.values[i]);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPrepareThreads)
+prepare_kernel(const T* x, int k, bool fastdeploy, const float* row_scale, int tickets, Prepared out) {
+  dependents_may_start();
+  __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
+  const int row = blockIdx.x, chunks = k / 16;
+  if (row == 0)
+    for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) out.tickets[i] = 0;
+  const T* from = x + static_cast<size_t>(row) * k;
+
+  float first[16] = {};
+  uint32_t largest = 0;
+  for (int c = threadIdx.x; c < chunks; c += kPrepareThreads) {
+    float v[16];
+    load_chunk(from, c, fastdeploy, v);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      largest = max(largest, __float_as_uint(v[i]) & 0x7FFFFFFFu);
+      if (c == threadIdx.x) first[i] = v[i];
+    }
+  }
+  largest = __reduce_max_sync(~0u, largest);
+  if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
+  __syncthreads();
+  largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
+
+  // Exponent of the scale; -110 keeps the reciprocal finite. A row with an infinity or a NaN becomes NaN throughout.
+  int exponent = largest == 0 ? 14 : max(static_cast<int>(largest >> 23) - 127, -110);
+  const bool finite = largest < 0x7F800000u;
+  if (!finite) exponent = 14;
+  const float scale = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
+  if (threadIdx.x == 0) {
+    float back = finite ? __uint_as_float(static_cast<uint32_t>(127 + exponent - 14) << 23) : __uint_as_float(~0u);
+    out.row_scale[row] = row_scale ? back * row_scale[row] : back;
+  }
+
+  __half* to = out.x + static_cast<size_t>(row) * k;
+  // Quads share a group, so whole warps walk the loop together and guard inside it.
+  for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
+    const int c = c0 + threadIdx.x;
+    float v[16];
+    if (c0 == 0) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) v[i] = first[i];
+    } else if (c < chunks) {
+      load_chunk(from, c, fastdeploy, v);
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      v[i] = c < chunks ? v[i] * scale : 0.f;
+      sum += v[i];
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (c >= chunks) continue;
+    const int group = c / 4, t = c % 4;
+    const float odd = group % 2 ? kOddGroup : 1.f;
+    if (t == 0) out.sums[static_cast<size_t>(row) * (k / 64) + group] = sum * odd * (-32.f / 16777216.f);
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      __half2 h[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float f = i % 2 ? 0.125f * odd : odd;
+        h[i] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
+      }
+      *reinterpret_cast<uint4*>(to + group * 64 + p * 32 + t * 8) = *reinterpret_cast<uint4*>(h);
+    }
+  }
+}
+
+}  // namespace ccq

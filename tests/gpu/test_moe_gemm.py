@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grouped GEMM on a GPU against float64, through ctypes and torch.
+
+Needs torch, a GPU and the library: CCQ_GPU_LIBRARY names it, or nvcc builds it. Skipped otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
+
+import ccqlib  # noqa: E402
+
+TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    path = os.environ.get("CCQ_GPU_LIBRARY")
+    if not path:
+        if not shutil.which("nvcc"):
+            pytest.skip("neither CCQ_GPU_LIBRARY nor nvcc")
+        path = str(tmp_path_factory.mktemp("lib") / "libccq.so")
+        major, minor = torch.cuda.get_device_capability()
+        ccqlib.build(path, "90a" if major == 9 else f"{major}{minor}")
+    return ccqlib.Library(path)
+
+
+def reference(x, offsets, weights, order, row_scale=None):
+    out = torch.full((x.shape[0], weights[0].shape[2]), float("nan"), device="cuda",
+                     dtype=torch.float64)  # fmt: skip
+    begin = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > begin:
+            w = ccqlib.decode(torch, *(t[e] for t in weights), fastdeploy=order == 1)
+            out[begin:end] = x[begin:end].double() @ w
+        begin = end
+    return out if row_scale is None else out * row_scale.double()[:, None]
+
+
+def run(lib, weights, rows, dtype, *, seed=0, order=0, offsets=None, row_scale=False, spread=1.0):
+    experts, n = weights[0].shape[0], weights[0].shape[2]
+    packed = lib.repack(*weights)
+    g = torch.Generator(device="cuda").manual_seed(1000 + seed)
+    x = torch.randn(rows, packed.k, generator=g, device="cuda")
+    if spread != 1.0:
+        x *= spread ** torch.randn(rows, packed.k, generator=g, device="cuda")
+    x = x.to(dtype)
+    if offsets is None:
+        offsets = ccqlib.random_offsets(torch, experts, rows, seed)
+    offsets = offsets.cuda()
+    scale = torch.rand(rows, generator=g, device="cuda") if row_scale else None
+    out = torch.full((rows, n), float("nan"), device="cuda", dtype=dtype)
+    workspace = lib.workspace(rows, packed.k, n, experts)
+    lib.gemm(x, offsets, packed, out, workspace, order=order, row_scale=scale)
+    torch.cuda.synchronize()
+    want = reference(x, offsets, weights, order, scale)
+    error = ((out.double() - want).norm() / want.norm()).item()
+    worst = ((out.double() - want).abs().amax(1) / want.abs().amax(1)).max().item()
+    assert error <= TOLERANCE[dtype], (error, worst)
+    assert worst <= 8 * TOLERANCE[dtype], (error, worst)
+    # The same call again, over other workspace contents: the same bits.
+    again = torch.full_like(out, float("nan"))
+    workspace.random_(0, 256)
+    lib.gemm(x, offsets, packed, again, workspace, order=order, row_scale=scale)
+    torch.cuda.synchronize()
+    assert torch.equal(out.view(torch.int16), again.view(torch.int16))
+    return error
+
+
+@pytest.mark.parametrize("pairs", ["integer", "general"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 65, 1000, 4096])
+def test_row_counts(lib, rows, dtype, pairs):
+    weights = ccqlib.random_weights(torch, 6, 640, 304, pairs, seed=rows)
+    run(lib, weights, rows, dtype, seed=rows, order=rows % 2, row_scale=rows % 3 == 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 16), (3, 128, 48), (2, 1024, 256), (5, 1152, 528),
+                                   (8, 4096, 1024), (64, 512, 272), (300, 256, 32)])  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+def test_shapes(lib, shape, rows):
+    weights = ccqlib.random_weights(torch, *shape, "integer", seed=rows)
+    for order in (0, 1):
+        run(lib, weights, rows, torch.bfloat16, seed=rows, order=order)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 65, 1000])
+def test_one_expert_takes_all(lib, rows):
+    weights = ccqlib.random_weights(torch, 7, 1024, 512, "integer", seed=rows)
+    for expert in (0, 3, 6):
+        offsets = torch.zeros(7, dtype=torch.int64)
+        offsets[expert:] = rows
+        run(lib, weights, rows, torch.bfloat16, offsets=offsets)
+
+
+@pytest.mark.parametrize("pair", [(121.0, 0.0), (121.0, 1912.0), (-121.0, 32000.0), (1.0, 5.0),
+                                  (128.37, 13.7), (100.123, 0.2), (-96.5, 30000.25)])  # fmt: skip
+def test_all_codes(lib, pair):
+    """Identity activations give the weights themselves: every byte at every place, bit for bit."""
+    k, n = 1024, 64
+    q = torch.arange(k // 4 * n, device="cuda").reshape(1, k // 4, n) * 37 % 256
+    q = ((q + torch.arange(n, device="cuda") * 11) % 256).to(torch.uint8)
+    ws = torch.randint(0, 256, (1, k // 128, n), device="cuda", dtype=torch.uint8)
+    ss = torch.full((1, n), 1.0, device="cuda", dtype=torch.bfloat16)
+    cs, zp = (torch.full((1, n), v, device="cuda") for v in pair)
+    assert q.unique().numel() == 256
+    packed = lib.repack(q, ws, ss, cs, zp)
+    x = torch.eye(k, device="cuda").half()
+    for order in (0, 1):
+        want = ccqlib.decode(torch, q[0], ws[0], ss[0], cs[0], zp[0], fastdeploy=order == 1)
+        for kinds in {packed.pairs, ccqlib.GENERAL}:
+            out = torch.full((k, n), float("nan"), device="cuda", dtype=torch.float16)
+            workspace = lib.workspace(k, k, n, 1)
+            lib.gemm(x, None, packed, out, workspace, order=order, pairs=kinds)
+            torch.cuda.synchronize()
+            assert torch.equal(out.double(), want)  # integers up to 480: exact in fp16
+
+
+def test_repack_round_trip(lib):
+    for pairs in ("integer", "general"):
+        for shape in ((3, 640, 304), (1, 128, 16), (2, 1024, 256)):
+            weights = ccqlib.random_weights(torch, *shape, pairs)
+            packed = lib.repack(*weights)
+            assert packed.pairs == (ccqlib.INTEGER if pairs == "integer" else ccqlib.GENERAL)
+            for a, b in zip(lib.unpack(packed, torch.bfloat16), weights, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_wide_activations(lib):
+    """Values over twelve orders of magnitude, and rows of very different size."""
+    weights = ccqlib.random_weights(torch, 4, 1024, 256)
+    run(lib, weights, 50, torch.bfloat16, spread=30.0)
+
+
+def test_zero_and_infinite_rows(lib):
+    weights = ccqlib.random_weights(torch, 1, 256, 64)
+    packed = lib.repack(*weights)
+    x = torch.randn(4, 256, device="cuda").bfloat16()
+    x[0] = 0
+    x[2, 17] = float("inf")
+    x[3] *= 2.0**-120
+    out = torch.full((4, 64), 7.0, device="cuda", dtype=torch.bfloat16)
+    lib.gemm(x, None, packed, out, lib.workspace(4, 256, 64, 1))
+    assert out[0].abs().max() == 0 and out[1].isfinite().all() and out[3].isfinite().all()
+    assert not out[2].isfinite().any()
+
+
+def test_graph_capture_and_tail_rows(lib):
+    weights = ccqlib.random_weights(torch, 8, 2048, 512)
+    packed = lib.repack(*weights)
+    rows = 24
+    x = torch.randn(rows, 2048, device="cuda").bfloat16()
+    offsets = ccqlib.random_offsets(torch, 8, 20, 1).cuda()  # four rows belong to nobody
+    out = torch.full((rows, 512), float("nan"), device="cuda", dtype=torch.bfloat16)
+    workspace = lib.workspace(rows, 2048, 512, 8)
+    lib.gemm(x, offsets, packed, out, workspace)
+    torch.cuda.synchronize()
+    first = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lib.gemm(x, offsets, packed, out, workspace)
+    out.fill_(float("nan"))
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out[:20], first[:20]) and out[20:].isnan().all()
+
+
+def test_bad_arguments(lib):
+    weights = ccqlib.random_weights(torch, 2, 256, 64)
+    packed = lib.repack(*weights)
+    x = torch.randn(4, 256, device="cuda").bfloat16()
+    out = torch.empty(4, 64, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        lib.gemm(x, None, packed, out, lib.workspace(4, 256, 64, 2))  # two experts, no offsets
+    packed.n = 60
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        lib.gemm(x, None, packed, out, lib.workspace(4, 256, 64, 2))
