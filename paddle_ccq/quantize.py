@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from . import reporting
+from .calibration.session import Request as Calibration
+from .calibration.session import coverage, make_request, memory_facts
 from .checkpoint.config import CONFIG_FILE, ErnieConfig
 from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Plan, build_plan, gigabytes
 from .checkpoint.reader import open_checkpoint
@@ -22,8 +24,9 @@ from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.writer import Workplace
 from .encoder.base import ENCODERS, PRESETS, MatrixEncoder
+from .encoder.ldlq_metric import InputMoments
 from .errors import CcqError, run_cli
-from .quantize_run import Options, QuantizeResult, QuantizeRun, make_encoders
+from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
 
 # Weights of the random matrix whose encoding is timed for a dry run: [out, in].
 MEASURED_SHAPE = (512, 1024)
@@ -36,6 +39,8 @@ def quantize(
     format: str = "wint2",
     preset: str = "default",
     encoder: str = "search",
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: str | int | None = None,
     wint4_end_layer: int | None = None,
     fastdeploy_layout: str = "2.1",
     tensor_parallel_size: int = 1,
@@ -52,6 +57,8 @@ def quantize(
 ) -> QuantizeResult:
     """Write a quantized checkpoint of `model` into the new folder `output`.
 
+    With `calibration`, a .jsonl or .txt file, wint2 experts are encoded for the least error of
+    their outputs on that text (docs/calibration.md); without it no data is used.
     The same call after an interruption goes on where it stopped and ends with the same bytes.
     With `dry_run` only the plan is printed; a folder with nothing but config.json will do.
 
@@ -63,6 +70,7 @@ def quantize(
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
     options = Options(preset, encoder, threads, allow_nonfinite, restart, quiet)
+    request = make_request(calibration, calibration_tokens)
     say: Callable[[str], object] = (lambda _: None) if quiet else _to_stderr
     loaded = load_rules(rules) if rules is not None else ()
 
@@ -78,7 +86,7 @@ def quantize(
         )
 
     if dry_run:
-        return _dry_run(model, plan_for, options)
+        return _dry_run(model, plan_for, options, request)
     if output is None:
         raise CcqError("--output is missing: name the new folder to write")
     target = Path(os.path.abspath(output))
@@ -86,7 +94,9 @@ def quantize(
     plan = plan_for(ErnieConfig.from_json(folder))
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
-    encoders = make_encoders(plan, options)
+    check_core(plan, options)
+    if request is not None:
+        request.check(plan, encoder)
     with Workplace(target) as workplace:
         checkpoint = open_checkpoint(folder)
         if checkpoint.is_quantized:
@@ -95,10 +105,39 @@ def quantize(
             )
         for message in (*checkpoint.messages, *plan.messages):
             say(message)
+        statistics = provenance = None
+        if request is not None:
+            statistics = request.open(checkpoint, threads, workplace.folder)
+            provenance = statistics.text.as_dict(request.settings)
         run = QuantizeRun(
-            plan, options, encoders, checkpoint, _model_name(model), workplace, log_path, say
+            plan,
+            options,
+            make_encoders(plan, options, statistics.moments if statistics else None),
+            checkpoint,
+            _model_name(model),
+            workplace,
+            log_path,
+            say,
+            provenance,
         )
-        return run.run()
+        try:
+            result = run.run()
+        finally:
+            if statistics is not None:
+                statistics.close()
+    _say_coverage(result, say)
+    return result
+
+
+def _say_coverage(result: QuantizeResult, say: Callable[[str], object]) -> None:
+    found = coverage(result.records)
+    if found is None:
+        return
+    line, empty = found
+    say(f"calibration: {line}")
+    if empty:
+        names = ", ".join(empty[:8]) + (" ..." if len(empty) > 8 else "")
+        say(f"calibration: {len(empty)} experts saw no token and were encoded data-free: {names}")
 
 
 def _check_option(flag: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -123,7 +162,10 @@ def _model_name(model: str | os.PathLike[str]) -> str:
 
 
 def _dry_run(
-    model: str | os.PathLike[str], plan_for: Callable[[ErnieConfig], Plan], options: Options
+    model: str | os.PathLike[str],
+    plan_for: Callable[[ErnieConfig], Plan],
+    options: Options,
+    request: Calibration | None,
 ) -> QuantizeResult:
     folder = Path(model).expanduser()
     if not folder.exists():
@@ -135,7 +177,12 @@ def _dry_run(
     out = reporting.console()
     out.print(reporting.plan_table(plan))
     out.print()
-    rates = measured_rates(make_encoders(plan, options))
+    if request is not None:
+        request.check(plan, options.encoder)
+    # The time does not depend on the statistics.
+    made_up = InputMoments(np.eye(MEASURED_SHAPE[1]), 1)
+    moments = None if request is None else lambda name: made_up
+    rates = measured_rates(make_encoders(plan, options, moments))
     seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
     quantized = {item.format: 0 for item in plan.items if item.quantized}
     for item in plan.items:
@@ -153,6 +200,8 @@ def _dry_run(
             f" measured just now on a random matrix of {MEASURED_SHAPE[0]} x {MEASURED_SHAPE[1]}",
         ),
     ]
+    if request is not None:
+        facts += memory_facts(plan.config, request.settings)
     for name, value in facts:
         out.print(f"{name}: {value}", soft_wrap=True)
     for message in plan.messages:
@@ -204,6 +253,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=EXPERT_FORMATS, default="wint2", help="of routed experts")
     add("--preset", choices=PRESETS, default="default", help="time against error")
     add("--encoder", choices=ENCODERS, default="search", help="search, or the paper's algorithm")
+    add("--calibration", metavar="FILE", help="text (.jsonl, .txt) to choose wint2 codes by")
+    add("--calibration-tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
     add(
         "--wint4-end-layer",
         type=int,

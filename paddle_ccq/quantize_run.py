@@ -24,7 +24,8 @@ from .checkpoint.plan import Plan, gigabytes
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from .codec.formats import CCQ_FORMATS
-from .encoder.base import MatrixEncoder, make_encoder
+from .encoder.base import MatrixEncoder, default_threads, make_encoder
+from .encoder.ldlq import LdlqEncoder, Moments
 from .errors import CcqError
 from .version import __version__
 
@@ -57,8 +58,8 @@ class Options:
     quiet: bool
 
 
-def make_encoders(plan: Plan, options: Options) -> dict[str, MatrixEncoder]:
-    """One encoder for each format that occurs in the plan."""
+def check_core(plan: Plan, options: Options) -> None:
+    """Say at once that the compiled core is missing, where it will be needed."""
     used = {item.format for item in plan.items if item.quantized}
     if options.encoder == "search" and used & set(CCQ_FORMATS):
         try:
@@ -67,12 +68,23 @@ def make_encoders(plan: Plan, options: Options) -> dict[str, MatrixEncoder]:
             raise CcqError(
                 f"the compiled encoder is missing ({error}); build it with `pip install .`"
             ) from None
-    return {
+
+
+def make_encoders(
+    plan: Plan, options: Options, moments: Moments | None = None
+) -> dict[str, MatrixEncoder]:
+    """One encoder for each format that occurs in the plan; with `moments` a calibrated wint2."""
+    check_core(plan, options)
+    encoders = {
         format: make_encoder(
             format, options.preset, encoder=options.encoder, threads=options.threads
         )
-        for format in sorted(used)
+        for format in sorted({item.format for item in plan.items if item.quantized})
     }
+    if moments is not None and "wint2" in encoders:
+        threads = options.threads or default_threads()
+        encoders["wint2"] = LdlqEncoder(options.preset, threads, moments, encoders["wint2"])
+    return encoders
 
 
 class QuantizeRun:
@@ -88,12 +100,13 @@ class QuantizeRun:
         workplace: Workplace,
         log_path: Path,
         say: Callable[[str], object],
+        calibration: dict[str, Any] | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
         self.encoders = encoders
         self.checkpoint = checkpoint
-        self.recipe = Recipe(model_name, options.preset, options.encoder)
+        self.recipe = Recipe(model_name, options.preset, options.encoder, calibration)
         self.workplace = workplace
         self.log_path = log_path
         self.say = say
@@ -138,6 +151,8 @@ class QuantizeRun:
             "max_shard_size": plan.max_shard_bytes,
             "allow_nonfinite": options.allow_nonfinite,
         }
+        if self.recipe.calibration:
+            chosen["calibration"] = self.recipe.calibration
         folder = self.checkpoint.path
         files = [*self.checkpoint.tensors.files.values()]
         return make_fingerprint(
@@ -202,6 +217,8 @@ class QuantizeRun:
             "wint4_end_layer": plan.wint4_end_layer,
             "tensor_parallel_size": plan.tensor_parallel_size,
         }
+        if self.recipe.calibration:
+            provenance["calibration"] = self.recipe.calibration
         quantization = quantization_config(
             plan.config, plan.format, plan.wint4_end_layer, plan.not_converted()
         )

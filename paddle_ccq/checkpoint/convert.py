@@ -104,11 +104,18 @@ class Converter:
         permuted = item.format == "wint2" and self.plan.row_order == FASTDEPLOY_2_1
         stem = item.name.removesuffix(".weight")
         parts, found = [], []
+        said: list[dict[str, float]] = []
+        every_row = np.arange(item.shape[0])
         for rank in range(size):
             part = take(weight, item.cut, rank, size, transposed=True)
+            rows = every_row
+            if item.cut is not None and item.cut.axis == 0:
+                rows = take(every_row, item.cut, rank, size)
             if permuted:
                 part = np.ascontiguousarray(permute_rows(part, axis=1))
-            tensors, stats = self._encode(item, part)
+                rows = permute_rows(rows)
+            tensors, stats, measures = self._encode(item, part, rows)
+            said.append(measures)
             parts.append({f"{stem}.{suffix}": array for suffix, array in tensors.items()})
             found += stats
         # Sums over all pieces, so that the error is that of the whole matrix.
@@ -117,25 +124,30 @@ class Converter:
             sum(s.dot for s in found),
             sum(s.energy_encoded for s in found),
         )
-        return parts, {"rel_mse": whole.rel_mse, "cosine": whole.cosine}
+        return parts, {"rel_mse": whole.rel_mse, "cosine": whole.cosine, **_means(said)}
 
     def _encode(
-        self, item: Item, weight: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], list[ErrorStats]]:
+        self, item: Item, weight: np.ndarray, rows: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], list[ErrorStats], dict[str, float]]:
         encoder = self.encoders[item.format]
         if item.format not in SLICED_FORMATS:
-            encoded = encoder.encode(weight, item.name)
-            return encoded.tensors, [encoded.stats]
+            encoded = encoder.encode(weight, item.name, rows)
+            return encoded.tensors, [encoded.stats], encoded.measures
         step = max(1, SLICE_WEIGHTS // weight.shape[1] // SLICE_COLUMNS) * SLICE_COLUMNS
         pieces = [
-            encoder.encode(weight[begin : begin + step], item.name)
+            encoder.encode(weight[begin : begin + step], item.name, rows)
             for begin in range(0, weight.shape[0], step)
         ]
         tensors = {
             suffix: np.concatenate([piece.tensors[suffix] for piece in pieces])
             for suffix in pieces[0].tensors
         }
-        return tensors, [piece.stats for piece in pieces]
+        return tensors, [piece.stats for piece in pieces], {}
+
+
+def _means(said: list[dict[str, float]]) -> dict[str, float]:
+    """What the encoder said of each rank's part, averaged."""
+    return {key: sum(measures[key] for measures in said) / len(said) for key in said[0]}
 
 
 def count_nonfinite(values: np.ndarray) -> int:

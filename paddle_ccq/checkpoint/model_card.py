@@ -28,6 +28,8 @@ class Recipe:
     source_model: str
     preset: str
     encoder: str
+    # Text, hash, tokens and settings of the calibration (paddle_ccq.calibration); None: data-free.
+    calibration: dict[str, Any] | None = None
 
 
 def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) -> str:
@@ -74,13 +76,26 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
     title = f"# {recipe.source_model.rsplit('/', 1)[-1]}, {kind}"
     kept = (
-        "Router, correction bias, norms, embeddings and output head are not quantized. No data was"
-        " used: every matrix was encoded from its weights alone."
+        "Router, correction bias, norms, embeddings and output head are not quantized. "
+        + _data(recipe.calibration)
     )
     return "\n\n".join([title, "\n".join(table), kept])
 
 
+def _data(calibration: dict[str, Any] | None) -> str:
+    if not calibration:
+        return "No data was used: every matrix was encoded from its weights alone."
+    return (
+        "The 2-bit experts were encoded for the least error of their outputs on"
+        f" {calibration['tokens_used']:,} tokens of {calibration['text']}"
+        f" (sha256 {calibration['text_sha256']}); all other matrices from their weights alone."
+        " A rel-MSE of weights says little about them."
+    )
+
+
 def _encoder(recipe: Recipe) -> str:
+    if recipe.calibration:
+        return f"calibrated search, preset {recipe.preset}"
     if recipe.encoder == "search":
         return f"search, preset {recipe.preset}"
     return f"{recipe.encoder} (the algorithm of arXiv 2507.07145)"

@@ -13,6 +13,8 @@ Everything is plain tensors and functions; linear weights are [in, out].
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -44,9 +46,6 @@ class Ernie:
         self.blocks = [Block(weights, layer) for layer in range(config.num_hidden_layers)]
         self.norm = _tensor(weights, "ernie.norm.weight")
         self.head = None if config.tie_word_embeddings else _tensor(weights, "lm_head.weight")
-        half = config.head_dim // 2
-        steps = paddle.arange(half, dtype="float64") / half
-        self.inverse_frequencies = float(config.rope_theta) ** -steps
 
     @paddle.no_grad()
     def hidden_states(
@@ -58,18 +57,8 @@ class Ernie:
         right needs no mark: attention is causal, so it changes nothing before it.
         With a cache, `tokens` continue what the cache has seen.
         """
-        config = self.config
         start = cache.length if cache is not None else 0
-        length = tokens.shape[1]
-        positions = paddle.arange(start, start + length).unsqueeze(0)
-        if padding is not None:
-            positions = (positions - padding.unsqueeze(1)).clip(min=0)
-        angles = positions.astype("float64").unsqueeze(-1) * self.inverse_frequencies
-        # One copy for each head, in the order of Attention's columns: no broadcasting per layer.
-        copies = [1, 1, config.num_attention_heads + config.num_key_value_heads]
-        rope = tuple(f(angles).astype("float32").tile(copies) for f in (paddle.cos, paddle.sin))
-        group = config.num_attention_heads // config.num_key_value_heads
-        spans = _query_spans(start, length, group, padding)
+        rope, spans = positions_of(self.config, start, tokens.shape[1], padding)
         x = F.embedding(tokens, self.embed)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, spans, cache.slot(layer) if cache is not None else None)
@@ -95,10 +84,17 @@ class Block:
         kind = MoE if config.is_moe_layer(layer) else MLP
         self.mlp = kind(weights, f"{name}.mlp")
 
-    def __call__(self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None) -> Tensor:
+    def attend(
+        self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's first half: its sum so far, and the MLP's inputs [tokens, hidden]."""
         x = x + self.attention(rms_norm(x, self.attention_norm, self.eps), rope, spans, slot)
         normed = rms_norm(x, self.mlp_norm, self.eps)
-        return x + self.mlp(normed.reshape([-1, x.shape[-1]])).reshape(x.shape)
+        return x, normed.reshape([-1, x.shape[-1]])
+
+    def __call__(self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None) -> Tensor:
+        x, normed = self.attend(x, rope, spans, slot)
+        return x + self.mlp(normed).reshape(x.shape)
 
 
 class Attention:
@@ -163,8 +159,12 @@ class MLP:
         self.up_gate = _tensor(weights, f"{name}.up_gate_proj.weight")
         self.down = _tensor(weights, f"{name}.down_proj.weight")
 
+    def inner(self, x: Tensor) -> Tensor:
+        """The inputs of the down projection."""
+        return F.swiglu(paddle.matmul(x, self.up_gate))
+
     def __call__(self, x: Tensor) -> Tensor:
-        return paddle.matmul(F.swiglu(paddle.matmul(x, self.up_gate)), self.down)
+        return paddle.matmul(self.inner(x), self.down)
 
 
 class MoE:
@@ -253,6 +253,23 @@ class Cache:
 # Queries first..last see the first `seen` keys, under an additive mask (None: see all of them).
 Span = tuple[int, int, int, "Tensor | None"]
 Rope = tuple[Tensor, Tensor]  # cosines and sines [rows or 1, length, rotated columns / 2]
+
+
+def positions_of(
+    config: Any, start: int, length: int, padding: Tensor | None = None
+) -> tuple[Rope, list[Span]]:
+    """What attention needs to know of `length` positions from `start` on."""
+    positions = paddle.arange(start, start + length).unsqueeze(0)
+    if padding is not None:
+        positions = (positions - padding.unsqueeze(1)).clip(min=0)
+    half = config.head_dim // 2
+    steps = paddle.arange(half, dtype="float64") / half
+    angles = positions.astype("float64").unsqueeze(-1) * float(config.rope_theta) ** -steps
+    # One copy for each head, in the order of Attention's columns: no broadcasting per layer.
+    copies = [1, 1, config.num_attention_heads + config.num_key_value_heads]
+    rope = tuple(f(angles).astype("float32").tile(copies) for f in (paddle.cos, paddle.sin))
+    group = config.num_attention_heads // config.num_key_value_heads
+    return rope, _query_spans(start, length, group, padding)
 
 
 def _query_spans(start: int, length: int, group: int, padding: Tensor | None) -> list[Span]:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration of one quantization run: what was asked for, opened, and reported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.config import ErnieConfig
+from ..checkpoint.plan import Plan, gigabytes
+from ..checkpoint.reader import Checkpoint
+from ..encoder.base import default_threads
+from ..errors import CcqError
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Request:
+    """--calibration and what goes with it."""
+
+    path: Path
+    settings: Settings
+
+    def check(self, plan: Plan, encoder: str) -> None:
+        """Refuse in one line what calibration cannot do, before any work."""
+        if encoder != "search":
+            raise CcqError(f"--calibration does not go with --encoder {encoder}; use search")
+        if not any(item.format == "wint2" for item in plan.items):
+            raise CcqError(
+                f"--calibration: only wint2 experts are calibrated, and this plan ({plan.format})"
+                " has none; leave the flag out"
+            )
+        if not self.path.is_file():
+            raise CcqError(f"--calibration {self.path}: no such file")
+        require_paddle()
+
+    def open(self, checkpoint: Checkpoint, threads: int | None, spill_folder: Path):
+        """The statistics, which are computed as they are asked for."""
+        from .statistics import Statistics
+        from .text import read_calibration_text
+
+        text = read_calibration_text(self.path, checkpoint, self.settings)
+        threads = threads or default_threads()
+        return Statistics(checkpoint, text, self.settings, threads, spill_folder)
+
+
+def require_paddle() -> None:
+    """The statistics come from running the model, which needs the evaluation extra."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            # Paddle warns at import about compilers that only building operators needs.
+            warnings.simplefilter("ignore")
+            import paddle  # noqa: F401
+    except ImportError as error:
+        raise CcqError(
+            "calibration runs the model and needs Paddle; install it with: pip install"
+            f" 'paddle-ccq[eval]' (import paddle: {error})"
+        ) from None
+
+
+def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str]]:
+    """What a calibration will need, for the plan."""
+    from .walk import MEMORY_FOR_STATES, state_bytes
+
+    states = state_bytes(settings.tokens, config.hidden_size)
+    where = "in memory" if states <= MEMORY_FOR_STATES else "in a file of the partial folder"
+    shapes = config.canonical_shapes()
+    layers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name.startswith("ernie.layers."):
+            layer = name.split(".")[2]
+            layers[layer] = layers.get(layer, 0) + 4 * int(np.prod(shape))
+    inner, hidden = config.moe_intermediate_size or 0, config.hidden_size
+    # Float64 statistics of every down projection of a layer; and of one up projection, with its
+    # pool, its factors and their float32 copies.
+    moments = 8 * (config.moe_num_experts + 1) * inner**2 + 8 * 6 * hidden**2
+    memory = max(layers.values()) + moments + (states if states <= MEMORY_FOR_STATES else 0)
+    return [
+        (
+            "calibration",
+            f"at most {settings.tokens:,} tokens in windows of {settings.window}; hidden states"
+            f" {gigabytes(states)} {where}; one layer's weights and statistics at a time,"
+            f" {gigabytes(memory)} of memory in all (estimate)",
+        )
+    ]
+
+
+def coverage(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
+    """From the journal: tokens per expert in a line, and the experts that none went to."""
+    counts = {
+        record["name"].removesuffix(".up_gate_proj.weight"): int(
+            record["stats"]["calibration_tokens"]
+        )
+        for record in records
+        if record["name"].endswith(".up_gate_proj.weight")
+        and "calibration_tokens" in record["stats"]
+    }
+    if not counts:
+        return None
+    every = sorted(counts.values())
+    line = (
+        f"tokens per expert: min {every[0]:,}, median {int(np.median(every)):,}, max {every[-1]:,}"
+    )
+    return line, [name.removeprefix("ernie.") for name, count in counts.items() if not count]
+
+
+def make_request(path: str | os.PathLike[str] | None, tokens: str | int | None) -> Request | None:
+    """The request of a command line, or None without --calibration."""
+    from .settings import parse_tokens
+
+    if path is None:
+        if tokens is not None:
+            raise CcqError("--calibration-tokens needs --calibration FILE")
+        return None
+    settings = Settings() if tokens is None else Settings(tokens=parse_tokens(tokens))
+    return Request(Path(path), settings)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How statistics are taken; all of it is part of a checkpoint's provenance."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import CcqError
+
+DEFAULT_TOKENS = 256 * 1024
+# Long enough for attention to see real contexts; a common length of calibration sequences is 2048,
+# but what counts here is how many different documents are seen.
+DEFAULT_WINDOW = 1024
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices of a calibration.
+
+    Attributes:
+        tokens: at most this many tokens of the text, in windows spread evenly over it.
+        window: tokens that attend to each other.
+        router_weighted: weigh each token's x x^T by its squared router weight for the expert. The
+            expert's output, and so its error, is multiplied by that weight; to first order this is
+            the error that reaches the residual stream.
+        shrinkage_tokens: an expert's statistics are mixed with the layer's pooled ones as if these
+            were that many more tokens. 256 is small against the thousands that an expert normally
+            gets and decides only where there are few; it was set beforehand and not fitted.
+    """
+
+    tokens: int = DEFAULT_TOKENS
+    window: int = DEFAULT_WINDOW
+    router_weighted: bool = True
+    shrinkage_tokens: int = 256
+
+    def as_dict(self) -> dict[str, Any]:
+        """For config.json and the journal."""
+        return asdict(self)
+
+
+def parse_tokens(text: str | int) -> int:
+    """A number of tokens: 65536, "64k" (k is 1024), "1M".
+
+    Raises:
+        CcqError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+)([km]?)", str(text).strip().lower())
+    if not found or int(found[1]) < 1:
+        raise CcqError(f"--calibration-tokens {text}: not a number of tokens such as 65536 or 256k")
+    return int(found[1]) * _UNITS[found[2]]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of every expert's inputs, worked out when the encoder asks for them.
+
+The encoder goes through the model in order, so the float model is walked along with it: the layer
+that is being encoded is in memory with the inputs of its experts, and nothing is kept of an expert
+once it is done. A run that was interrupted walks again from the first layer, which gives the same
+numbers and costs little beside the encoding.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ..encoder.ldlq_metric import InputMoments
+from ..errors import CcqError
+from ..models.weights import WeightSource
+from .moments import second_moments, shrink
+from .settings import Settings
+from .text import CalibrationText
+from .walk import LayerWalk
+
+_EXPERT = re.compile(r"ernie\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(up_gate_proj|down_proj)\.weight")
+
+
+class Statistics:
+    """`moments(name)` for the expert matrices of a model, to be asked in model order."""
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        text: CalibrationText,
+        settings: Settings,
+        threads: int,
+        spill_folder: Path | None = None,
+    ) -> None:
+        self.text = text
+        self.settings = settings
+        # Tokens per expert, by layer, of the layers seen so far.
+        self.counts: dict[int, np.ndarray] = {}
+        self._weights = weights
+        self._threads = threads
+        self._spill_folder = spill_folder
+        self._walk: LayerWalk | None = None
+        self._last: tuple[str, InputMoments] | None = None
+        self._pooled_up: np.ndarray | None = None
+        self._down: tuple[list[np.ndarray], np.ndarray] | None = None
+
+    def moments(self, name: str) -> InputMoments | None:
+        """The statistics of an expert's matrix; None for what is no routed expert."""
+        found = _EXPERT.fullmatch(name)
+        if not found:
+            return None
+        if self._last is None or self._last[0] != name:
+            layer, expert = int(found[1]), int(found[2])
+            self._go_to(layer)
+            tokens = int(self.counts[layer][expert])
+            if not tokens:
+                return InputMoments(None, 0)
+            take = self._up if found[3] == "up_gate_proj" else self._down_of
+            own, pooled = take(expert)
+            if not np.isfinite(own).all():
+                raise CcqError(
+                    f"--calibration: the activations of layer {layer} are not finite; the model's"
+                    " weights are damaged"
+                )
+            all_tokens = int(self.counts[layer].sum())
+            weight = self.settings.shrinkage_tokens
+            mean = shrink(own, tokens, pooled, all_tokens, weight)
+            self._last = (name, InputMoments(mean, tokens))
+        return self._last[1]
+
+    def close(self) -> None:
+        """Free memory and threads."""
+        if self._walk is not None:
+            self._walk.close()
+            self._walk = None
+
+    def _go_to(self, layer: int) -> None:
+        if self._walk is None:
+            windows = self.text.windows
+            self._walk = LayerWalk(self._weights, windows, self._threads, self._spill_folder)
+        walk = self._walk
+        if layer < walk.layer:
+            raise ValueError(f"layer {layer} is asked for after layer {walk.layer}")
+        while walk.layer < layer:
+            if walk.layer >= 0:
+                walk.leave()
+            self._pooled_up = self._down = None
+            walk.enter()
+            if walk.chosen is not None:
+                experts = walk.config.moe_num_experts
+                self.counts[walk.layer] = np.bincount(walk.chosen.reshape(-1), minlength=experts)
+
+    def _routed(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the inputs that go to an expert, and the factor that each row gets."""
+        walk = self._walk
+        rows, slots = np.nonzero(walk.chosen == expert)
+        weights = walk.router_weights[rows, slots]
+        return rows, weights if self.settings.router_weighted else np.ones_like(weights)
+
+    def _up(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        walk = self._walk
+        if self._pooled_up is None:
+            # Every token counts once for each of its experts.
+            weights = walk.router_weights
+            if not self.settings.router_weighted:
+                weights = np.ones_like(weights)
+            scale = np.sqrt(np.square(weights).sum(axis=1, keepdims=True))
+            self._pooled_up = second_moments(walk.inputs * scale, walk.pool)
+        rows, weights = self._routed(expert)
+        own = second_moments(walk.inputs[rows] * weights[:, None], walk.pool)
+        return own, self._pooled_up
+
+    def _down_of(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._down is None:
+            walk = self._walk
+
+            @paddle.no_grad()
+            def one(expert: int) -> np.ndarray:
+                rows, weights = self._routed(expert)
+                if not rows.size:
+                    inner = walk.config.moe_intermediate_size
+                    return np.zeros((inner, inner))
+                inputs = paddle.to_tensor(walk.inputs[rows])
+                x = walk.block.mlp.experts[expert].inner(inputs).numpy()
+                return second_moments(x * weights[:, None])
+
+            all_of_them = walk.map(one, walk.config.moe_num_experts)
+            self._down = all_of_them, np.sum(all_of_them, axis=0)
+        return self._down[0][expert], self._down[1]

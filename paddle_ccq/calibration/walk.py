@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The float model, one layer in memory at a time, over all calibration windows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ..errors import CcqError
+from ..models.ernie import MLP, Block, MoE, positions_of
+from ..models.weights import WeightSource
+
+# Hidden states larger than this are kept in a file.
+MEMORY_FOR_STATES = 4_000_000_000
+
+
+def state_bytes(tokens: int, hidden: int) -> int:
+    """What the hidden states and the MLP inputs of all tokens take, as float32."""
+    return 2 * 4 * tokens * hidden
+
+
+class LayerWalk:
+    """Hidden states of all windows, moved through the model layer by layer.
+
+    `enter` runs a layer's attention and router; then `inputs` holds what its MLP sees, and
+    `chosen` and `router_weights` say which experts. `leave` adds the MLP's outputs. Windows are
+    independent and each is computed by one thread: the numbers don't depend on the thread count.
+    """
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        windows: Sequence[np.ndarray],
+        threads: int,
+        spill_folder: Path | None = None,
+    ) -> None:
+        self.weights = weights
+        self.config = weights.config
+        self.pool = ThreadPoolExecutor(threads)
+        ends = np.cumsum([window.size for window in windows]).tolist()
+        self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        shape = (ends[-1], self.config.hidden_size)
+        spilled = state_bytes(*shape) > MEMORY_FOR_STATES
+        self._states = _array(shape, spill_folder if spilled else None)
+        self.inputs = _array(shape, spill_folder if spilled else None)
+        embed = weights.read("ernie.embed_tokens.weight")
+        for (first, last), window in zip(self.spans, windows, strict=True):
+            self._states[first:last] = embed[window]
+        self.layer = -1
+        self.block: Block | None = None
+        self.chosen: np.ndarray | None = None
+        self.router_weights: np.ndarray | None = None
+
+    def map(self, function: Callable[[int], object], count: int) -> list[object]:
+        """function(0) .. function(count - 1) on the walk's threads, results in order."""
+        return list(self.pool.map(function, range(count)))
+
+    @paddle.no_grad()
+    def enter(self) -> None:
+        """Go on to the next layer, up to the inputs of its MLP."""
+        self.layer += 1
+        block = self.block = Block(self.weights, self.layer)
+        moe = isinstance(block.mlp, MoE)
+        self.chosen = self.router_weights = None
+        if moe:
+            shape = (len(self.inputs), self.config.moe_k)
+            self.chosen, self.router_weights = (
+                np.empty(shape, np.int32),
+                np.empty(shape, np.float32),
+            )
+        lengths = {last - first for first, last in self.spans}
+        positions = {n: positions_of(self.config, 0, n) for n in lengths}
+
+        def window(index: int) -> None:
+            first, last = self.spans[index]
+            x = paddle.to_tensor(self._states[first:last]).unsqueeze(0)
+            x, normed = block.attend(x, *positions[last - first], None)
+            self._states[first:last] = x[0].numpy()
+            inputs = self.inputs[first:last] = normed.numpy()
+            if not np.isfinite(inputs).all():
+                raise CcqError(
+                    f"--calibration: the activations of layer {self.layer} are not finite; the"
+                    " model's weights are damaged"
+                )
+            if moe:
+                chosen, weights = block.mlp.route(normed)
+                self.chosen[first:last] = chosen.numpy()
+                self.router_weights[first:last] = weights.numpy()
+
+        self.map(window, len(self.spans))
+
+    @paddle.no_grad()
+    def leave(self, mlp: MLP | MoE | None = None) -> None:
+        """Add the outputs of the layer's MLP, or of one put in its place."""
+        mlp = mlp or self.block.mlp
+
+        def window(index: int) -> None:
+            first, last = self.spans[index]
+            self._states[first:last] += mlp(paddle.to_tensor(self.inputs[first:last])).numpy()
+
+        self.map(window, len(self.spans))
+        self.block = None
+
+    def close(self) -> None:
+        """End the threads and free the states."""
+        self.pool.shutdown()
+        self._states = self.inputs = self.block = None
+
+
+def _array(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
+    """An array in memory, or in an unnamed file that goes when the array does."""
+    if folder is None:
+        return np.empty(shape, np.float32)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    return np.memmap(file, np.float32, "w+", shape=shape)

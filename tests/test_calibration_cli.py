@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quantize --calibration: not resumable, not reproducible, no provenance, or no gain."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import tiny_config, write_checkpoint
+from test_journal_resume import contents, stop_after
+
+from paddle_ccq.calibration.session import memory_facts
+from paddle_ccq.calibration.settings import Settings
+from paddle_ccq.checkpoint.config import ErnieConfig
+from paddle_ccq.checkpoint.reader import open_checkpoint
+from paddle_ccq.errors import CcqError
+from paddle_ccq.quantize import main, quantize
+from paddle_ccq.verify import verify
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+CONFIG = tiny_config(num_hidden_layers=3, moe_num_experts=2, moe_k=1, moe_intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    write_checkpoint(folder, CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta"]
+    lines = [{"text": " ".join(rng.choices(words, k=100))} for _ in range(8)]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(text) -> dict:
+    return {"preset": "fast", "quiet": True, "calibration": text, "calibration_tokens": "1k"}
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, options, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    quantize(model, out, threads=1, **options)
+    return out
+
+
+def test_outputs_are_closer_than_those_of_a_data_free_run(model, calibrated, tmp_path):
+    quantize(model, tmp_path / "free", preset="best", quiet=True)
+    verify(calibrated)
+    source = open_checkpoint(model)
+    lines = [json.loads(x) for x in Path(f"{calibrated}.log.jsonl").read_text().splitlines()]
+    experts = [
+        line for line in lines if ".experts." in line["name"] and "shared" not in line["name"]
+    ]
+    assert len(experts) == 8
+    for line in experts:
+        assert 0 < line["output_rel_mse"] < 0.03 < 0.1 < line["rel_mse"]
+        assert line["calibration_tokens"] > 0
+    assert not any("output_rel_mse" in line for line in lines if line not in experts)
+    # Of the same files, all but the experts' tensors are the same.
+    free, ours = open_checkpoint(tmp_path / "free"), open_checkpoint(calibrated)
+    for name in source.names():
+        same = np.array_equal(free.read(name), ours.read(name))
+        assert same == (".experts." not in name or "shared" in name), name
+
+
+def test_threads_do_not_matter(model, calibrated, options, tmp_path):
+    quantize(model, tmp_path / "out", threads=2, **options)
+    assert contents(tmp_path / "out") == contents(calibrated)
+
+
+@pytest.mark.parametrize("items", [9, 26])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    model, calibrated, options, tmp_path, monkeypatch, items
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, items)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, out, threads=1, **options)
+    # Another text is another job.
+    other = {**options, "calibration_tokens": "512"}
+    with pytest.raises(CcqError, match="calibration"):
+        quantize(model, out, threads=1, **other)
+    with pytest.raises(CcqError, match="calibration"):
+        quantize(model, out, threads=1, preset="fast", quiet=True)
+    quantize(model, out, threads=1, **options)
+    assert contents(out) == contents(calibrated)
+
+
+def test_provenance(calibrated, text):
+    config = json.loads((calibrated / "config.json").read_text())
+    said = config["paddle_ccq"]["calibration"]
+    assert said["text"] == "text.jsonl" and said["tokens_used"] == 1024
+    assert len(said["text_sha256"]) == 64
+    card = (calibrated / "README.md").read_text()
+    assert "calibrated search, preset fast" in card and said["text_sha256"] in card
+    assert "No data was used" not in card
+    assert str(text.parent) not in card + json.dumps(config)
+
+
+def test_every_rank_gets_the_statistics_of_its_own_rows(model, options, tmp_path):
+    quantize(model, tmp_path / "out", tensor_parallel_size=2, **options)
+    log = Path(f"{tmp_path / 'out'}.log.jsonl").read_text().splitlines()
+    errors = [line["output_rel_mse"] for line in map(json.loads, log) if "output_rel_mse" in line]
+    assert len(errors) == 8 and max(errors) < 0.05
+
+
+def test_coverage_is_said_and_experts_without_tokens_are_listed(text, options, tmp_path, capsys):
+    bias = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    extra = {bias: np.array([[0, -9.0]], np.float32)}
+    write_checkpoint(tmp_path / "model", CONFIG, extra=extra)
+    flags = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    flags += ["--calibration", str(text), "--calibration-tokens", "1k", "--preset", "fast"]
+    assert main(flags) == 0
+    said = capsys.readouterr().err
+    assert "tokens per expert: min 0, median" in said and "max 1,024" in said
+    assert "1 experts saw no token and were encoded data-free: layers.1.mlp.experts.1" in said
+    verify(tmp_path / "out")
+
+
+def test_the_plan_says_what_calibration_needs(text, capsys):
+    folder = str(CONFIGS / "ernie-4.5-300b-a47b")
+    assert main(["--model", folder, "--dry-run", "--calibration", str(text)]) == 0
+    out = capsys.readouterr().out
+    assert "at most 262,144 tokens" in out and "in a file of the partial folder" in out
+    config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-300b-a47b")
+    ((_, small),) = memory_facts(config, Settings(tokens=16384))
+    assert "in memory" in small
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--calibration", "/none.jsonl"], "no such file"),
+        (["--calibration", "TEXT", "--calibration-tokens", "x"], "--calibration-tokens x"),
+        (["--calibration-tokens", "1k"], "needs --calibration"),
+        (["--calibration", "TEXT", "--encoder", "paper"], "does not go with --encoder paper"),
+        (["--calibration", "TEXT", "--format", "ccq-2.5"], "only wint2 experts"),
+        (["--calibration", "TEXT", "--wint4-end-layer", "2"], "only wint2 experts"),
+        (["--calibration", "MODEL/config.json"], "must be a .jsonl or a .txt file"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(model, text, tmp_path, capsys, flags, message):
+    flags = [flag.replace("TEXT", str(text)).replace("MODEL", str(model)) for flag in flags]
+    assert main(["--model", str(model), "--output", str(tmp_path / "out"), *flags]) == 2
+    # Messages about the model may come first; the error is the last line.
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
