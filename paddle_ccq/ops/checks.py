@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -104,10 +105,9 @@ def offsets(value: object, experts: int, tokens: int) -> list[int]:
 
 def threads(value: int | None) -> int:
     """A usable thread count; None means every processor this process may use."""
-    from ..encoder.base import default_threads
-
     if value is None:
-        return default_threads()
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
     if value < 1:
         raise ValueError(f"threads must be at least 1, got {value}")
     return value

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder's search and the decoder on the GPU, over NumPy arrays in host memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..codec import formats
+from ..codec.floats import RUNTIME_DTYPES
+from . import checks, gpu_library
+from .gpu_library import DequantArgs, EncodeArgs, EncodeLayout, EncodeRecipe
+
+_RUNTIMES = ("bfloat16", "float16", "float32")
+_FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
+# Bytes of float weights sent at a time: bounds device memory, still thousands of channels.
+_CHUNK = 1 << 30
+
+
+def _pointer(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def _layout(layout: Mapping[str, Any], books: Sequence[np.ndarray]) -> EncodeLayout:
+    """The CPU core's layout (lane sets) with every vector on its own."""
+    out = EncodeLayout(books=len(books))
+    for s in layout["sets"]:
+        for lane in range(s["lanes"]):
+            v = out.vector[out.vectors]
+            v.book, v.dims, v.shift = s["book"], s["dims"], s["shift"]
+            v.first, v.word = s["first"] + lane * s["stride"], s["word"] + lane
+            out.vectors += 1
+    for b, book in enumerate(books):
+        out.entries[b] = len(book)
+    for name in ("words", "fraction", "state_min", "state_max", "remainder_shift", "scale_max"):
+        setattr(out, name, layout[name])
+    return out
+
+
+def _recipe(recipe: Mapping[str, Any]) -> EncodeRecipe:
+    out = EncodeRecipe(kappa_count=len(recipe["kappas"]), ratio_count=len(recipe["ratios"]))
+    out.kappas[: len(recipe["kappas"])] = recipe["kappas"]
+    out.ratios[: len(recipe["ratios"])] = recipe["ratios"]
+    for name in ("nominal", "window_low", "window_high", "refits", "keep_pairs"):
+        setattr(out, name, recipe[name])
+    return out
+
+
+def _entries(pairs: Sequence[Sequence[np.ndarray]], fraction: int) -> np.ndarray:
+    """int32 [pairs, entries, 2]: four int8 states (zeros where fewer), minus half the norm."""
+    books = []
+    for pair in pairs:
+        for book in pair:
+            states = np.zeros((len(book), 4), np.int8)
+            states[:, : book.shape[1]] = book
+            half_norm = (book.astype(np.int64) ** 2).sum(axis=1) << (fraction - 1)
+            packed = np.stack([states.view(np.int32)[:, 0], -half_norm.astype(np.int32)], axis=1)
+            books.append(packed)
+    return np.ascontiguousarray(np.concatenate(books), np.int32)
+
+
+def encode(
+    weight: np.ndarray,
+    pairs: Sequence[Sequence[np.ndarray]],
+    layout: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], float]:
+    """ccq_encode: what the CPU core's encode() returns, bit for bit, and milliseconds of kernel.
+
+    Args:
+        weight: float32 [N, K], 64 | K, finite.
+        pairs: code books of every pair.
+        layout: SearchLayout.as_dict().
+        recipe: Recipe.as_dict().
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+        CcqError: without the GPU library, or when the GPU fails.
+    """
+    weight = checks.array(weight, "weight")
+    if weight.dtype != np.float32 or weight.ndim != 2 or weight.shape[1] % 64 or not weight.size:
+        raise ValueError(
+            f"weight must be float32 [N, K] with 64 | K, got {weight.dtype}{list(weight.shape)}"
+        )
+    library = gpu_library.load()
+    n, k = weight.shape
+    found = {
+        "words": np.empty((n, k // 64, layout["words"]), np.uint16),
+        "scales": np.empty((n, k // 64), np.uint16),
+        "supers": np.empty(n, np.float32),
+        "pairs": np.empty(n, np.int32),
+        "sums": np.empty((n, 3), np.float64),
+    }
+    entries = _entries(pairs, layout["fraction"])
+    total = 0.0
+    step = max(1, _CHUNK // (4 * k))
+    for start in range(0, n, step):
+        part = slice(start, min(n, start + step))
+        args = EncodeArgs(
+            weight=_pointer(weight[part]),
+            n=part.stop - start,
+            k=k,
+            layout=_layout(layout, pairs[0]),
+            recipe=_recipe(recipe),
+            entries=_pointer(entries),
+            pairs=len(pairs),
+            words=_pointer(found["words"][part]),
+            scales=_pointer(found["scales"][part]),
+            supers=_pointer(found["supers"][part]),
+            chosen=_pointer(found["pairs"][part]),
+            sums=_pointer(found["sums"][part]),
+        )
+        milliseconds = ctypes.c_float()
+        status = library.ccq_encode_host(ctypes.byref(args), ctypes.byref(milliseconds))
+        gpu_library.check(library, status, "encoding")
+        total += milliseconds.value
+    return found, total
+
+
+def dequant(format: str, tensors: Mapping[str, np.ndarray], dtype: str = "bfloat16") -> np.ndarray:
+    """ccq_dequant on the GPU: as ops.dequant, bit for bit.
+
+    Raises:
+        ValueError: naming the tensor or argument that does not fit.
+        CcqError: without the GPU library, or when the GPU fails.
+    """
+    if dtype not in RUNTIME_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(RUNTIME_DTYPES)}, got {dtype!r}")
+    found, k, n = checks.stored(format, tensors)
+    assert set(_FORMATS) == set(formats.CCQ_FORMATS)
+    library = gpu_library.load()
+    out = np.empty((k, n), RUNTIME_DTYPES[dtype])
+    args = DequantArgs(
+        format=_FORMATS.index(format),
+        runtime=_RUNTIMES.index(dtype),
+        k=k,
+        n=n,
+        out=_pointer(out),
+        **{suffix: _pointer(value) for suffix, value in found.items()},
+    )
+    status = library.ccq_dequant_host(ctypes.byref(args))
+    gpu_library.check(library, status, "decoding")
+    return out

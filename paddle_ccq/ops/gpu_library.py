@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled GPU library: where it is looked for, how it is built, and its C structures."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from ..errors import CcqError
+
+# Names a library outside the package, for instance one built for another GPU.
+ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
+_BUILT = Path(__file__).resolve().parent.parent / "_gpu.so"
+_SOURCES = ("encode.cu", "dequant.cu", "host.cu")
+
+MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
+
+
+class EncodeVector(ctypes.Structure):
+    """One vector of a group (custom_ops/gpu/encode.h)."""
+
+    _fields_ = [(name, ctypes.c_uint8) for name in ("book", "first", "dims", "word", "shift")]
+
+
+class EncodeLayout(ctypes.Structure):
+    """struct ccq_encode_layout."""
+
+    _fields_ = [
+        ("vectors", ctypes.c_int),
+        ("vector", EncodeVector * MAX_VECTORS),
+        ("books", ctypes.c_int),
+        ("entries", ctypes.c_int * MAX_BOOKS),
+        ("words", ctypes.c_int),
+        ("fraction", ctypes.c_int),
+        ("state_min", ctypes.c_int),
+        ("state_max", ctypes.c_int),
+        ("remainder_shift", ctypes.c_int),
+        ("scale_max", ctypes.c_int),
+    ]
+
+
+class EncodeRecipe(ctypes.Structure):
+    """struct ccq_encode_recipe."""
+
+    _fields_ = [
+        ("nominal", ctypes.c_double),
+        ("kappas", ctypes.c_double * MAX_KAPPAS),
+        ("kappa_count", ctypes.c_int),
+        ("window_low", ctypes.c_int),
+        ("window_high", ctypes.c_int),
+        ("ratios", ctypes.c_double * MAX_BATCH),
+        ("ratio_count", ctypes.c_int),
+        ("refits", ctypes.c_int),
+        ("keep_pairs", ctypes.c_int),
+    ]
+
+
+class EncodeArgs(ctypes.Structure):
+    """struct ccq_encode_args."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("layout", EncodeLayout),
+        ("recipe", EncodeRecipe),
+        ("entries", ctypes.c_void_p),
+        ("pairs", ctypes.c_int),
+        *[(name, ctypes.c_void_p) for name in ("words", "scales", "supers", "chosen", "sums")],
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class DequantArgs(ctypes.Structure):
+    """struct ccq_dequant_args."""
+
+    _fields_ = [
+        ("format", ctypes.c_int),
+        ("runtime", ctypes.c_int),
+        ("k", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("quant_weight", ctypes.c_void_p),
+        ("weight_scale", ctypes.c_void_p),
+        ("super_scales", ctypes.c_void_p),
+        ("code_scale", ctypes.c_void_p),
+        ("code_zp", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+def build(architectures: Sequence[int] = (80, 90), output: Path = _BUILT) -> Path:
+    """Compile the library with nvcc for the given compute capabilities (90 is an H100).
+
+    Raises:
+        CcqError: without nvcc or the sources (they are in a checkout, not in a wheel), or when the
+            compiler fails.
+    """
+    sources = Path(__file__).resolve().parents[2] / "custom_ops" / "gpu"
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise CcqError("nvcc is not on PATH; install the CUDA toolkit (12.0 or newer) to build")
+    if not (sources / _SOURCES[0]).exists():
+        raise CcqError(f"{sources}: no sources of the GPU library; build it from a checkout")
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *code]
+    command += ["-o", str(output), *(str(sources / name) for name in _SOURCES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CcqError(f"nvcc failed: {done.stderr.strip()[-400:]}")
+    return output
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library with its functions declared.
+
+    Raises:
+        CcqError: where there is none, saying how to build it.
+    """
+    path = Path(os.environ.get(ENVIRONMENT) or _BUILT)
+    if not path.exists():
+        raise CcqError(
+            f"{path}: the GPU library is not there; build it with "
+            f"`python -m paddle_ccq.ops.gpu_library` (needs nvcc), or use the CPU"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CcqError(f"{path}: cannot be loaded: {error}") from error
+    library.ccq_error_text.restype = ctypes.c_char_p
+    library.ccq_encode_host.argtypes = [
+        ctypes.POINTER(EncodeArgs),
+        ctypes.POINTER(ctypes.c_float),
+    ]
+    library.ccq_dequant_host.argtypes = [ctypes.POINTER(DequantArgs)]
+    return library
+
+
+def available() -> bool:
+    """A library is there and finds a GPU."""
+    try:
+        return load().ccq_device_count() > 0
+    except CcqError:
+        return False
+
+
+def check(library: ctypes.CDLL, status: int, what: str) -> None:
+    """A CUDA error as a CcqError."""
+    if status:
+        text = library.ccq_error_text(status).decode()
+        raise CcqError(f"{what} on the GPU failed: {text} (CUDA error {status})")
+
+
+if __name__ == "__main__":
+    print(build())
