@@ -195,28 +195,32 @@ struct Encoder {
     for (int b = 0; b < kCount; ++b) scores[b] = team_sum<kTeam>(v.used ? best[b] : 0) + rest[b];
   }
 
-  // Coarse local scales: every integer of the window around the nominal one.
+  // Coarse local scales: every integer of the window around the nominal one, kCount at a time.
   template <int kCount>
   __device__ void search_window(const float* w, float super) {
+    // The same number of rounds for every group, though some windows are cut: teams of a warp shuffle together.
+    const int width = a.recipe.window_high - a.recipe.window_low + 1;
     for (int first = 0; first < groups; first += kTeams) {
       const int g = min(first + team, groups - 1);
       const float* group = w + static_cast<int64_t>(g) * kGroup;
       const int nominal = nominal_scale(g, super);
       const int low = max(nominal + a.recipe.window_low, 1);
       const int high = min(nominal + a.recipe.window_high, a.layout.scale_max);
-      int local[kCount], scores[kCount];
-#pragma unroll
-      for (int b = 0; b < kCount; ++b) local[b] = min(low + b, a.layout.scale_max);
       for (int c = 0; c < sh.kept_count; ++c) {
-        score<kCount>(group, c, local, super, scores);
         double top = -1;
         int at = 0;
+        for (int start = 0; start < width; start += kCount) {
+          int local[kCount], scores[kCount];
 #pragma unroll
-        for (int b = 0; b < kCount; ++b) {
-          const double value = gain(local_scale(local[b], super), scores[b]);
-          if (low + b <= high && value > top) {
-            top = value;
-            at = local[b];
+          for (int b = 0; b < kCount; ++b) local[b] = min(low + start + b, a.layout.scale_max);
+          score<kCount>(group, c, local, super, scores);
+#pragma unroll
+          for (int b = 0; b < kCount; ++b) {
+            const double value = gain(local_scale(local[b], super), scores[b]);
+            if (low + start + b <= high && value > top) {
+              top = value;
+              at = local[b];
+            }
           }
         }
         store_choice(c, first + team, top, at);
@@ -394,13 +398,11 @@ struct Encoder {
     __syncthreads();
     for (int i = 0; i < sh.super_count; ++i) {
       const float super = sh.supers[i];
-      if constexpr (kTeam == 32) {
-        if (a.recipe.ratio_count) search_ratios(w, super);
-        else search_window<kBatch>(w, super);
-      } else {
-        if (a.recipe.window_high - a.recipe.window_low < 6) search_window<6>(w, super);
-        else search_window<kBatch>(w, super);
-      }
+      const int width = a.recipe.window_high - a.recipe.window_low + 1;
+      if (kTeam == 32 && a.recipe.ratio_count) search_ratios(w, super);
+      else if (width <= 6) search_window<6>(w, super);
+      else if (width <= 8) search_window<8>(w, super);
+      else search_window<5>(w, super);
       compare(super);
     }
     finish(w, words, scales, a.sums + 3 * channel, energy);
@@ -449,7 +451,7 @@ bool valid(const ccq_encode_args& a) {
   if (entries * kept > CCQ_ENCODE_ENTRIES) return false;
   if (r.kappa_count < 1 || r.kappa_count > CCQ_ENCODE_KAPPAS || r.refits < 0) return false;
   if (r.ratio_count < 0 || r.ratio_count > CCQ_ENCODE_BATCH) return false;
-  return r.ratio_count || (r.window_low <= r.window_high && r.window_high - r.window_low < CCQ_ENCODE_BATCH);
+  return r.ratio_count || r.window_low <= r.window_high;
 }
 
 }  // namespace ccq_encode_kernel

@@ -15,7 +15,7 @@ enum {
   CCQ_ENCODE_BOOKS = 2,      // code books of a pair
   CCQ_ENCODE_ENTRIES = 1024, // entries of all books of the kept pairs
   CCQ_ENCODE_KAPPAS = 8,
-  CCQ_ENCODE_BATCH = 8,      // local scales tried for a group
+  CCQ_ENCODE_BATCH = 8,      // ratios tried for a group
   CCQ_ENCODE_KEEP = 4,       // pairs that survive the screening
   CCQ_ENCODE_PAIRS = 256
 };

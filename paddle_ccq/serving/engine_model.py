@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ERNIE-4.5 over a batch of sequences at different positions, on packed experts.
+
+The arithmetic is that of models/ernie.py in another order of operators: rows of all sequences,
+prompt pieces and single tokens alike, pass the linear layers together; attention is done for each
+sequence where its keys and values lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..checkpoint.reader import Checkpoint
+from ..errors import CcqError
+from .kv_cache import KVCache, Region
+from .weights import MLP, ExactWeights, Experts, Linear
+
+# Prompt rows attended at once, so that the scores of a long prompt stay small.
+QUERY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one sequence to be computed now, the first at position `start`."""
+
+    tokens: Sequence[int]
+    start: int
+    region: Region
+    wants_logits: bool = True  # of its last token
+
+
+class EngineModel:
+    """The weights of a checkpoint and the forward step.
+
+    Attributes:
+        expert_bytes, dense_bytes: memory held for routed experts and for everything else.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, max_length: int | None = None, threads: int | None = None
+    ) -> None:
+        config = self.config = checkpoint.config
+        if config.use_bias:
+            raise CcqError("config.json: use_bias: ERNIE-4.5 with biases is not supported")
+        weights = ExactWeights(checkpoint)
+        self.max_length = max_length or config.max_position_embeddings
+        self.embed = weights.read("ernie.embed_tokens.weight")
+        self.layers = [Layer(weights, i, threads) for i in range(config.num_hidden_layers)]
+        self.norm = weights.read("ernie.norm.weight")
+        self.head = (
+            None if config.tie_word_embeddings else Linear(weights, "lm_head.weight", threads)
+        )
+        self.expert_bytes = sum(layer.expert_bytes for layer in self.layers)
+        self.dense_bytes = self.embed.nbytes + sum(layer.dense_bytes for layer in self.layers)
+        self.dense_bytes += 0 if self.head is None else self.head.nbytes
+        half = config.head_dim // 2
+        # float64 angles, as models/ernie.py: float32 would be off by 1e-3 at position 10,000.
+        angles = np.arange(self.max_length)[:, None] * float(config.rope_theta) ** -(
+            np.arange(half) / half
+        )
+        self.cos = np.cos(angles).astype(np.float32)[:, None, :]
+        self.sin = np.sin(angles).astype(np.float32)[:, None, :]
+
+    def new_cache(self, tokens: int) -> KVCache:
+        config = self.config
+        return KVCache(
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, tokens
+        )
+
+    def forward(self, pieces: Sequence[Piece], cache: KVCache) -> np.ndarray:
+        """Logits float32 [pieces that want them, vocab]; the cache takes up all tokens."""
+        tokens = np.concatenate([np.asarray(p.tokens, np.int64) for p in pieces])
+        positions = np.concatenate([np.arange(p.start, p.start + len(p.tokens)) for p in pieces])
+        rope = self.cos[positions], self.sin[positions]
+        x = self.embed[tokens]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, pieces, cache.keys[index], cache.values[index])
+        ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
+        wanted = [end for end, piece in zip(ends, pieces, strict=True) if piece.wants_logits]
+        x = rms_norm(x[wanted], self.norm, self.config.rms_norm_eps)
+        return x @ self.embed.T if self.head is None else self.head(x)
+
+
+class Layer:
+    """One decoder layer: attention, then a dense or a mixture-of-experts MLP, each on a norm."""
+
+    def __init__(self, weights: ExactWeights, layer: int, threads: int | None) -> None:
+        config, name = weights.config, f"ernie.layers.{layer}"
+        self.config = config
+        self.attention_norm = weights.read(f"{name}.input_layernorm.weight")
+        self.mlp_norm = weights.read(f"{name}.post_attention_layernorm.weight")
+        self.qkv = Linear(weights, f"{name}.self_attn.qkv_proj.weight", threads)
+        self.out = Linear(weights, f"{name}.self_attn.o_proj.weight", threads)
+        self.expert_bytes, self.dense_bytes = 0, self.qkv.nbytes + self.out.nbytes
+        self.experts = self.mlp = None
+        if config.is_moe_layer(layer):
+            self.gate = weights.read(f"{name}.mlp.gate.weight")
+            self.bias = weights.read(f"{name}.mlp.moe_statics.e_score_correction_bias")
+            self.experts = Experts(weights, f"{name}.mlp.experts", threads)
+            self.expert_bytes = self.experts.nbytes
+            self.dense_bytes += self.gate.nbytes
+            if config.moe_num_shared_experts:
+                self.mlp = MLP(weights, f"{name}.mlp.shared_experts", threads)
+        else:
+            self.mlp = MLP(weights, f"{name}.mlp", threads)
+        self.dense_bytes += 0 if self.mlp is None else self.mlp.nbytes
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        rope: tuple[np.ndarray, np.ndarray],
+        pieces: Sequence[Piece],
+        keys: np.ndarray,
+        values: np.ndarray,
+    ) -> np.ndarray:
+        config = self.config
+        normed = rms_norm(x, self.attention_norm, config.rms_norm_eps)
+        x = x + self.out(self._attend(self.qkv(normed), rope, pieces, keys, values))
+        normed = rms_norm(x, self.mlp_norm, config.rms_norm_eps)
+        if self.experts is None:
+            return x + self.mlp(normed)
+        y = self.experts(normed, *self._route(normed))
+        if self.mlp is not None:
+            y = y + self.mlp(normed)
+        return x + y
+
+    def _route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Chosen experts [tokens, k] and their weights; the bias takes part in the choice only."""
+        config = self.config
+        scores = softmax(x @ self.gate)
+        order = np.argsort(-(scores + self.bias.reshape(1, -1)), axis=-1, kind="stable")
+        chosen = np.ascontiguousarray(order[:, : config.moe_k])
+        shares = np.take_along_axis(scores, chosen, axis=-1)
+        shares /= np.maximum(shares.sum(axis=-1, keepdims=True), np.float32(config.moe_norm_min))
+        return chosen, shares
+
+    def _attend(
+        self,
+        qkv: np.ndarray,
+        rope: tuple[np.ndarray, np.ndarray],
+        pieces: Sequence[Piece],
+        keys: np.ndarray,
+        values: np.ndarray,
+    ) -> np.ndarray:
+        """[tokens, heads * dim]; keys and values are the layer's [kv heads, places, dim]."""
+        config = self.config
+        heads, kv_heads, dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        group, count = heads // kv_heads, len(qkv)
+        qkv = qkv.reshape(count, heads + 2 * kv_heads, dim)
+        # ERNIE rotates neighbouring pairs (2i, 2i+1) of each query and key head.
+        cos, sin = rope
+        rotated = np.empty((count, heads + kv_heads, dim), np.float32)
+        a, b = qkv[:, : heads + kv_heads, 0::2], qkv[:, : heads + kv_heads, 1::2]
+        rotated[..., 0::2] = a * cos - b * sin
+        rotated[..., 1::2] = a * sin + b * cos
+        q = rotated[:, :heads] * np.float32(dim**-0.5)
+        # [kv heads, tokens, group, dim]: query heads that share a key head in one product.
+        q = q.reshape(count, kv_heads, group, dim).transpose(1, 0, 2, 3)
+        k = rotated[:, heads:].transpose(1, 0, 2)
+        v = qkv[:, heads + kv_heads :].transpose(1, 0, 2)
+        out = np.empty((count, kv_heads, group, dim), np.float32)
+        row = 0
+        for piece in pieces:
+            length, base = len(piece.tokens), piece.region.start
+            rows = slice(row, row + length)
+            place = base + piece.start
+            keys[:, place : place + length] = k[:, rows]
+            values[:, place : place + length] = v[:, rows]
+            for first in range(0, length, QUERY_BLOCK):
+                last = min(first + QUERY_BLOCK, length)
+                seen = slice(base, place + last)
+                queries = q[:, row + first : row + last].reshape(kv_heads, -1, dim)
+                scores = queries @ keys[:, seen].transpose(0, 2, 1)
+                if last - first > 1:
+                    _mask(scores.reshape(kv_heads, last - first, group, -1), piece.start + first)
+                mixed = softmax(scores) @ values[:, seen]
+                mixed = mixed.reshape(kv_heads, last - first, group, dim)
+                out[row + first : row + last] = mixed.transpose(1, 0, 2, 3)
+            row += length
+        return out.reshape(count, heads * dim)
+
+
+def _mask(scores: np.ndarray, start: int) -> None:
+    """Hide later keys from the queries [kv heads, queries, group, keys], the first at `start`."""
+    queries = start + np.arange(scores.shape[1])
+    hidden = np.arange(scores.shape[3]) > queries[:, None]
+    np.copyto(scores, np.float32(-np.inf), where=hidden[None, :, None, :])
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    scale = 1 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps))
+    return x * scale * weight

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of all running sequences: one arena, given out in contiguous regions.
+
+A sequence reserves room for its prompt and all it may generate before it starts, so that a running
+one never waits for memory and nothing is ever evicted. Contiguous regions, because attention then
+multiplies the cache where it lies, without gathering blocks.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Region:
+    """Token places start..start+length of the arena."""
+
+    start: int
+    length: int
+
+
+class KVCache:
+    """Room for `tokens` tokens of `layers` layers; pages are touched only as they are used."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int) -> None:
+        shape = (layers, kv_heads, tokens, head_dim)
+        self.keys = np.zeros(shape, np.float32)
+        self.values = np.zeros(shape, np.float32)
+        self.tokens = tokens
+        self.used = 0
+        self._free = [(0, tokens)]  # start, length; sorted, never adjacent
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def allocate(self, length: int) -> Region | None:
+        """A region, or None while no free one is long enough."""
+        for index, (start, free) in enumerate(self._free):
+            if free >= length:
+                rest = [(start + length, free - length)] if free > length else []
+                self._free[index : index + 1] = rest
+                self.used += length
+                return Region(start, length)
+        return None
+
+    def release(self, region: Region) -> None:
+        """Give a region back; it joins its free neighbours."""
+        start, length = region.start, region.length
+        index = bisect.bisect(self._free, (start, 0))
+        if index < len(self._free) and self._free[index][0] == start + length:
+            length += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == start:
+            before = self._free.pop(index - 1)
+            start, length, index = before[0], length + before[1], index - 1
+        self._free.insert(index, (start, length))
+        self.used -= region.length
+
+
+def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
+    return 2 * 4 * layers * kv_heads * head_dim

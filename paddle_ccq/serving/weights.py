@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as the engine holds them: experts packed as stored, the dense rest as float32.
+
+NumPy and not Paddle: the packed products take and give NumPy arrays, a step of one token is many
+small operators whose call is cheaper there, and importing Paddle alone takes more memory than the
+experts of a 21B model's layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .. import ops
+from ..checkpoint.reader import ROW_ORDERED_FORMAT, Checkpoint
+from ..codec import formats
+from ..codec.row_order import FASTDEPLOY_2_1, PLAIN, unpermute_rows
+from ..errors import CcqError
+
+Product = Callable[[np.ndarray], np.ndarray]
+
+
+class ExactWeights:
+    """A checkpoint whose packed matrices are read exactly.
+
+    Checkpoint.read() rounds decoded weights to bfloat16, as an engine that multiplies in bfloat16
+    sees them. The packed products decode exactly; this is the float model they stand for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+
+    def read(self, name: str) -> np.ndarray:
+        """The named weight as float32, matrices as [in, out]."""
+        checkpoint = self.checkpoint
+        format_name = checkpoint.format_of(name)
+        if not formats.get(format_name).is_ccq and format_name not in ("wint8", "wint4"):
+            return checkpoint.read(name)
+        tensors = stored_tensors(checkpoint, name)
+        weight = formats.dequantize(format_name, tensors, "float32")
+        return unpermute_rows(weight) if _row_order(checkpoint, format_name) != PLAIN else weight
+
+
+class Linear:
+    """One matrix [in, out] that rows are multiplied by, packed where it is stored packed."""
+
+    def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
+        format_name = weights.checkpoint.format_of(name)
+        shape = weights.checkpoint.shape(name)
+        self.threads = threads
+        self.packed = self.dense = None
+        # The packed layout wants whole lanes of columns; the others are few and small.
+        if formats.get(format_name).is_ccq and shape[1] % 16 == 0:
+            self.packed = _repack(weights.checkpoint, name)
+            self.nbytes = self.packed.nbytes
+        else:
+            self.dense = np.ascontiguousarray(weights.read(name), np.float32)
+            self.nbytes = self.dense.nbytes
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        if self.packed is not None:
+            return ops.linear(np.ascontiguousarray(x), self.packed, self.threads)
+        return x @ self.dense
+
+
+class MLP:
+    """SwiGLU: a dense layer's MLP, the shared experts, or an expert that is not packed."""
+
+    def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
+        self.up_gate = Linear(weights, f"{name}.up_gate_proj.weight", threads)
+        self.down = Linear(weights, f"{name}.down_proj.weight", threads)
+        self.nbytes = self.up_gate.nbytes + self.down.nbytes
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        gate, up = np.split(self.up_gate(x), 2, axis=-1)
+        return self.down(silu(gate) * up)
+
+
+class Experts:
+    """The routed experts of one layer.
+
+    Of one packed format they run as one grouped product. Others (a float checkpoint, or formats
+    mixed within a layer) run one by one.
+    """
+
+    def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
+        checkpoint, count = weights.checkpoint, weights.config.moe_num_experts
+        names = {
+            part: [f"{name}.{e}.{part}_proj.weight" for e in range(count)]
+            for part in ("up_gate", "down")
+        }
+        found = {checkpoint.format_of(n) for part in names.values() for n in part}
+        self.threads, self.count = threads, count
+        self.packed, self.single = None, []
+        format_name = next(iter(found))
+        widths = [checkpoint.shape(part[0])[1] for part in names.values()]
+        if len(found) == 1 and formats.get(format_name).is_ccq and not any(w % 16 for w in widths):
+            # One matrix at a time, so that a layer is never in memory twice.
+            up, down = (tuple(_repack(checkpoint, n) for n in part) for part in names.values())
+            self.packed = ops.PackedExperts(up, down)
+            self.nbytes = self.packed.nbytes
+        else:
+            self.single = [MLP(weights, f"{name}.{e}", threads) for e in range(count)]
+            self.nbytes = sum(expert.nbytes for expert in self.single)
+
+    def __call__(self, x: np.ndarray, chosen: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """Sum over j of shares[t, j] * expert chosen[t, j] of x[t]."""
+        if self.packed is not None:
+            return ops.moe(np.ascontiguousarray(x), self.packed, chosen, shares, self.threads)
+        parts = np.empty((*chosen.shape, x.shape[1]), np.float32)
+        for expert in np.unique(chosen):
+            rows, places = np.nonzero(chosen == expert)
+            parts[rows, places] = self.single[expert](x[rows])
+        return (shares[:, None, :] @ parts)[:, 0]
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    # exp overflows to infinity far on the left, where the quotient is 0 as it should be.
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def stored_tensors(checkpoint: Checkpoint, name: str) -> formats.Tensors:
+    """The packed tensors of a matrix in the dtypes of its format."""
+    tensors = checkpoint.packed(name)
+    specs = formats.tensor_specs(checkpoint.format_of(name), *checkpoint.shape(name))
+    return {
+        suffix: tensors[suffix].astype(formats.SAFETENSORS_DTYPES[dtype], copy=False)
+        for suffix, (_, dtype) in specs.items()
+    }
+
+
+def _row_order(checkpoint: Checkpoint, format_name: str) -> str:
+    if format_name == ROW_ORDERED_FORMAT and checkpoint.row_order == FASTDEPLOY_2_1:
+        return FASTDEPLOY_2_1
+    return PLAIN
+
+
+def _repack(checkpoint: Checkpoint, name: str) -> ops.PackedMatrix:
+    format_name = checkpoint.format_of(name)
+    order = _row_order(checkpoint, format_name)
+    try:
+        return ops.repack(format_name, stored_tensors(checkpoint, name), order)
+    except ValueError as error:
+        raise CcqError(f"{checkpoint.path}: {name}: {error}") from None
