@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a checkpoint before FastDeploy loads it: contract, version, memory, and how to start it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import reporting
+from ..checkpoint.inspection import Inspection
+from ..checkpoint.manifest import check_manifest
+from ..checkpoint.plan import gigabytes
+from ..errors import CcqError, run_cli
+from .cards import Card, find_cards
+from .contract import contract_problems, contract_warnings
+from .memory import (
+    BLOCK_TOKENS,
+    DEFAULT_BATCHED_TOKENS,
+    DEFAULT_UTILIZATION,
+    GIB,
+    CardMemory,
+    card_memory,
+)
+from .releases import DEFAULT_RELEASE, RELEASES, Release, find_release
+from .server_flags import four_ports, server_command, shown
+
+DEFAULT_MODEL_LEN = 32768
+DEFAULT_SEQUENCES = 128
+DEFAULT_PORT = 8180
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be served, and on what.
+
+    Attributes:
+        card_bytes: memory of one card; None leaves out everything about memory.
+    """
+
+    tensor_parallel_size: int = 1
+    card_bytes: int | None = None
+    max_model_len: int = DEFAULT_MODEL_LEN
+    max_num_seqs: int = DEFAULT_SEQUENCES
+    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    gpu_memory_utilization: float = DEFAULT_UTILIZATION
+    release: Release = RELEASES[DEFAULT_RELEASE]
+    port: int = DEFAULT_PORT
+
+
+@dataclass
+class CheckResult:
+    """What was found; `problems` keep FastDeploy from serving it, `warnings` don't."""
+
+    folder: str
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    memory: CardMemory | None = None
+    host_bytes: int = 0
+    command: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"good": self.good, **asdict(self)}
+        if self.memory:
+            found["memory"] |= {"cache": self.memory.cache, "tokens": self.memory.tokens}
+        return found
+
+
+def check(folder: str | os.PathLike[str], wish: Wish, *, hashes: bool = False) -> CheckResult:
+    """Hold a quantized checkpoint against FastDeploy's rules and a card's memory.
+
+    Reads config.json, indexes and tensor headers; tensors only with `hashes`.
+
+    Raises:
+        CcqError: if `folder` is no quantized checkpoint, or the wish contradicts itself.
+    """
+    _check_wish(wish)
+    inspection = Inspection(Path(folder))
+    inspection.check_config()
+    inspection.check_structure()
+    result = CheckResult(str(folder), inspection.problems)
+    result.problems += check_manifest(inspection.folder, hashes)
+    result.problems += contract_problems(inspection, wish.release, wish.tensor_parallel_size)
+    result.warnings += contract_warnings(inspection, wish.release, wish.max_model_len)
+    plan = inspection.plan
+    result.host_bytes = plan.output_bytes
+    # Another number of ranks than asked for is a problem above; its sizes would mislead.
+    if wish.card_bytes is not None and plan.tensor_parallel_size == wish.tensor_parallel_size:
+        result.memory = card_memory(
+            plan,
+            wish.card_bytes,
+            wish.max_num_seqs,
+            wish.max_num_batched_tokens,
+            wish.gpu_memory_utilization,
+        )
+        _judge_memory(result, result.memory, wish)
+    result.command = server_command(server_settings(folder, wish), wish.release)
+    return result
+
+
+def _check_wish(wish: Wish) -> None:
+    numbers = {
+        "--tensor-parallel-size": wish.tensor_parallel_size,
+        "--max-num-seqs": wish.max_num_seqs,
+        "--gpu-memory": 1 if wish.card_bytes is None else wish.card_bytes,
+    }
+    for flag, value in numbers.items():
+        if value < 1:
+            raise CcqError(f"{flag} must be positive")
+    if wish.max_model_len < 16:
+        raise CcqError(f"--max-model-len {wish.max_model_len}: FastDeploy wants at least 16")
+    if not 0 < wish.gpu_memory_utilization <= 1:
+        raise CcqError(f"--gpu-memory-utilization {wish.gpu_memory_utilization}: not in 0..1")
+    if wish.max_num_seqs > wish.release.most_sequences:
+        raise CcqError(
+            f"--max-num-seqs {wish.max_num_seqs}: FastDeploy {wish.release.name} takes at most"
+            f" {wish.release.most_sequences}"
+        )
+    most = wish.max_model_len * wish.max_num_seqs
+    low = max(BLOCK_TOKENS, wish.max_num_seqs)
+    if not low <= wish.max_num_batched_tokens <= most:
+        raise CcqError(
+            f"--max-num-batched-tokens {wish.max_num_batched_tokens}: FastDeploy wants {low} to"
+            f" {most} (--max-model-len times --max-num-seqs) here"
+        )
+
+
+def _judge_memory(result: CheckResult, memory: CardMemory, wish: Wish) -> None:
+    if memory.cache <= 0:
+        result.problems.append(
+            f"memory: weights, activations and libraries need {-memory.cache / GIB:.1f} GiB more"
+            " than a card's usable part; more ranks, a larger card or fewer batched tokens"
+        )
+        return
+    if memory.tokens < wish.max_model_len:
+        result.problems.append(
+            f"memory: the KV cache holds {memory.tokens} tokens, one sequence of"
+            f" --max-model-len {wish.max_model_len} does not fit; at most --max-model-len"
+            f" {memory.tokens}"
+        )
+        return
+    share = memory.tokens // wish.max_num_seqs
+    if share < wish.max_model_len:
+        result.warnings.append(
+            f"memory: {memory.sequences(wish.max_model_len)} sequences of {wish.max_model_len}"
+            f" tokens fit at once; all {wish.max_num_seqs} together have room for {share} tokens"
+            " each, beyond which some wait or are computed again"
+        )
+
+
+def server_settings(folder: str | os.PathLike[str], wish: Wish) -> dict[str, object]:
+    """The settings of FastDeploy's server for a wish, as keys of a YAML file."""
+    settings: dict[str, object] = {
+        "model": str(folder),
+        **four_ports(wish.port),
+        "tensor_parallel_size": wish.tensor_parallel_size,
+        "max_model_len": wish.max_model_len,
+        "max_num_seqs": wish.max_num_seqs,
+        "max_num_batched_tokens": wish.max_num_batched_tokens,
+        "gpu_memory_utilization": wish.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+    }
+    if wish.release.commit:
+        # The other loader does not know WINT2; FastDeploy falls back by itself, with a warning.
+        settings["load_choices"] = "default"
+    return settings
+
+
+def print_result(result: CheckResult, wish: Wish, environment: Mapping[str, str]) -> None:
+    out = reporting.console()
+    if result.memory is not None:
+        m = result.memory
+        rows = [
+            ["card", f"{m.total / GIB:.1f} GiB"],
+            [f"usable ({m.utilization:g} of it)", f"{m.usable / GIB:.1f} GiB"],
+            ["weights", f"{m.weights / GIB:.1f} GiB"],
+            ["activations (estimate)", f"{m.activations / GIB:.1f} GiB"],
+            ["CUDA and libraries (allowance)", f"{m.libraries / GIB:.1f} GiB"],
+            ["left for the KV cache", f"{m.cache / GIB:.1f} GiB"],
+            ["KV cache of a token", f"{m.token_cache / 1024:g} KiB"],
+            ["tokens in the cache", f"{m.tokens:,}"],
+        ]
+        out.print(reporting.table(["memory of each card", ""], rows))
+
+    def line(text: str) -> None:
+        out.print(text, markup=False, soft_wrap=True)
+
+    line(f"host memory while loading: about {gigabytes(result.host_bytes)}")
+    for warning in result.warnings:
+        line(f"warning: {warning}")
+    for problem in result.problems:
+        line(f"problem: {problem}")
+    if result.good:
+        line(f"\n{shown(result.command, environment)}\n")
+        line(f"good: {result.folder} for FastDeploy {wish.release.name}")
+    else:
+        line(f"NOT good: {len(result.problems)} problems in {result.folder}")
+
+
+def card_problems(cards: list[Card], ranks: int) -> list[str]:
+    """What keeps this machine's own cards from serving on `ranks` of them."""
+    problems = []
+    if len(cards) < ranks:
+        problems.append(f"this machine has {len(cards)} cards, {ranks} are needed")
+    for card in cards[:ranks]:
+        if card.too_old:
+            problems.append(f"{card.name}: compute capability {card.capability}, 8.0 is needed")
+    return problems
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paddle_ccq.fastdeploy.check", description=__doc__
+    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="quantized checkpoint")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="cards (1)")
+    add(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="memory of one card as nvidia-smi reports it, in GiB (this machine's cards)",
+    )
+    add("--max-model-len", type=int, default=DEFAULT_MODEL_LEN, help="tokens of a sequence (32768)")
+    add("--max-num-seqs", type=int, default=DEFAULT_SEQUENCES, help="sequences at once (128)")
+    add("--max-num-batched-tokens", type=int, help="tokens of one step (8192)")
+    add("--gpu-memory-utilization", type=float, default=DEFAULT_UTILIZATION, help="(0.9)")
+    add("--fastdeploy-version", default=DEFAULT_RELEASE, help=f"({DEFAULT_RELEASE})")
+    add("--port", type=int, default=DEFAULT_PORT, help="first of four ports (8180)")
+    add("--hash", action="store_true", help="compare sha256 with the manifest: reads everything")
+    add("--json", metavar="OUT", help="write the result as JSON")
+    return parser
+
+
+def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
+    """The wish that the command line states; `cards` stand in for --gpu-memory."""
+    memory = args.gpu_memory
+    if memory is None and not cards:
+        raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")
+    smallest = min((card.memory for card in cards), default=0)
+    batched = args.max_num_batched_tokens
+    return Wish(
+        tensor_parallel_size=args.tensor_parallel_size,
+        card_bytes=smallest if memory is None else int(memory * GIB),
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=batched
+        or min(DEFAULT_BATCHED_TOKENS, args.max_model_len * args.max_num_seqs),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        release=find_release(args.fastdeploy_version),
+        port=args.port,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+
+    def body() -> int:
+        cards = find_cards() if args.gpu_memory is None else []
+        wish = wish_of(args, cards)
+        result = check(args.folder, wish, hashes=args.hash)
+        if cards:
+            result.problems += card_problems(cards, wish.tensor_parallel_size)
+        print_result(result, wish, {})
+        if args.json:
+            text = json.dumps(result.to_json(), indent=1)
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+        return 0 if result.good else 1
+
+    return run_cli(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

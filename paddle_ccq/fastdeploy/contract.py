@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastDeploy's rules that depend on its version and on the number of cards.
+
+The rules that hold for every version are in checkpoint/inspection.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.inspection import Inspection
+from ..codec.row_order import FASTDEPLOY_2_1
+from .releases import Release
+
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "spm.model")
+
+
+def contract_problems(inspection: Inspection, release: Release, ranks: int) -> list[str]:
+    """What keeps this release from serving the checkpoint, or makes it compute nonsense."""
+    return [
+        *_rank_problems(inspection, ranks),
+        *_format_problems(inspection, release),
+        *_config_problems(inspection, release),
+    ]
+
+
+def _rank_problems(inspection: Inspection, ranks: int) -> list[str]:
+    present = inspection.plan.tensor_parallel_size
+    problems = []
+    if present != ranks:
+        found = f"{present} rank folders" if present > 1 else "no rank folders"
+        problems.append(
+            f"{found}, but --tensor-parallel-size {ranks}: FastDeploy does not cut a quantized"
+            f" checkpoint; quantize again with --tensor-parallel-size {ranks}"
+        )
+    # FastDeploy counts every folder whose name begins so, whatever follows.
+    counted = [p for p in inspection.folder.iterdir() if p.name.startswith("rank") and p.is_dir()]
+    strays = {p.name for p in counted} - {f"rank{i}" for i in range(present)}
+    if strays and len(counted) > 1:
+        problems.append(
+            f"{', '.join(sorted(strays))}: FastDeploy would count this as a rank folder"
+        )
+    return problems
+
+
+def _format_problems(inspection: Inspection, release: Release) -> list[str]:
+    plan = inspection.plan
+    problems = []
+    if plan.format not in ("wint2", "wint8"):
+        problems.append(
+            f"format {plan.format}: FastDeploy has no such format; quantize with --format wint2"
+        )
+    recorded = inspection.row_order
+    if plan.format == "wint2" and recorded is not None and recorded != release.row_order:
+        layout = "2.1" if release.row_order == FASTDEPLOY_2_1 else "2.0"
+        problems.append(
+            f"rows in {recorded} order, FastDeploy {release.name} reads {release.row_order}:"
+            f" nonsense without any error; quantize with --fastdeploy-layout {layout}"
+        )
+    kept = plan.not_converted()
+    if kept and not release.keeps_dense:
+        problems.append(
+            f"{len(kept)} dense layers are bf16 (modules_to_not_convert), which FastDeploy"
+            f" {release.name} does not know; 2.5 does"
+        )
+    return problems
+
+
+def _config_problems(inspection: Inspection, release: Release) -> list[str]:
+    config, raw = inspection.config, inspection.config.raw
+    problems = []
+    moe = config.moe_layers()
+    if moe and moe != list(range(config.moe_layer_start_index, config.num_hidden_layers)):
+        problems.append(
+            f"config.json: FastDeploy takes every layer from {config.moe_layer_start_index} on as"
+            " a MoE layer; this model has others"
+        )
+    if moe and raw.get("moe_use_aux_free") is not True:
+        problems.append(
+            "config.json: moe_use_aux_free is not true: FastDeploy would leave out the router's"
+            " correction bias"
+        )
+    if config.vocab_size % 64:
+        problems.append(
+            f"config.json: vocab_size {config.vocab_size}: FastDeploy pads it to a multiple of 64"
+            " and then refuses the stored embeddings"
+        )
+    dense = raw["quantization_config"].get("dense_quant_type", "wint8")
+    if dense != "wint8" and not release.reads_dense_type:
+        problems.append(
+            f"config.json: dense_quant_type {dense}: FastDeploy {release.name} takes wint8 whatever"
+            " it says"
+        )
+    return problems
+
+
+def contract_warnings(inspection: Inspection, release: Release, max_model_len: int) -> list[str]:
+    """What is worth knowing before the start, and stops nothing."""
+    warnings = []
+    config = inspection.config
+    if inspection.plan.format == "wint2" and inspection.row_order is None:
+        warnings.append(
+            f"the row order is not recorded; FastDeploy {release.name} reads {release.row_order},"
+            " and only a look at its answers tells whether that is so"
+        )
+    if max_model_len > config.max_position_embeddings:
+        warnings.append(
+            f"--max-model-len {max_model_len}: the model was made for"
+            f" {config.max_position_embeddings} positions"
+        )
+    if not any((Path(inspection.folder) / name).is_file() for name in _TOKENIZERS):
+        warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS)}): FastDeploy will not start")
+    if not release.commit:
+        warnings.append(f"the server flags of FastDeploy {release.name} were not looked at")
+    return warnings

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check before FastDeploy: contract by version, rank folders, memory, command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from synthetic import tiny_config, write_checkpoint
+
+from paddle_ccq.checkpoint.config import ErnieConfig
+from paddle_ccq.checkpoint.plan import build_plan
+from paddle_ccq.errors import CcqError
+from paddle_ccq.fastdeploy.cards import parse_cards
+from paddle_ccq.fastdeploy.check import Wish, check, main
+from paddle_ccq.fastdeploy.memory import GIB, card_memory, weight_bytes
+from paddle_ccq.fastdeploy.releases import RELEASES, find_release
+from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
+from paddle_ccq.quantize import quantize
+
+ROOT = Path(__file__).parent.parent
+CONFIG = tiny_config(
+    num_hidden_layers=2, moe_num_experts=2, moe_intermediate_size=256, max_position_embeddings=65536
+)
+WISH = Wish(card_bytes=24 * GIB)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[int, Path]:
+    """A checkpoint by its number of ranks."""
+    root = tmp_path_factory.mktemp("made")
+    write_checkpoint(root / "m", CONFIG)
+    for ranks in (1, 2):
+        quantize(
+            root / "m",
+            root / f"tp{ranks}",
+            preset="fast",
+            tensor_parallel_size=ranks,
+            quiet=True,
+        )
+    return {ranks: root / f"tp{ranks}" for ranks in (1, 2)}
+
+
+@pytest.fixture
+def copy(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made[1], tmp_path / "copy"))
+
+
+def edit_config(folder: Path, edit) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+    (folder / "ccq-manifest.json").unlink(missing_ok=True)
+
+
+def only_problem(folder: Path, wish: Wish) -> str:
+    problems = check(folder, wish).problems
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_a_good_checkpoint_and_its_command(made, capsys, tmp_path) -> None:
+    out = tmp_path / "found.json"
+    assert main([str(made[1]), "--gpu-memory", "24", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    for line in ("--port 8180", "--metrics-port 8181", "--engine-worker-queue-port 8182"):
+        assert line in text
+    assert "--cache-queue-port 8183" in text and "--load-choices default" in text
+    found = json.loads(out.read_text())
+    assert found["good"] and found["memory"]["tokens"] > 32768
+    assert found["command"][:3] == ["python", "-m", "fastdeploy.entrypoints.openai.api_server"]
+
+
+def test_rank_folders_and_cards_must_agree(made) -> None:
+    assert check(made[2], replace(WISH, tensor_parallel_size=2)).good
+    assert "2 rank folders, but" in only_problem(made[2], WISH)
+    text = only_problem(made[1], replace(WISH, tensor_parallel_size=2))
+    assert "no rank folders" in text and "--tensor-parallel-size 2" in text
+
+
+def test_a_stray_rank_folder(made, tmp_path) -> None:
+    folder = Path(shutil.copytree(made[2], tmp_path / "tp2"))
+    (folder / "rank_old").mkdir()
+    assert "rank_old" in only_problem(folder, replace(WISH, tensor_parallel_size=2))
+
+
+def test_row_order_follows_the_version(made) -> None:
+    for name in ("2.1", "2.3", "2.6"):
+        assert check(made[1], replace(WISH, release=RELEASES[name])).good
+    text = only_problem(made[1], replace(WISH, release=RELEASES["2.0"]))
+    assert "plain" in text and "--fastdeploy-layout 2.0" in text
+
+
+def test_an_unrecorded_row_order_is_a_warning(copy) -> None:
+    edit_config(copy, lambda c: c.pop("paddle_ccq"))
+    result = check(copy, WISH)
+    assert result.good
+    assert any("row order is not recorded" in w for w in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda c: c.update(moe_use_aux_free=False), "moe_use_aux_free"),
+        (lambda c: c.update(torch_dtype="bfloat16"), "torch_dtype"),
+        (lambda c: c.update(transformers_version="4.57.1"), "transformers_version"),
+        (lambda c: c["quantization_config"].update(is_quantized=False), "is_quantized"),
+    ],
+)
+def test_config_rules(copy, edit, text) -> None:
+    edit_config(copy, edit)
+    assert text in only_problem(copy, WISH)
+
+
+def test_layers_that_fastdeploy_would_take_as_moe(tmp_path) -> None:
+    source = tmp_path / "m"
+    write_checkpoint(source, tiny_config(moe_num_experts=2, moe_layer_end_index=1))
+    quantize(source, tmp_path / "o", preset="fast", quiet=True)
+    assert "every layer from 1 on" in only_problem(tmp_path / "o", WISH)
+
+
+def test_other_formats_and_bf16_layers(tmp_path) -> None:
+    source = tmp_path / "m"
+    write_checkpoint(source, CONFIG)
+    quantize(source, tmp_path / "more", format="ccq-2.5", preset="fast", quiet=True)
+    assert "no such format" in only_problem(tmp_path / "more", WISH)
+    rules = tmp_path / "rules.yaml"
+    rules.write_text('- {match: "*.o_proj", format: bf16}\n')
+    quantize(source, tmp_path / "kept", rules=rules, preset="fast", quiet=True)
+    assert check(tmp_path / "kept", WISH).good
+    assert "2.5 does" in only_problem(tmp_path / "kept", replace(WISH, release=RELEASES["2.4"]))
+
+
+def test_hashes_only_when_asked(copy) -> None:
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert check(copy, WISH).good
+    assert not check(copy, WISH, hashes=True).good
+
+
+def test_memory_that_does_not_fit(made, capsys) -> None:
+    assert main([str(made[1]), "--gpu-memory", "1"]) == 1
+    assert "GiB more than a card's usable part" in capsys.readouterr().out
+    # 512 bytes of cache a token: 1.6 GiB beside the libraries hold less than 10 million tokens.
+    wish = replace(WISH, card_bytes=2 * GIB, max_model_len=10_000_000)
+    assert "one sequence of --max-model-len 10000000 does not fit" in only_problem(made[1], wish)
+
+
+def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
+    result = check(made[1], replace(WISH, card_bytes=2 * GIB))
+    assert result.good and any("sequences of 32768" in w for w in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--gpu-memory", "24", "--fastdeploy-version", "3.1"], "known are"),
+        (["--gpu-memory", "24", "--fastdeploy-version", "new"], "known are"),
+        (["--gpu-memory", "24", "--max-num-seqs", "400"], "at most 256"),
+        (["--gpu-memory", "-1"], "--gpu-memory must be positive"),
+        (["--gpu-memory", "24", "--tensor-parallel-size", "0"], "must be positive"),
+        (["--gpu-memory", "24", "--port", "65533"], "--port 65533"),
+        (["--gpu-memory", "24", "--max-num-batched-tokens", "8"], "FastDeploy wants 128"),
+    ],
+)
+def test_wishes_that_cannot_be(made, capsys, arguments, text) -> None:
+    assert main([str(made[1]), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and text in error
+
+
+def test_not_a_checkpoint(tmp_path, capsys) -> None:
+    assert main([str(tmp_path), "--gpu-memory", "24"]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_sizes_of_the_300b() -> None:
+    """The published figures: 94 GB on one card, 221184 bytes of cache a token."""
+    config = ErnieConfig.from_json(ROOT / "examples/configs/ernie-4.5-300b-a47b")
+    one = card_memory(build_plan(config), 140 * GIB, 128)
+    assert 93e9 < one.weights < 95e9
+    assert one.token_cache == 2 * 2 * 8 * 128 * 54
+    assert one.sequences(32768) >= 4
+    two = card_memory(build_plan(config, tensor_parallel_size=2), 80 * GIB, 128)
+    assert two.token_cache * 2 == one.token_cache
+    assert two.libraries > one.libraries and two.sequences(32768) >= 4
+    assert card_memory(build_plan(config), 80 * GIB, 128).cache < 0
+
+
+def test_a_tied_head_is_held_twice() -> None:
+    config = ErnieConfig.from_json(ROOT / "examples/configs/ernie-4.5-21b-a3b")
+    plan = build_plan(config)
+    assert weight_bytes(plan) - plan.output_bytes == 2 * 103424 * 2560
+
+
+def test_versions() -> None:
+    assert find_release("2.5.0+cu126").name == "2.5"
+    assert find_release("v2.6").most_sequences == 512
+    for text in ("", "2", "2.50", "dev"):
+        with pytest.raises(CcqError):
+            find_release(text)
+
+
+def test_flags_by_release() -> None:
+    assert "router" not in known_flags(RELEASES["2.3"])
+    assert "innode_prefill_ports" not in known_flags(RELEASES["2.4"])
+    assert known_flags(RELEASES["2.5"])["lm_head_fp32"] == "lm_head-fp32"
+    assert known_flags(RELEASES["2.1"]) == {}
+    settings = {
+        "enable_prefix_caching": False,
+        "enable_mm": False,
+        "seed": None,
+        "graph_optimization_config": {"use_cudagraph": True},
+        "ips": ["a", "b"],
+    }
+    assert arguments(settings, RELEASES["2.5"]) == [
+        "--no-enable-prefix-caching",
+        "--graph-optimization-config",
+        '{"use_cudagraph":true}',
+        "--ips",
+        "a,b",
+    ]
+    with pytest.raises(CcqError, match=r"use_cudagraph: FastDeploy .* has no such flag"):
+        arguments({"use_cudagraph": True}, RELEASES["2.5"])
+    assert list(four_ports(9000).values()) == [9000, 9001, 9002, 9003]
+
+
+def test_what_nvidia_smi_says() -> None:
+    cards = parse_cards("NVIDIA H20, 143771, 9.0\nTesla T4, 15360, 7.5\nbroken line\n")
+    assert [card.too_old for card in cards] == [False, True]
+    assert round(cards[0].memory / GIB, 1) == 140.4
