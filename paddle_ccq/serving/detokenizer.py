@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"  # what decoders give for an unfinished character
+# A character is four bytes at most, so this many tokens without a whole one are not going to
+# become one; without the bound each token would decode all of them again.
+MAX_UNFINISHED = 64
+
+
+class Detokenizer:
+    """The text of one sequence.
+
+    A token's text depends on those before it (a leading space, a character's first bytes), so each
+    piece is the difference of two decodings that start at the same earlier token.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self.decode = decode
+        self.stop = tuple(stop)
+        self.longest_stop = max(map(len, self.stop), default=0)
+        self.stopped = False
+        self._tokens: list[int] = []
+        self._prefix = self._read = 0
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; sets `stopped` once a stop string is complete."""
+        self._tokens.append(token)
+        return self._release(self._piece(final=False))
+
+    def finish(self) -> str:
+        """What was held back."""
+        if self.stopped:
+            return ""
+        text = self._release(self._piece(final=True))
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _piece(self, final: bool) -> str:
+        before = self.decode(self._tokens[self._prefix : self._read])
+        whole = self.decode(self._tokens[self._prefix :])
+        unfinished = whole.endswith(REPLACEMENT) and not final
+        if unfinished and len(self._tokens) - self._read < MAX_UNFINISHED:
+            return ""
+        self._prefix, self._read = self._read, len(self._tokens)
+        # Only the tail is needed again, and a long answer's tokens need not be kept twice.
+        self._tokens = self._tokens[self._prefix :]
+        self._read -= self._prefix
+        self._prefix = 0
+        return whole[len(before) :]
+
+    def _release(self, piece: str) -> str:
+        if not self.stop:
+            return piece
+        text = self._held + piece
+        found = [place for place in (text.find(s) for s in self.stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0
+        for length in range(min(len(text), self.longest_stop - 1), 0, -1):
+            if any(s.startswith(text[-length:]) for s in self.stop):
+                keep = length
+                break
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing the next token of one sequence from its logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request asks of every sequence; checked by the API before it gets here.
+
+    temperature 0 is greedy; top_k 0 keeps all tokens; logprobs None wants none, n the n most
+    likely tokens beside the chosen one. `stop` strings end the text before themselves.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of the chosen token, and the most likely tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = field(default=())
+
+
+class Sampler:
+    """The state of one sequence: its random numbers and what it has generated.
+
+    One uniform number is drawn a token, from the request's seed and the choice's index only, so
+    what else is in the batch does not matter.
+    """
+
+    def __init__(self, params: SamplingParams, index: int) -> None:
+        self.params = params
+        self.counts: Counter[int] = Counter()
+        entropy = None if params.seed is None else [params.seed & (2**64 - 1), index]
+        self.random = np.random.Generator(np.random.PCG64(entropy))
+
+    def next(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
+        """The next token of float32 logits [vocab]; logprobs are of the logits as they came."""
+        params = self.params
+        scores = self._penalized(logits)
+        token = int(np.argmax(scores)) if params.temperature == 0 else self._draw(scores)
+        self.counts[token] += 1
+        if params.logprobs is None:
+            return token, None
+        return token, token_logprob(logits, token, params.logprobs)
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        params = self.params
+        if not self.counts or not (params.presence_penalty or params.frequency_penalty):
+            return logits
+        logits = logits.copy()
+        seen = np.fromiter(self.counts.keys(), np.int64)
+        times = np.fromiter(self.counts.values(), np.float32)
+        logits[seen] -= params.presence_penalty + params.frequency_penalty * times
+        return logits
+
+    def _draw(self, scores: np.ndarray) -> int:
+        params = self.params
+        uniform = self.random.random()
+        ids = None
+        if 0 < params.top_k < len(scores):
+            ids = np.argpartition(scores, -params.top_k)[-params.top_k :]
+            ids.sort()  # a partition's order is not defined
+            scores = scores[ids]
+        # float64: a sum of 100,000 float32 probabilities is off by more than the smallest kept.
+        # Shifted before the division, a tiny temperature gives -inf and never inf - inf.
+        scores = (scores.astype(np.float64) - scores.max()) / params.temperature
+        weights = np.exp(scores)
+        if params.top_p < 1:
+            order = np.argsort(-weights, kind="stable")
+            sums = np.cumsum(weights[order])
+            # The smallest set whose probability reaches top_p, at least one token.
+            kept = int(np.searchsorted(sums, params.top_p * sums[-1])) + 1
+            order = order[:kept]
+            weights = weights[order]
+            ids = order if ids is None else ids[order]
+        sums = np.cumsum(weights)
+        place = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+        place = min(place, len(sums) - 1)
+        return place if ids is None else int(ids[place])
+
+
+def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    shifted = logits.astype(np.float64) - logits.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    best: list[int] = []
+    if top:
+        best = np.argpartition(-logprobs, top - 1)[:top].tolist()
+        best.sort(key=lambda i: (-logprobs[i], i))
+    return TokenLogprob(token, float(logprobs[token]), tuple((i, float(logprobs[i])) for i in best))

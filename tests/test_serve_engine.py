@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine gives the evaluated model's tokens, alone and in any batch, and keeps its limits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+
+from serve_helpers import checkpoint, model, prompts, tokenizer
+
+from paddle_ccq.serving.engine import (
+    DrainingError,
+    Engine,
+    EngineSettings,
+    Output,
+    QueueFullError,
+)
+from paddle_ccq.serving.engine_model import Piece
+from paddle_ccq.serving.kv_cache import KVCache
+from paddle_ccq.serving.sampling import SamplingParams
+from paddle_ccq.serving.weights import ExactWeights
+
+NEW = 24
+GREEDY = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, ignore_eos=True)
+
+
+class Collector:
+    """Outputs of one request by choice."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, list[Output]] = {}
+        self.left, self.done = 0, threading.Event()
+
+    def __call__(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.index, []).append(output)
+            if output.reason:
+                self.left -= 1
+        if not self.left:
+            self.done.set()
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [output.logprob.token for output in self.outputs[index]]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    settings = EngineSettings(max_sequences=8, cache_tokens=4096, step_tokens=64)
+    engine = Engine(model(), tokenizer().decode, frozenset([tokenizer().eos]), settings)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def submit(engine: Engine, given: list[list[int]], params: SamplingParams, n: int = 1) -> Collector:
+    collector = Collector()
+    collector.left = len(given) * n
+    collector.request = engine.submit(given, params, collector, n)
+    return collector
+
+
+def test_logits_are_the_float_models() -> None:
+    paddle = pytest.importorskip("paddle")
+    from paddle_ccq.models.ernie import Ernie
+
+    reference = Ernie(ExactWeights(checkpoint()))
+    for tokens in prompts(2):
+        cache = model().new_cache(512)
+        cut = len(tokens) // 2
+        region = cache.allocate(len(tokens))
+        model().forward([Piece(tokens[:cut], 0, region, wants_logits=False)], cache)
+        found = model().forward([Piece(tokens[cut:], cut, region)], cache)[0]
+        hidden = reference.hidden_states(paddle.to_tensor([tokens]))
+        wanted = reference.logits(hidden[:, -1]).numpy()[0]
+        # The packed product takes activations as 16-bit integers: 2e-5 of a norm.
+        assert np.linalg.norm(found - wanted) < 2e-4 * np.linalg.norm(wanted)
+
+
+def test_greedy_tokens_are_the_float_models_alone_and_in_a_batch(engine: Engine) -> None:
+    pytest.importorskip("paddle")
+    from paddle_ccq.models.ernie import Ernie
+    from paddle_ccq.models.generation import generate
+
+    given = prompts()
+    wanted = generate(Ernie(ExactWeights(checkpoint())), given, NEW)
+    together = [submit(engine, [p], GREEDY) for p in given]
+    assert all(c.done.wait(20) for c in together)
+    assert [c.tokens() for c in together] == wanted
+    for prompt, tokens in zip(given[::4], wanted[::4], strict=True):
+        alone = submit(engine, [prompt], GREEDY)
+        assert alone.done.wait(20)
+        assert alone.tokens() == tokens
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch(engine: Engine) -> None:
+    given = prompts(2)
+    params = SamplingParams(NEW, temperature=0.9, top_p=0.95, seed=7, logprobs=0, ignore_eos=True)
+    together = submit(engine, given, params)
+    assert together.done.wait(20)
+    first = submit(engine, given[:1], params, n=3)
+    assert first.done.wait(20)
+    assert first.tokens(0) == together.tokens(0)
+    assert len({tuple(first.tokens(i)) for i in range(3)}) == 3  # choices differ
+
+
+def test_more_than_fits_at_once_is_served_in_order() -> None:
+    finished: list[int] = []
+    engine = Engine(model(), tokenizer().decode, frozenset(), EngineSettings(2, 256, 32))
+    engine.start()
+    given = prompts(3)
+    done = threading.Event()
+
+    def deliver(outputs: list[Output]) -> None:
+        finished.extend(o.index for o in outputs if o.reason)
+        if len(finished) == len(given):
+            done.set()
+
+    engine.submit(given, SamplingParams(4, temperature=0, ignore_eos=True), deliver)
+    assert done.wait(20)
+    engine.stop()
+    # Two run at a time and generate alike, so no request can finish before its predecessor's.
+    assert all(abs(place - index) <= 1 for place, index in enumerate(finished))
+    assert engine.counts() == (0, 0, 0.0)
+
+
+def test_cancel_frees_the_slot_and_delivers_no_more(engine: Engine) -> None:
+    long = SamplingParams(1500, temperature=0, ignore_eos=True)
+    collector = submit(engine, prompts(1)[:1] * 2, long)
+    while not collector.outputs:
+        time.sleep(0.001)
+    engine.cancel(collector.request)
+    after = submit(engine, prompts(1)[:1], SamplingParams(2, ignore_eos=True))
+    assert after.done.wait(10)
+    assert not collector.done.is_set()
+    assert engine.idle and engine.cache.used == 0
+
+
+def test_a_full_queue_and_a_draining_engine_refuse() -> None:
+    engine = Engine(model(), tokenizer().decode, frozenset(), EngineSettings(1, 512, 64, 3))
+    collector = submit(engine, prompts(1)[:3], GREEDY)  # not started: they stay in the queue
+    with pytest.raises(QueueFullError):
+        submit(engine, prompts(1)[:1], GREEDY)
+    engine.drain()
+    with pytest.raises(DrainingError):
+        submit(engine, prompts(1)[:1], GREEDY)
+    engine.start()
+    assert collector.done.wait(20)  # what was queued is served
+    engine.stop()
+
+
+def test_what_can_never_fit_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        submit(engine, [[1] * 2030], GREEDY)
+    with pytest.raises(ValueError, match="tokens"):
+        submit(engine, [[]], GREEDY)
+
+
+def test_a_failing_step_ends_its_requests_and_no_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(model(), "layers", [None])
+        failed = submit(engine, prompts(1)[:1], GREEDY)
+        assert failed.done.wait(10)
+    assert failed.outputs[0][-1].reason == "error"
+    fine = submit(engine, prompts(1)[:1], GREEDY)
+    assert fine.done.wait(10)
+    assert fine.outputs[0][-1].reason == "length"
+
+
+def test_the_cache_joins_what_is_released() -> None:
+    cache = KVCache(1, 1, 2, 100)
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(500):
+        if held and rng.random() < 0.5:
+            cache.release(held.pop(int(rng.integers(len(held)))))
+        elif (region := cache.allocate(int(rng.integers(1, 30)))) is not None:
+            held.append(region)
+        places = [p for r in held for p in range(r.start, r.start + r.length)]
+        assert len(places) == len(set(places)) == cache.used
+    for region in held:
+        cache.release(region)
+    assert cache.allocate(100) is not None
+    assert cache.allocate(1) is None
