@@ -23,7 +23,7 @@ from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.writer import Workplace
-from .encoder.base import ENCODERS, PRESETS, MatrixEncoder
+from .encoder.base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .encoder.ldlq_metric import InputMoments
 from .errors import CcqError, run_cli
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
@@ -47,6 +47,7 @@ def quantize(
     rules: str | os.PathLike[str] | None = None,
     max_shard_size: str | int = "5GB",
     threads: int | None = None,
+    device: str = "cpu",
     source: str | None = None,
     revision: str | None = None,
     dry_run: bool = False,
@@ -67,9 +68,10 @@ def quantize(
     """
     _check_option("--preset", preset, PRESETS)
     _check_option("--encoder", encoder, ENCODERS)
+    _check_option("--device", device, DEVICES)
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
-    options = Options(preset, encoder, threads, allow_nonfinite, restart, quiet)
+    options = Options(preset, encoder, threads, allow_nonfinite, restart, quiet, device)
     request = make_request(calibration, calibration_tokens)
     say: Callable[[str], object] = (lambda _: None) if quiet else _to_stderr
     loaded = load_rules(rules) if rules is not None else ()
@@ -271,6 +273,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rules", metavar="FILE", help="YAML list of {match: GLOB, format: NAME}")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
     add("--threads", type=int, metavar="N", help="encoder threads (default: all cores)")
+    add("--device", choices=DEVICES, default="cpu", help="where the search runs; same bytes")
     add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download from")
     add("--revision", help="branch, tag or commit on the hub")
     add("--dry-run", action="store_true", help="print the plan; config.json is enough")

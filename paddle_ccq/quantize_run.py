@@ -27,6 +27,7 @@ from .codec.formats import CCQ_FORMATS
 from .encoder.base import MatrixEncoder, default_threads, make_encoder
 from .encoder.ldlq import LdlqEncoder, Moments
 from .errors import CcqError
+from .ops import gpu_library
 from .version import __version__
 
 # Small files that belong to a model; weights, code, pickles and links are never copied.
@@ -56,6 +57,7 @@ class Options:
     allow_nonfinite: bool
     restart: bool
     quiet: bool
+    device: str = "cpu"
 
 
 def check_core(plan: Plan, options: Options) -> None:
@@ -68,6 +70,12 @@ def check_core(plan: Plan, options: Options) -> None:
             raise CcqError(
                 f"the compiled encoder is missing ({error}); build it with `pip install .`"
             ) from None
+    if options.device == "gpu":
+        if options.encoder != "search":
+            raise CcqError("--device gpu: only --encoder search runs on a GPU")
+        gpu_library.load()
+        if not gpu_library.available():
+            raise CcqError("--device gpu: no NVIDIA GPU, or no driver for it; use --device cpu")
 
 
 def make_encoders(
@@ -77,7 +85,11 @@ def make_encoders(
     check_core(plan, options)
     encoders = {
         format: make_encoder(
-            format, options.preset, encoder=options.encoder, threads=options.threads
+            format,
+            options.preset,
+            encoder=options.encoder,
+            threads=options.threads,
+            device=options.device,
         )
         for format in sorted({item.format for item in plan.items if item.quantized})
     }

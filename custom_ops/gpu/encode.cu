@@ -196,10 +196,9 @@ struct Encoder {
   }
 
   // Coarse local scales: every integer of the window around the nominal one, kCount at a time.
-  template <int kCount>
+  // The number of rounds is the same for every group, though windows are cut: teams of a warp shuffle together.
+  template <int kCount, int kRounds>
   __device__ void search_window(const float* w, float super) {
-    // The same number of rounds for every group, though some windows are cut: teams of a warp shuffle together.
-    const int width = a.recipe.window_high - a.recipe.window_low + 1;
     for (int first = 0; first < groups; first += kTeams) {
       const int g = min(first + team, groups - 1);
       const float* group = w + static_cast<int64_t>(g) * kGroup;
@@ -209,7 +208,8 @@ struct Encoder {
       for (int c = 0; c < sh.kept_count; ++c) {
         double top = -1;
         int at = 0;
-        for (int start = 0; start < width; start += kCount) {
+#pragma unroll 1
+        for (int start = 0; start < kCount * kRounds; start += kCount) {
           int local[kCount], scores[kCount];
 #pragma unroll
           for (int b = 0; b < kCount; ++b) local[b] = min(low + start + b, a.layout.scale_max);
@@ -400,9 +400,9 @@ struct Encoder {
       const float super = sh.supers[i];
       const int width = a.recipe.window_high - a.recipe.window_low + 1;
       if (kTeam == 32 && a.recipe.ratio_count) search_ratios(w, super);
-      else if (width <= 6) search_window<6>(w, super);
-      else if (width <= 8) search_window<8>(w, super);
-      else search_window<5>(w, super);
+      else if (width <= 6) search_window<6, 1>(w, super);
+      else if (width <= 8) search_window<8, 1>(w, super);
+      else search_window<5, 2>(w, super);
       compare(super);
     }
     finish(w, words, scales, a.sums + 3 * channel, energy);
@@ -451,7 +451,7 @@ bool valid(const ccq_encode_args& a) {
   if (entries * kept > CCQ_ENCODE_ENTRIES) return false;
   if (r.kappa_count < 1 || r.kappa_count > CCQ_ENCODE_KAPPAS || r.refits < 0) return false;
   if (r.ratio_count < 0 || r.ratio_count > CCQ_ENCODE_BATCH) return false;
-  return r.ratio_count || r.window_low <= r.window_high;
+  return r.ratio_count || (r.window_low <= r.window_high && r.window_high - r.window_low < 10);
 }
 
 }  // namespace ccq_encode_kernel

@@ -13,6 +13,7 @@ from ..codec import formats
 
 PRESETS = ("fast", "default", "best")
 ENCODERS = ("search", "paper", "paper-literal")
+DEVICES = ("cpu", "gpu")
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,15 @@ def make_encoder(
     *,
     encoder: str = "search",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> MatrixEncoder:
     """An encoder for wint2, ccq-2.5 or ccq-2.75 (`encoder`, `preset`), or for wint8 and wint4.
 
+    `device` chooses where the search runs; the result is the same.
+
     Raises:
-        ValueError: for an unknown format, preset or encoder.
+        ValueError: for an unknown format, preset, encoder or device.
+        CcqError: for the device "gpu" without the GPU library.
     """
     from .integer import IntegerEncoder
     from .paper import PaperEncoder
@@ -117,6 +122,12 @@ def make_encoder(
         return IntegerEncoder(format)
     if format not in formats.CCQ_FORMATS:
         raise ValueError(f"no encoder for format {format!r}")
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
+    if encoder == "search" and device == "gpu":
+        from .search_gpu import GpuSearchEncoder
+
+        return GpuSearchEncoder(format, preset, threads)
     if encoder == "search":
         return SearchEncoder(format, preset, threads)
     return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)

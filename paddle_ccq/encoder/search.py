@@ -60,14 +60,20 @@ class SearchEncoder:
 
     def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """See MatrixEncoder.encode."""
-        from .. import _core
-
         n, k = weight.shape
         problem = formats.shape_problem(self.format, k, n)
         if problem:
             raise ValueError(problem)
-        found = _core.encode(
-            np.ascontiguousarray(weight, dtype=np.float32),
+        found = self._search(np.ascontiguousarray(weight, dtype=np.float32))
+        # Channels are summed in order, so that the statistics, too, are reproducible.
+        stats = ErrorStats(*(float(total) for total in found["sums"].sum(axis=0)))
+        return Encoded(pack(self.format, found), stats)
+
+    def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
+        from .. import _core
+
+        return _core.encode(
+            weight,
             self._books,
             list(self._layout.index_bits),
             self._layout.as_dict(),
@@ -75,6 +81,3 @@ class SearchEncoder:
             self._threads,
             self._isa,
         )
-        # Channels are summed in order, so that the statistics, too, are reproducible.
-        stats = ErrorStats(*(float(total) for total in found["sums"].sum(axis=0)))
-        return Encoded(pack(self.format, found), stats)

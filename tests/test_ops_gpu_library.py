@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way to the GPU: a missing library or GPU that is no clear error, structures that differ."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import tiny_config, write_checkpoint
+
+from paddle_ccq.encoder import layouts, recipes
+from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.search import pair_books
+from paddle_ccq.errors import CcqError
+from paddle_ccq.ops import gpu, gpu_library
+from paddle_ccq.quantize import main
+
+
+@pytest.fixture
+def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(gpu_library.ENVIRONMENT, str(tmp_path / "none.so"))
+    gpu_library.load.cache_clear()
+    yield
+    gpu_library.load.cache_clear()
+
+
+def test_a_missing_library_says_how_to_build_it(no_library: None) -> None:
+    assert not gpu_library.available()
+    encoder = make_encoder("wint2", device="gpu")
+    with pytest.raises(CcqError, match=r"python -m paddle_ccq\.ops\.gpu_library"):
+        encoder.encode(np.ones((8, 128), np.float32))
+
+
+def test_quantize_on_a_gpu_that_is_not_there_is_one_line(
+    no_library: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    write_checkpoint(model, tiny_config())
+    code = main(["--model", str(model), "--output", str(tmp_path / "out"), "--device", "gpu"])
+    error = capsys.readouterr().err
+    assert code == 2 and "GPU library" in error and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_library_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.setenv(gpu_library.ENVIRONMENT, str(tmp_path / "broken.so"))
+    gpu_library.load.cache_clear()
+    try:
+        with pytest.raises(CcqError, match=r"broken\.so: cannot be loaded"):
+            gpu_library.load()
+    finally:
+        gpu_library.load.cache_clear()
+
+
+@pytest.mark.parametrize("format", list(layouts.LAYOUTS))
+def test_every_recipe_fits_the_c_structures(format: str) -> None:
+    layout = layouts.LAYOUTS[format]
+    for recipe in recipes.RECIPES[format].values():
+        books = pair_books(format, recipe)
+        c = gpu._layout(layout.as_dict(), books[0])
+        used = [c.vector[i] for i in range(c.vectors)]
+        covered = sorted(v.first + d for v in used for d in range(v.dims))
+        assert covered == list(range(64 - bool(layout.remainder_shift)))
+        r = gpu._recipe(recipe.as_dict())
+        assert list(r.kappas[: r.kappa_count]) == list(recipe.kappas)
+        entries = gpu._entries(books, layout.fraction)
+        assert len(entries) == len(books) * sum(c.entries[: c.books])
+        assert recipe.keep_pairs <= 4 and sum(c.entries[: c.books]) * recipe.keep_pairs <= 1024
+        assert recipe.window[1] - recipe.window[0] < 10
+    assert ctypes.sizeof(gpu_library.EncodeVector) == 5
