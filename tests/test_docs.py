@@ -19,6 +19,9 @@ from paddle_ccq.codec.convolution import ConvolutionalCode
 
 ROOT = Path(__file__).parent.parent
 DOCS = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("README*.md"))]
+DOCS.append(ROOT / "serving" / "README.md")
+# Run with `python -m` only.
+MODULES = ("fastdeploy.check", "fastdeploy.launch")
 SPECIFICATION = ROOT / "docs" / "formats.md"
 # Documents that speak of no other program's flags.
 OWN_FLAGS_ONLY = ("architecture.md", "checkpoints.md", "encoder.md", "formats.md")
@@ -161,14 +164,14 @@ def commands_in(text: str) -> list[tuple[str, str]]:
     fence = re.compile(r"^```.*?^```", re.S | re.M)
     blocks = [block.replace("\\\n", " ") for block in fence.findall(text)]
     inline = [s.replace("\n", " ") for s in re.findall(r"`([^`]+)`", fence.sub("", text))]
-    pattern = re.compile(r"(?:python3? -m paddle_ccq\.|paddle-ccq +)(\w+)([^\n#]*)")
+    pattern = re.compile(r"(?:python3? -m paddle_ccq\.|paddle-ccq +)(\w+(?:\.\w+)*)([^\n#]*)")
     return [found for part in blocks + inline for found in pattern.findall(part)]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 def test_flags_after_a_command_exist(path: Path) -> None:
     for command, rest in commands_in(path.read_text("utf-8")):
-        assert command in COMMANDS
+        assert command in (*COMMANDS, *MODULES)
         unknown = set(re.findall(r"--[a-z][\w-]*", rest)) - flags_of(command)
         assert not unknown, f"{command} has no {unknown}"
 

@@ -27,7 +27,7 @@ from .memory import (
     CardMemory,
     card_memory,
 )
-from .releases import DEFAULT_RELEASE, RELEASES, Release, find_release
+from .releases import DEFAULT_RELEASE, RELEASES, Release, release_of
 from .server_flags import four_ports, server_command, shown
 
 DEFAULT_MODEL_LEN = 32768
@@ -201,7 +201,8 @@ def print_result(result: CheckResult, wish: Wish, environment: Mapping[str, str]
     for problem in result.problems:
         line(f"problem: {problem}")
     if result.good:
-        line(f"\n{shown(result.command, environment)}\n")
+        if result.command:
+            line(f"\n{shown(result.command, environment)}\n")
         line(f"good: {result.folder} for FastDeploy {wish.release.name}")
     else:
         line(f"NOT good: {len(result.problems)} problems in {result.folder}")
@@ -235,7 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, default=DEFAULT_SEQUENCES, help="sequences at once (128)")
     add("--max-num-batched-tokens", type=int, help="tokens of one step (8192)")
     add("--gpu-memory-utilization", type=float, default=DEFAULT_UTILIZATION, help="(0.9)")
-    add("--fastdeploy-version", default=DEFAULT_RELEASE, help=f"({DEFAULT_RELEASE})")
+    add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
     add("--port", type=int, default=DEFAULT_PORT, help="first of four ports (8180)")
     add("--hash", action="store_true", help="compare sha256 with the manifest: reads everything")
     add("--json", metavar="OUT", help="write the result as JSON")
@@ -257,7 +258,7 @@ def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
         max_num_batched_tokens=batched
         or min(DEFAULT_BATCHED_TOKENS, args.max_model_len * args.max_num_seqs),
         gpu_memory_utilization=args.gpu_memory_utilization,
-        release=find_release(args.fastdeploy_version),
+        release=release_of(args.fastdeploy_version),
         port=args.port,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import metadata
 
 from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
@@ -50,7 +51,6 @@ RELEASES = {
     )
 }
 DEFAULT_RELEASE = "2.5"
-NEWEST = "2.6"
 
 
 def find_release(version: str) -> Release:
@@ -64,6 +64,21 @@ def find_release(version: str) -> Release:
     if name not in RELEASES:
         raise CcqError(
             f"FastDeploy {version!r}: not a release line known here; known are"
-            f" {', '.join(RELEASES)}"
+            f" {', '.join(RELEASES)}; --fastdeploy-version says which one to take it for"
         )
     return RELEASES[name]
+
+
+def installed_version(packages: tuple[str, ...] = ("fastdeploy-gpu", "fastdeploy")) -> str | None:
+    """The installed FastDeploy's version, found without importing it."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def release_of(asked: str | None) -> Release:
+    """The release line asked for, else the installed one, else the default."""
+    return find_release(asked or installed_version() or DEFAULT_RELEASE)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start FastDeploy's API server on a checkpoint that was checked first, or wait for one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from importlib import util
+from pathlib import Path
+
+from ..errors import CcqError, run_cli
+from .cards import Card, find_cards
+from .check import card_problems, check, print_result
+from .memory import GIB
+from .releases import DEFAULT_RELEASE, Release, release_of
+from .server_flags import PORTS, server_command, shown
+from .settings import Settings, load_settings, wish_of, with_overrides, with_ports
+
+WAIT_SECONDS = 1800
+_POLL_SECONDS = 2.0
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Check, then become the server; returns only where there is nothing to start."""
+    release = release_of(args.fastdeploy_version)
+    settings = _settings(args)
+    if args.wait is not None:
+        return wait(settings, args.wait)
+    if "model" not in settings:
+        raise CcqError("--model: needed, the folder of the checkpoint")
+    command = server_command(settings, release, sys.executable)
+    environment = environment_of(args.devices, args.log_dir)
+    if not args.no_check and not _checked(args, settings, release, environment):
+        return 1
+    print(shown(command, environment), flush=True)
+    if args.dry_run:
+        return 0
+    if util.find_spec("fastdeploy") is None:
+        raise CcqError("fastdeploy is not installed here; serving/README.md says how")
+    for port in busy_ports(settings):
+        raise CcqError(f"port {port} is in use; --port N takes N to N+{len(PORTS) - 1} instead")
+    os.execve(command[0], command, {**os.environ, **environment})
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    settings = load_settings(args.config)
+    if args.model is not None:
+        settings = {"model": args.model, **{k: v for k, v in settings.items() if k != "model"}}
+    return with_ports(with_overrides(settings, args.set), args.port)
+
+
+def environment_of(devices: str | None, log_dir: str | None) -> dict[str, str]:
+    """The variables to set; everything else is inherited, FD_API_KEY among it."""
+    environment = {}
+    if devices is not None:
+        if not devices or not all(part.strip().isdigit() for part in devices.split(",")):
+            raise CcqError(f"--devices {devices}: must be numbers such as 0,1")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(p.strip() for p in devices.split(","))
+    if log_dir is not None:
+        environment["FD_LOG_DIR"] = log_dir
+    return environment
+
+
+def _checked(
+    args: argparse.Namespace, settings: Settings, release: Release, environment: dict[str, str]
+) -> bool:
+    model = str(settings["model"])
+    if not Path(model).is_dir():
+        raise CcqError(
+            f"--model {model}: no such folder; --no-check leaves it to FastDeploy to find it"
+        )
+    cards = _visible(find_cards(), args.devices) if args.gpu_memory is None else []
+    if args.gpu_memory is None and not cards:
+        raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")
+    memory = min((c.memory for c in cards), default=0)
+    if args.gpu_memory is not None:
+        memory = int(args.gpu_memory * GIB)
+    wish = wish_of(settings, release, memory)
+    result = check(model, wish)
+    if cards:
+        result.problems += card_problems(cards, wish.tensor_parallel_size)
+    result.command = []  # the real one is printed below, with every setting
+    print_result(result, wish, environment)
+    return result.good
+
+
+def _visible(cards: list[Card], devices: str | None) -> list[Card]:
+    chosen = devices or os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = chosen.split(",") if chosen else []
+    if not numbers or not all(number.strip().isdigit() for number in numbers):
+        return cards  # names of cards are left to the driver
+    return [cards[int(n)] for n in numbers if int(n) < len(cards)]
+
+
+def busy_ports(settings: Mapping[str, object]) -> list[int]:
+    """Those of the four ports that something listens on already."""
+    busy = []
+    for name in PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(str(settings[name]))))
+            except OSError:
+                busy.append(int(str(settings[name])))
+    return busy
+
+
+def wait(settings: Mapping[str, object], seconds: float) -> int:
+    """Until /health of the settings' server answers 200: 0; 1 if it doesn't in time."""
+    host = str(settings.get("host", "127.0.0.1"))
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    url = f"http://{host}:{settings['port']}/health"
+    start = time.monotonic()
+    answer = "no answer yet"
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                if response.status == 200:
+                    print(f"{url}: ready after {time.monotonic() - start:.0f} s")
+                    return 0
+        except urllib.error.HTTPError as error:
+            answer = f"status {error.code}"
+        except OSError as error:
+            answer = str(getattr(error, "reason", error))
+        if time.monotonic() - start >= seconds:
+            print(f"error: {url}: not ready after {seconds:g} s: {answer}", file=sys.stderr)
+            return 1
+        time.sleep(min(_POLL_SECONDS, max(0.05, seconds / 10)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch.py", description=__doc__)
+    add = parser.add_argument
+    add("config", metavar="FILE.yaml", type=Path, help="server settings, see serving/*.yaml")
+    add("--model", metavar="DIR", help="folder of the quantized checkpoint")
+    add("--devices", metavar="0,1", help="sets CUDA_VISIBLE_DEVICES")
+    add("--port", type=int, help="first of four ports, instead of those in the file")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="another server flag")
+    add("--log-dir", metavar="DIR", help="sets FD_LOG_DIR")
+    add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
+    add("--gpu-memory", type=float, metavar="GIB", help="memory of one card (asks nvidia-smi)")
+    add("--no-check", action="store_true", help="start without looking at the checkpoint")
+    add("--dry-run", action="store_true", help="print the command and stop")
+    add(
+        "--wait",
+        nargs="?",
+        type=float,
+        const=WAIT_SECONDS,
+        metavar="SECONDS",
+        help=f"start nothing; wait for this config's server to be healthy ({WAIT_SECONDS})",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return run_cli(lambda: launch(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
