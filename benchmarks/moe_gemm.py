@@ -71,11 +71,17 @@ def time_calls(torch, calls, replays: int) -> float:
     return statistics.median(times)
 
 
-def copy_rate(torch) -> float:
-    """Bytes read and written per second by a 4 GB device-to-device copy."""
-    a = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+def device_rates(torch) -> str:
+    """What the memory gives: a 4 GB copy, the same through an elementwise kernel, a read-only sum."""
+    a = torch.randint(0, 1 << 30, (1 << 30,), dtype=torch.int32, device="cuda")
     b = torch.empty_like(a)
-    return 2 * a.numel() / time_calls(torch, [lambda: b.copy_(a)] * 2, 10)
+    size = a.numel() * 4
+    copy = 2 * size / time_calls(torch, [lambda: b.copy_(a)] * 2, 10)
+    add = 2 * size / time_calls(torch, [lambda: torch.add(a, 1, out=b)] * 2, 10)
+    f = a.view(torch.float32)
+    total = torch.empty((), device="cuda")
+    read = size / time_calls(torch, [lambda: torch.sum(f, 0, out=total)] * 2, 10)
+    return f"copy {copy / 1e12:.2f}, add {add / 1e12:.2f}, read {read / 1e12:.2f} TB/s"
 
 
 def case(torch, lib, packed, tokens: int, replays: int) -> dict:
@@ -140,7 +146,7 @@ def main() -> None:
     tokens = [int(t) for t in args.tokens.split(",")] if args.tokens else TOKENS
     variants = [int(v) for v in args.variants.split(",")]
     rows = []
-    print(torch.cuda.get_device_name(), f"copy {copy_rate(torch) / 1e12:.2f} TB/s", flush=True)
+    print(torch.cuda.get_device_name(), device_rates(torch), flush=True)
 
     def note(name, pairs, variant, r):
         rows.append({"shape": name, "pairs": pairs, "variant": variant, **r})

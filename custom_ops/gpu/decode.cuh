@@ -7,8 +7,9 @@
 // - A code's windows are read as fp16 SUBNORMALS. Two 15-bit codes stand in one register (16x2); `c & 0x003F003F` is
 //   window 3 as w * 2^-24, `c & 0x01F801F8` window 2 as 8 w * 2^-24; after one `c >> 6` the same masks give windows 1
 //   and 0. Tensor cores take subnormals at full speed, so there is no exponent to OR in and nothing to subtract. The
-//   factor 8 is divided out of the activations, 2^24 multiplied into the super scale, and the offset of -32 becomes the
-//   accumulator's initial value, -32 * (sum of the group's activations).
+//   factor 8 is divided out of the activations and 2^24 multiplied into the super scale. The offset of -32 becomes one
+//   more tensor-core step a group: -32 times the sum of the group's activations, which stands ready in fp16 as a high
+//   and a low part (22 bits). A step costs one instruction where presetting the accumulators costs four.
 // - An integer pair decodes two bytes with one multiply-add: (q0 | q1 << 16) * scale + (zp | zp << 16). Both codes lie
 //   in [0, 2^15) (checked when repacking), so no carry crosses.
 // - The scale of a group multiplies the fp32 accumulator of 16 columns x 8 tokens, never a weight.
@@ -79,28 +80,36 @@ struct Windows {
 // kMagic in a register, so that AND and OR are one instruction. The powers of 16 cost nothing: those of odd nibbles
 // (odd groups) are divided out of the activations, that of the upper two (columns g + 8) out of the super scale.
 constexpr uint32_t kMagic = 0x4B000000u;
-__device__ inline uint32_t in_register(uint32_t constant) {
-  asm volatile("" : "+r"(constant));
-  return constant;
-}
+constexpr float kOddGroup = 1.f / 16.f, kUpperColumns = 1.f / 256.f;
+// A group's sum is at most 64 * 2^15, times this 2^15. The weight that meets it must then be -32 * 2^-24 / kSumScale,
+// which is fp16's -2^-13.
+constexpr float kSumScale = 1.f / 64.f;
+constexpr uint32_t kSumWeights = 0x88008800u;
 template <int i>
 __device__ inline float nibble(uint32_t word, uint32_t magic) {
   return __uint_as_float((word & (0xFu << (4 * i))) | magic) - 8388608.f;
 }
-constexpr float kOddGroup = 1.f / 16.f, kUpperColumns = 1.f / 256.f;
 
 // Rows of a 64-group in the order the fragments want them. Lane t of a quad owns rows 16t..16t+15 (four bytes). Its
 // B registers, two 16-byte halves p = 0, 1 of four registers i = 0..3, hold rows 4p + 3 - i (low half of the register)
 // and 4(p + 2) + 3 - i (high), matching Windows::w[i] of codes<p>. Registers 1 and 3 carry the factor 1/8.
 __host__ __device__ constexpr int fragment_row(int p, int i, int high) { return 4 * (p + 2 * high) + 3 - i; }
 
-// 16x8 = 16x16 * 16x8 + 16x8, fp16 operands, fp32 accumulators. Separate C and D let tiles share a starting value.
-__device__ inline void mma(float (&d)[4], const float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                           uint32_t b0, uint32_t b1) {
+// 16x8 += 16x16 * 16x8, fp16 operands, fp32 accumulators.
+__device__ inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                           uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 16x8 = -32 * (sum of a group's activations) of each of 8 tokens. Volatile, so that it runs for each accumulator: the
+// compiler would compute it once and copy four registers.
+__device__ inline void mma_sums(float (&d)[4], uint32_t weights, uint32_t sums) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%4,%5,%5}, {%6,%5}, {%7,%7,%7,%7};\n"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+      : "r"(weights), "r"(0), "r"(sums), "f"(0.f));
 }
 
 __device__ inline void copy16(void* shared, const void* global) {

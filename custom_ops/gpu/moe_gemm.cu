@@ -55,7 +55,7 @@ Layout layout_of(int rows, int k, int sms) {
   l.tickets = take(sizeof(int) * kWarps * kMaxBlocksPerSm * sms);
   l.partial = take(sizeof(float4) * kMaxPartialFloat4 * 2 * kMaxBlocksPerSm * sms);
   l.x = take(sizeof(__half) * rows * static_cast<size_t>(k));
-  l.sums = take(sizeof(float) * rows * static_cast<size_t>(k / 64));
+  l.sums = take(sizeof(__half2) * rows * static_cast<size_t>(k / 64));
   l.row_scale = take(sizeof(float) * rows);
   l.bytes = end;
   return l;
@@ -173,7 +173,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   char* base = static_cast<char*>(a->workspace);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = {reinterpret_cast<__half*>(base + l.x), reinterpret_cast<float*>(base + l.sums),
+  p.prepared = {reinterpret_cast<__half*>(base + l.x), reinterpret_cast<__half2*>(base + l.sums),
                 reinterpret_cast<float*>(base + l.row_scale), reinterpret_cast<int*>(base + l.tickets)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;

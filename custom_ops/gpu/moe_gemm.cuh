@@ -35,10 +35,11 @@ struct Config {
   static constexpr int kR = kR_, kNT = kNT_, kStages = kStages_, kMinBlocks = kMinBlocks_;
   static constexpr int kWarps = 8, kThreads = kWarps * 32, kTileTokens = 8 * kNT;
   static constexpr int kTiles = kR * kWarps;  // 16-column tiles a block tile has
-  // Shared memory of one warp: stages of quant [r][512] and scales [r][16]; then columns [stage][r][192].
+  // Shared memory of one warp: stages of quant [r][512] and scales [r][16]; then kStages + 1 tiles'
+  // columns [r][192] (units of at most that many tiles are on their way or in work).
   static constexpr int kStageBytes = kR * 528, kColumnBytes = kR * 192;
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kWarpBytes = kRingBytes + kStages * kColumnBytes;
+  static constexpr int kWarpBytes = kRingBytes + (kStages + 1) * kColumnBytes;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block and slot
   static size_t shared_bytes(int experts) { return kWarps * kWarpBytes + 2 * sizeof(int) * (experts + 1); }
 };
@@ -125,12 +126,10 @@ struct Warp {
 
   // The end of the ring where units are requested.
   int ahead_tile, ahead_kb, ahead_left, ahead_expert, ahead_stage, ahead_columns;
-  bool ahead_new;
+  int ahead_count;   // tiles in the group of four that this warp's tiles belong to
+  int ahead_first;   // and the place of its first one there
   const uint8_t* ahead_quant;
   const uint8_t* ahead_scales;
-  const uint32_t* ahead_column;
-  int step;  // bytes of quant from tile r to r + 1; 0 at the right edge
-  bool step_columns;
 
   // Positions in the ring are byte offsets.
   __device__ static int next_stage(int at) { return at + C::kStageBytes == C::kRingBytes ? 0 : at + C::kStageBytes; }
@@ -140,36 +139,35 @@ struct Warp {
   __device__ int tile16(int column_tile) const { return column_tile * C::kTiles + warp * kR; }
 
   __device__ void aim() {  // at the tile ahead_tile, row block ahead_kb
+    static_assert(4 % kR == 0, "a warp's tiles lie in one group of four");
     Tile t = routing.find(ahead_tile, ahead_expert, C::kTileTokens);
     ahead_expert = t.expert;
-    // A warp right of the last column reads its last tile again and writes nothing.
-    const int t16 = min(tile16(t.column_tile), tiles_n - 1);
-    const size_t tile = static_cast<size_t>(t.expert) * tiles_n + t16;
-    step_columns = t16 + kR <= tiles_n;
-    step = step_columns ? blocks_k * 512 : 0;
-    ahead_quant = p.quant + (tile * blocks_k + ahead_kb) * 512 + lane * 16;
-    ahead_scales = p.scales + (tile * blocks_k + ahead_kb) * 16 + (lane < kR ? lane * (step / 32) : 0);
-    ahead_column = p.columns + tile * 48 + lane * 4;
-    ahead_new = true;
+    // A warp right of the last column reads the last group and writes nothing.
+    const int t16 = min(tile16(t.column_tile), (tiles_n - 1) / kR * kR);
+    ahead_first = t16 % 4, ahead_count = min(4, tiles_n - t16 / 4 * 4);
+    const size_t unit = ccq_unit_index(t.expert, t16, ahead_kb, tiles_n, blocks_k);
+    ahead_quant = p.quant + unit * 512 + lane * 16;
+    ahead_scales = p.scales + unit * 16 + lane * 16;
+    const uint32_t* column = p.columns + (static_cast<size_t>(t.expert) * tiles_n + t16) * 48 + lane * 4;
+#pragma unroll
+    for (int r = 0; r < kR; ++r)
+      if (lane < 12 && ahead_first + r < ahead_count) copy16(ring_lane + ahead_columns + r * 192, column + r * 48);
   }
   __device__ void request() {  // the next unit of the line, or nothing
     if (ahead_left > 0) {
-char* to = ring_lane + ahead_stage;
+      char* to = ring_lane + ahead_stage;
+      // What lies past the right edge is not fetched: such tiles compute on leftovers and are not stored.
 #pragma unroll
-      for (int r = 0; r < kR; ++r) copy16(to + r * 512, ahead_quant + r * step);
-      if (lane < kR) copy16(to + kR * 512, ahead_scales);
-      if (ahead_new && lane < 12) {
-#pragma unroll
-        for (int r = 0; r < kR; ++r) copy16(ring_lane + ahead_columns + r * 192, ahead_column + (step_columns ? r * 48 : 0));
-      }
-      ahead_new = false;
-      ahead_quant += 512, ahead_scales += 16;
+      for (int r = 0; r < kR; ++r)
+        if (r == 0 || ahead_first + r < ahead_count) copy16(to + r * 512, ahead_quant + r * 512);
+      if (lane < kR && ahead_first + lane < ahead_count) copy16(to + kR * 512, ahead_scales);
+      ahead_quant += ahead_count * 512, ahead_scales += ahead_count * 16;
       ahead_stage = next_stage(ahead_stage);
       --ahead_left;
-      if (++ahead_kb == blocks_k) {
+      if (++ahead_kb == blocks_k && ahead_left > 0) {
         ahead_kb = 0, ++ahead_tile;
         ahead_columns = next_columns(ahead_columns);
-        if (ahead_left > 0) aim();
+        aim();
       }
     }
     copy_commit();  // an empty group keeps the count of pending groups right at the end
@@ -189,18 +187,15 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
                          Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR;
   const GemmParams& p = w.p;
-  const int g = w.lane / 4, t = w.lane % 4, groups = p.k / 64, last = tile.row + tile.rows - 1;
+  const int g = w.lane / 4, t = w.lane % 4, last = tile.row + tile.rows - 1;
   const __half* x[kNT];
-  const float* sums[kNT][2];
+  const uint2* sums[kNT];
 #pragma unroll
   for (int nt = 0; nt < kNT; ++nt) {
     // Rows past the end repeat the last one; their results are not stored.
-    const int row = min(tile.row + nt * 8 + g, last);
-    x[nt] = p.prepared.x + static_cast<size_t>(row) * p.k + kb * 128 + t * 8;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      sums[nt][i] =
-          p.prepared.sums + static_cast<size_t>(min(tile.row + nt * 8 + 2 * t + i, last)) * groups + kb * 2;
+    const size_t row = min(tile.row + nt * 8 + g, last);
+    x[nt] = p.prepared.x + row * p.k + kb * 128 + t * 8;
+    sums[nt] = reinterpret_cast<const uint2*>(p.prepared.sums + row * (p.k / 64)) + kb;
   }
 #pragma unroll
   for (int r = 0; r < kR; ++r)
@@ -209,18 +204,19 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
 
-  const uint32_t magic = in_register(kMagic);
+  // Constants kept in registers: p.k is positive, but the compiler does not know.
+  const uint32_t magic = kMagic | (p.k & 0x80000000u);
+  const uint32_t sum_weights = t == 0 ? kSumWeights : 0;  // the sums' two parts are rows 0 and 1, lane t = 0's
   Column<C::kPairs> column[kR][2];
   bool first = true;
   for (; kb < kb_end; ++kb) {
     uint4 b[kNT][4];
-    float2 s[kNT][2];
+    uint2 s[kNT];
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[nt][i] = load4(x[nt] + i * 32);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) s[nt][i] = *reinterpret_cast<const float2*>(sums[nt][i]), sums[nt][i] += 2;
+      s[nt] = *sums[nt]++;
       x[nt] += 128;
     }
     copy_wait<C::kStages - 2>();
@@ -246,23 +242,19 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
     w.request();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float start[kNT][4];
-#pragma unroll
-      for (int nt = 0; nt < kNT; ++nt) {
-        start[nt][0] = start[nt][2] = half ? s[nt][0].y : s[nt][0].x;
-        start[nt][1] = start[nt][3] = half ? s[nt][1].y : s[nt][1].x;
-      }
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
         float d[kNT][4];
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) mma_sums(d[nt], sum_weights, half ? s[nt].y : s[nt].x);
         {
           const Windows a(column[r][0].template codes<0>(low)), c(column[r][1].template codes<0>(high));
 #pragma unroll
           for (int nt = 0; nt < kNT; ++nt) {
             const uint4 v = b[nt][half * 2];
-            mma(d[nt], start[nt], a.w[0], c.w[0], a.w[1], c.w[1], v.x, v.y);
-            mma(d[nt], d[nt], a.w[2], c.w[2], a.w[3], c.w[3], v.z, v.w);
+            mma(d[nt], a.w[0], c.w[0], a.w[1], c.w[1], v.x, v.y);
+            mma(d[nt], a.w[2], c.w[2], a.w[3], c.w[3], v.z, v.w);
           }
         }
         {
@@ -270,8 +262,8 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
 #pragma unroll
           for (int nt = 0; nt < kNT; ++nt) {
             const uint4 v = b[nt][half * 2 + 1];
-            mma(d[nt], d[nt], a.w[0], c.w[0], a.w[1], c.w[1], v.x, v.y);
-            mma(d[nt], d[nt], a.w[2], c.w[2], a.w[3], c.w[3], v.z, v.w);
+            mma(d[nt], a.w[0], c.w[0], a.w[1], c.w[1], v.x, v.y);
+            mma(d[nt], a.w[2], c.w[2], a.w[3], c.w[3], v.z, v.w);
           }
         }
         const float f0 = half ? nibble<1>(scale[r], magic) : nibble<0>(scale[r], magic);
@@ -387,9 +379,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   const int tiles = blocks[p.experts] * routing.column_tiles;
   // Short columns are not worth a second block's partial results.
   const int quantum = blocks_k <= 8 ? blocks_k : 1, per_tile = blocks_k / quantum;
-  const Split split{tiles * per_tile, static_cast<int>(gridDim.x)};
+  // With less than one quantum a block the rest stays out, so that every block of a tile's stretch has a share in it.
+  const int total = tiles * per_tile;
+  const Split split{total, min(static_cast<int>(gridDim.x), total)};
+  if (static_cast<int>(blockIdx.x) >= split.grid) return;
   const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
-  if (begin >= end) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char* const ring = shared + warp * C::kWarpBytes;

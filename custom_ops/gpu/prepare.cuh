@@ -18,7 +18,7 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 
 struct Prepared {
   __half* x;         // [rows, K/64, 2, 4, 8]: per group both halves p of the quad's four lanes (decode.cuh)
-  float* sums;       // [rows, K/64]: -32 * 2^-24 * sum of the group's scaled values (odd groups / 16)
+  __half2* sums;     // [rows, K/64]: kSumScale * sum of the group's scaled values, as high and low part
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
   int* tickets;      // set to zero here, for the split of K
 };
@@ -108,7 +108,12 @@ prepare_kernel(const T* x, int k, bool fastdeploy, const float* row_scale, int t
     if (c >= chunks) continue;
     const int group = c / 4, t = c % 4;
     const float odd = group % 2 ? kOddGroup : 1.f;
-    if (t == 0) out.sums[static_cast<size_t>(row) * (k / 64) + group] = sum * odd * (-32.f / 16777216.f);
+    if (t == 0) {
+      const float scaled = sum * odd * kSumScale;
+      const __half high = __float2half_rn(scaled);
+      out.sums[static_cast<size_t>(row) * (k / 64) + group] =
+          __halves2half2(high, __float2half_rn(scaled - __half2float(high)));
+    }
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
       __half2 h[4];

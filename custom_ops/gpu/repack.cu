@@ -8,7 +8,10 @@
 //   word 0: column g,     group 0      word 1: column g + 8, group 0
 //   word 2: column g,     group 1      word 3: column g + 8, group 1
 //
-// Its scales are 16 bytes: for g in 0..7 a 16-bit word of four nibbles (g, group 0), (g, group 1), (g + 8, group 0),
+// Four neighbouring tiles (64 columns; the last group of a matrix may have fewer) interleave their units along K, so that
+// a warp that walks down K of four tiles reads 2048 contiguous bytes at a time. ccq_unit_index in repack.h has the formula.
+//
+// A unit's scales are 16 bytes: for g in 0..7 a 16-bit word of four nibbles (g, group 0), (g, group 1), (g + 8, group 0),
 // (g + 8, group 1), lowest bits first. FastDeploy has the even group in the high nibble.
 
 #include "repack.h"
@@ -48,7 +51,7 @@ __global__ void __launch_bounds__(256) quant_kernel(uint8_t* checkpoint, uint8_t
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int blocks = k / 128, tiles = n / 16, t16 = column0 / 16 + warp;
   uint8_t* plane = checkpoint + (static_cast<size_t>(e) * (k / 4) + kb * kQuads) * n;
-  uint8_t* unit = packed + ((static_cast<size_t>(e) * tiles + t16) * blocks + kb) * 512 + lane * 16;
+  uint8_t* unit = packed + ccq_unit_index(e, t16, kb, tiles, blocks) * 512 + lane * 16;
   auto copy_plane = [&](bool load) {
     for (int i = threadIdx.x; i < kQuads * (kColumns / 16); i += 256) {
       int row = i / (kColumns / 16), c = i % (kColumns / 16) * 16;
@@ -97,7 +100,7 @@ __global__ void scales_kernel(uint8_t* checkpoint, uint8_t* packed, int k, int n
   int kb = block % blocks;
   uint8_t* low = checkpoint + block * n + t16 * 16 + g;
   uint8_t* high = low + 8;
-  uint8_t* out = packed + ((e * tiles + t16) * blocks + kb) * 16 + g * 2;
+  uint8_t* out = packed + ccq_unit_index(e, t16, kb, tiles, blocks) * 16 + g * 2;
   auto swap = [](uint8_t v) { return static_cast<uint8_t>(v << 4 | v >> 4); };
   if (kUnpack) {
     *low = swap(out[0]), *high = swap(out[1]);

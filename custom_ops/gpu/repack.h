@@ -10,6 +10,14 @@
 extern "C" {
 #endif
 
+#ifdef __CUDACC__
+// Number of the unit of 16-column tile `tile` and 128-row block `kb`: groups of four tiles interleave along K.
+static __host__ __device__ inline size_t ccq_unit_index(size_t expert, int tile, int kb, int tiles, int blocks_k) {
+  int first = tile / 4 * 4, count = tiles - first < 4 ? tiles - first : 4;
+  return (expert * tiles + first) * blocks_k + (size_t)kb * count + (tile - first);
+}
+#endif
+
 // Types of 16-bit floats at this interface.
 enum ccq_dtype { CCQ_BF16 = 0, CCQ_FP16 = 1 };
 
@@ -19,9 +27,9 @@ enum ccq_dtype { CCQ_BF16 = 0, CCQ_FP16 = 1 };
 enum ccq_pairs { CCQ_PAIRS_INTEGER = 0, CCQ_PAIRS_GENERAL = 1 };
 
 // The kernel's layout, all row-major, E experts, K input rows, N output columns, K % 128 == 0, N % 16 == 0:
-//   quant   uint8  [E, N/16, K/128, 32, 16]   E*N*K/4 bytes
-//   scales  uint8  [E, N/16, K/128, 8, 2]     E*N*K/128 bytes
-//   columns uint32 [E, N/16, 3, 16]           E*N*12 bytes (float32 bits: code_scale, code_zp, super scale)
+//   quant   uint8  E*N*K/4 bytes: units of 512 (16 columns x 128 rows), [E, N/64, K/128, up to 4, 512]
+//   scales  uint8  E*N*K/128 bytes: units of 16, in the same order
+//   columns uint32 [E, N/16, 3, 16], E*N*12 bytes (float32 bits: code_scale, code_zp, super scale)
 // All three need 16-byte alignment. Row order (plain or FastDeploy's) is untouched by repacking: the GEMM is told.
 
 // Inputs: stacked checkpoint tensors quant_weight u8 [E, K/4, N], weight_scale u8 [E, K/128, N], super_scales [E, N] of

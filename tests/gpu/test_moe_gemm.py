@@ -109,8 +109,8 @@ def test_one_expert_takes_all(lib, rows):
 def test_all_codes(lib, pair):
     """Identity activations give the weights themselves: every byte at every place, bit for bit."""
     k, n = 1024, 64
-    q = torch.arange(k // 4 * n, device="cuda").reshape(1, k // 4, n) * 37 % 256
-    q = ((q + torch.arange(n, device="cuda") * 11) % 256).to(torch.uint8)
+    q = torch.arange(k // 4, device="cuda")[None, :, None] * 37 + torch.arange(n, device="cuda") * 11
+    q = (q % 256).to(torch.uint8)  # k / 4 = 256: every column has every byte
     ws = torch.randint(0, 256, (1, k // 128, n), device="cuda", dtype=torch.uint8)
     ss = torch.full((1, n), 1.0, device="cuda", dtype=torch.bfloat16)
     cs, zp = (torch.full((1, n), v, device="cuda") for v in pair)
