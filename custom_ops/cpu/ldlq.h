@@ -24,7 +24,7 @@ struct Metric {
   const float* d_root = nullptr;    // [K/4, 4, 4]: upper R with D_b = R R^T
   const float* h_root = nullptr;    // [K/4, 4, 4]: upper R with H_bb = R R^T
   const float* h_inverse = nullptr; // [K/4, 4, 4]: inverse of H_bb
-  const float* book = nullptr;      // [256, 4]: signed states of every byte
+  const float* book = nullptr;      // [4, 256]: signed states of every byte, row by row
   float nominal = 0;                // best scale of a group as a multiple of its rms
 };
 
@@ -66,7 +66,7 @@ struct LdlqOutput {    // for all channels
   double* loss;        // [N]
 };
 
-// books float32 [pairs, 256, 4]; supers float32 [candidates, n]; weight float32 [n, k], rows as stored.
+// books float32 [pairs, 4, 256]; supers float32 [candidates, n]; weight float32 [n, k], rows as stored.
 void ldlq_encode(const LdlqKernels& kernels, const Metric& metric, const LdlqRecipe& recipe,
                  const float* books, int pairs, const float* supers, int candidates,
                  const float* weight, int64_t n, int threads, const LdlqOutput& out);

@@ -141,7 +141,7 @@ py::dict ldlq(const Weight& weight, const py::dict& metric_in, const Weight& boo
     throw std::invalid_argument("weight must be float32 [N, K] with 64 | K");
   const py::ssize_t n = weight.shape(0), k = weight.shape(1), blocks = k / ccq::kBlock;
   if (books.ndim() != 3 || books.shape(0) < 1 || supers.ndim() != 2 || supers.shape(0) < 1)
-    throw std::invalid_argument("books must be [pairs, 256, 4] and supers [candidates, N]");
+    throw std::invalid_argument("books must be [pairs, 4, 256] and supers [candidates, N]");
   const auto h = metric_in["h"].cast<Weight>(), feedback = metric_in["feedback"].cast<Weight>();
   const auto d_root = metric_in["d_root"].cast<Weight>(), h_root = metric_in["h_root"].cast<Weight>();
   const auto h_inverse = metric_in["h_inverse"].cast<Weight>();
@@ -153,7 +153,7 @@ py::dict ldlq(const Weight& weight, const py::dict& metric_in, const Weight& boo
   metric.h_root = checked(h_root, {blocks, ccq::kBlock, ccq::kBlock}, "h_root");
   metric.h_inverse = checked(h_inverse, {blocks, ccq::kBlock, ccq::kBlock}, "h_inverse");
   metric.nominal = recipe_in["nominal"].cast<float>();
-  const float* book = checked(books, {books.shape(0), ccq::kWords, ccq::kBlock}, "books");
+  const float* book = checked(books, {books.shape(0), ccq::kBlock, ccq::kWords}, "books");
   const float* super_scales = checked(supers, {supers.shape(0), n}, "supers");
 
   ccq::LdlqRecipe recipe;

@@ -45,8 +45,8 @@ class LdlqRecipe:
     kappas: tuple[float, ...] = (9.0, 11.0)
     window: tuple[int, int] = (-2, 3)
     code_pairs: int = 16
-    keep_pairs: int = 2
-    sweeps: int = 3
+    keep_pairs: int = 4
+    sweeps: int = 4
     damping: float = 0.01
 
     def as_dict(self) -> dict[str, object]:
@@ -60,7 +60,7 @@ LDLQ_RECIPES: dict[str, LdlqRecipe] = {
     "fast": LdlqRecipe(kappas=(9.0,), window=(-1, 2), code_pairs=4, keep_pairs=1, sweeps=1),
     "default": LdlqRecipe(),
     "best": LdlqRecipe(
-        kappas=(9.0, 11.0, 7.0), window=(-3, 4), code_pairs=64, keep_pairs=4, sweeps=6
+        kappas=(9.0, 11.0, 7.0), window=(-3, 4), code_pairs=64, keep_pairs=8, sweeps=8
     ),
 }
 
@@ -102,9 +102,9 @@ def pack(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarr
 
 
 def books(count: int) -> np.ndarray:
-    """The decodable vectors of the first `count` pairs: float32 [pairs, 256, 4]."""
+    """Decodable vectors of the first pairs, by coordinate: float32 [pairs, 4, 256]."""
     return np.stack(
-        [wint2.codebook(CODE_SCALE, zp).astype(np.float32) for zp in CODE_ZERO_POINTS[:count]]
+        [wint2.codebook(CODE_SCALE, zp).T.astype(np.float32) for zp in CODE_ZERO_POINTS[:count]]
     )
 
 

@@ -201,6 +201,7 @@ def encode(weight, metric, books, supers, recipe) -> dict[str, np.ndarray]:
     """What _core.ldlq returns for the same arguments."""
     w = np.ascontiguousarray(weight.T)
     n = w.shape[1]
+    books = books.transpose(0, 2, 1)
     screened = np.zeros((len(books), n))
     if len(books) > recipe.keep_pairs:
         for p, book in enumerate(books):

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration gains on a real model: the table of docs/calibration.md.
+
+    python benchmarks/calibrated.py --model DIR --calibration FILE.jsonl --text FILE.jsonl \
+        --tasks FILE.jsonl ...
+
+The row of the product is written by `quantize --calibration` and read back. The others replace the
+expert weights of the data-free checkpoint by what their decoder would return, with the same
+statistics. Windows and tasks are those of benchmarks/accuracy.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from accuracy import Rows
+from common import markdown, processor, put_into_doc, save_result
+from gptq import GPTQ_BITS, gptq_int2
+
+from paddle_ccq.calibration.settings import Settings, parse_tokens
+from paddle_ccq.calibration.statistics import Statistics
+from paddle_ccq.calibration.text import read_calibration_text
+from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
+from paddle_ccq.codec import wint2
+from paddle_ccq.codec.row_order import permute_rows, unpermute_rows
+from paddle_ccq.encoder.base import default_threads
+from paddle_ccq.encoder.ldlq import LDLQ_RECIPES, LdlqEncoder, LdlqRecipe
+from paddle_ccq.encoder.ldlq_metric import make_metric
+from paddle_ccq.evaluation.metrics import paired_difference
+from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
+from paddle_ccq.evaluation.tasks import read_items
+from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.models.weights import OverriddenWeights
+from paddle_ccq.quantize import quantize
+
+FREE, PRODUCT, GPTQ = "CCQ 2.06, data-free", "CCQ 2.06, calibrated", "GPTQ int2, groups of 64"
+DIAGONAL, FEEDBACK = "CCQ 2.06, diagonal only", "CCQ 2.06, feedback only"
+# A method turns weights [N, K] and second moments [K, K], rows in stored order, into weights.
+Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def ccq(recipe: LdlqRecipe, diagonal: bool = False) -> Method:
+    encoder = LdlqEncoder("default", default_threads(), lambda name: None, None, recipe=recipe)
+
+    def method(weight: np.ndarray, moments: np.ndarray) -> np.ndarray:
+        moments = np.diag(np.diagonal(moments)) if diagonal else moments
+        tensors = encoder.search(weight, make_metric(moments, recipe.damping))
+        return wint2.dequantize(wint2.Wint2Tensors(**tensors)).T
+
+    return method
+
+
+def methods() -> dict[str, tuple[float, Method]]:
+    """Label -> bits a weight without what is stored once a column, and the method."""
+    recipe = LDLQ_RECIPES["default"]
+    without = dataclasses.replace(recipe, sweeps=0)
+    return {
+        DIAGONAL: (2.0625, ccq(recipe, diagonal=True)),
+        FEEDBACK: (2.0625, ccq(without)),
+        GPTQ: (GPTQ_BITS, gptq_int2),
+    }
+
+
+def decode_all(
+    source: Checkpoint, statistics: Statistics, names: list[str], chosen: dict[str, Method]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
+    """Weights [in, out] of every method by name, and its seconds."""
+    out: dict[str, dict[str, np.ndarray]] = {label: {} for label in chosen}
+    seconds = dict.fromkeys(chosen, 0.0)
+    for name in names:
+        weight = source.read_out_in(name)
+        rows = permute_rows(np.arange(weight.shape[1]))
+        moments = statistics.moments(name).matrix[np.ix_(rows, rows)]
+        weight = np.ascontiguousarray(weight[:, rows])
+        for label, method in chosen.items():
+            start = time.perf_counter()
+            out[label][name] = unpermute_rows(method(weight, moments).T)
+            seconds[label] += time.perf_counter() - start
+    return out, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--calibration-tokens", default="256k")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=61_440)
+    args = parser.parse_args()
+
+    source = open_checkpoint(args.model)
+    tokenizer = Tokenizer(source.path, source.config.raw)
+    stream = token_stream(read_documents(args.text), tokenizer)
+    windows = cut_windows(stream, args.window, args.max_tokens)
+    items = [item for path in args.tasks for item in read_items(path)]
+    settings = Settings(tokens=parse_tokens(args.calibration_tokens))
+
+    folder = Path(tempfile.mkdtemp(prefix="ccq-calibrated-"))
+    seconds: dict[str, float] = {}
+    try:
+        rows = Rows(source, folder)
+        rows.add_source()
+        start = time.perf_counter()
+        free = rows.write(FREE, "wint2", "search", -1)
+        seconds[FREE] = time.perf_counter() - start
+        rows.add_written(FREE, free)
+
+        text = read_calibration_text(args.calibration, source, settings)
+        statistics = Statistics(source, text, settings, default_threads())
+        table = methods()
+        decoded, took = decode_all(
+            source, statistics, rows.expert_names, {k: m for k, (_, m) in table.items()}
+        )
+        statistics.close()
+        seconds |= took
+        column_bits = rows.expert_bits[FREE] - rows.nominal_bits[FREE]
+        other = rows.size[FREE] - rows.expert_bits[FREE] * rows.expert_weights / 8
+        for label, (bits, _) in table.items():
+            whole = bits + (column_bits if label != GPTQ else 0)
+            size = other + whole * rows.expert_weights / 8
+            rows._add(label, OverriddenWeights(free, decoded.pop(label)), size, whole, bits)
+            print(f"{label}: {seconds[label]:.0f} s", flush=True)
+
+        start = time.perf_counter()
+        quantize(
+            source.path,
+            folder / "calibrated",
+            calibration=args.calibration,
+            calibration_tokens=args.calibration_tokens,
+            wint4_end_layer=-1,
+            quiet=True,
+        )
+        seconds[PRODUCT] = time.perf_counter() - start
+        rows.add_written(PRODUCT, open_checkpoint(folder / "calibrated"))
+        print(f"{PRODUCT}: {seconds[PRODUCT]:.0f} s", flush=True)
+
+        scores = score_text(
+            rows.models,
+            windows,
+            reference="bf16",
+            progress=lambda done, total: print(f"window {done}/{total}", flush=True),
+        )
+        tasks = score_tasks(rows.models, tokenizer, items)
+    finally:
+        shutil.rmtree(folder)
+    report(rows, scores, summarize(scores, tasks, "bf16"), seconds, text.tokens)
+
+
+def report(rows: Rows, scores: dict, summary: dict, seconds: dict, tokens: int) -> None:
+    """Print, save and put into the docs."""
+    names = list(next(iter(summary.values()))["tasks"])
+    table, numbers = [], {}
+    for label, row in summary.items():
+        t = row["text"]
+        accuracies = [row["tasks"][name]["accuracy"] for name in names]
+        numbers[label] = {
+            "nominal_bits": rows.nominal_bits[label],
+            "expert_bits": rows.expert_bits[label],
+            "seconds": seconds.get(label),
+            **row,
+        }
+        bold = "**" if label == PRODUCT else ""
+        compared = "kl_mean" in t
+        table.append(
+            [
+                f"{bold}{label}{bold}",
+                f"{rows.nominal_bits[label]:.2f}",
+                f"{rows.expert_bits[label]:.2f}",
+                f"{t['nll_over_reference']:+.4f} ({t['nll_over_reference_error']:.4f})"
+                if compared
+                else "",
+                f"{t['kl_mean']:.4f} ({t['kl_mean_error']:.4f})" if compared else "",
+                f"{t['top1_agreement']:.1%}" if compared else "",
+                *(f"{a:.3f}" for a in accuracies),
+            ]
+        )
+    header = ["method", "bits, codes", "bits, experts", "nll - bf16", "KL", "top-1", *names]
+    pairs = []
+    for other in (FREE, DIAGONAL, FEEDBACK, GPTQ):
+        found = {q: paired_difference(scores[PRODUCT], scores[other], q) for q in ("nll", "kl")}
+        pairs.append(
+            [f"calibrated - {other}", *(f"{d.mean:+.4f} ({d.error:.4f})" for d in found.values())]
+        )
+        numbers[PRODUCT].setdefault("paired", {})[other] = {
+            q: [d.mean, d.error] for q, d in found.items()
+        }
+    first = next(iter(summary.values()))
+    note = (
+        f"`{rows.source.path.name}`, all MoE layers, dense linear layers in wint8 but for bf16;"
+        f" statistics of {tokens:,} tokens; {first['text']['predicted_tokens']:,} predicted tokens"
+        f" in {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task"
+        " (a task accuracy of 0.9 on 200 items has a standard error of 0.021). Standard errors over"
+        f" windows in brackets. `quantize --calibration` took {seconds[PRODUCT] / 60:.1f} minutes,"
+        f" `quantize` {seconds[FREE] / 60:.1f}, on {default_threads()} cores ({processor()})."
+    )
+    paired = markdown(["same windows; negative: calibrated is better", "nll", "KL"], pairs)
+    save_result(f"calibrated_{rows.source.path.name}", numbers)
+    put_into_doc(
+        "docs/calibration.md", "calibrated", f"{markdown(header, table)}\n\n{paired}\n\n{note}"
+    )
+
+
+if __name__ == "__main__":
+    main()
