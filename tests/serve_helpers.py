@@ -4,16 +4,25 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.evaluation.text import Tokenizer
 from paddle_ccq.quantize import quantize
+from paddle_ccq.serve import build_parser, build_service
 from paddle_ccq.serving.engine_model import EngineModel
+
+if TYPE_CHECKING:
+    from paddle_ccq.serving.service import Service
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -49,3 +58,33 @@ def prompts(count: int = 5) -> list[list[int]]:
         texts = [json.loads(line)["prompt"] for line in lines[:count]]
         found += [[tokenizer().bos, *tokenizer().encode(text)] for text in texts]
     return found
+
+
+NAME = "example"
+
+
+@contextlib.contextmanager
+def running(*flags: str, load: bool = True) -> Iterator[tuple[str, Service]]:
+    """A server in this process with `serve`'s flags: its base address and its service."""
+    import uvicorn
+
+    from paddle_ccq.serving.app import create_app
+
+    arguments = [str(quantized_folder()), "--served-model-name", NAME, *flags]
+    service = build_service(build_parser().parse_args(arguments))
+    config = uvicorn.Config(create_app(service), port=0, log_level="error", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    if load:
+        service.load()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+        if service.engine is not None:
+            service.engine.stop()

@@ -151,6 +151,13 @@ class Engine:
     def idle(self) -> bool:
         return not self._waiting and not self.scheduler.running
 
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Whether everything ended within the time."""
+        end = time.monotonic() + seconds
+        while not self.idle and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.idle
+
     def counts(self) -> tuple[int, int, float]:
         """Running, waiting, and the used part of the cache."""
         return len(self.scheduler.running), self._waiting, self.cache.used / self.cache.tokens

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dispatch.h"
+
+#include "half8.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// One block an expert: its first row is the number of choices of smaller experts, its rows follow in order.
+__global__ void __launch_bounds__(kThreads) route(const int64_t* ids, int count, int experts, int64_t* offsets,
+                                                  int32_t* place) {
+  __shared__ int warp_sums[kWarps];
+  const int64_t expert = blockIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int smaller = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int64_t id = ids[i];
+    smaller += id >= 0 && id < expert;
+    if (expert == 0 && (id < 0 || id >= experts)) place[i] = -1;
+  }
+  smaller = __reduce_add_sync(0xFFFFFFFFu, smaller);
+  if (lane == 0) warp_sums[warp] = smaller;
+  __syncthreads();
+  int next = 0;
+  for (int w = 0; w < kWarps; ++w) next += warp_sums[w];
+  for (int start = 0; start < count; start += kThreads) {
+    const int i = start + threadIdx.x;
+    const bool mine = i < count && ids[i] == expert;
+    const unsigned votes = __ballot_sync(0xFFFFFFFFu, mine);
+    __syncthreads();
+    if (lane == 0) warp_sums[warp] = __popc(votes);
+    __syncthreads();
+    int before = __popc(votes & ((1u << lane) - 1)), total = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      before += w < warp ? warp_sums[w] : 0;
+      total += warp_sums[w];
+    }
+    if (mine) place[i] = next + before;
+    next += total;
+  }
+  if (threadIdx.x == 0) offsets[expert] = next;
+}
+
+// One block a choice; the row is read once from memory and top_k - 1 times from the cache.
+__global__ void __launch_bounds__(kThreads) gather(const uint4* x, const int32_t* place, int top_k, int vectors,
+                                                   uint4* rows) {
+  const int32_t row = place[blockIdx.x];
+  if (row < 0) return;
+  const uint4* from = x + static_cast<int64_t>(blockIdx.x / top_k) * vectors;
+  uint4* to = rows + static_cast<int64_t>(row) * vectors;
+  for (int i = threadIdx.x; i < vectors; i += kThreads) to[i] = from[i];
+}
+
+template <int kDtype>
+__global__ void __launch_bounds__(kThreads) combine(const uint4* rows, const int32_t* place, const float* weights,
+                                                    int top_k, int vectors, uint4* out) {
+  const int64_t token = blockIdx.x;
+  const int i = blockIdx.y * kThreads + threadIdx.x;
+  if (i >= vectors) return;
+  float sum[8] = {};
+  for (int j = 0; j < top_k; ++j) {
+    const int32_t row = place[token * top_k + j];
+    if (row < 0) continue;
+    const float weight = weights[token * top_k + j];
+    float value[8];
+    ccq_half8::unpack<kDtype>(rows[static_cast<int64_t>(row) * vectors + i], value);
+#pragma unroll
+    for (int v = 0; v < 8; ++v) sum[v] = fmaf(weight, value[v], sum[v]);
+  }
+  out[token * vectors + i] = ccq_half8::pack<kDtype>(sum);
+}
+
+bool sizes_fit(int tokens, int top_k, int hidden) {
+  return tokens >= 0 && top_k >= 1 && top_k <= 64 && hidden >= 8 && hidden % 8 == 0 && tokens <= 2147483647 / top_k;
+}
+
+}  // namespace
+
+extern "C" cudaError_t ccq_moe_dispatch(const int64_t* ids, const void* x, int tokens, int top_k, int experts,
+                                        int hidden, int64_t* offsets, int32_t* place, void* rows, cudaStream_t stream) {
+  if (!sizes_fit(tokens, top_k, hidden) || experts < 1 || experts > 1024) return cudaErrorInvalidValue;
+  route<<<experts, kThreads, 0, stream>>>(ids, tokens * top_k, experts, offsets, place);
+  if (tokens > 0)
+    gather<<<tokens * top_k, kThreads, 0, stream>>>(static_cast<const uint4*>(x), place, top_k, hidden / 8,
+                                                    static_cast<uint4*>(rows));
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t ccq_moe_combine(const void* rows, const int32_t* place, const float* weights, int tokens,
+                                       int top_k, int hidden, int dtype, void* out, cudaStream_t stream) {
+  if (!sizes_fit(tokens, top_k, hidden) || (dtype != CCQ_BF16 && dtype != CCQ_FP16)) return cudaErrorInvalidValue;
+  if (tokens == 0) return cudaSuccess;
+  const int vectors = hidden / 8;
+  const dim3 grid(tokens, (vectors + kThreads - 1) / kThreads);
+  auto launch = dtype == CCQ_BF16 ? combine<CCQ_BF16> : combine<CCQ_FP16>;
+  launch<<<grid, kThreads, 0, stream>>>(static_cast<const uint4*>(rows), place, weights, top_k, vectors,
+                                        static_cast<uint4*>(out));
+  return cudaGetLastError();
+}

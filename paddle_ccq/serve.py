@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a quantized checkpoint on the CPU behind the OpenAI API, experts kept at 2 bits."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.reader import open_checkpoint
+from .errors import CcqError, describe_os_error, run_cli
+
+if TYPE_CHECKING:
+    from .serving.service import Service
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+# Beyond this, the cache of one sequence alone is large; ask for more with --max-model-len.
+DEFAULT_MAX_LENGTH = 8192
+DEFAULT_SEQUENCES = 16
+
+
+def build_service(args: argparse.Namespace) -> Service:
+    """The service that the flags describe, not loaded yet; every mistake in them is found here."""
+    try:
+        from .serving import resources
+        from .serving.engine import EngineSettings
+        from .serving.service import Service, ServiceSettings
+    except ImportError as error:
+        raise CcqError(
+            f"serving needs more packages; install them with: pip install 'paddle-ccq[serve]' "
+            f"(import {error.name}: {error})"
+        ) from None
+    checkpoint = open_checkpoint(args.folder, args.row_order)
+    for message in checkpoint.messages:
+        print(f"{checkpoint.path.name}: {message}")
+    config = checkpoint.config
+    longest = config.max_position_embeddings
+    length = args.max_model_len or min(longest, DEFAULT_MAX_LENGTH)
+    if length > longest:
+        raise CcqError(
+            f"--max-model-len {length}: more than the model's max_position_embeddings ({longest})"
+        )
+    tokens = args.kv_cache_tokens or resources.cache_tokens(config, length, args.max_num_seqs)
+    if tokens < length:
+        raise CcqError(
+            f"--kv-cache-tokens {tokens}: less than one sequence of --max-model-len {length}"
+        )
+    engine = EngineSettings(args.max_num_seqs, tokens, args.max_num_batched_tokens, args.max_queue)
+    settings = ServiceSettings(
+        name=args.served_model_name or checkpoint.path.resolve().name,
+        max_length=length,
+        engine=engine,
+        api_key=resources.api_key(args.api_key),
+        max_body_bytes=args.max_body_mib << 20,
+        threads=args.threads or resources.threads_for(config),
+    )
+    if settings.api_key is None and not _is_loopback(args.host):
+        print(f"warning: {args.host} can be reached by others, and there is no --api-key")
+    return Service(checkpoint, settings)
+
+
+def run_server(service: Service, args: argparse.Namespace) -> int:
+    """Serve until a signal, then drain."""
+    import uvicorn
+
+    from .serving.app import create_app
+    from .serving.service import load_in_background
+
+    failure: list[Exception] = []
+
+    class Server(uvicorn.Server):
+        """Its first SIGTERM or SIGINT drains; the second ends it at once."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if service.draining:
+                self.force_exit = self.should_exit = True
+                return
+            service.drain()
+            print("draining: what runs is finished, new requests get 503", flush=True)
+            threading.Thread(target=self._exit_when_idle, daemon=True).start()
+
+        def _exit_when_idle(self) -> None:
+            engine = service.engine
+            idle = engine is None or engine.wait_until_idle(args.drain_timeout)
+            if not idle:
+                print(f"ending with requests unfinished after {args.drain_timeout} s", flush=True)
+                engine.stop()
+            self.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(service),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        ws="none",
+    )
+    server = Server(config)
+
+    def failed(error: Exception) -> None:
+        failure.append(error)
+        server.should_exit = True
+
+    def load() -> None:
+        service.load()
+        _print_ready(service, args)
+
+    listening = _bind(args.host, args.port)
+    args.port = listening.getsockname()[1]
+    load_in_background(load, failed)
+    try:
+        server.run([listening])
+    finally:
+        if service.engine is not None:
+            service.engine.stop()
+    if failure:
+        raise failure[0]
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Bound here and not by uvicorn, whose own failure is a log line and not one error."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        raise CcqError(f"--host {host} --port {port}: {reason}") from None
+    return listening
+
+
+def _print_ready(service: Service, args: argparse.Namespace) -> None:
+    from .serving.resources import readable, resident_bytes
+
+    engine, settings = service.engine, service.settings
+    model = engine.model
+    floats = 4 * sum(_size(service, name) for name in service.checkpoint.names())
+    print(
+        f"{settings.name}: experts {readable(model.expert_bytes)}, other weights"
+        f" {readable(model.dense_bytes)} (all as float32: {readable(floats)}); KV cache"
+        f" {readable(engine.cache.nbytes)} for {engine.cache.tokens} tokens, touched as it is"
+        f" used; resident {readable(resident_bytes())}"
+    )
+    print(f"serving {settings.name} at http://{args.host}:{args.port}/v1", flush=True)
+
+
+def _size(service: Service, name: str) -> int:
+    size = 1
+    for extent in service.checkpoint.shape(name):
+        size *= extent
+    return size
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError("must be 0 to 65535")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="paddle-ccq serve", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="checkpoint folder")
+    parser.add_argument(
+        "--host", default=DEFAULT_HOST, help="address (%(default)s: only this host)"
+    )
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0: any (%(default)s)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="wanted as a bearer token under /v1; better given as PADDLE_CCQ_API_KEY",
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="the API's model (default: the folder's name)"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=_count,
+        metavar="N",
+        help=f"tokens of prompt and answer together (default: the model's, at most"
+        f" {DEFAULT_MAX_LENGTH})",
+    )
+    parser.add_argument(
+        "--max-num-seqs",
+        type=_count,
+        default=DEFAULT_SEQUENCES,
+        metavar="N",
+        help="sequences generated at once (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=_count,
+        default=512,
+        metavar="N",
+        help="tokens of one step; a long prompt takes several steps (%(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache-tokens",
+        type=_count,
+        metavar="N",
+        help="places of the KV cache (default: all sequences at their longest, in at most a"
+        " quarter of the free memory)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="sequences that may wait; more get 429 (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-body-mib", type=_count, default=4, metavar="N", help="request size (%(default)s)"
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=_count,
+        default=60,
+        metavar="S",
+        help="seconds that running requests have after SIGTERM (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="of the packed products (default: by size)"
+    )
+    parser.add_argument(
+        "--row-order",
+        metavar="ORDER",
+        help="order of WINT2 rows in a model that does not say: fastdeploy-2.1 or plain",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args: Any = build_parser().parse_args(argv)
+    return run_cli(lambda: run_server(build_service(args), args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

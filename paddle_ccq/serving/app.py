@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes: the OpenAI API under /v1, and what operators ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ..version import __version__
+from . import errors
+from .answers import Answer, ChatAnswer, CompletionAnswer
+from .gate import Gate
+from .protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
+from .service import Service, unavailable
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application of one service."""
+    # The interactive pages would load scripts from elsewhere.
+    app = FastAPI(title="paddle-ccq", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, service=service)
+    errors.install(app)
+    _add_operations(app, service)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [describe(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return describe(service)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        given = body.prompt
+        if isinstance(given, str) or isinstance(given[0], int):
+            given = [given]
+        prompts = [
+            await service.encode(prompt, True, "prompt") if isinstance(prompt, str) else prompt
+            for prompt in given
+        ]
+        room = service.room(
+            prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS, "prompt", "max_tokens"
+        )
+        return await answer(service, request, body, prompts, room, CompletionAnswer)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        prompt = await service.encode_chat([message.plain() for message in body.messages])
+        asked, name = body.max_completion_tokens, "max_completion_tokens"
+        if asked is None:
+            asked, name = body.max_tokens, "max_tokens"
+        room = service.room([prompt], asked, None, "messages", name)
+        return await answer(service, request, body, [prompt], room, ChatAnswer)
+
+    return app
+
+
+async def answer(
+    service: Service,
+    request: Request,
+    body: Common,
+    prompts: Sequence[Sequence[int]],
+    room: int,
+    kind: type[Answer],
+) -> Response:
+    """Generate, and answer whole or in a stream."""
+    n = body.n or 1
+    params = body.sampling(room, body.wanted_logprobs())
+    generation = service.submit(request, prompts, params, n)
+    given = sum(map(len, prompts))
+    made = kind(service.settings.name, given, len(prompts) * n, service.token_text)
+    if not body.stream:
+        return JSONResponse(await made.whole(generation))
+    options = body.stream_options
+    events = made.events(generation, options is not None and options.include_usage)
+    # Proxies that collect answers would take the point out of a stream.
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def describe(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.settings.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "paddle-ccq",
+        "max_model_len": service.settings.max_length,
+    }
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    async def health() -> dict[str, str]:
+        """200 when requests are taken, 503 while loading or draining."""
+        if service.state != "ready":
+            raise unavailable(service.state)
+        return {"status": "ok"}
+
+    app.get("/health")(health)
+    app.get("/ping")(health)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
