@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": "check a quantized checkpoint, and its error against the float one",
     "evaluate": "perplexity, divergence and tasks, before and after (needs Paddle)",
     "dequantize": "turn a quantized checkpoint back into bfloat16",
+    "serve": "answer the OpenAI API on the CPU, experts kept at 2 bits",
 }
 
 
