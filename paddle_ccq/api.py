@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python API: quantize, verify, dequantize, evaluate, each imported when first asked for."""
+"""The Python API: quantize, verify, dequantize, evaluate, serve, each imported when first asked for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from .dequantize import dequantize
     from .evaluate import evaluate
     from .quantize import quantize
+    from .serve import serve
     from .verify import verify
 
-__all__ = ["dequantize", "evaluate", "quantize", "verify"]
+__all__ = ["dequantize", "evaluate", "quantize", "serve", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    # evaluate needs Paddle, which the others do not.
+    # evaluate needs Paddle and serve a web framework, which the others do not.
     if name in __all__:
         return getattr(importlib.import_module(f".{name}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import socket
 import sys
 import threading
@@ -22,6 +23,21 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 # Beyond this, the cache of one sequence alone is large; ask for more with --max-model-len.
 DEFAULT_MAX_LENGTH = 8192
 DEFAULT_SEQUENCES = 16
+
+
+def serve(folder: str | os.PathLike[str], **options: Any) -> None:
+    """Serve a checkpoint folder until a signal; options are the command's flags, `max_model_len=`.
+
+    Raises:
+        CcqError: what the command would print.
+        TypeError: an option that is no flag.
+    """
+    args = build_parser().parse_args([os.fspath(folder)])
+    for name, value in options.items():
+        if name == "folder" or not hasattr(args, name):
+            raise TypeError(f"serve() has no option {name!r}")
+        setattr(args, name, value)
+    run_server(build_service(args), args)
 
 
 def build_service(args: argparse.Namespace) -> Service:
