@@ -14,6 +14,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -184,6 +185,22 @@ def test_settings() -> None:
         with_overrides({}, ["a={"])
 
 
+def test_the_plugin_is_loaded_on_request(model, monkeypatch, capsys) -> None:
+    arguments = [str(FILES[0]), "--model", str(model), "--no-check", "--dry-run", "--plugin"]
+    monkeypatch.setattr(launch.metadata, "entry_points", lambda group: SimpleNamespace(names=[]))
+    assert launch.main(arguments) == 2
+    assert "pip install -e ." in capsys.readouterr().err
+    found = SimpleNamespace(names=["paddle_ccq"])
+    monkeypatch.setattr(launch.metadata, "entry_points", lambda group: found)
+    monkeypatch.setenv("FD_PLUGINS", "other,paddle_ccq")
+    assert launch.main(arguments) == 0
+    assert "FD_PLUGINS=other,paddle_ccq " in capsys.readouterr().out
+    monkeypatch.delenv("FD_PLUGINS")
+    assert launch.main(arguments) == 0
+    assert "FD_PLUGINS=paddle_ccq " in capsys.readouterr().out
+    assert launch.main([*arguments, "--fastdeploy-version", "2.3"]) == 2
+
+
 def test_ports_in_use() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -277,10 +294,8 @@ def test_the_sizing_table_is_up_to_date() -> None:
     assert sizing.table() in (SERVING / "README.md").read_text("utf-8")
 
 
-def test_links_and_settings_in_the_runbook() -> None:
+def test_settings_in_the_runbook() -> None:
     text = (SERVING / "README.md").read_text("utf-8")
-    targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    assert [t for t in targets if not (SERVING / t).exists()] == []
     for assignment in re.findall(r"--set (\w+=[^\s`]+)", text):
         name, _, value = assignment.partition("=")
         assert unknown_settings({name: yaml.safe_load(value)}, RELEASES["2.5"]) == []

@@ -11,13 +11,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 
 from ..errors import CcqError, run_cli
 from .cards import Card, find_cards
 from .check import card_problems, check, print_result
 from .memory import GIB
+from .plugin import GROUP, NAME, SUPPORTED
 from .releases import DEFAULT_RELEASE, Release, release_of
 from .server_flags import PORTS, server_command, shown
 from .settings import Settings, load_settings, wish_of, with_overrides, with_ports
@@ -36,6 +37,8 @@ def launch(args: argparse.Namespace) -> int:
         raise CcqError("--model: needed, the folder of the checkpoint")
     command = server_command(settings, release, sys.executable)
     environment = environment_of(args.devices, args.log_dir)
+    if args.plugin:
+        environment["FD_PLUGINS"] = plugins(release, os.environ.get("FD_PLUGINS"))
     if not args.no_check and not _checked(args, settings, release, environment):
         return 1
     print(shown(command, environment), flush=True)
@@ -66,6 +69,20 @@ def environment_of(devices: str | None, log_dir: str | None) -> dict[str, str]:
     if log_dir is not None:
         environment["FD_LOG_DIR"] = log_dir
     return environment
+
+
+def plugins(release: Release, present: str | None) -> str:
+    """FD_PLUGINS with our entry point among those that are there already."""
+    if release.name not in SUPPORTED:
+        raise CcqError(
+            f"--plugin: made for FastDeploy {', '.join(SUPPORTED)}, this is {release.name}"
+        )
+    if NAME not in metadata.entry_points(group=GROUP).names:
+        raise CcqError(
+            "--plugin: FastDeploy finds it only if this package is installed: pip install -e ."
+        )
+    names = [name for name in (present or "").split(",") if name]
+    return ",".join(dict.fromkeys([*names, NAME]))
 
 
 def _checked(
@@ -144,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, help="first of four ports, instead of those in the file")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="another server flag")
     add("--log-dir", metavar="DIR", help="sets FD_LOG_DIR")
+    add("--plugin", action="store_true", help="load our kernels into FastDeploy (FD_PLUGINS)")
     add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
     add("--gpu-memory", type=float, metavar="GIB", help="memory of one card (asks nvidia-smi)")
     add("--no-check", action="store_true", help="start without looking at the checkpoint")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastDeploy's WINT2 method for a MoE layer, with our fused operator in its kernel's place.
+
+FastDeploy loads the weights itself, in its own layout. They are then put back into the
+checkpoint's order, repacked for our kernel, and FastDeploy's copy is given up, one layer at a time.
+Where our kernel cannot run, nothing of this happens and FastDeploy's own goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CcqError
+from .fused_ops import FusedOps, Repacked, load_ops, shape_refusal
+
+logger = logging.getLogger("paddle_ccq")
+
+PROJECTIONS = ("up_gate_proj", "down_proj")
+# FastDeploy's names of a projection's parameters, in the order that ccq_repack takes them.
+PARAMETERS = ("weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+_WEIGHTS = "ccq_weights"
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    ops: FusedOps
+    up_gate: Repacked
+    down: Repacked
+
+
+class _Once:
+    """Says each thing once in a process, however many layers it holds for."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def say(self, level: int, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            logger.log(level, text)
+
+
+once = _Once()
+
+
+def checkpoint_order(weight: Any) -> Any:
+    """FastDeploy's [E, N/8, K/64, 8, 16] seen as [E, K/4, N] -> the checkpoint's [E, K/4, N]."""
+    experts, rows, columns = weight.shape
+    tiles = weight.reshape([experts, columns // 8, rows // 16, 8, 16])
+    return tiles.transpose([0, 2, 4, 1, 3]).reshape([experts, rows, columns])
+
+
+def refusal(layer: Any) -> str | None:
+    """Why our kernel cannot run this layer; None if it can."""
+    if getattr(layer, "activation", "swiglu") != "swiglu":
+        return f"activation {layer.activation}"
+    if getattr(layer, "with_bias", False):
+        return "experts with bias"
+    if getattr(layer, "up_gate_proj_in_scale", None) is not None:
+        return "quantized activations"
+    if getattr(layer, "ep_size", 1) > 1:
+        return "expert parallelism"
+    return shape_refusal(layer.hidden_size, layer.moe_intermediate_size)
+
+
+def missing_rank_folders(layer: Any) -> str | None:
+    """What is wrong if several cards are to share a checkpoint that was not cut for them."""
+    config = getattr(layer, "fd_config", None)
+    ranks = getattr(getattr(config, "parallel_config", None), "tensor_parallel_size", 1)
+    folder = getattr(getattr(config, "model_config", None), "model", None)
+    if ranks < 2 or not isinstance(folder, str) or not os.path.isdir(folder):
+        return None
+    missing = [i for i in range(ranks) if not os.path.isdir(os.path.join(folder, f"rank{i}"))]
+    if not missing:
+        return None
+    return (
+        f"{folder}: no folder rank{missing[0]}; FastDeploy cannot cut a WINT2 checkpoint for"
+        f" {ranks} cards, quantize it with --tensor-parallel-size {ranks}"
+    )
+
+
+def repacked(layer: Any, ops: FusedOps) -> LayerWeights:
+    """The layer's parameters in our layout."""
+    parts = []
+    for projection in PROJECTIONS:
+        weight, *others = (getattr(layer, f"{projection}_{name}") for name in PARAMETERS)
+        parts.append(ops.repack(checkpoint_order(weight), *others))
+    return LayerWeights(ops, *parts)
+
+
+def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., Any]) -> type:
+    """A subclass of FastDeploy's CutlassWint2FusedMoeMethod.
+
+    Args:
+        base: that class.
+        dispatch: moe_expert_dispatch: choice of experts and rows sorted by expert.
+        reduce: moe_expert_reduce: weighted sum of a token's rows.
+    """
+
+    class CcqWint2MoeMethod(base):  # type: ignore[misc, valid-type]
+        ccq_base = base
+
+        def create_weights(self, layer: Any, **attributes: Any) -> None:
+            problem = missing_rank_folders(layer)
+            if problem:
+                raise CcqError(problem)
+            self._ccq_attributes = attributes
+            super().create_weights(layer, **attributes)
+
+        def process_prequanted_weights(
+            self, layer: Any, state_dict: Any, is_rearrange: bool = False
+        ) -> None:
+            if getattr(layer, _WEIGHTS, None) is not None:  # loaded a second time
+                setattr(layer, _WEIGHTS, None)
+                super().create_weights(layer, **self._ccq_attributes)
+            super().process_prequanted_weights(layer, state_dict, is_rearrange)
+            try:
+                reason = refusal(layer)
+                weights = None if reason else repacked(layer, load_ops())
+            except (CcqError, RuntimeError, ValueError, OSError) as error:
+                # What Paddle raises for a refused argument; FastDeploy's weights are untouched.
+                reason, weights = " ".join(str(error).split()), None
+            if weights is None:
+                text = f"paddle_ccq: FastDeploy's own WINT2 kernel is used: {reason}"
+                once.say(logging.WARNING, text)
+                return
+            setattr(layer, _WEIGHTS, weights)
+            for projection in PROJECTIONS:
+                for name in PARAMETERS:
+                    delattr(layer, f"{projection}_{name}")
+            once.say(logging.INFO, "paddle_ccq: WINT2 layers run on ccq_moe_ffn")
+
+        def apply(self, layer: Any, x: Any, gate: Any, *args: Any, **kwargs: Any) -> Any:
+            weights = getattr(layer, _WEIGHTS, None)
+            if weights is None:
+                return super().apply(layer, x, gate, *args, **kwargs)
+            chosen = kwargs.get("topk_ids_hookfunc", args[0] if args else None)
+            # The first five results are the same in every release; how many follow is not.
+            rows, ends, places, topk_weights, topk_ids = dispatch(
+                x,
+                gate(x.cast("float32")),
+                layer.gate_correction_bias,
+                None,
+                layer.top_k,
+                False,
+                self.moe_quant_type,
+                topk_only_mode=False,
+            )[:5]
+            if chosen is not None:
+                chosen(topk_ids=topk_ids)
+            out = weights.ops.moe_ffn(rows, ends, weights.up_gate, weights.down)
+            return reduce(
+                out,
+                topk_weights,
+                places,
+                topk_ids,
+                None,
+                norm_topk_prob=True,
+                routed_scaling_factor=1.0,
+            )
+
+    return CcqWint2MoeMethod
