@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin on FastDeploy's own classes, from a checkout of its source.
+
+PADDLE_CCQ_FASTDEPLOY_SOURCE names the checkout. Its two modules are executed as they are; what they
+import is the stand-in, since the rest of FastDeploy needs a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle")
+SOURCE = os.environ.get("PADDLE_CCQ_FASTDEPLOY_SOURCE")
+if not SOURCE:
+    pytest.skip("PADDLE_CCQ_FASTDEPLOY_SOURCE is not set", allow_module_level=True)
+
+import fastdeploy_standin as standin  # noqa: E402
+from test_fastdeploy_plugin import EXPERTS, HIDDEN, WIDTH, run, tensor, weights  # noqa: E402, F401
+
+from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
+
+MODELS = "fastdeploy.model_executor"
+KEYS = {"weight": "quant_weight"}
+
+
+def package(monkeypatch, name: str, folder: Path | None = None, **names) -> ModuleType:
+    module = ModuleType(name)
+    module.__path__ = [str(folder)] if folder else []
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+    return module
+
+
+def own_kernel(rows, ends, up, down, bias, up_super, down_super, up_scale, *others):
+    """moe_expert_ffn_wint2: the names and order of its arguments, the stand-in's arithmetic."""
+    up_code, up_zp, down_scale, down_code, down_zp, used_in_ep = others
+    assert bias is None and used_in_ep is False
+    decoded = []
+    for stored in (
+        (up, up_scale, up_super, up_code, up_zp),
+        (down, down_scale, down_super, down_code, down_zp),
+    ):
+        weight, *rest = (standin.numpy_of(t) for t in stored)
+        weight = moe_method.checkpoint_order(paddle.to_tensor(weight)).numpy()
+        parts = [weight, *rest]
+        decoded.append([standin.decode([p[i] for p in parts]) for i in range(len(weight))])
+    standin.calls.append("own kernel")
+    out = standin.expert_block(rows.cast("float32").numpy(), ends.numpy(), *decoded)
+    return paddle.to_tensor(out).cast(rows.dtype)
+
+
+@pytest.fixture
+def fastdeploy(monkeypatch):
+    root = Path(SOURCE) / "fastdeploy"
+    text = (root / "model_executor/layers/moe/fused_moe_wint2_backend.py").read_text("utf-8")
+    body = text.partition("class CutlassWint2FusedMoeMethod")[2].partition("def apply")[2]
+    results = body.partition("= moe_expert_dispatch")[0].rpartition("(\n")[2].count(",\n")
+    assert results in (7, 8)
+    monkeypatch.setattr(standin, "results_of_dispatch", results)
+    monkeypatch.setattr(standin, "calls", [])
+    monkeypatch.setattr(moe_method, "once", moe_method._Once())
+    for name in [n for n in sys.modules if n.split(".")[0] == "fastdeploy"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def set_weight_attrs(parameter, attributes):
+        for name, value in attributes.items():
+            setattr(parameter, name, value)
+
+    fastdeploy = package(monkeypatch, "fastdeploy", __version__="2.5.0")
+    package(monkeypatch, "fastdeploy.platforms", current_platform=None)
+    package(monkeypatch, "fastdeploy.utils", ceil_div=lambda a, b: -(-a // b))
+    package(monkeypatch, MODELS, root / "model_executor")
+    package(monkeypatch, f"{MODELS}.utils", set_weight_attrs=set_weight_attrs)
+    package(monkeypatch, f"{MODELS}.ops")
+    package(
+        monkeypatch,
+        f"{MODELS}.ops.gpu",
+        moe_expert_dispatch=standin.dispatch,
+        moe_expert_reduce=standin.reduce,
+        moe_expert_ffn_wint2=own_kernel,
+    )
+    layers = root / "model_executor/layers"
+    package(monkeypatch, f"{MODELS}.layers", layers)
+    package(monkeypatch, f"{MODELS}.layers.utils", get_tensor=lambda value, *rest: value)
+    package(monkeypatch, f"{MODELS}.layers.moe", layers / "moe", FusedMoE=SourceLayer)
+    package(
+        monkeypatch,
+        f"{MODELS}.layers.quantization",
+        layers / "quantization",
+        get_quantization_config=lambda name: Named(name),
+    )
+    for name in (plugin.BACKEND, plugin.CONFIG):
+        importlib.import_module(name)
+    yield fastdeploy
+    for name in [n for n in sys.modules if n.split(".")[0] == "fastdeploy"]:
+        sys.modules.pop(name, None)
+
+
+class Named:
+    """A quantization config of FastDeploy's by its name alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def from_config(self, config: dict) -> Named:
+        return self
+
+    def get_quant_method(self, layer: object) -> str:
+        return self.name
+
+
+class SourceLayer(standin.Layer):
+    weight_key_map = {  # noqa: RUF012
+        f"{projection}_expert_{key}_key": f"{{}}.{projection}.{KEYS.get(key, key)}"
+        for projection in ("up_gate_proj", "down_proj")
+        for key in standin.ATTRIBUTES
+    }
+    expert_id_offset = 0
+
+    def load_experts_weight(self, state, up_key: str, down_key: str):
+        experts = range(self.num_experts)
+        found = [[state[key.format(e)] for e in experts] for key in (up_key, down_key)]
+        return (*found, None, None)
+
+
+def loaded(weights, index: int = 7) -> SourceLayer:  # noqa: F811
+    config = sys.modules[plugin.CONFIG].WINT2Config.from_config({})
+    previous = paddle.get_default_dtype()
+    paddle.set_default_dtype("bfloat16")
+    try:
+        layer = SourceLayer(config, index, HIDDEN, WIDTH, EXPERTS)
+        if isinstance(layer.quant_method, str):
+            return layer
+        layer.create()
+    finally:
+        paddle.set_default_dtype(previous)
+    state = {name: tensor(values) for name, values in weights.items()}
+    layer.quant_method.process_prequanted_weights(layer, state)
+    return layer
+
+
+def test_same_outputs_as_fastdeploys_own_path(fastdeploy, weights, monkeypatch) -> None:  # noqa: F811
+    own = run(loaded(weights))
+    plugin.register()
+    kept = run(loaded(weights))
+    monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
+    layer = loaded(weights)
+    fused = run(layer)
+    assert standin.calls == ["own kernel", "own kernel", "ccq_moe_ffn"]
+    assert list(layer.parameters()) == []
+    np.testing.assert_array_equal(kept, own)
+    np.testing.assert_array_equal(fused, own)
+
+
+def test_its_config_with_and_without_a_list(fastdeploy, weights) -> None:  # noqa: F811
+    plugin.register()
+    config = sys.modules[plugin.CONFIG].WINT2Config
+    listed = config.from_config({"moe_quant_config": {"wint4_layers": [8]}})
+    layer = loaded(weights)
+    kinds = []
+    for index in (6, 7, 8):
+        layer.layer_idx = index
+        kinds.append(
+            (
+                config.from_config({}).get_quant_method(layer) == "wint4",
+                listed.get_quant_method(layer) == "wint4",
+            )
+        )
+    assert kinds == [(True, False), (False, False), (False, True)]
+    assert listed.get_quant_method(object()) == "wint8"
