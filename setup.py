@@ -2,6 +2,7 @@
 """Builds paddle_ccq._core; everything else about the package stands in pyproject.toml."""
 
 import platform
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -63,9 +64,7 @@ core = Pybind11Extension(
             "ldlq_avx512",
         )
     ],
-    depends=[
-        f"{SOURCES}/{name}" for name in ("search.h", "encode.h", "score.inc", "ldlq.h", "ldlq.inc")
-    ],
+    depends=glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inc"),
     include_dirs=[SOURCES],
     cxx_std=17,
     # No contraction: a fused multiply-add rounds once where the encoder's definition rounds twice.

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from ..errors import CcqError
+from ..errors import CcqError, run_cli
 
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
@@ -156,5 +158,30 @@ def check(library: ctypes.CDLL, status: int, what: str) -> None:
         raise CcqError(f"{what} on the GPU failed: {text} (CUDA error {status})")
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paddle_ccq.ops.gpu_library", description="Compile the GPU library."
+    )
+    parser.add_argument(
+        "--architectures",
+        type=int,
+        nargs="+",
+        default=[80, 90],
+        metavar="N",
+        help="compute capabilities times ten (default: 80 90)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+
+    def body() -> int:
+        print(build(args.architectures))
+        return 0
+
+    return run_cli(body)
+
+
 if __name__ == "__main__":
-    print(build())
+    sys.exit(main())
