@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python API: quantize, verify, dequantize, evaluate, serve, each imported when first asked for."""
+"""The Python API: one function a command, each imported when first asked for."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ from paddle_ccq.serving.engine import (
 )
 from paddle_ccq.serving.engine_model import Piece
 from paddle_ccq.serving.kv_cache import KVCache
+from paddle_ccq.serving.resources import resident_bytes
 from paddle_ccq.serving.sampling import SamplingParams
-from paddle_ccq.serving.weights import ExactWeights
+from paddle_ccq.serving.weights import ExactWeights, block_product, column_blocks
 
 NEW = 24
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, ignore_eos=True)
@@ -189,3 +190,21 @@ def test_the_cache_joins_what_is_released() -> None:
         cache.release(region)
     assert cache.allocate(100) is not None
     assert cache.allocate(1) is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("shape", [(128, 8192), (96, 80), (64, 36), (5000, 48)])
+def test_products_in_column_blocks(rows: int, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, shape[0])).astype(np.float32)
+    weight = rng.standard_normal(shape).astype(np.float32)
+    found = block_product(x, column_blocks(weight))
+    np.testing.assert_allclose(found, x @ weight, rtol=1e-3, atol=1e-3)
+
+
+def test_the_cache_takes_memory_only_where_it_is_written() -> None:
+    before = resident_bytes()
+    cache = KVCache(layers=8, kv_heads=4, head_dim=64, tokens=20_000)
+    cache.keys[:, :, :16] = 1
+    assert cache.nbytes > 300 << 20
+    assert resident_bytes() - before < 8 << 20

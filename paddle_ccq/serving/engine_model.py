@@ -16,7 +16,7 @@ import numpy as np
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from .kv_cache import KVCache, Region
-from .weights import MLP, ExactWeights, Experts, Linear
+from .weights import MLP, ExactWeights, Experts, Linear, block_product, block_width
 
 # Prompt rows attended at once, so that the scores of a long prompt stay small.
 QUERY_BLOCK = 128
@@ -53,6 +53,9 @@ class EngineModel:
         self.head = (
             None if config.tie_word_embeddings else Linear(weights, "lm_head.weight", threads)
         )
+        # A view: the embedding's rows are the columns of a tied head.
+        width = block_width(config.hidden_size, config.vocab_size)
+        self.tied = self.embed.reshape(-1, width, config.hidden_size).transpose(0, 2, 1)
         self.expert_bytes = sum(layer.expert_bytes for layer in self.layers)
         self.dense_bytes = self.embed.nbytes + sum(layer.dense_bytes for layer in self.layers)
         self.dense_bytes += 0 if self.head is None else self.head.nbytes
@@ -81,7 +84,7 @@ class EngineModel:
         ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
         wanted = [end for end, piece in zip(ends, pieces, strict=True) if piece.wants_logits]
         x = rms_norm(x[wanted], self.norm, self.config.rms_norm_eps)
-        return x @ self.embed.T if self.head is None else self.head(x)
+        return block_product(x, self.tied) if self.head is None else self.head(x)
 
 
 class Layer:

@@ -9,6 +9,8 @@ multiplies the cache where it lies, without gathering blocks.
 from __future__ import annotations
 
 import bisect
+import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +29,7 @@ class KVCache:
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int) -> None:
         shape = (layers, kv_heads, tokens, head_dim)
-        self.keys = np.zeros(shape, np.float32)
-        self.values = np.zeros(shape, np.float32)
+        self.keys, self.values = _untouched(shape), _untouched(shape)
         self.tokens = tokens
         self.used = 0
         self._free = [(0, tokens)]  # start, length; sorted, never adjacent
@@ -58,6 +59,15 @@ class KVCache:
             start, length, index = before[0], length + before[1], index - 1
         self._free.insert(index, (start, length))
         self.used -= region.length
+
+
+def _untouched(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros that take memory only where they are written.
+
+    Mapped here, because NumPy asks for huge pages: a few tokens in each of the arena's many rows
+    would then take all of it.
+    """
+    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), np.float32).reshape(shape)
 
 
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
