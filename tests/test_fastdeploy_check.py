@@ -14,8 +14,9 @@ from synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.errors import CcqError
-from paddle_ccq.fastdeploy.cards import parse_cards
-from paddle_ccq.fastdeploy.check import Wish, check, main
+from paddle_ccq.fastdeploy import check as check_module
+from paddle_ccq.fastdeploy.cards import host_memory, parse_cards
+from paddle_ccq.fastdeploy.check import CheckResult, Wish, check, judge_machine, main
 from paddle_ccq.fastdeploy.memory import GIB, card_memory, weight_bytes
 from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
@@ -144,6 +145,17 @@ def test_hashes_only_when_asked(copy) -> None:
     assert not check(copy, WISH, hashes=True).good
 
 
+def test_one_line_for_a_missing_file(copy) -> None:
+    next(copy.glob("*.safetensors")).unlink()
+    assert "missing" in only_problem(copy, WISH)
+
+
+def test_hashes_without_a_manifest(copy) -> None:
+    (copy / "ccq-manifest.json").unlink()
+    assert check(copy, WISH).warnings == []
+    assert "hashes can't be checked" in check(copy, WISH, hashes=True).warnings[0]
+
+
 def test_memory_that_does_not_fit(made, capsys) -> None:
     assert main([str(made[1]), "--gpu-memory", "1"]) == 1
     assert "GiB more than a card's usable part" in capsys.readouterr().out
@@ -235,3 +247,29 @@ def test_what_nvidia_smi_says() -> None:
     cards = parse_cards("NVIDIA H20, 143771, 9.0\nTesla T4, 15360, 7.5\nbroken line\n")
     assert [card.too_old for card in cards] == [False, True]
     assert round(cards[0].memory / GIB, 1) == 140.4
+
+
+def test_this_machine(monkeypatch, tmp_path) -> None:
+    cards = parse_cards("NVIDIA H20, 143771, 9.0\nTesla T4, 15360, 7.5\n")
+    monkeypatch.setattr(check_module, "host_memory", lambda: 5)
+    result = CheckResult("x", host_bytes=10)
+    judge_machine(result, [], 4)
+    assert not result.problems and not result.warnings
+    judge_machine(result, cards, 3)
+    assert [p.split(":")[0] for p in result.problems] == [
+        "cards on this machine",
+        "Tesla T4",
+    ]
+    assert len(result.warnings) == 1
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4 kB\n")
+    assert host_memory(tmp_path / "meminfo") == 4096
+    assert host_memory(tmp_path / "none") is None
+
+
+def test_cards_instead_of_a_number(made, monkeypatch, capsys) -> None:
+    cards = parse_cards("NVIDIA L4, 23034, 8.9\n")
+    monkeypatch.setattr(check_module, "find_cards", lambda: cards)
+    assert main([str(made[1])]) == 0
+    assert "22.5 GiB" in capsys.readouterr().out
+    assert main([str(made[2]), "--tensor-parallel-size", "2"]) == 1
+    assert "cards on this machine: 1, needed: 2" in capsys.readouterr().out

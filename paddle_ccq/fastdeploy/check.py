@@ -14,10 +14,10 @@ from typing import Any
 
 from .. import reporting
 from ..checkpoint.inspection import Inspection
-from ..checkpoint.manifest import check_manifest
+from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from ..checkpoint.plan import gigabytes
 from ..errors import CcqError, run_cli
-from .cards import Card, find_cards
+from .cards import Card, find_cards, host_memory
 from .contract import contract_problems, contract_warnings
 from .memory import (
     BLOCK_TOKENS,
@@ -88,7 +88,12 @@ def check(folder: str | os.PathLike[str], wish: Wish, *, hashes: bool = False) -
     inspection.check_config()
     inspection.check_structure()
     result = CheckResult(str(folder), inspection.problems)
-    result.problems += check_manifest(inspection.folder, hashes)
+    # A missing or short file shows up in the structure too; one line for each is enough.
+    named = {problem.split(":", 1)[0] for problem in result.problems}
+    found = check_manifest(inspection.folder, hashes)
+    result.problems += [problem for problem in found if problem.split(":", 1)[0] not in named]
+    if hashes and read_manifest(inspection.folder) is None:
+        result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
     result.problems += contract_problems(inspection, wish.release, wish.tensor_parallel_size)
     result.warnings += contract_warnings(inspection, wish.release, wish.max_model_len)
     plan = inspection.plan
@@ -212,11 +217,24 @@ def card_problems(cards: list[Card], ranks: int) -> list[str]:
     """What keeps this machine's own cards from serving on `ranks` of them."""
     problems = []
     if len(cards) < ranks:
-        problems.append(f"this machine has {len(cards)} cards, {ranks} are needed")
+        problems.append(f"cards on this machine: {len(cards)}, needed: {ranks}")
     for card in cards[:ranks]:
         if card.too_old:
             problems.append(f"{card.name}: compute capability {card.capability}, 8.0 is needed")
     return problems
+
+
+def judge_machine(result: CheckResult, cards: list[Card], ranks: int) -> None:
+    """Add what this machine itself lacks; without cards it is not the one that will serve."""
+    if not cards:
+        return
+    result.problems += card_problems(cards, ranks)
+    free = host_memory()
+    if free is not None and free < result.host_bytes:
+        result.warnings.append(
+            f"{gigabytes(free)} of host memory are free, loading passes"
+            f" {gigabytes(result.host_bytes)} through it"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -270,8 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         cards = find_cards() if args.gpu_memory is None else []
         wish = wish_of(args, cards)
         result = check(args.folder, wish, hashes=args.hash)
-        if cards:
-            result.problems += card_problems(cards, wish.tensor_parallel_size)
+        judge_machine(result, cards, wish.tensor_parallel_size)
         print_result(result, wish, {})
         if args.json:
             text = json.dumps(result.to_json(), indent=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import CcqError, run_cli
 from .cards import Card, find_cards
-from .check import card_problems, check, print_result
+from .check import check, judge_machine, print_result
 from .memory import GIB
 from .plugin import GROUP, NAME, SUPPORTED
 from .releases import DEFAULT_RELEASE, Release, release_of
@@ -101,8 +101,7 @@ def _checked(
         memory = int(args.gpu_memory * GIB)
     wish = wish_of(settings, release, memory)
     result = check(model, wish)
-    if cards:
-        result.problems += card_problems(cards, wish.tensor_parallel_size)
+    judge_machine(result, cards, wish.tensor_parallel_size)
     result.command = []  # the real one is printed below, with every setting
     print_result(result, wish, environment)
     return result.good
