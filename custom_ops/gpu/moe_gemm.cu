@@ -42,9 +42,10 @@ struct Layout {
 
 constexpr int kMaxBlocksPerSm = 3;
 constexpr int kWarps = 8;
-constexpr int kMaxPartialFloat4 = 8 * 2 * 4 * 32;  // the largest Config::kPartialFloat4, checked where it is launched
+constexpr int kMaxPartialFloat4 = 8 * 4 * 4 * 32;  // the largest Config::kPartialFloat4, checked where it is launched
 
-Layout layout_of(int rows, int k, int sms) {
+Layout layout_of(int rows, int k, int experts, int sms) {
+  const size_t places = (static_cast<size_t>(rows) / 8 + experts + 1) * 8;  // prepared rows, see first_prepared_block
   Layout l{};
   size_t end = 0;
   auto take = [&end](size_t bytes) {
@@ -54,8 +55,8 @@ Layout layout_of(int rows, int k, int sms) {
   };
   l.tickets = take(sizeof(int) * kWarps * kMaxBlocksPerSm * sms);
   l.partial = take(sizeof(float4) * kMaxPartialFloat4 * 2 * kMaxBlocksPerSm * sms);
-  l.x = take(sizeof(__half) * rows * static_cast<size_t>(k));
-  l.sums = take(sizeof(__half2) * rows * static_cast<size_t>(k / 64));
+  l.x = take(sizeof(__half) * places * k);
+  l.sums = take(sizeof(__half2) * places * (k / 64));
   l.row_scale = take(sizeof(float) * rows);
   l.bytes = end;
   return l;
@@ -109,30 +110,33 @@ cudaError_t launch_gemm(const Device& device, const GemmParams& p, cudaStream_t 
 int g_variant = -1;
 #endif
 
-// By the mean number of rows an expert: blocks of 8, 16 or 32 rows. A tile takes only the work of the rows it has, so a
+// By the mean number of rows an expert: tiles of 8, 16 or 32 rows, and of four or two 16-column tiles a warp: four cost
+// fewer instructions a weight, two give small problems more blocks. A tile takes only the work of the rows it has, so a
 // band too large costs registers, one too small decodes weights twice.
-int variant_of(const GemmParams& p) {
+int variant_of(const Device& device, const GemmParams& p) {
 #ifdef CCQ_TUNING
   if (g_variant >= 0) return g_variant;
 #endif
   const int rows = p.rows / p.experts;
-  if (rows <= 3) return p.k <= 1024 && p.rows <= 32 ? 0 : 1;
+  if (rows <= 3) {
+    const double tiles = static_cast<double>(std::min(p.rows, p.experts)) * p.n / 512;  // of four a warp
+    return p.k > 1024 && tiles >= 0.4 * 2 * device.sms ? 1 : 0;
+  }
   return rows <= 12 ? 2 : 3;
 }
 
 template <Pairs kPairs>
 cudaError_t choose(const Device& device, const GemmParams& p, cudaStream_t stream) {
-  switch (variant_of(p)) {
-    case 0: return launch_gemm<Config<kPairs, 1, 1, 6, 3>>(device, p, stream);
-    case 1: return launch_gemm<Config<kPairs, 2, 1, 4, 2>>(device, p, stream);
+  // Columns a warp / 16, blocks of 8 rows, stages, blocks an SM.
+  switch (variant_of(device, p)) {
+    case 0: return launch_gemm<Config<kPairs, 2, 1, 4, 2>>(device, p, stream);
+    case 1: return launch_gemm<Config<kPairs, 4, 1, 4, 2>>(device, p, stream);
     case 2: return launch_gemm<Config<kPairs, 2, 2, 4, 2>>(device, p, stream);
 #ifdef CCQ_TUNING
     case 4: return launch_gemm<Config<kPairs, 2, 1, 4, 3>>(device, p, stream);
-    case 5: return launch_gemm<Config<kPairs, 2, 1, 8, 2>>(device, p, stream);
-    case 6: return launch_gemm<Config<kPairs, 1, 1, 8, 2>>(device, p, stream);
-    case 7: return launch_gemm<Config<kPairs, 4, 1, 4, 2>>(device, p, stream);
-    case 8: return launch_gemm<Config<kPairs, 4, 2, 3, 1>>(device, p, stream);
-    case 9: return launch_gemm<Config<kPairs, 2, 2, 4, 1>>(device, p, stream);
+    case 5: return launch_gemm<Config<kPairs, 4, 2, 4, 1>>(device, p, stream);
+    case 6: return launch_gemm<Config<kPairs, 4, 4, 4, 1>>(device, p, stream);
+    case 7: return launch_gemm<Config<kPairs, 1, 2, 6, 3>>(device, p, stream);
 #endif
     default: return launch_gemm<Config<kPairs, 2, 4, 4, 1>>(device, p, stream);
   }
@@ -144,10 +148,10 @@ bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) %
 }  // namespace ccq
 
 extern "C" size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts) {
-  (void)n, (void)experts;
+  (void)n;
   ccq::Device device;
-  if (rows < 0 || k <= 0 || ccq::current_device(&device) != cudaSuccess) return 0;
-  return ccq::layout_of(rows, k, device.sms).bytes;
+  if (rows < 0 || k <= 0 || experts <= 0 || ccq::current_device(&device) != cudaSuccess) return 0;
+  return ccq::layout_of(rows, k, experts, device.sms).bytes;
 }
 
 extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t stream) {
@@ -169,7 +173,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   Device device;
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
-  const Layout l = layout_of(a->rows, a->k, device.sms);
+  const Layout l = layout_of(a->rows, a->k, a->experts, device.sms);
   char* base = static_cast<char*>(a->workspace);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
@@ -183,11 +187,11 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   const int tickets = kWarps * kMaxBlocksPerSm * device.sms;
   const bool fastdeploy = a->row_order == CCQ_ROWS_FASTDEPLOY;
   if (a->dtype == CCQ_BF16)
-    prepare_kernel<<<a->rows, kPrepareThreads, 0, stream>>>(static_cast<const __nv_bfloat16*>(a->x), a->k, fastdeploy,
-                                                            a->row_scale, tickets, p.prepared);
+    prepare_kernel<<<a->rows, kPrepareThreads, 0, stream>>>(static_cast<const __nv_bfloat16*>(a->x), a->offsets,
+                                                            a->experts, a->k, fastdeploy, a->row_scale, tickets, p.prepared);
   else
-    prepare_kernel<<<a->rows, kPrepareThreads, 0, stream>>>(static_cast<const __half*>(a->x), a->k, fastdeploy,
-                                                            a->row_scale, tickets, p.prepared);
+    prepare_kernel<<<a->rows, kPrepareThreads, 0, stream>>>(static_cast<const __half*>(a->x), a->offsets,
+                                                            a->experts, a->k, fastdeploy, a->row_scale, tickets, p.prepared);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   return a->pairs == CCQ_PAIRS_INTEGER ? choose<Pairs::kInteger>(device, p, stream)

@@ -48,6 +48,7 @@ struct Config {
 // stand next to each other.
 struct Tile {
   int expert, column_tile, row, rows;
+  int block;  // its first block of 8 prepared rows
 };
 
 // Prefix sums over experts, in shared memory.
@@ -61,7 +62,8 @@ struct Routing {
     int local = tile - blocks[expert] * column_tiles, count = blocks[expert + 1] - blocks[expert];
     int column = local / count, block = local - column * count;
     int row = rows[expert] + block * tile_tokens;
-    return {expert, column, row, min(tile_tokens, rows[expert + 1] - row)};
+    return {expert, column, row, min(tile_tokens, rows[expert + 1] - row),
+            first_prepared_block(rows[expert], expert) + block * (tile_tokens / 8)};
   }
   __device__ int expert_of(int tile, int experts) const {
     int low = 0, high = experts - 1;
@@ -106,12 +108,25 @@ __device__ void scan_offsets(const GemmParams& p, int tile_tokens, int* blocks, 
   }
 }
 
-// The stretches: block b of `grid` takes quanta [b * total / grid, (b + 1) * total / grid).
+// Parts that a tile's K may be cut into. Cutting anywhere balances best and costs two partial results a block: right for
+// long runs. When there are few tiles, up to 8 parts that give (nearly) every block an equal number, so that a tile's
+// last block has few partial results to fetch. Short columns are never cut.
+__device__ inline int parts_of(int tiles, int blocks_k, int grid) {
+  if (blocks_k <= 8 && tiles >= grid / 2) return 1;
+  if (tiles > grid) return blocks_k <= 8 ? 1 : blocks_k;
+  for (int parts = 1; parts <= min(blocks_k, 8); ++parts) {
+    const int work = tiles * parts, waves = (work + grid - 1) / grid;
+    if (work * 100 >= waves * grid * 93) return parts;
+  }
+  return tiles * 8 <= grid ? min(blocks_k, 8) : blocks_k;
+}
+
+// The stretches: block b of `grid` takes parts [b * total / grid, (b + 1) * total / grid).
 struct Split {
   int total, grid;
   __device__ int begin(int b) const { return static_cast<int>(static_cast<int64_t>(b) * total / grid); }
-  __device__ int owner(int quantum) const {
-    return static_cast<int>((static_cast<int64_t>(quantum + 1) * grid - 1) / total);
+  __device__ int owner(int part) const {
+    return static_cast<int>((static_cast<int64_t>(part + 1) * grid - 1) / total);
   }
 };
 
@@ -187,15 +202,16 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
                          Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR;
   const GemmParams& p = w.p;
-  const int g = w.lane / 4, t = w.lane % 4, last = tile.row + tile.rows - 1;
+  const int g = w.lane / 4, t = w.lane % 4;
   const __half* x[kNT];
   const uint2* sums[kNT];
 #pragma unroll
   for (int nt = 0; nt < kNT; ++nt) {
-    // Rows past the end repeat the last one; their results are not stored.
-    const size_t row = min(tile.row + nt * 8 + g, last);
-    x[nt] = p.prepared.x + row * p.k + kb * 128 + t * 8;
-    sums[nt] = reinterpret_cast<const uint2*>(p.prepared.sums + row * (p.k / 64)) + kb;
+    // Rows past the end repeat the last one of their block, to fetch nothing for them; their results are not stored.
+    const int n = min(nt, (tile.rows - 1) / 8), row = min(g, tile.rows - n * 8 - 1);
+    const size_t block = tile.block + n;
+    x[nt] = p.prepared.x + (block * p.k + kb * 128) * 8 + (row * 4 + t) * 8;
+    sums[nt] = reinterpret_cast<const uint2*>(p.prepared.sums + (block * 8 + row) * (p.k / 64)) + kb;
   }
 #pragma unroll
   for (int r = 0; r < kR; ++r)
@@ -215,9 +231,9 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[nt][i] = load4(x[nt] + i * 32);
+      for (int i = 0; i < 4; ++i) b[nt][i] = load4(x[nt] + i * 256);
       s[nt] = *sums[nt]++;
-      x[nt] += 128;
+      x[nt] += 1024;
     }
     copy_wait<C::kStages - 2>();
     __syncwarp();  // scales and columns were fetched by other lanes
@@ -337,15 +353,22 @@ __device__ bool combine(Warp<C>& w, int first_block, int last_block, Accumulator
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
-  for (int block = first_block; block <= last_block; ++block) {
-    const float4* from = at(block);
+  // Several blocks' results on their way at once; added in order.
+  constexpr int kBatch = kNT == 1 ? 4 : 1;
+  for (int base = first_block; base <= last_block; base += kBatch) {
+    float4 v[kBatch][C::kR * kNT];
 #pragma unroll
-    for (int r = 0; r < C::kR; ++r)
+    for (int i = 0; i < kBatch; ++i) {
+      const float4* from = at(min(base + i, last_block));
 #pragma unroll
-      for (int nt = 0; nt < kNT; ++nt) {
-        const float4 v = __ldcg(from + (r * kNT + nt) * 32);
-        float* o = acc.o[r][nt];
-        o[0] += v.x, o[1] += v.y, o[2] += v.z, o[3] += v.w;
+      for (int j = 0; j < C::kR * kNT; ++j) v[i][j] = __ldcg(from + j * 32);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int j = 0; j < C::kR * kNT; ++j) {
+        float* o = acc.o[j / kNT][j % kNT];
+        if (base + i <= last_block) o[0] += v[i][j].x, o[1] += v[i][j].y, o[2] += v[i][j].z, o[3] += v[i][j].w;
       }
   }
   return true;
@@ -377,18 +400,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
   const Routing routing{blocks, rows, (tiles_n + C::kTiles - 1) / C::kTiles};
   const int tiles = blocks[p.experts] * routing.column_tiles;
-  // Short columns are not worth a second block's partial results.
-  const int quantum = blocks_k <= 8 ? blocks_k : 1, per_tile = blocks_k / quantum;
-  // With less than one quantum a block the rest stays out, so that every block of a tile's stretch has a share in it.
-  const int total = tiles * per_tile;
+  const int parts = parts_of(tiles, blocks_k, gridDim.x);
+  // With less than one part a block the rest stays out, so that every block of a tile's stretch has a share in it.
+  const int total = tiles * parts;
   const Split split{total, min(static_cast<int>(gridDim.x), total)};
   if (static_cast<int>(blockIdx.x) >= split.grid) return;
   const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
+  auto kb_of = [&](int part) { return part % parts * blocks_k / parts; };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char* const ring = shared + warp * C::kWarpBytes;
   Warp<C> w{p, routing, ring, ring + lane * 16, lane, warp, blocks_k, tiles_n};
-  int tile_index = begin / per_tile, kb = begin % per_tile * quantum, left = (end - begin) * quantum;
+  int tile_index = begin / parts, kb = kb_of(begin);
+  int left = (end / parts - tile_index) * blocks_k + kb_of(end) - kb;
   int expert = routing.expert_of(tile_index, p.experts);
   w.ahead_tile = tile_index, w.ahead_kb = kb, w.ahead_left = left, w.ahead_expert = expert;
   w.ahead_stage = 0, w.ahead_columns = C::kRingBytes;
@@ -405,8 +429,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     const int kb_end = min(blocks_k, kb + left);
     int first_block = blockIdx.x, last_block = blockIdx.x;
     if (kb > 0 || kb_end < blocks_k) {
-      first_block = split.owner(tile_index * per_tile);
-      last_block = split.owner(tile_index * per_tile + per_tile - 1);
+      first_block = split.owner(tile_index * parts);
+      last_block = split.owner(tile_index * parts + parts - 1);
     }
     if (C::kNT == 1 || tile.rows <= 8)
       run_tile<C, 1>(w, tile, kb, kb_end, stage, columns_at, first_block, last_block);

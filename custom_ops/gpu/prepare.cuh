@@ -17,8 +17,9 @@ namespace ccq {
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
 struct Prepared {
-  __half* x;         // [rows, K/64, 2, 4, 8]: per group both halves p of the quad's four lanes (decode.cuh)
-  __half2* sums;     // [rows, K/64]: kSumScale * sum of the group's scaled values, as high and low part
+  __half* x;         // [blocks of 8 rows, K/64, 2, 32, 8]: per group both halves p of the 32 lanes (decode.cuh), so that
+                     // a warp's load is 512 bytes in a row
+  __half2* sums;     // [blocks of 8 rows, 8, K/64]: kSumScale * sum of the group's scaled values, as high and low part
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
   int* tickets;      // set to zero here, for the split of K
 };
@@ -48,15 +49,28 @@ __device__ void load_chunk(const T* x, int chunk, bool fastdeploy, float (&v)[16
   for (int i = 0; i < 16; ++i) v[i] = to_float(raw.values[i]);
 }
 
+// The first block of 8 rows of an expert. Blocks of different experts never share a place, whatever the routing:
+// an expert's ceil(n / 8) blocks end before the next one's floor(start / 8) + 1.
+__host__ __device__ inline int first_prepared_block(int start_row, int expert) { return start_row / 8 + expert; }
+
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads)
-prepare_kernel(const T* x, int k, bool fastdeploy, const float* row_scale, int tickets, Prepared out) {
+prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fastdeploy, const float* row_scale,
+               int tickets, Prepared out) {
   dependents_may_start();
   __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
   const int row = blockIdx.x, chunks = k / 16;
   if (row == 0)
     for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) out.tickets[i] = 0;
   const T* from = x + static_cast<size_t>(row) * k;
+  int expert = 0;  // experts that end at or before this row
+  for (int base = 0; offsets && base < experts; base += kPrepareThreads) {
+    const int e = base + threadIdx.x;
+    expert += __syncthreads_count(e < experts && offsets[e] <= row);
+  }
+  if (expert >= experts) return;  // a row behind the last expert's
+  const int start = expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0;
+  const int place = first_prepared_block(start, expert) * 8 + (row - start);
 
   float first[16] = {};
   uint32_t largest = 0;
@@ -86,7 +100,7 @@ prepare_kernel(const T* x, int k, bool fastdeploy, const float* row_scale, int t
     out.row_scale[row] = row_scale ? back * row_scale[row] : back;
   }
 
-  __half* to = out.x + static_cast<size_t>(row) * k;
+  __half* to = out.x + static_cast<size_t>(place / 8) * 8 * k + place % 8 * 32;
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
     const int c = c0 + threadIdx.x;
@@ -111,7 +125,7 @@ prepare_kernel(const T* x, int k, bool fastdeploy, const float* row_scale, int t
     if (t == 0) {
       const float scaled = sum * odd * kSumScale;
       const __half high = __float2half_rn(scaled);
-      out.sums[static_cast<size_t>(row) * (k / 64) + group] =
+      out.sums[static_cast<size_t>(place) * (k / 64) + group] =
           __halves2half2(high, __float2half_rn(scaled - __half2float(high)));
     }
 #pragma unroll
@@ -122,7 +136,7 @@ prepare_kernel(const T* x, int k, bool fastdeploy, const float* row_scale, int t
         const float f = i % 2 ? 0.125f * odd : odd;
         h[i] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
       }
-      *reinterpret_cast<uint4*>(to + group * 64 + p * 32 + t * 8) = *reinterpret_cast<uint4*>(h);
+      *reinterpret_cast<uint4*>(to + group * 512 + p * 256 + t * 8) = *reinterpret_cast<uint4*>(h);
     }
   }
 }
