@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan
+from paddle_ccq.checkpoint.plan import Plan, build_plan
 from paddle_ccq.fastdeploy.memory import GIB, card_memory
 
 HERE = Path(__file__).resolve().parent
@@ -41,12 +42,16 @@ COLUMNS = (
 )
 
 
+@cache
+def plan_of(model: str, cards: int) -> Plan:
+    config = ErnieConfig.from_json(HERE.parent / "examples" / "configs" / model)
+    return build_plan(config, tensor_parallel_size=cards)
+
+
 def table() -> str:
     rows = []
     for model, cards, sold, gib in CASES:
-        config = ErnieConfig.from_json(HERE.parent / "examples" / "configs" / model)
-        plan = build_plan(config, tensor_parallel_size=cards)
-        memory = card_memory(plan, int(gib * GIB), SEQUENCES)
+        memory = card_memory(plan_of(model, cards), int(gib * GIB), SEQUENCES)
         sequences = memory.sequences(LENGTH)
         rows.append(
             (
