@@ -122,7 +122,7 @@ int variant_of(const Device& device, const GemmParams& p) {
     const double tiles = static_cast<double>(std::min(p.rows, p.experts)) * p.n / 512;  // of four a warp
     return p.k > 1024 && tiles >= 0.4 * 2 * device.sms ? 1 : 0;
   }
-  return rows <= 12 ? 2 : 3;
+  return rows <= 24 ? 2 : 3;
 }
 
 template <Pairs kPairs>
@@ -135,10 +135,8 @@ cudaError_t choose(const Device& device, const GemmParams& p, cudaStream_t strea
 #ifdef CCQ_TUNING
     case 4: return launch_gemm<Config<kPairs, 2, 1, 4, 3>>(device, p, stream);
     case 5: return launch_gemm<Config<kPairs, 4, 2, 4, 1>>(device, p, stream);
-    case 6: return launch_gemm<Config<kPairs, 4, 4, 4, 1>>(device, p, stream);
-    case 7: return launch_gemm<Config<kPairs, 1, 2, 6, 3>>(device, p, stream);
 #endif
-    default: return launch_gemm<Config<kPairs, 2, 4, 4, 1>>(device, p, stream);
+    default: return launch_gemm<Config<kPairs, 4, 4, 4, 1>>(device, p, stream);
   }
 }
 
