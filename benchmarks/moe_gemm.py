@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 
-import ccqlib  # noqa: E402
+import ccqlib
 
 ROOF = 3.0e12
 BITS = 2.0625

@@ -107,10 +107,10 @@ def test_one_expert_takes_all(lib, rows):
 @pytest.mark.parametrize("pair", [(121.0, 0.0), (121.0, 1912.0), (-121.0, 32000.0), (1.0, 5.0),
                                   (128.37, 13.7), (100.123, 0.2), (-96.5, 30000.25)])  # fmt: skip
 def test_all_codes(lib, pair):
-    """Identity activations give the weights themselves: every byte at every place, bit for bit."""
+    """Identity activations give the weights themselves: every byte, bit for bit."""
     k, n = 1024, 64
-    q = torch.arange(k // 4, device="cuda")[None, :, None] * 37 + torch.arange(n, device="cuda") * 11
-    q = (q % 256).to(torch.uint8)  # k / 4 = 256: every column has every byte
+    q = torch.arange(k // 4, device="cuda")[None, :, None] * 37
+    q = ((q + torch.arange(n, device="cuda") * 11) % 256).to(torch.uint8)  # k / 4 = 256: every column has every byte
     ws = torch.randint(0, 256, (1, k // 128, n), device="cuda", dtype=torch.uint8)
     ss = torch.full((1, n), 1.0, device="cuda", dtype=torch.bfloat16)
     cs, zp = (torch.full((1, n), v, device="cuda") for v in pair)
