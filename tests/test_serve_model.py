@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's model is the evaluated one for every shape of network and every stored format."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("paddle")
+
+import paddle
+from synthetic import tiny_config, write_checkpoint
+
+from paddle_ccq.checkpoint.reader import open_checkpoint
+from paddle_ccq.models.ernie import Ernie
+from paddle_ccq.quantize import quantize
+from paddle_ccq.serving.engine_model import QUERY_BLOCK, EngineModel, Piece
+from paddle_ccq.serving.weights import ExactWeights
+
+TOKENS = [1, *np.random.default_rng(0).integers(3, 259, QUERY_BLOCK + 40).tolist()]
+
+
+def check(folder: Path, packed: bool) -> EngineModel:
+    """Logits after a prompt in three pieces, beside another sequence, are the float model's."""
+    checkpoint = open_checkpoint(folder)
+    model = EngineModel(checkpoint, threads=1)
+    assert any(layer.experts and layer.experts.packed for layer in model.layers) == packed
+    reference = Ernie(ExactWeights(checkpoint))
+    hidden = reference.hidden_states(paddle.to_tensor([TOKENS]))
+    wanted = reference.logits(hidden)[0].numpy()
+    cache = model.new_cache(300)
+    cache.allocate(7)  # so that the region does not begin at 0
+    region, other = cache.allocate(len(TOKENS)), cache.allocate(40)
+    cuts = [0, 3, len(TOKENS) - 1, len(TOKENS)]
+    for first, last in pairwise(cuts):
+        beside = Piece(TOKENS[first : first + 5], first % 30, other, wants_logits=False)
+        pieces = [Piece(TOKENS[first:last], first, region), beside]
+        found = model.forward(pieces, cache)
+        assert found.shape == (1, checkpoint.config.vocab_size)
+        error = np.linalg.norm(found[0] - wanted[last - 1])
+        assert error < (2e-3 if packed else 1e-4) * np.linalg.norm(wanted[last - 1])
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe_num_shared_experts": 2, "tie_word_embeddings": False},
+        {"moe_num_shared_experts": 0, "moe_k": 4},
+        {"moe_layer_interval": 2},
+        {"moe_num_experts": 0},
+        {"num_key_value_heads": 4, "vocab_size": 259 + 2},
+        {"num_nextn_predict_layers": 1},
+    ],
+    ids=str,
+)
+def test_shapes_of_networks(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path, tiny_config(**changes))
+    check(tmp_path, packed=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fastdeploy_layout": "2.0"},
+        {"format": "ccq-2.5"},
+        {"format": "ccq-2.75"},
+        {"wint4_end_layer": 1},
+    ],
+    ids=str,
+)
+def test_stored_formats(tmp_path: Path, options: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path / "float", tiny_config())
+    quantize(tmp_path / "float", tmp_path / "packed", preset="fast", quiet=True, **options)
+    model = check(tmp_path / "packed", packed=True)
+    if not options:
+        weights = 4 * 2 * 3 * 128 * 128
+        assert model.expert_bytes < weights * 4 / 8  # float32 would be 32 bits a weight
