@@ -2,7 +2,7 @@
 """Speed of the WINT2 grouped GEMM on one GPU: time, bandwidth and share of the roof.
 
     python benchmarks/gpu/ccqlib.py /tmp/libccq.so
-    python benchmarks/moe_gemm.py --library /tmp/libccq.so [--json OUT] [--only up_gate] [--plot OUT]
+    python benchmarks/moe_gemm.py --library /tmp/libccq.so [--json OUT] [--only up_gate]
 
 Method: a CUDA graph of calls, each with another random top-8 routing (so that weights come from
 memory and not from L2), replayed; the median replay over the number of calls. The roof counts the
@@ -72,7 +72,7 @@ def time_calls(torch, calls, replays: int) -> float:
 
 
 def device_rates(torch) -> str:
-    """What the memory gives: a 4 GB copy, the same through an elementwise kernel, a read-only sum."""
+    """What the memory gives: a 4 GB copy, an elementwise kernel, a read-only sum."""
     a = torch.randint(0, 1 << 30, (1 << 30,), dtype=torch.int32, device="cuda")
     b = torch.empty_like(a)
     size = a.numel() * 4

@@ -127,7 +127,7 @@ class Library:
 
 
 def random_weights(torch, experts: int, k: int, n: int, pairs: str = "integer", seed: int = 0):
-    """Random checkpoint tensors on the GPU; `pairs`: integer, float, or mixed signs and fractions."""
+    """Random checkpoint tensors on the GPU; `pairs`: integer or general."""
     g = torch.Generator(device="cuda").manual_seed(seed)
 
     def uniform(*shape):

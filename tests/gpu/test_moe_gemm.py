@@ -110,7 +110,7 @@ def test_all_codes(lib, pair):
     """Identity activations give the weights themselves: every byte, bit for bit."""
     k, n = 1024, 64
     q = torch.arange(k // 4, device="cuda")[None, :, None] * 37
-    q = ((q + torch.arange(n, device="cuda") * 11) % 256).to(torch.uint8)  # k / 4 = 256: every column has every byte
+    q = ((q + torch.arange(n, device="cuda") * 11) % 256).to(torch.uint8)
     ws = torch.randint(0, 256, (1, k // 128, n), device="cuda", dtype=torch.uint8)
     ss = torch.full((1, n), 1.0, device="cuda", dtype=torch.bfloat16)
     cs, zp = (torch.full((1, n), v, device="cuda") for v in pair)
