@@ -150,7 +150,7 @@ def main() -> None:
 
     def note(name, pairs, variant, r):
         rows.append({"shape": name, "pairs": pairs, "variant": variant, **r})
-        print(f"{name:22s} {pairs[:3]} v{variant:2d} t {r['tokens']:5d} hit {r['experts_hit']:6.1f} "
+        print(f"{name:22s} {pairs[:3]} v{variant:2d} t {r['tokens']:4d} hit {r['experts_hit']:5.1f}"
               f"{r['us']:9.1f} us {r['GBps']:6.0f} GB/s {r['percent']:5.1f} % "
               f"(roof {r['roof_us']:6.1f}) {r['TFLOPs']:6.1f} TF", flush=True)  # fmt: skip
 
