@@ -36,7 +36,7 @@ LONG = {"model": "model", "prompt": "a", "max_tokens": 600, "ignore_eos": True, 
 @contextlib.contextmanager
 def process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """`python -m paddle_ccq.serve` and its address, once it prints that."""
-    command = [sys.executable, "-m", "paddle_ccq.serve", *arguments, "--port", "0"]
+    command = [sys.executable, "-m", "paddle_ccq.serve", "--port", "0", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -95,6 +95,24 @@ def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once() -> None:
                     time.sleep(0.2)
                 server.wait(12)
             assert time.monotonic() - begun < 12
+
+
+def test_a_killed_server_breaks_its_streams_and_leaves_the_port_free() -> None:
+    folder = str(quantized_folder())
+    with process(folder) as (server, base):
+        with (
+            pytest.raises(httpx.TransportError),
+            httpx.stream("POST", f"{base}/v1/completions", json=LONG, timeout=30) as answer,
+        ):
+            for index, _ in enumerate(answer.iter_raw(64)):
+                if index == 0:
+                    server.kill()
+        server.wait(10)
+        port = base.rpartition(":")[2]
+        with process(folder, "--port", port) as (_, again):
+            assert again == base
+            answer = httpx.post(f"{again}/v1/completions", json={**LONG, "max_tokens": 1})
+            assert answer.status_code == 200
 
 
 def test_experts_stay_packed_in_memory(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ class Engine:
         limit = min(self.model.max_length, self.settings.cache_tokens)
         if longest > limit or not all(prompts):
             raise ValueError(f"prompts and answers must have 1 to {limit} tokens, got {longest}")
+        count = len(prompts) * n
+        self._check_open(count)  # before making what would be thrown away
         request = Request(deliver)
         now = time.monotonic()
         sequences = [
@@ -123,17 +125,20 @@ class Engine:
                 Detokenizer(self.decode, params.stop),
                 created=now,
             )
-            for index in range(len(prompts) * n)
+            for index in range(count)
         ]
         with self._changed:
-            if self.draining or self._stopping:
-                raise DrainingError
-            if self._waiting + len(sequences) > self.settings.max_waiting:
-                raise QueueFullError
-            self._waiting += len(sequences)
+            self._check_open(count)
+            self._waiting += count
             self._arrived.extend(sequences)
             self._changed.notify()
         return request
+
+    def _check_open(self, count: int) -> None:
+        if self.draining or self._stopping:
+            raise DrainingError
+        if self._waiting + count > self.settings.max_waiting:
+            raise QueueFullError
 
     def cancel(self, request: Request) -> None:
         """Stop a request at the next step; nothing is delivered any more."""

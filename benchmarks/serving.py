@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latency, throughput and memory of the embedded server, beside the float model in Paddle.
+
+    python benchmarks/serving.py QUANTIZED FLOAT [--write]
+
+Starts the server on the quantized model and asks it over HTTP from this process, first one request
+at a time, then 4, 8 and 16 at once. The float model is the same network in float32, one sequence at
+a time through Paddle's matrix products, in a process of its own and without HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+from common import ROOT, markdown, processor, put_into_doc, save_result
+
+LEVELS = (1, 4, 8, 16)
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
+# The best run counts, of the server and of the float model alike: other work on a machine only
+# ever makes one slower.
+REPEATS = 3
+DOC = "docs/serving-embedded.md"
+
+
+def tokens(seed: int) -> list[int]:
+    return [5 + (seed * 7919 + 31 * i) % 4000 for i in range(PROMPT_TOKENS)]
+
+
+@contextlib.contextmanager
+def server(folder: str) -> Iterator[tuple[str, int]]:
+    command = [sys.executable, "-m", "paddle_ccq.serve", folder, "--port", "0"]
+    command += ["--served-model-name", "model", "--max-model-len", "1024"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        for line in process.stdout:
+            if found := re.search(r"at (http://\S+)/v1", line):
+                yield found[1], process.pid
+                break
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def one(client: httpx.AsyncClient, seed: int) -> tuple[float, list[float]]:
+    """Time to the first token, and the times between the others, in seconds."""
+    body = {"model": "model", "prompt": tokens(seed), "max_tokens": NEW_TOKENS, "temperature": 0}
+    # Log-probabilities make the server send an event for each token, whatever its text.
+    body |= {"stream": True, "ignore_eos": True, "logprobs": 0}
+    last, first, between = time.perf_counter(), 0.0, []
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            now = time.perf_counter()
+            if first:
+                between.append(now - last)
+            else:
+                first = now - last
+            last = now
+    return first, between
+
+
+async def level(base: str, concurrency: int, requests: int) -> dict[str, float]:
+    limits = httpx.Limits(max_connections=concurrency)
+    async with httpx.AsyncClient(base_url=base, timeout=60, limits=limits) as client:
+        await asyncio.gather(*(one(client, -1 - i) for i in range(concurrency)))
+        gate = asyncio.Semaphore(concurrency)
+
+        async def gated(seed: int) -> tuple[float, list[float]]:
+            async with gate:
+                return await one(client, seed)
+
+        begun = time.perf_counter()
+        found = await asyncio.gather(*(gated(seed) for seed in range(requests)))
+        seconds = time.perf_counter() - begun
+    firsts = sorted(first for first, _ in found)
+    between = sorted(value for _, values in found for value in values)
+    return {
+        "concurrency": concurrency,
+        "tokens_per_second": requests * NEW_TOKENS / seconds,
+        "first_p50_ms": 1e3 * statistics.median(firsts),
+        "first_p99_ms": 1e3 * percentile(firsts, 0.99),
+        "token_p50_ms": 1e3 * statistics.median(between),
+        "token_p99_ms": 1e3 * percentile(between, 0.99),
+    }
+
+
+def percentile(values: list[float], part: float) -> float:
+    return values[min(len(values) - 1, int(part * len(values)))]
+
+
+def memory_mib(pid: int) -> float:
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def float_model(folder: str) -> dict[str, float]:
+    """Runs in its own process: batch 1 through Paddle, as evaluation generates."""
+    from paddle_ccq.checkpoint.reader import open_checkpoint
+    from paddle_ccq.models.ernie import Ernie
+    from paddle_ccq.models.generation import generate
+
+    empty = memory_mib(os.getpid())
+    model = Ernie(open_checkpoint(folder))
+    generate(model, [tokens(-1)], 4)
+    firsts, rates = [], []
+    for seed in range(4 * REPEATS):
+        begun = time.perf_counter()
+        generate(model, [tokens(seed)], 1)
+        first = time.perf_counter() - begun
+        begun = time.perf_counter()
+        generate(model, [tokens(seed)], NEW_TOKENS)
+        firsts.append(first)
+        rates.append(NEW_TOKENS / (time.perf_counter() - begun))
+    return {
+        "tokens_per_second": max(rates),
+        "first_p50_ms": 1e3 * min(firsts),
+        "memory_mib": memory_mib(os.getpid()),
+        "paddle_mib": empty,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("quantized", help="checkpoint folder to serve")
+    parser.add_argument("float", help="the unquantized checkpoint")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOC}")
+    parser.add_argument("--only-float", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only_float:
+        print(json.dumps(float_model(args.float)))
+        return
+    with server(args.quantized) as (base, pid):
+        loaded = memory_mib(pid)
+        runs = [
+            [asyncio.run(level(base, n, 2 * n if n > 1 else 4)) for n in LEVELS]
+            for _ in range(REPEATS)
+        ]
+        levels = [
+            max(found, key=lambda r: r["tokens_per_second"]) for found in zip(*runs, strict=True)
+        ]
+        peak = memory_mib(pid)
+    command = [sys.executable, "-W", "ignore", __file__, args.quantized, args.float, "--only-float"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    baseline = json.loads(done.stdout.splitlines()[-1])
+    rows = [
+        [
+            f"server, {found['concurrency']} at once",
+            f"{found['tokens_per_second']:.0f}",
+            f"{found['first_p50_ms']:.0f} / {found['first_p99_ms']:.0f}",
+            f"{found['token_p50_ms']:.1f} / {found['token_p99_ms']:.1f}",
+            f"{peak:.0f}",
+        ]
+        for found in levels
+    ]
+    rate = baseline["tokens_per_second"]
+    rows.append(
+        [
+            "float32 in Paddle, 1 at once, no HTTP",
+            f"{rate:.0f}",
+            f"{baseline['first_p50_ms']:.0f} / -",
+            f"{1e3 / rate:.1f} / -",
+            f"{baseline['memory_mib']:.0f}",
+        ]
+    )
+    header = ["", "tokens/s", "first token, ms (p50/p99)", "token, ms (p50/p99)", "resident, MiB"]
+    table = markdown(header, rows)
+    load = os.getloadavg()[0]
+    result = {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": load,
+        "levels": levels,
+        "loaded_mib": loaded,
+        "peak_mib": peak,
+        "float": baseline,
+    }
+    if args.write:
+        put_into_doc(DOC, "serving", table)
+        save_result("serving", result)
+    else:
+        print(table)
+    print(f"{result['processor']}, {result['cores']} cores, load average {load:.1f}")
+
+
+if __name__ == "__main__":
+    main()
