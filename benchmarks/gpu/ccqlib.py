@@ -110,9 +110,11 @@ class Library:
         made = self.torch.empty(size, device="cuda", dtype=self.torch.uint8)
         return made.fill_(255)  # NaN everywhere: nothing may depend on its contents
 
-    def gemm(self, x, offsets, p: Packed, out, workspace, *, row_scale=None, order=PLAIN,
-             pairs=None) -> None:
+    def gemm(
+        self, x, offsets, p: Packed, out, workspace, *, row_scale=None, order=PLAIN, pairs=None
+    ) -> None:
         """out[r] = x[r] W[expert(r)] (* row_scale[r]); offsets int64 inclusive sums or None."""
+
         def pointer(t):
             return None if t is None else t.data_ptr()
 

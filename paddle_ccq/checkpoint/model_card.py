@@ -75,9 +75,8 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
     rows.append(("written by", f"paddle-ccq {__version__}"))
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
     title = f"# {recipe.source_model.rsplit('/', 1)[-1]}, {kind}"
-    kept = (
-        "Router, correction bias, norms, embeddings and output head are not quantized. "
-        + _data(recipe.calibration)
+    kept = "Router, correction bias, norms, embeddings and output head are not quantized. " + _data(
+        recipe.calibration
     )
     return "\n\n".join([title, "\n".join(table), kept])
 
