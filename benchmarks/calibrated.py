@@ -30,13 +30,13 @@ from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.codec import wint2
 from paddle_ccq.codec.row_order import permute_rows, unpermute_rows
-from paddle_ccq.encoder.base import default_threads
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES, LdlqEncoder, LdlqRecipe
 from paddle_ccq.encoder.ldlq_metric import make_metric
 from paddle_ccq.evaluation.metrics import paired_difference
 from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
 from paddle_ccq.evaluation.tasks import read_items
 from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.host import default_threads
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
 

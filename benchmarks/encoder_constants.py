@@ -11,10 +11,10 @@ from common import save_result
 
 from paddle_ccq import _core
 from paddle_ccq.codec import wint2
-from paddle_ccq.encoder.base import default_threads
 from paddle_ccq.encoder.layouts import LAYOUTS
 from paddle_ccq.encoder.recipes import CODE_SCALE, CODE_ZERO_POINTS, RECIPES, Recipe
 from paddle_ccq.encoder.search import pair_books
+from paddle_ccq.host import default_threads
 
 # One nominal scale a group: what is compared are code books, not scale searches.
 NOMINAL_ONLY = Recipe(0.0615, (11.0,))

@@ -13,8 +13,8 @@ import numpy as np
 from common import markdown, processor, put_into_doc, save_result
 
 from paddle_ccq import _core
-from paddle_ccq.encoder.base import default_threads
 from paddle_ccq.encoder.search import SearchEncoder
+from paddle_ccq.host import default_threads
 
 # Routed-expert weights of ERNIE-4.5-300B-A47B: 51 layers x 64 experts x 3 x 8192 x 3584.
 WEIGHTS_300B = 51 * 64 * 3 * 8192 * 3584

@@ -7,7 +7,6 @@ import argparse
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
 from .errors import CcqError, run_cli
+from .host import require_paddle
 from .version import __version__
 
 MODEL, REFERENCE = "model", "reference"
@@ -51,7 +51,7 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
-    require_paddle()
+    require_paddle("evaluation")
     from .evaluation.run import score_tasks, score_text, summarize
     from .evaluation.tasks import read_items
     from .evaluation.text import (
@@ -125,20 +125,6 @@ def evaluate(
         task_scores = score_tasks(models, tokenizer, items, threads)
     result["results"] = summarize(text_scores, task_scores, compared)
     return result
-
-
-def require_paddle() -> None:
-    """Everything else in this package works without Paddle, so it is an extra."""
-    try:
-        with warnings.catch_warnings():
-            # Paddle warns at import about compilers that only building operators needs.
-            warnings.simplefilter("ignore")
-            import paddle  # noqa: F401
-    except ImportError as error:
-        raise CcqError(
-            "evaluation needs Paddle; install it with: pip install 'paddle-ccq[eval]'"
-            f" (import paddle: {error})"
-        ) from None
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from .checkpoint.plan import Plan, gigabytes
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from .codec.formats import CCQ_FORMATS
-from .encoder.base import MatrixEncoder, default_threads, make_encoder
+from .encoder.base import MatrixEncoder, make_encoder
 from .encoder.ldlq import LdlqEncoder, Moments
 from .errors import CcqError
+from .host import default_threads
 from .ops import gpu_library
 from .version import __version__
 

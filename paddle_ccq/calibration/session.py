@@ -14,8 +14,8 @@ import numpy as np
 from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan, gigabytes
 from ..checkpoint.reader import Checkpoint
-from ..encoder.base import default_threads
 from ..errors import CcqError
+from ..host import default_threads, require_paddle
 from .settings import Settings
 
 
@@ -37,7 +37,7 @@ class Request:
             )
         if not self.path.is_file():
             raise CcqError(f"--calibration {self.path}: no such file")
-        require_paddle()
+        require_paddle("calibration, which runs the model,")
 
     def open(self, checkpoint: Checkpoint, threads: int | None, spill_folder: Path):
         """The statistics, which are computed as they are asked for."""
@@ -47,22 +47,6 @@ class Request:
         text = read_calibration_text(self.path, checkpoint, self.settings)
         threads = threads or default_threads()
         return Statistics(checkpoint, text, self.settings, threads, spill_folder)
-
-
-def require_paddle() -> None:
-    """The statistics come from running the model, which needs the evaluation extra."""
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            # Paddle warns at import about compilers that only building operators needs.
-            warnings.simplefilter("ignore")
-            import paddle  # noqa: F401
-    except ImportError as error:
-        raise CcqError(
-            "calibration runs the model and needs Paddle; install it with: pip install"
-            f" 'paddle-ccq[eval]' (import paddle: {error})"
-        ) from None
 
 
 def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str]]:

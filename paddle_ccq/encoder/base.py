@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from ..codec import formats
+from ..host import default_threads
 
 PRESETS = ("fast", "default", "best")
 ENCODERS = ("search", "paper", "paper-literal")
@@ -84,13 +84,6 @@ class MatrixEncoder(Protocol):
             ValueError: if the format cannot hold the shape.
         """
         ...
-
-
-def default_threads() -> int:
-    """Processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def make_encoder(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,19 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ..host import default_threads
 from ..models.ernie import Ernie
 from .metrics import TextScores, paired_difference, score_window
 from .tasks import TaskItem, score_items
 from .text import Tokenizer
 
 Progress = Callable[[int, int], None]  # done, total
-
-
-def default_threads() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def score_text(

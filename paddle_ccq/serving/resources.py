@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from ..checkpoint.config import ErnieConfig
-from ..encoder.base import default_threads
+from ..host import default_threads
 from .kv_cache import bytes_per_token
 
 # Part of the free memory that the cache may reserve where the operator names no size.
