@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize the example model, verify it, and measure it before and after, in about two minutes.
+"""Quantize the example model, verify it, measure it before and after, and serve it: two minutes.
 
     python examples/quickstart.py [--output DIR]
 
-The same four calls work on any ERNIE-4.5 checkpoint.
+The same calls work on any ERNIE-4.5 checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+
+import openai
 
 from paddle_ccq.errors import CcqError, run_cli
 from paddle_ccq.evaluate import evaluate
@@ -24,6 +32,7 @@ from paddle_ccq.verify import print_result, verify
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "ernie-45-moe-3m"
 TEXT = HERE / "data" / "public-domain-sample.txt"
+QUESTION = "Q: 12 + 35 = ?\nA:"
 TASKS = [HERE / "data" / f"{name}.jsonl" for name in ("arith", "word", "recall", "defmc", "cont")]
 
 
@@ -58,7 +67,42 @@ def run(output: Path) -> int:
     console().print(detail_table(named))
     print(f"Tasks are in parts of 1, 200 items each; the text is examples/data/{TEXT.name}.")
     print("So small a model pays far more than a larger one: docs/accuracy.md measures one.")
+
+    print("\n4. Serve it behind the OpenAI API and ask one question\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "paddle_ccq.serve", str(output), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            ask(f"http://127.0.0.1:{port}", server)
+        finally:
+            server.terminate()
     return 0
+
+
+def ask(url: str, server: subprocess.Popen) -> None:
+    """One completion through the openai client, once the server says that it is ready."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health"):
+                break
+        except (urllib.error.URLError, ConnectionError):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise CcqError(
+                    "the server did not start; run `python -m paddle_ccq.serve`"
+                ) from None
+            time.sleep(0.2)
+    # Paddle turns on logging for everybody; the client would report each request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    answer = client.completions.create(
+        model=model, prompt=QUESTION, max_tokens=16, temperature=0, stop="\n"
+    )
+    print(f"{QUESTION}{answer.choices[0].text}")
+    print(f"({answer.usage.completion_tokens} tokens from {model}, server stopped again)")
 
 
 if __name__ == "__main__":
