@@ -95,7 +95,7 @@ def ask(url: str, server: subprocess.Popen) -> None:
                 ) from None
             time.sleep(0.2)
     # Paddle turns on logging for everybody; the client would report each request.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
     answer = client.completions.create(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import reporting
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
 from .errors import CcqError, run_cli
@@ -228,10 +229,10 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         from rich.console import Console
 
-        from .evaluation.report import check_can_write, detail_table, write_json
+        from .evaluation.report import detail_table
 
         if args.json is not None:
-            check_can_write(args.json, args.force)
+            reporting.check_can_write(args.json, args.force)
         result = evaluate(
             args.model,
             args.reference,
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             show_progress=sys.stderr.isatty(),
         )
         if args.json is not None:
-            write_json(args.json, result)
+            reporting.write_json(args.json, result)
         if "text" in result:
             described = result["text"]
             print(

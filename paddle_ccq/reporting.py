@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables for people: the plan before a run, the result after it."""
+"""Results: tables for people before and after a run, JSON files for programs."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .checkpoint.plan import Item, Plan, gigabytes
+from .errors import CcqError
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
@@ -156,3 +160,22 @@ def summary_rows(plan: Plan, records: Sequence[dict[str, Any]]) -> list[list[str
 
 
 SUMMARY_COLUMNS = ("format", "matrices", "weights", "bits/weight", "mean rel-MSE", "size")
+
+
+def check_can_write(path: str | os.PathLike[str], force: bool) -> None:
+    """Called before hours of work, not after them."""
+    path = Path(path)
+    if path.is_dir():
+        raise CcqError(f"--json {path}: is a folder; name a file")
+    if path.exists() and not force:
+        raise CcqError(f"--json {path}: already exists; name another file or add --force")
+    if not path.parent.is_dir():
+        raise CcqError(f"--json {path}: the folder {path.parent} does not exist")
+
+
+def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+    """Write the file as a whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

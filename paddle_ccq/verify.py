@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -222,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="DIR", help="quantized checkpoint")
     parser.add_argument("--reference", metavar="MODEL", help="float checkpoint to compare with")
     parser.add_argument("--json", metavar="OUT", help="write the result as JSON")
+    parser.add_argument("--force", action="store_true", help="let --json overwrite its file")
     parser.add_argument(
         "--no-hash", "--no_hash", action="store_true", help="don't compare sha256 with the manifest"
     )
@@ -235,13 +235,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def body() -> int:
+        if args.json:
+            reporting.check_can_write(args.json, args.force)
         result = verify(
             args.folder, args.reference, hashes=not args.no_hash, source=args.source, quiet=False
         )
         print_result(result)
         if args.json:
-            text = json.dumps(result.to_json(), indent=1)
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+            reporting.write_json(args.json, result.to_json())
         return 0 if result.sound else 1
 
     return run_cli(body)

@@ -70,6 +70,16 @@ def test_sound(made, capsys, tmp_path):
     assert by_name["ernie.layers.0.self_attn.qkv_proj.weight"]["rel_mse"] < 1e-3
 
 
+def test_json_is_not_overwritten_unasked(made, capsys, tmp_path):
+    report = tmp_path / "report.json"
+    report.write_text("mine")
+    assert main([str(made[1]), "--json", str(report)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert report.read_text() == "mine"
+    assert main([str(made[1]), "--json", str(report), "--force"]) == 0
+    assert json.loads(report.read_text())["sound"] is True
+
+
 def test_errors_agree_with_those_of_the_run(made, tmp_path):
     model, _ = made
     result = quantize(model, tmp_path / "out", wint4_end_layer=0, preset="fast", quiet=True)

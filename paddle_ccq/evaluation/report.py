@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results as a table for people and as JSON for programs."""
+"""The results as a table."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
-
-from ..errors import CcqError
 
 # Heading, key in a summary, format.
 QUANTITIES = (
@@ -63,25 +58,6 @@ def _cells(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     for task in dict.fromkeys(name for row in tasks for name in row):
         columns[task] = [_number(row.get(task, {}), "accuracy", ".3f") for row in tasks]
     return columns
-
-
-def check_can_write(path: str | os.PathLike[str], force: bool) -> None:
-    """Called before hours of work, not after them."""
-    path = Path(path)
-    if path.is_dir():
-        raise CcqError(f"--json {path}: is a folder; name a file")
-    if path.exists() and not force:
-        raise CcqError(f"--json {path}: already exists; name another file or add --force")
-    if not path.parent.is_dir():
-        raise CcqError(f"--json {path}: the folder {path.parent} does not exist")
-
-
-def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
-    """Write the file as a whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _number(values: Mapping[str, Any], key: str, form: str) -> str:

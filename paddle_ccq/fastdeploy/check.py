@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -258,6 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=DEFAULT_PORT, help="first of four ports (8180)")
     add("--hash", action="store_true", help="compare sha256 with the manifest: reads everything")
     add("--json", metavar="OUT", help="write the result as JSON")
+    add("--force", action="store_true", help="let --json overwrite its file")
     return parser
 
 
@@ -285,14 +285,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def body() -> int:
+        if args.json:
+            reporting.check_can_write(args.json, args.force)
         cards = find_cards() if args.gpu_memory is None else []
         wish = wish_of(args, cards)
         result = check(args.folder, wish, hashes=args.hash)
         judge_machine(result, cards, wish.tensor_parallel_size)
         print_result(result, wish, {})
         if args.json:
-            text = json.dumps(result.to_json(), indent=1)
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+            reporting.write_json(args.json, result.to_json())
         return 0 if result.good else 1
 
     return run_cli(body)

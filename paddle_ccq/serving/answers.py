@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from .service import Generation
 Dict = dict[str, Any]
 
 
-class Answer:
+class Answer(ABC):
     """One request's answer; the subclasses know the shape of a choice."""
 
     whole_object = chunk_object = id_prefix = ""
@@ -34,11 +35,13 @@ class Answer:
             "model": model,
         }
 
+    @abstractmethod
     def choice(self, index: int, outputs: list[Output]) -> Dict:
-        raise NotImplementedError
+        """One choice of a whole answer."""
 
+    @abstractmethod
     def piece(self, output: Output) -> Dict:
-        raise NotImplementedError
+        """One choice of a streamed event."""
 
     def opening(self) -> list[Dict]:
         """Choices of a first event, before there is any text."""
