@@ -22,7 +22,7 @@ from .checkpoint.reader import open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
-from .checkpoint.writer import Workplace
+from .checkpoint.writer import Workplace, partial_folder
 from .encoder.base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .encoder.ldlq_metric import InputMoments
 from .errors import CcqError, run_cli
@@ -96,6 +96,9 @@ def quantize(
     plan = plan_for(ErnieConfig.from_json(folder))
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
+    # A run that goes on writes its log anew; any other file of that name is somebody's.
+    if log is not None and log_path.exists() and not partial_folder(target).exists():
+        raise CcqError(f"--log {log_path}: exists already; name another file or remove it")
     check_core(plan, options)
     if request is not None:
         request.check(plan, encoder)

@@ -180,3 +180,14 @@ def test_nothing_but_evaluate_needs_paddle(tmp_path):
         [sys.executable, "-m", "paddle_ccq", "quantize", "--help"], cwd=ROOT, capture_output=True
     )
     assert done.returncode == 0 and b"--wint4-end-layer" in done.stdout
+
+
+def test_a_log_that_exists_is_not_overwritten(tmp_path, capsys):
+    write_checkpoint(tmp_path / "model", tiny_config())
+    log = tmp_path / "notes.txt"
+    log.write_text("mine")
+    out = tmp_path / "out"
+    flags = ["--model", str(tmp_path / "model"), "--output", str(out), "--log", str(log)]
+    assert main(flags) == 2
+    assert "--log" in capsys.readouterr().err
+    assert log.read_text() == "mine" and not out.exists()
