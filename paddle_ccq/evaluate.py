@@ -16,6 +16,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
 from .errors import CcqError, run_cli
 from .host import require_paddle
+from .models.weights import EXACT, READINGS, weight_source
 from .version import __version__
 
 MODEL, REFERENCE = "model", "reference"
@@ -34,10 +35,14 @@ def evaluate(
     threads: int | None = None,
     source: str | None = None,
     row_order: str | None = None,
+    weights: str = EXACT,
     log: Callable[[str], object] | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate `model` on a text and on task files; quantized matrices are dequantized first.
+
+    `weights` says whether that is exact (what the embedded server multiplies with) or rounded to
+    bfloat16 (what an engine that multiplies in bfloat16 has, FastDeploy's among them).
 
     With a reference model, both are run on the same tokens and items, and the KL divergence, the
     top-1 agreement and the paired difference in nll are added.
@@ -68,6 +73,7 @@ def evaluate(
     checkpoints = {MODEL: open_checkpoint(resolve_model(model, source, log=log), row_order)}
     if reference is not None:
         checkpoints[REFERENCE] = open_checkpoint(resolve_model(reference, source, log=log))
+    sources = {name: weight_source(found, weights) for name, found in checkpoints.items()}
     config = checkpoints[MODEL].config
     tokenizer = Tokenizer(checkpoints[MODEL].path, config.raw)
     if reference is not None:
@@ -81,6 +87,7 @@ def evaluate(
     result: dict[str, Any] = {
         "version": __version__,
         "arithmetic": "float32 on the CPU",
+        "weights": weights,
         "models": {name: _describe(checkpoint) for name, checkpoint in checkpoints.items()},
     }
     windows, items = None, []
@@ -116,7 +123,7 @@ def evaluate(
         for message in checkpoint.messages:
             log(f"{checkpoint.path.name}: {message}")
     _check_memory(checkpoints)
-    models = {name: Ernie(checkpoint) for name, checkpoint in checkpoints.items()}
+    models = {name: Ernie(source) for name, source in sources.items()}
     compared = REFERENCE if reference is not None else None
     text_scores = task_scores = None
     if windows is not None:
@@ -220,6 +227,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ORDER",
         help="order of WINT2 rows in a model that does not say: fastdeploy-2.1 or plain",
     )
+    parser.add_argument(
+        "--weights",
+        choices=READINGS,
+        default=EXACT,
+        help="packed weights as they decode, which is what paddle-ccq serve multiplies with, or"
+        " rounded as an engine computing in bfloat16 has them (%(default)s)",
+    )
     return parser
 
 
@@ -244,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             threads=args.threads,
             source=args.source,
             row_order=args.row_order,
+            weights=args.weights,
             show_progress=sys.stderr.isatty(),
         )
         if args.json is not None:

@@ -8,10 +8,14 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from synthetic import tiny_config, write_checkpoint
 
+from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
+from paddle_ccq.models.weights import READINGS, weight_source
+from paddle_ccq.quantize import quantize
 
 pytest.importorskip("paddle")
 
@@ -91,6 +95,30 @@ def test_same_weights_in_both_layouts_measure_the_same(files, tmp_path):
         files / "model", tmp_path / "copy", files / "text.jsonl", window=64, log=lambda _: None
     )
     assert result["results"]["model"]["text"]["kl_mean"] == 0
+
+
+def test_packed_weights_are_read_exactly_unless_asked_otherwise(files, tmp_path):
+    write_checkpoint(tmp_path / "float", tiny_config(num_hidden_layers=2))
+    quantize(tmp_path / "float", tmp_path / "packed", preset="fast", quiet=True)
+    checkpoint = open_checkpoint(tmp_path / "packed")
+    names = [n for n in checkpoint.names() if checkpoint.format_of(n) != "bf16"]
+    assert {checkpoint.format_of(n) for n in names} == {"wint2", "wint8"}
+    for name in names:
+        exact, rounded = (weight_source(checkpoint, r).read(name) for r in READINGS)
+        # WINT2's bfloat16 kernels round twice, by 2^-8 at most each time.
+        np.testing.assert_allclose(rounded, exact, rtol=2**-7)
+        assert (exact != rounded).mean() > 0.1
+
+    def measure(**options):
+        return command.evaluate(
+            tmp_path / "packed", text=files / "text.jsonl", window=64, log=lambda _: None, **options
+        )
+
+    plain, exact, rounded = measure(), measure(weights="exact"), measure(weights="bfloat16")
+    assert [r["weights"] for r in (plain, exact, rounded)] == ["exact", "exact", "bfloat16"]
+    assert plain["results"] == exact["results"] != rounded["results"]
+    with pytest.raises(CcqError, match="--weights float64"):
+        measure(weights="float64")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers")
 
 from serve_helpers import checkpoint, model, prompts, tokenizer
 
+from paddle_ccq.models.weights import ExactWeights
 from paddle_ccq.serving.engine import (
     DrainingError,
     Engine,
@@ -25,7 +26,7 @@ from paddle_ccq.serving.engine_model import Piece
 from paddle_ccq.serving.kv_cache import KVCache
 from paddle_ccq.serving.resources import resident_bytes
 from paddle_ccq.serving.sampling import SamplingParams
-from paddle_ccq.serving.weights import ExactWeights, block_product, column_blocks
+from paddle_ccq.serving.weights import block_product, column_blocks
 
 NEW = 24
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, ignore_eos=True)

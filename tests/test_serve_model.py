@@ -18,9 +18,9 @@ from synthetic import tiny_config, write_checkpoint
 
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.models.ernie import Ernie
+from paddle_ccq.models.weights import ExactWeights
 from paddle_ccq.quantize import quantize
 from paddle_ccq.serving.engine_model import QUERY_BLOCK, EngineModel, Piece
-from paddle_ccq.serving.weights import ExactWeights
 
 TOKENS = [1, *np.random.default_rng(0).integers(3, 259, QUERY_BLOCK + 40).tolist()]
 

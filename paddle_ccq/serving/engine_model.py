@@ -15,8 +15,9 @@ import numpy as np
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
+from ..models.weights import ExactWeights
 from .kv_cache import KVCache, Region
-from .weights import MLP, ExactWeights, Experts, Linear, block_product, block_width
+from .weights import MLP, Experts, Linear, block_product, block_width
 
 # Prompt rows attended at once, so that the scores of a long prompt stay small.
 QUERY_BLOCK = 128

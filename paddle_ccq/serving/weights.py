@@ -11,36 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from .. import ops
-from ..checkpoint.reader import ROW_ORDERED_FORMAT, Checkpoint
+from ..checkpoint.reader import Checkpoint
 from ..codec import formats
-from ..codec.row_order import FASTDEPLOY_2_1, PLAIN, unpermute_rows
 from ..errors import CcqError
+from ..models.weights import ExactWeights, row_order_of, stored_tensors
 
 # A product with 2 to 16 rows costs a BLAS more in rearranging a large matrix than in multiplying.
 # Blocks of this size it multiplies where they lie: 2 to 3 times faster at 4 and 8 rows.
 BLOCK_BYTES = 1 << 18
-
-
-class ExactWeights:
-    """A checkpoint whose packed matrices are read exactly.
-
-    Checkpoint.read() rounds decoded weights to bfloat16, as an engine that multiplies in bfloat16
-    sees them. The packed products decode exactly; this is the float model they stand for.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.config = checkpoint.config
-
-    def read(self, name: str) -> np.ndarray:
-        """The named weight as float32, matrices as [in, out]."""
-        checkpoint = self.checkpoint
-        format_name = checkpoint.format_of(name)
-        if not formats.get(format_name).is_ccq and format_name not in ("wint8", "wint4"):
-            return checkpoint.read(name)
-        tensors = stored_tensors(checkpoint, name)
-        weight = formats.dequantize(format_name, tensors, "float32")
-        return unpermute_rows(weight) if _row_order(checkpoint, format_name) != PLAIN else weight
 
 
 class Linear:
@@ -143,25 +121,9 @@ def silu(x: np.ndarray) -> np.ndarray:
         return x / (1 + np.exp(-x))
 
 
-def stored_tensors(checkpoint: Checkpoint, name: str) -> formats.Tensors:
-    """The packed tensors of a matrix in the dtypes of its format."""
-    tensors = checkpoint.packed(name)
-    specs = formats.tensor_specs(checkpoint.format_of(name), *checkpoint.shape(name))
-    return {
-        suffix: tensors[suffix].astype(formats.SAFETENSORS_DTYPES[dtype], copy=False)
-        for suffix, (_, dtype) in specs.items()
-    }
-
-
-def _row_order(checkpoint: Checkpoint, format_name: str) -> str:
-    if format_name == ROW_ORDERED_FORMAT and checkpoint.row_order == FASTDEPLOY_2_1:
-        return FASTDEPLOY_2_1
-    return PLAIN
-
-
 def _repack(checkpoint: Checkpoint, name: str) -> ops.PackedMatrix:
     format_name = checkpoint.format_of(name)
-    order = _row_order(checkpoint, format_name)
+    order = row_order_of(checkpoint, name)
     try:
         return ops.repack(format_name, stored_tensors(checkpoint, name), order)
     except ValueError as error:
