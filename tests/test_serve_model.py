@@ -16,13 +16,14 @@ pytest.importorskip("paddle")
 import paddle
 from synthetic import tiny_config, write_checkpoint
 
+from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.weights import ExactWeights
 from paddle_ccq.quantize import quantize
-from paddle_ccq.serving.engine_model import QUERY_BLOCK, EngineModel, Piece
+from paddle_ccq.serving.engine_model import EngineModel, Piece
 
-TOKENS = [1, *np.random.default_rng(0).integers(3, 259, QUERY_BLOCK + 40).tolist()]
+TOKENS = [1, *np.random.default_rng(0).integers(3, 259, 168).tolist()]
 
 
 def check(folder: Path, packed: bool) -> EngineModel:
@@ -80,6 +81,15 @@ def test_stored_formats(tmp_path: Path, options: dict[str, Any]) -> None:
     write_checkpoint(tmp_path / "float", tiny_config())
     quantize(tmp_path / "float", tmp_path / "packed", preset="fast", quiet=True, **options)
     model = check(tmp_path / "packed", packed=True)
-    if not options:
-        weights = 4 * 2 * 3 * 128 * 128
-        assert model.expert_bytes < weights * 4 / 8  # float32 would be 32 bits a weight
+    weights = 4 * 3 * 128 * 128  # of one MoE layer's experts
+    wint4 = 1 if options.get("wint4_end_layer") else 0
+    # No weight is held as a float: codes, and what is stored once a column.
+    columns = 4 * (2 * 128 + 128) * 12
+    assert model.expert_bytes <= weights * (2.75 * (2 - wint4) + 4 * wint4) / 8 + 2 * columns
+    dense = sum(np.prod(shape) for shape in dense_shapes(model.config).values())
+    assert model.dense_bytes < 1.1 * dense + 2 * model.config.vocab_size * 128 + 3 * 4 * 4 * 128
+
+
+def dense_shapes(config: ErnieConfig) -> dict[str, tuple[int, ...]]:
+    shapes = config.canonical_shapes()
+    return {n: s for n, s in shapes.items() if "_proj." in n and ".experts." not in n}

@@ -214,4 +214,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("ldlq_instruction_sets", &ldlq_instruction_sets, "Usable builds of ldlq, fastest first.");
   m.def("instruction_sets", &instruction_sets, "Usable builds of the score loop, fastest first.");
   ccq::bind_ops(m);
+  ccq::bind_floats(m);
 }

@@ -6,4 +6,5 @@
 
 namespace ccq {
 void bind_ops(pybind11::module_& m);
+void bind_floats(pybind11::module_& m);  // dense products and attention
 }  // namespace ccq

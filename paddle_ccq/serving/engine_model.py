@@ -3,7 +3,8 @@
 
 The arithmetic is that of models/ernie.py in another order of operators: rows of all sequences,
 prompt pieces and single tokens alike, pass the linear layers together; attention is done for each
-sequence where its keys and values lie.
+sequence where its keys and values lie. Every operator treats a row the same whatever else is in the
+step, so a token's logits are the same bits alone, in any batch, and however its prompt was cut.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import numpy as np
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..models.weights import ExactWeights
+from ..ops.attention import attend
 from .kv_cache import KVCache, Region
-from .weights import MLP, Experts, Linear, block_product, block_width
-
-# Prompt rows attended at once, so that the scores of a long prompt stay small.
-QUERY_BLOCK = 128
+from .weights import MLP, Embedding, Experts, Linear
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,12 @@ class EngineModel:
             raise CcqError("config.json: use_bias: ERNIE-4.5 with biases is not supported")
         weights = ExactWeights(checkpoint)
         self.max_length = max_length or config.max_position_embeddings
-        self.embed = weights.read("ernie.embed_tokens.weight")
+        self.embed = Embedding(weights, threads)
         self.layers = [Layer(weights, i, threads) for i in range(config.num_hidden_layers)]
         self.norm = weights.read("ernie.norm.weight")
         self.head = (
             None if config.tie_word_embeddings else Linear(weights, "lm_head.weight", threads)
         )
-        # A view: the embedding's rows are the columns of a tied head.
-        width = block_width(config.hidden_size, config.vocab_size)
-        self.tied = self.embed.reshape(-1, width, config.hidden_size).transpose(0, 2, 1)
         self.expert_bytes = sum(layer.expert_bytes for layer in self.layers)
         self.dense_bytes = self.embed.nbytes + sum(layer.dense_bytes for layer in self.layers)
         self.dense_bytes += 0 if self.head is None else self.head.nbytes
@@ -65,8 +61,8 @@ class EngineModel:
         angles = np.arange(self.max_length)[:, None] * float(config.rope_theta) ** -(
             np.arange(half) / half
         )
-        self.cos = np.cos(angles).astype(np.float32)[:, None, :]
-        self.sin = np.sin(angles).astype(np.float32)[:, None, :]
+        self.cos = np.cos(angles).astype(np.float32)
+        self.sin = np.sin(angles).astype(np.float32)
 
     def new_cache(self, tokens: int) -> KVCache:
         config = self.config
@@ -79,13 +75,14 @@ class EngineModel:
         tokens = np.concatenate([np.asarray(p.tokens, np.int64) for p in pieces])
         positions = np.concatenate([np.arange(p.start, p.start + len(p.tokens)) for p in pieces])
         rope = self.cos[positions], self.sin[positions]
-        x = self.embed[tokens]
+        places = np.array([(len(p.tokens), p.start, p.region.start) for p in pieces], np.int64)
+        x = self.embed(tokens)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, pieces, cache.keys[index], cache.values[index])
+            x = layer(x, rope, places, cache.keys[index], cache.values[index])
         ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
         wanted = [end for end, piece in zip(ends, pieces, strict=True) if piece.wants_logits]
         x = rms_norm(x[wanted], self.norm, self.config.rms_norm_eps)
-        return block_product(x, self.tied) if self.head is None else self.head(x)
+        return self.embed.logits(x) if self.head is None else self.head(x)
 
 
 class Layer:
@@ -93,7 +90,7 @@ class Layer:
 
     def __init__(self, weights: ExactWeights, layer: int, threads: int | None) -> None:
         config, name = weights.config, f"ernie.layers.{layer}"
-        self.config = config
+        self.config, self.threads = config, threads
         self.attention_norm = weights.read(f"{name}.input_layernorm.weight")
         self.mlp_norm = weights.read(f"{name}.post_attention_layernorm.weight")
         self.qkv = Linear(weights, f"{name}.self_attn.qkv_proj.weight", threads)
@@ -101,7 +98,7 @@ class Layer:
         self.expert_bytes, self.dense_bytes = 0, self.qkv.nbytes + self.out.nbytes
         self.experts = self.mlp = None
         if config.is_moe_layer(layer):
-            self.gate = weights.read(f"{name}.mlp.gate.weight")
+            self.gate = Linear(weights, f"{name}.mlp.gate.weight", threads)
             self.bias = weights.read(f"{name}.mlp.moe_statics.e_score_correction_bias")
             self.experts = Experts(weights, f"{name}.mlp.experts", threads)
             self.expert_bytes = self.experts.nbytes
@@ -116,13 +113,14 @@ class Layer:
         self,
         x: np.ndarray,
         rope: tuple[np.ndarray, np.ndarray],
-        pieces: Sequence[Piece],
+        places: np.ndarray,
         keys: np.ndarray,
         values: np.ndarray,
     ) -> np.ndarray:
         config = self.config
-        normed = rms_norm(x, self.attention_norm, config.rms_norm_eps)
-        x = x + self.out(self._attend(self.qkv(normed), rope, pieces, keys, values))
+        qkv = self.qkv(rms_norm(x, self.attention_norm, config.rms_norm_eps))
+        heads = config.num_attention_heads
+        x = x + self.out(attend(qkv, *rope, places, keys, values, heads, self.threads))
         normed = rms_norm(x, self.mlp_norm, config.rms_norm_eps)
         if self.experts is None:
             return x + self.mlp(normed)
@@ -134,68 +132,12 @@ class Layer:
     def _route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Chosen experts [tokens, k] and their weights; the bias takes part in the choice only."""
         config = self.config
-        scores = softmax(x @ self.gate)
+        scores = softmax(self.gate(x))
         order = np.argsort(-(scores + self.bias.reshape(1, -1)), axis=-1, kind="stable")
         chosen = np.ascontiguousarray(order[:, : config.moe_k])
         shares = np.take_along_axis(scores, chosen, axis=-1)
         shares /= np.maximum(shares.sum(axis=-1, keepdims=True), np.float32(config.moe_norm_min))
         return chosen, shares
-
-    def _attend(
-        self,
-        qkv: np.ndarray,
-        rope: tuple[np.ndarray, np.ndarray],
-        pieces: Sequence[Piece],
-        keys: np.ndarray,
-        values: np.ndarray,
-    ) -> np.ndarray:
-        """[tokens, heads * dim]; keys and values are the layer's [kv heads, places, dim]."""
-        config = self.config
-        heads, kv_heads, dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        group, count = heads // kv_heads, len(qkv)
-        qkv = qkv.reshape(count, heads + 2 * kv_heads, dim)
-        # ERNIE rotates neighbouring pairs (2i, 2i+1) of each query and key head.
-        cos, sin = rope
-        rotated = np.empty((count, heads + kv_heads, dim), np.float32)
-        a, b = qkv[:, : heads + kv_heads, 0::2], qkv[:, : heads + kv_heads, 1::2]
-        rotated[..., 0::2] = a * cos - b * sin
-        rotated[..., 1::2] = a * sin + b * cos
-        q = rotated[:, :heads] * np.float32(dim**-0.5)
-        # [kv heads, tokens, group, dim]: query heads that share a key head in one product.
-        q = q.reshape(count, kv_heads, group, dim).transpose(1, 0, 2, 3)
-        k = rotated[:, heads:].transpose(1, 0, 2)
-        v = qkv[:, heads + kv_heads :].transpose(1, 0, 2)
-        out = np.empty((count, kv_heads, group, dim), np.float32)
-        row = 0
-        for piece in pieces:
-            length, base = len(piece.tokens), piece.region.start
-            rows = slice(row, row + length)
-            place = base + piece.start
-            keys[:, place : place + length] = k[:, rows]
-            values[:, place : place + length] = v[:, rows]
-            for first in range(0, length, QUERY_BLOCK):
-                last = min(first + QUERY_BLOCK, length)
-                seen = slice(base, place + last)
-                queries = q[:, row + first : row + last].reshape(kv_heads, -1, dim)
-                scores = queries @ keys[:, seen].transpose(0, 2, 1)
-                if last - first > 1:
-                    _mask(scores.reshape(kv_heads, last - first, group, -1), piece.start + first)
-                mixed = softmax(scores) @ values[:, seen]
-                mixed = mixed.reshape(kv_heads, last - first, group, dim)
-                out[row + first : row + last] = mixed.transpose(1, 0, 2, 3)
-            row += length
-        return out.reshape(count, heads * dim)
-
-
-def _mask(scores: np.ndarray, start: int) -> None:
-    """Hide later keys from the queries [kv heads, queries, group, keys], the first at `start`."""
-    queries = start + np.arange(scores.shape[1])
-    hidden = np.arange(scores.shape[3]) > queries[:, None]
-    np.copyto(scores, np.float32(-np.inf), where=hidden[None, :, None, :])
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..ops.attention import PLACES, padded
+
 
 @dataclass(frozen=True)
 class Region:
-    """Token places start..start+length of the arena."""
+    """Token places start..start+length of the arena; both are multiples of PLACES."""
 
     start: int
     length: int
@@ -28,8 +30,10 @@ class KVCache:
     """Room for `tokens` tokens of `layers` layers; pages are touched only as they are used."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int) -> None:
-        shape = (layers, kv_heads, tokens, head_dim)
-        self.keys, self.values = _untouched(shape), _untouched(shape)
+        tokens = _rounded(tokens)
+        # As ops.attention takes them.
+        self.keys = _untouched((layers, kv_heads, tokens // PLACES, head_dim, PLACES))
+        self.values = _untouched((layers, kv_heads, tokens, padded(head_dim)))
         self.tokens = tokens
         self.used = 0
         self._free = [(0, tokens)]  # start, length; sorted, never adjacent
@@ -39,7 +43,8 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def allocate(self, length: int) -> Region | None:
-        """A region, or None while no free one is long enough."""
+        """A region of at least that length, or None while no free one is long enough."""
+        length = _rounded(length)
         for index, (start, free) in enumerate(self._free):
             if free >= length:
                 rest = [(start + length, free - length)] if free > length else []
@@ -70,5 +75,9 @@ def _untouched(shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), np.float32).reshape(shape)
 
 
+def _rounded(tokens: int) -> int:
+    return -(-tokens // PLACES) * PLACES
+
+
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
-    return 2 * 4 * layers * kv_heads * head_dim
+    return 4 * layers * kv_heads * (head_dim + padded(head_dim))

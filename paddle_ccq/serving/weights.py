@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as the engine holds them: experts packed as stored, the dense rest as float32.
+"""Weights as the engine holds them: packed as they are stored, floats in as few bytes as hold them.
 
 NumPy and not Paddle: the packed products take and give NumPy arrays, a step of one token is many
 small operators whose call is cheaper there, and importing Paddle alone takes more memory than the
@@ -15,57 +15,58 @@ from ..checkpoint.reader import Checkpoint
 from ..codec import formats
 from ..errors import CcqError
 from ..models.weights import ExactWeights, row_order_of, stored_tensors
-
-# A product with 2 to 16 rows costs a BLAS more in rearranging a large matrix than in multiplying.
-# Blocks of this size it multiplies where they lie: 2 to 3 times faster at 4 and 8 rows.
-BLOCK_BYTES = 1 << 18
+from ..ops.dense import INTEGER_FORMATS, DenseMatrix, multiply
 
 
 class Linear:
     """One matrix [in, out] that rows are multiplied by, packed where it is stored packed."""
 
     def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
-        format_name = weights.checkpoint.format_of(name)
-        shape = weights.checkpoint.shape(name)
+        checkpoint = weights.checkpoint
+        format_name, shape = checkpoint.format_of(name), checkpoint.shape(name)
         self.threads = threads
         self.packed = self.dense = None
         # The packed layout wants whole lanes of columns; the others are few and small.
         if formats.get(format_name).is_ccq and shape[1] % 16 == 0:
-            self.packed = _repack(weights.checkpoint, name)
-            self.nbytes = self.packed.nbytes
+            self.packed = _repack(checkpoint, name)
+        elif format_name in INTEGER_FORMATS:
+            tensors = stored_tensors(checkpoint, name)
+            self.dense = DenseMatrix.from_integers(format_name, tensors)
         else:
-            self.dense = column_blocks(weights.read(name))
-            self.nbytes = self.dense.nbytes
+            self.dense = DenseMatrix.from_floats(weights.read(name))
+        self.nbytes = (self.packed or self.dense).nbytes
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         if self.packed is not None:
             return ops.linear(np.ascontiguousarray(x), self.packed, self.threads)
-        return block_product(x, self.dense)
+        return multiply(x, self.dense, self.threads)
 
 
-def column_blocks(weight: np.ndarray) -> np.ndarray:
-    """[in, out] as [blocks, in, columns], each block contiguous."""
-    rows, columns = weight.shape
-    width = block_width(rows, columns)
-    blocks = weight.reshape(rows, columns // width, width).transpose(1, 0, 2)
-    return np.ascontiguousarray(blocks, np.float32)
+class Embedding:
+    """Vectors of tokens, and logits where the output head is tied to them (one copy for both)."""
 
+    def __init__(self, weights: ExactWeights, threads: int | None) -> None:
+        name = "ernie.embed_tokens.weight"
+        self.threads = threads
+        self.table = self.tied = None
+        if weights.config.tie_word_embeddings:
+            self.tied = DenseMatrix.from_floats(weights.read(name).T)
+            self.nbytes = self.tied.nbytes
+        else:
+            self.table = weights.checkpoint.read_stored(name)
+            self.nbytes = self.table.nbytes
 
-def block_width(rows: int, columns: int) -> int:
-    """Columns of a block: a divisor of them all, of about BLOCK_BYTES."""
-    wanted = max(16, BLOCK_BYTES // (4 * rows))
-    fitting = [n for n in range(16, min(wanted, columns) + 1, 16) if columns % n == 0]
-    return fitting[-1] if fitting else columns
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        if self.tied is not None:
+            return self.tied.columns(tokens)
+        return self.table[tokens].astype(np.float32)
 
-
-def block_product(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """x [rows, in] times column blocks [blocks, in, columns] -> [rows, out]."""
-    count, _, width = blocks.shape
-    return (x @ blocks).transpose(1, 0, 2).reshape(len(x), count * width)
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        return multiply(x, self.tied, self.threads)
 
 
 class MLP:
-    """SwiGLU: a dense layer's MLP, the shared experts, or an expert that is not packed."""
+    """SwiGLU: a dense layer's MLP, the shared experts, or an expert that runs on its own."""
 
     def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
         self.up_gate = Linear(weights, f"{name}.up_gate_proj.weight", threads)
@@ -80,8 +81,8 @@ class MLP:
 class Experts:
     """The routed experts of one layer.
 
-    Of one packed format they run as one grouped product. Others (a float checkpoint, or formats
-    mixed within a layer) run one by one.
+    Of one CCQ format they run as one grouped product. Others (wint4 and wint8, a float checkpoint,
+    or formats mixed within a layer) run one by one.
     """
 
     def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
