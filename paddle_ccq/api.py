@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from .dequantize import dequantize
     from .evaluate import evaluate
     from .quantize import quantize
+    from .sensitivity import sensitivity
     from .serve import serve
     from .verify import verify
 
-__all__ = ["dequantize", "evaluate", "quantize", "serve", "verify"]
+__all__ = ["dequantize", "evaluate", "quantize", "sensitivity", "serve", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from .version import __version__
 COMMANDS = {
     "quantize": "make a 2-bit checkpoint from a float one",
     "verify": "check a quantized checkpoint, and its error against the float one",
+    "sensitivity": "what each layer costs in each format, for quantize --allocate (needs Paddle)",
     "evaluate": "perplexity, divergence and tasks, before and after (needs Paddle)",
     "dequantize": "turn a quantized checkpoint back into bfloat16",
     "serve": "answer the OpenAI API on the CPU, experts kept at 2 bits",

@@ -127,7 +127,7 @@ def evaluate(
     compared = REFERENCE if reference is not None else None
     text_scores = task_scores = None
     if windows is not None:
-        with _Progress("windows", len(windows), show_progress) as progress:
+        with reporting.Progress("windows", len(windows), show_progress) as progress:
             text_scores = score_text(models, windows, compared, threads, progress)
     if items:
         task_scores = score_tasks(models, tokenizer, items, threads)
@@ -172,21 +172,6 @@ def _available_memory() -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
-
-
-class _Progress:
-    """A progress bar where someone is watching."""
-
-    def __init__(self, unit: str, total: int, shown: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, unit=unit, disable=not shown, leave=False)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return lambda done, total: self.bar.update(done - self.bar.n) and None
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
 
 def build_parser() -> argparse.ArgumentParser:

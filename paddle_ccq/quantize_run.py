@@ -164,6 +164,8 @@ class QuantizeRun:
             "max_shard_size": plan.max_shard_bytes,
             "allow_nonfinite": options.allow_nonfinite,
         }
+        if plan.needs_plugin:
+            chosen["wint4_layers"] = plan.wint4_layers
         if self.recipe.calibration:
             chosen["calibration"] = self.recipe.calibration
         folder = self.checkpoint.path
@@ -233,7 +235,11 @@ class QuantizeRun:
         if self.recipe.calibration:
             provenance["calibration"] = self.recipe.calibration
         quantization = quantization_config(
-            plan.config, plan.format, plan.wint4_end_layer, plan.not_converted()
+            plan.config,
+            plan.format,
+            plan.wint4_end_layer,
+            plan.not_converted(),
+            plan.wint4_layers if plan.needs_plugin else None,
         )
         config = output_config(plan.config, quantization, provenance)
         files = copied_files(self.checkpoint.path)

@@ -8,12 +8,13 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from .checkpoint.plan import Item, Plan, gigabytes
 from .errors import CcqError
@@ -102,6 +103,18 @@ def plan_table(plan: Plan) -> Table:
     return table(["tensor", "shape [in, out]", "count", "format", "bits/weight", "size"], rows)
 
 
+def layers_table(plan: Plan) -> Table:
+    """What the experts of every MoE layer become, and why; layers alike on one line."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for layer, format in plan.layer_formats.items():
+        groups.setdefault((format, plan.reasons[layer]), []).append(layer)
+    rows = [
+        [_ranges(layers), str(len(layers)), format, reason]
+        for (format, reason), layers in sorted(groups.items(), key=lambda group: group[1])
+    ]
+    return table(["MoE layers", "count", "experts", "chosen by"], rows)
+
+
 def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     """Sizes and choices that follow from the plan."""
     size = plan.output_bytes
@@ -118,7 +131,10 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     if any(item.role == "expert" for item in plan.items):
         facts.append(("bits per weight, routed experts", f"{plan.bits_per_weight('expert'):.3f}"))
         last = plan.wint4_end_layer
-        facts.append(("wint4 MoE layers", f"up to layer {last}" if last >= 0 else "none"))
+        four = f"up to layer {last}" if last >= 0 else "none"
+        if plan.needs_plugin:
+            four = f"{_ranges(plan.wint4_layers)} (FastDeploy needs our plugin)"
+        facts.append(("wint4 MoE layers", four))
         facts.append(("row order inside 64-groups", plan.row_order))
     if plan.tensor_parallel_size > 1:
         facts.append(("tensor parallelism", f"{plan.tensor_parallel_size} rank folders"))
@@ -162,15 +178,28 @@ def summary_rows(plan: Plan, records: Sequence[dict[str, Any]]) -> list[list[str
 SUMMARY_COLUMNS = ("format", "matrices", "weights", "bits/weight", "mean rel-MSE", "size")
 
 
-def check_can_write(path: str | os.PathLike[str], force: bool) -> None:
+class Progress:
+    """A bar where someone is watching; what it enters as takes (done, total)."""
+
+    def __init__(self, unit: str, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, unit=unit, disable=not shown, leave=False)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return lambda done, total: self._bar.update(done - self._bar.n) and None
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def check_can_write(path: str | os.PathLike[str], force: bool, flag: str = "--json") -> None:
     """Called before hours of work, not after them."""
     path = Path(path)
     if path.is_dir():
-        raise CcqError(f"--json {path}: is a folder; name a file")
+        raise CcqError(f"{flag} {path}: is a folder; name a file")
     if path.exists() and not force:
-        raise CcqError(f"--json {path}: already exists; name another file or add --force")
+        raise CcqError(f"{flag} {path}: already exists; name another file or add --force")
     if not path.parent.is_dir():
-        raise CcqError(f"--json {path}: the folder {path.parent} does not exist")
+        raise CcqError(f"{flag} {path}: the folder {path.parent} does not exist")
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:

@@ -102,7 +102,7 @@ def test_walking_layer_by_layer_is_running_the_model(folder, text):
     model = Ernie(checkpoint)
     for (first, last), window in zip(walk.spans, text.windows, strict=True):
         expected = model.hidden_states(paddle.to_tensor(window).unsqueeze(0))[0].numpy()
-        states = paddle.to_tensor(walk._states[first:last])
+        states = paddle.to_tensor(walk.states[first:last])
         got = rms_norm(states, model.norm, CONFIG["rms_norm_eps"]).numpy()
         np.testing.assert_allclose(got, expected, atol=1e-5)
     walk.close()

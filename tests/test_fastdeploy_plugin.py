@@ -17,11 +17,11 @@ paddle = pytest.importorskip("paddle")
 
 import fastdeploy_standin as standin  # noqa: E402
 
+from paddle_ccq.checkpoint.fastdeploy import wint4_layers_of  # noqa: E402
 from paddle_ccq.codec.row_order import permute_rows  # noqa: E402
 from paddle_ccq.encoder.base import make_encoder  # noqa: E402
 from paddle_ccq.errors import CcqError  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
-from paddle_ccq.fastdeploy.layer_list import layer_list  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 HIDDEN, WIDTH, EXPERTS = 128, 256, 4
@@ -236,7 +236,7 @@ def test_wint4_by_a_list_of_layers(install) -> None:
 @pytest.mark.parametrize("value", ["3", [True], [-1], {"3": 1}, [1.5]])
 def test_lists_that_are_none(value) -> None:
     with pytest.raises(CcqError, match="wint4_layers"):
-        layer_list({"moe_quant_config": {"wint4_layers": value}})
+        wint4_layers_of({"moe_quant_config": {"wint4_layers": value}})
 
 
 def test_the_ops_are_called_as_they_are_registered() -> None:

@@ -9,7 +9,7 @@ import pytest
 from synthetic import tiny_config
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan
+from paddle_ccq.checkpoint.plan import Layout, build_plan, rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule, load_rules
 from paddle_ccq.errors import CcqError
 
@@ -120,6 +120,37 @@ def test_messages_about_what_fastdeploy_cannot_load():
     messages = build_plan(tiny(vocab_size=300, moe_layer_interval=2)).messages
     assert any("multiple of 64" in m for m in messages)
     assert any("every layer from 1 on" in m for m in messages)
+
+
+# --- wint4 layers that are no prefix ------------------------------------------------------------
+
+
+def test_any_list_of_layers_only_where_it_is_allowed():
+    rules = [Rule("*.layers.2.mlp.experts.*", "wint4")]
+    with pytest.raises(CcqError, match="--allow-plugin-layout"):
+        build_plan(tiny(), rules=rules)
+    plan = build_plan(tiny(), rules=rules, plugin_layout=True)
+    assert plan.layer_formats == {1: "wint2", 2: "wint4"}
+    assert plan.wint4_layers == [2] and plan.needs_plugin
+    # FastDeploy without the plugin must not take this for a checkpoint without wint4 ...
+    assert plan.wint4_end_layer == -1
+    assert any("plugin" in message for message in plan.messages)
+    assert plan.reasons == {1: "--format", 2: "rule *.layers.2.mlp.experts.*"}
+
+
+def test_rules_come_before_an_allocation():
+    layout = Layout({1: "wint4", 2: "wint2"}, "allocation")
+    plan = build_plan(tiny(), layout=layout)
+    assert plan.wint4_end_layer == 1 and not plan.needs_plugin
+    assert plan.reasons == {1: "allocation", 2: "allocation"}
+    rules = [Rule("*.layers.1.mlp.experts.*", "wint2"), Rule("*.o_proj", "bf16")]
+    plan = build_plan(tiny(), layout=layout, rules=rules)
+    assert plan.layer_formats == {1: "wint2", 2: "wint2"}
+    assert rule_forced_layers(tiny(), "wint2", rules) == {1: "wint2"}
+    with pytest.raises(CcqError, match=r"layer 1 is decided for some of its experts only"):
+        rule_forced_layers(tiny(), "wint2", [Rule("*.1.mlp.experts.0.*", "wint4")])
+    with pytest.raises(CcqError, match="matches no tensor"):
+        rule_forced_layers(tiny(), "wint2", [Rule("*.layers.7.*", "wint4")])
 
 
 # --- rules --------------------------------------------------------------------------------------

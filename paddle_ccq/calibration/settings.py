@@ -41,7 +41,7 @@ class Settings:
         return asdict(self)
 
 
-def parse_tokens(text: str | int) -> int:
+def parse_tokens(text: str | int, flag: str = "--calibration-tokens") -> int:
     """A number of tokens: 65536, "64k" (k is 1024), "1M".
 
     Raises:
@@ -49,5 +49,5 @@ def parse_tokens(text: str | int) -> int:
     """
     found = re.fullmatch(r"(\d+)([km]?)", str(text).strip().lower())
     if not found or int(found[1]) < 1:
-        raise CcqError(f"--calibration-tokens {text}: not a number of tokens such as 65536 or 256k")
+        raise CcqError(f"{flag} {text}: not a number of tokens such as 65536 or 256k")
     return int(found[1]) * _UNITS[found[2]]

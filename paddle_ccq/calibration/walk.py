@@ -28,8 +28,9 @@ class LayerWalk:
     """Hidden states of all windows, moved through the model layer by layer.
 
     `enter` runs a layer's attention and router; then `inputs` holds what its MLP sees, and
-    `chosen` and `router_weights` say which experts. `leave` adds the MLP's outputs. Windows are
-    independent and each is computed by one thread: the numbers don't depend on the thread count.
+    `chosen` and `router_weights` say which experts. `leave` adds the MLP's outputs to `states`.
+    Windows are independent and each is computed by one thread: the numbers don't depend on the
+    thread count.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class LayerWalk:
         self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
         shape = (ends[-1], self.config.hidden_size)
         spilled = state_bytes(*shape) > MEMORY_FOR_STATES
-        self._states = _array(shape, spill_folder if spilled else None)
-        self.inputs = _array(shape, spill_folder if spilled else None)
+        self.states = state_array(shape, spill_folder if spilled else None)
+        self.inputs = state_array(shape, spill_folder if spilled else None)
         embed = weights.read("ernie.embed_tokens.weight")
         for (first, last), window in zip(self.spans, windows, strict=True):
-            self._states[first:last] = embed[window]
+            self.states[first:last] = embed[window]
         self.layer = -1
         self.block: Block | None = None
         self.chosen: np.ndarray | None = None
@@ -74,13 +75,13 @@ class LayerWalk:
                 np.empty(shape, np.float32),
             )
         lengths = {last - first for first, last in self.spans}
-        positions = {n: positions_of(self.config, 0, n) for n in lengths}
+        self._positions = {n: positions_of(self.config, 0, n) for n in lengths}
 
         def window(index: int) -> None:
             first, last = self.spans[index]
-            x = paddle.to_tensor(self._states[first:last]).unsqueeze(0)
-            x, normed = block.attend(x, *positions[last - first], None)
-            self._states[first:last] = x[0].numpy()
+            x = paddle.to_tensor(self.states[first:last]).unsqueeze(0)
+            x, normed = block.attend(x, *self._positions[last - first], None)
+            self.states[first:last] = x[0].numpy()
             inputs = self.inputs[first:last] = normed.numpy()
             if not np.isfinite(inputs).all():
                 raise CcqError(
@@ -101,18 +102,40 @@ class LayerWalk:
 
         def window(index: int) -> None:
             first, last = self.spans[index]
-            self._states[first:last] += mlp(paddle.to_tensor(self.inputs[first:last])).numpy()
+            self.states[first:last] += mlp(paddle.to_tensor(self.inputs[first:last])).numpy()
 
         self.map(window, len(self.spans))
         self.block = None
 
+    @paddle.no_grad()
+    def outputs(self, mlp: MLP | MoE, into: np.ndarray) -> None:
+        """Put the states that `leave(mlp)` would lead to into an array; nothing moves."""
+
+        def window(index: int) -> None:
+            first, last = self.spans[index]
+            added = mlp(paddle.to_tensor(self.inputs[first:last])).numpy()
+            into[first:last] = self.states[first:last] + added
+
+        self.map(window, len(self.spans))
+
+    @paddle.no_grad()
+    def carry(self, states: np.ndarray) -> None:
+        """Move other states of the same windows through the whole layer, in place."""
+
+        def window(index: int) -> None:
+            first, last = self.spans[index]
+            x = paddle.to_tensor(states[first:last]).unsqueeze(0)
+            states[first:last] = self.block(x, *self._positions[last - first], None)[0].numpy()
+
+        self.map(window, len(self.spans))
+
     def close(self) -> None:
         """End the threads and free the states."""
         self.pool.shutdown()
-        self._states = self.inputs = self.block = None
+        self.states = self.inputs = self.block = None
 
 
-def _array(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
+def state_array(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
     """An array in memory, or in an unnamed file that goes when the array does."""
     if folder is None:
         return np.empty(shape, np.float32)

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..codec import formats
+from ..errors import CcqError
 from ..version import __version__
 from .config import ErnieConfig
 from .reader import PROVENANCE_KEY
@@ -24,6 +25,8 @@ SHARD_METADATA = {"format": "np"}
 NEWEST_TRANSFORMERS = (4, 56, 0)
 # weight_quantize(algo="weight_only_int4") only works on whole pairs of 64-row tiles.
 WINT4_ROW_MULTIPLE = 128
+# Key of moe_quant_config that our FastDeploy plugin reads, and no FastDeploy by itself.
+WINT4_LAYERS = "wint4_layers"
 # config.json entries that speak of the source's files or code and not of what is written.
 _DROPPED = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path", PROVENANCE_KEY)
 
@@ -59,9 +62,16 @@ def shape_problem(format: str, shape: tuple[int, ...]) -> str | None:
 
 
 def quantization_config(
-    config: ErnieConfig, format: str, wint4_end_layer: int, not_converted: Sequence[str] = ()
+    config: ErnieConfig,
+    format: str,
+    wint4_end_layer: int,
+    not_converted: Sequence[str] = (),
+    wint4_layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The quantization_config of config.json, in the published structure.
+
+    `wint4_layers` is for layers that are no prefix; FastDeploy's own key then says none, so that
+    it misses tensors of the first such layer and stops instead of misreading any.
 
     FastDeploy reads `quantization` and the nested moe_quant_config; the top-level moe_quant_type
     is written as published. A 2.5- or 2.75-bit checkpoint carries its own name, which FastDeploy
@@ -90,6 +100,8 @@ def quantization_config(
                 "quant_end_layer": last,
             },
         }
+        if wint4_layers is not None:
+            result["moe_quant_config"][WINT4_LAYERS] = list(wint4_layers)
     if not_converted:
         result["modules_to_not_convert"] = list(not_converted)
     return result
@@ -174,3 +186,19 @@ def wint4_end_layer_of(raw: dict[str, Any]) -> int | None:
         return None
     value = node.get("quant_end_layer", 6)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def wint4_layers_of(quantization: Mapping[str, Any]) -> frozenset[int] | None:
+    """The list of wint4 layers in a quantization_config; None where there is none."""
+    node = quantization.get("moe_quant_config", {})
+    value = node.get(WINT4_LAYERS) if isinstance(node, Mapping) else None
+    if value is None:
+        return None
+    good = isinstance(value, list) and all(
+        isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value
+    )
+    if not good:
+        raise CcqError(
+            f"config.json: moe_quant_config.{WINT4_LAYERS}: must be a list of layer numbers"
+        )
+    return frozenset(value)

@@ -16,9 +16,15 @@ from ..codec.wint2 import CODE_MAX, code_range
 from ..errors import CcqError
 from .config import ErnieConfig
 from .convert import count_nonfinite
-from .fastdeploy import EXACT_SUFFIXES, config_problems, wint4_end_layer_of
+from .fastdeploy import (
+    EXACT_SUFFIXES,
+    WINT4_LAYERS,
+    config_problems,
+    wint4_end_layer_of,
+    wint4_layers_of,
+)
 from .naming import is_linear, is_mtp
-from .plan import EXPERT_FORMATS, Item, Plan, build_plan
+from .plan import EXPERT_FORMATS, Item, Layout, Plan, build_plan
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from .rules import Rule
 from .safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
@@ -215,6 +221,11 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
     end_layer = -1 if format == "wint8" else wint4_end_layer_of(config.raw)
     if end_layer is None:
         raise CcqError(f"{where}: quantization_config: quant_end_layer is not a number")
+    listed = wint4_layers_of(quantization)
+    layout = None
+    if listed is not None:
+        chosen = {n: "wint4" if n in listed else format for n in config.moe_layers()}
+        layout = Layout(chosen, WINT4_LAYERS)
     ranks = [p for p in folder.iterdir() if re.fullmatch(r"rank\d+", p.name) and p.is_dir()]
     size = len(ranks) or 1
     wrong = {p.name for p in ranks} ^ {f"rank{i}" for i in range(len(ranks))}
@@ -226,9 +237,11 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
     return build_plan(
         config,
         "wint2" if format == "wint8" else format,
-        max(-1, min(end_layer, config.num_hidden_layers - 1)),
+        None if layout else max(-1, min(end_layer, config.num_hidden_layers - 1)),
         tensor_parallel_size=size,
         rules=_kept_dense(config, quantization.get("modules_to_not_convert")),
+        layout=layout,
+        plugin_layout=layout is not None,
     )
 
 

@@ -175,4 +175,9 @@ def _use(plan: Plan) -> str:
             " another version loads the files without complaint and computes nonsense."
         )
         serve.append("Expert parallelism does not work with this format.")
+    if plan.needs_plugin:
+        serve.append(
+            "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"
+            " (`FD_PLUGINS=paddle_ccq`) and stops at missing tensors without it."
+        )
     return "\n".join([*check, "", *serve])

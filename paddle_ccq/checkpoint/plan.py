@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
 from .config import ErnieConfig
 from .fastdeploy import kept_format, output_specs, shape_problem
 from .naming import is_expert, is_linear
-from .rules import Candidate, Rule, apply_rules, wint4_prefix
+from .rules import Candidate, Rule, forced_layers, layer_formats, matching_rules, prefix_gap
 from .safetensors_format import TensorSpec, shard_name, tensor_bytes
 from .tensor_parallel import Cut
 
@@ -91,6 +91,24 @@ class Plan:
     shards: tuple[Shard, ...]
     max_shard_bytes: int
     messages: tuple[str, ...]
+    # Why each MoE layer's experts have their format.
+    reasons: Mapping[int, str]
+
+    @property
+    def layer_formats(self) -> dict[int, str]:
+        """The format of every MoE layer's experts."""
+        experts = (item for item in self.items if item.role == "expert")
+        return {item.layer: item.format for item in experts if item.layer is not None}
+
+    @property
+    def wint4_layers(self) -> list[int]:
+        """MoE layers in wint4."""
+        return [layer for layer, format in self.layer_formats.items() if format == "wint4"]
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether the wint4 layers are no prefix: only our FastDeploy plugin reads a list."""
+        return prefix_gap(self.layer_formats) is not None
 
     @property
     def weights(self) -> int:
@@ -137,6 +155,19 @@ def default_wint4_end_layer(config: ErnieConfig) -> int:
     return PUBLISHED_WINT4_END_LAYER if deep else -1
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Formats of whole MoE layers that something other than a rule has chosen.
+
+    Attributes:
+        formats: of every MoE layer.
+        reason: who chose, in a word, for the plan's table.
+    """
+
+    formats: Mapping[int, str]
+    reason: str
+
+
 def build_plan(
     config: ErnieConfig,
     format: str = "wint2",
@@ -145,21 +176,38 @@ def build_plan(
     tensor_parallel_size: int = 1,
     rules: Sequence[Rule] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    layout: Layout | None = None,
+    plugin_layout: bool = False,
 ) -> Plan:
-    """Resolve every choice for a model, or refuse it in one line before any work starts."""
+    """Resolve every choice for a model, or refuse it in one line before any work starts.
+
+    `layout` takes the place of a wint4 prefix; rules come before it. With `plugin_layout` wint4
+    layers need not be the first ones.
+    """
     _check_choices(config, format, wint4_end_layer, fastdeploy_layout, max_shard_bytes)
     messages = _messages(config)
     if wint4_end_layer is None:
-        wint4_end_layer = default_wint4_end_layer(config)
+        wint4_end_layer = -1 if layout else default_wint4_end_layer(config)
     shapes = config.canonical_shapes()
-    candidates = [_candidate(name, format, wint4_end_layer) for name in shapes]
-    resolved = apply_rules(rules, candidates, format)
+    candidates = _candidates(config, format, wint4_end_layer, layout)
+    found = matching_rules(rules, candidates, format)
+    resolved = {c.name: found[c.name].format if c.name in found else c.default for c in candidates}
     experts = [c for c in candidates if c.role == "expert"]
-    if experts and rules:
-        prefix = wint4_prefix(resolved, experts)
+    if experts and (rules or layout):
+        by_layer = layer_formats(resolved, experts)
+        gap = prefix_gap(by_layer)
+        if gap and not plugin_layout:
+            raise CcqError(
+                f"--rules: layer {gap[0]} would be wint4 after layer {gap[1]} is not; FastDeploy"
+                " can't load that: wint4 layers must be the first MoE layers without a gap"
+                " (--allow-plugin-layout, for our FastDeploy plugin, takes any)"
+            )
+        four = [layer for layer, chosen in by_layer.items() if chosen == "wint4"]
         first = experts[0].layer or 0
         # A prefix that ends before the first MoE layer holds nothing: keep what was asked for.
-        wint4_end_layer = prefix if prefix >= 0 else min(wint4_end_layer, first - 1)
+        # Of a list, too, FastDeploy without our plugin must not take a part for the whole.
+        wint4_end_layer = four[-1] if four and not gap else min(wint4_end_layer, first - 1)
     _check_tensor_parallel(config, shapes, resolved, tensor_parallel_size)
     items = tuple(
         _item(i, config, c, shapes[c.name], resolved[c.name], tensor_parallel_size)
@@ -172,6 +220,10 @@ def build_plan(
                 " FastDeploy 2.5 or later"
             )
             break
+    reasons = {}
+    for expert in experts:
+        rule = found.get(expert.name)
+        reasons[expert.layer] = f"rule {rule.match}" if rule else expert.reason
     if not experts:
         format = "wint8"
         messages.append(
@@ -180,7 +232,7 @@ def build_plan(
     elif all(item.format == "wint4" for item in items if item.role == "expert"):
         messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
     permuted = format == "wint2" and ROW_ORDERS[fastdeploy_layout] == FASTDEPLOY_2_1
-    return Plan(
+    plan = Plan(
         config=config,
         format=format,
         wint4_end_layer=wint4_end_layer,
@@ -190,7 +242,22 @@ def build_plan(
         shards=_split(items, max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         messages=tuple(messages),
+        reasons=reasons,
     )
+    if plan.needs_plugin:
+        note = (
+            "wint4 layers are no prefix: FastDeploy needs our plugin (FD_PLUGINS=paddle_ccq) and"
+            " refuses these files without it"
+        )
+        plan = replace(plan, messages=(*plan.messages, note))
+    return plan
+
+
+def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) -> dict[int, str]:
+    """Formats of the MoE layers that rules decide; the others are free for an allocation."""
+    candidates = _candidates(config, format, -1, None)
+    found = matching_rules(rules, candidates, format)
+    return forced_layers(found, (c for c in candidates if c.role == "expert"))
 
 
 def _check_choices(
@@ -227,15 +294,27 @@ def _messages(config: ErnieConfig) -> list[str]:
     return messages
 
 
-def _candidate(name: str, format: str, wint4_end_layer: int) -> Candidate:
-    found = re.match(r"ernie\.layers\.(\d+)\.", name)
-    layer = int(found.group(1)) if found else None
-    if is_expert(name):
-        early = layer is not None and layer <= wint4_end_layer
-        return Candidate(name, "expert", layer, "wint4" if early else format)
-    if is_linear(name):
-        return Candidate(name, "dense", layer, "wint8")
-    return Candidate(name, "kept", layer, kept_format(name))
+def _candidates(
+    config: ErnieConfig, format: str, wint4_end_layer: int, layout: Layout | None
+) -> list[Candidate]:
+    """Every matrix with what it becomes where no rule speaks of it."""
+    candidates = []
+    for name in config.canonical_shapes():
+        found = re.match(r"ernie\.layers\.(\d+)\.", name)
+        layer = int(found.group(1)) if found else None
+        if is_expert(name) and layer is not None:
+            if layout is not None:
+                default, reason = layout.formats[layer], layout.reason
+            elif layer <= wint4_end_layer:
+                default, reason = "wint4", "prefix"
+            else:
+                default, reason = format, "--format"
+            candidates.append(Candidate(name, "expert", layer, default, reason))
+        elif is_linear(name):
+            candidates.append(Candidate(name, "dense", layer, "wint8"))
+        else:
+            candidates.append(Candidate(name, "kept", layer, kept_format(name)))
+    return candidates
 
 
 def cut_of(config: ErnieConfig, name: str, shape: tuple[int, ...]) -> Cut | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,29 +70,31 @@ class Candidate:
     role: str
     layer: int | None
     default: str
+    reason: str = ""  # where the default comes from
 
 
-def apply_rules(
+def matching_rules(
     rules: Sequence[Rule], candidates: Iterable[Candidate], expert_format: str
-) -> dict[str, str]:
-    """Format of every candidate after the rules; kept tensors must not be touched by any."""
-    unused = set(rules)
-    resolved = {}
+) -> dict[str, Rule]:
+    """The first rule that fits each name, where one does; all are checked to be possible."""
+    names = []
+    found: dict[str, Rule] = {}
     for candidate in candidates:
-        resolved[candidate.name] = candidate.default
+        names.append(candidate.name)
         for rule in rules:
             if rule.matches(candidate.name):
-                unused.discard(rule)
-                resolved[candidate.name] = _allowed(rule, candidate, expert_format)
+                _check_allowed(rule, candidate, expert_format)
+                found[candidate.name] = rule
                 break
+    used = set(found.values())
     for rule in rules:
-        shadowed = rule in unused and any(rule.matches(name) for name in resolved)
-        if rule in unused and not shadowed:
+        # One that is always too late may be meant so; one that fits no name is a slip.
+        if rule not in used and not any(rule.matches(name) for name in names):
             raise CcqError(f"--rules: {rule.match!r} matches no tensor of this model")
-    return resolved
+    return found
 
 
-def _allowed(rule: Rule, candidate: Candidate, expert_format: str) -> str:
+def _check_allowed(rule: Rule, candidate: Candidate, expert_format: str) -> None:
     where = f"--rules: {rule.match!r} -> {rule.format}"
     if candidate.role == "kept":
         raise CcqError(
@@ -106,21 +108,37 @@ def _allowed(rule: Rule, candidate: Candidate, expert_format: str) -> str:
             f"{where} is not possible for {candidate.name}, {kind}: it can be"
             f" {' or '.join(allowed)}"
         )
-    return rule.format
 
 
-def wint4_prefix(formats: dict[str, str], experts: Sequence[Candidate]) -> int:
-    """Last layer whose experts are wint4 (-1 for none), after checking that they form a prefix.
+def forced_layers(found: Mapping[str, Rule], experts: Iterable[Candidate]) -> dict[int, str]:
+    """Formats of the MoE layers that rules decide; a layer that they decide in part is refused.
 
-    FastDeploy decides by `layer <= quant_end_layer` alone (quantization/wint2.py), so a choice
-    that differs inside a layer or returns to wint4 later cannot be written down for it.
+    What rules leave open is for an allocation, which knows whole layers only.
     """
+    by_layer: dict[int, set[str | None]] = {}
+    for expert in experts:
+        if expert.layer is not None:
+            rule = found.get(expert.name)
+            by_layer.setdefault(expert.layer, set()).add(rule.format if rule else None)
+    forced = {}
+    for layer, formats in by_layer.items():
+        if formats == {None}:
+            continue
+        if len(formats) > 1:
+            raise CcqError(
+                f"--rules: layer {layer} is decided for some of its experts only; with --allocate a"
+                " rule must speak of all experts and both projections of a layer"
+            )
+        forced[layer] = next(iter(formats))
+    return forced
+
+
+def layer_formats(formats: Mapping[str, str], experts: Iterable[Candidate]) -> dict[int, str]:
+    """The format of every MoE layer, after checking that none is mixed."""
     by_layer: dict[int, set[str]] = {}
     for expert in experts:
         if expert.layer is not None:
             by_layer.setdefault(expert.layer, set()).add(formats[expert.name])
-    end = -1
-    left = None
     for layer, found in sorted(by_layer.items()):
         if len(found) > 1:
             raise CcqError(
@@ -128,13 +146,19 @@ def wint4_prefix(formats: dict[str, str], experts: Sequence[Candidate]) -> int:
                 " FastDeploy can't load that: all experts and both projections of a layer must be"
                 " alike"
             )
-        if found == {"wint4"}:
-            if left is not None:
-                raise CcqError(
-                    f"--rules: layer {layer} would be wint4 after layer {left} is not; FastDeploy"
-                    " can't load that: wint4 layers must be the first MoE layers without a gap"
-                )
-            end = layer
-        elif left is None:
-            left = layer
-    return end
+    return {layer: next(iter(by_layer[layer])) for layer in sorted(by_layer)}
+
+
+def prefix_gap(formats: Mapping[int, str]) -> tuple[int, int] | None:
+    """(a wint4 layer, an earlier one that is not), or None where the first layers are wint4.
+
+    FastDeploy decides by `layer <= quant_end_layer` alone (quantization/wint2.py), so a layer that
+    returns to wint4 cannot be written down for it.
+    """
+    left = None
+    for layer, format in sorted(formats.items()):
+        if format != "wint4":
+            left = layer if left is None else left
+        elif left is not None:
+            return layer, left
+    return None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.inspection import Inspection
 from ..codec.row_order import FASTDEPLOY_2_1
+from .plugin import SUPPORTED as PLUGIN_RELEASES
 from .releases import Release
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "spm.model")
@@ -57,6 +58,12 @@ def _format_problems(inspection: Inspection, release: Release) -> list[str]:
             f"rows in {recorded} order, FastDeploy {release.name} reads {release.row_order}:"
             f" nonsense without any error; quantize with --fastdeploy-layout {layout}"
         )
+    if plan.needs_plugin and release.name not in PLUGIN_RELEASES:
+        problems.append(
+            f"wint4 layers by a list, which FastDeploy {release.name} can't load even with our"
+            f" plugin; {', '.join(PLUGIN_RELEASES)} can, or quantize without"
+            " --allow-plugin-layout"
+        )
     kept = plan.not_converted()
     if kept and not release.keeps_dense:
         problems.append(
@@ -102,6 +109,11 @@ def contract_warnings(inspection: Inspection, release: Release, max_model_len: i
         warnings.append(
             f"the row order is not recorded; FastDeploy {release.name} reads {release.row_order},"
             " and only a look at its answers tells whether that is so"
+        )
+    if inspection.plan.needs_plugin:
+        warnings.append(
+            "wint4 layers by a list: FastDeploy must load our plugin (FD_PLUGINS=paddle_ccq, or"
+            " --plugin of serving/launch.py); without it the load stops at missing tensors"
         )
     if max_model_len > config.max_position_embeddings:
         warnings.append(

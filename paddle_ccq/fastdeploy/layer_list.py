@@ -3,26 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CcqError
-
-KEY = "wint4_layers"
-
-
-def layer_list(config: Mapping[str, Any]) -> frozenset[int] | None:
-    """moe_quant_config.wint4_layers of a quantization_config; None where it is not there."""
-    node = config.get("moe_quant_config", {})
-    value = node.get(KEY) if isinstance(node, Mapping) else None
-    if value is None:
-        return None
-    good = isinstance(value, list) and all(
-        isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value
-    )
-    if not good:
-        raise CcqError(f"config.json: moe_quant_config.{KEY}: must be a list of layer numbers")
-    return frozenset(value)
+from ..checkpoint.fastdeploy import wint4_layers_of
 
 
 def make_config(base: type) -> type:
@@ -35,7 +18,7 @@ def make_config(base: type) -> type:
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
             made = super().from_config(config)
-            made.ccq_wint4_layers = layer_list(config)
+            made.ccq_wint4_layers = wint4_layers_of(config)
             return made
 
         def get_quant_method(self, layer: Any) -> Any:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of the calibration text's hidden states, each changed at one place, and where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ..calibration.walk import MEMORY_FOR_STATES, LayerWalk, state_array
+from ..evaluation.metrics import score_window
+from ..models.ernie import MLP, MoE, rms_norm
+
+_REFERENCE = "reference"
+
+
+def copies_bytes(copies: int, tokens: int, hidden: int) -> int:
+    """What that many copies take, as float32."""
+    return 4 * copies * tokens * hidden
+
+
+class Copies:
+    """States that leave the walk's path at a layer and go through all later ones with it.
+
+    The layer in memory is applied to every copy, so that a model is read once however many parts
+    of it are tried.
+    """
+
+    def __init__(self, walk: LayerWalk, expected: int, folder: Path | None = None) -> None:
+        self.walk = walk
+        self.states: dict[Hashable, np.ndarray] = {}
+        spilled = copies_bytes(expected, *walk.states.shape) > MEMORY_FOR_STATES
+        self._folder = folder if spilled else None
+
+    def carry(self) -> None:
+        """Take every copy through the layer that the walk has entered."""
+        for states in self.states.values():
+            self.walk.carry(states)
+
+    def add(self, key: Hashable, mlp: MLP | MoE) -> np.ndarray:
+        """A copy of the walk's own states, with another MLP in the layer it is in."""
+        into = self.states[key] = state_array(self.walk.states.shape, self._folder)
+        self.walk.outputs(mlp, into)
+        return into
+
+    def divergences(self) -> dict[Hashable, np.ndarray]:
+        """At the end of the walk: KL(the walk's || each copy's) of the next token, by window."""
+        weights, config = self.walk.weights, self.walk.config
+        norm = paddle.to_tensor(weights.read("ernie.norm.weight"))
+        name = "ernie.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = paddle.to_tensor(weights.read(name))
+
+        def window(index: int) -> dict[Hashable, float]:
+            first, last = self.walk.spans[index]
+            models = {
+                key: _Ended(config, norm, head, states[first:last])
+                for key, states in {_REFERENCE: self.walk.states, **self.states}.items()
+            }
+            # The tokens themselves do not enter the divergence.
+            scores = score_window(np.zeros(last - first, np.int64), models, _REFERENCE)
+            return {key: float(scores[key].kl.mean()) for key in self.states}
+
+        found = self.walk.map(window, len(self.walk.spans))
+        return {key: np.array([one[key] for one in found]) for key in self.states}
+
+
+class _Ended:
+    """States of one window after the last layer, as score_window wants a model."""
+
+    def __init__(self, config: Any, norm: Any, head: Any, states: np.ndarray) -> None:
+        self.config, self._head = config, head
+        x = paddle.to_tensor(np.ascontiguousarray(states)).unsqueeze(0)
+        self._hidden = rms_norm(x, norm, config.rms_norm_eps)
+
+    def hidden_states(self, tokens: Any) -> Any:
+        return self._hidden
+
+    def logits(self, hidden: Any) -> Any:
+        return paddle.matmul(hidden, self._head, transpose_y=self.config.tie_word_embeddings)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sensitivities of a model's MoE layers, measured in one walk with one layer in memory at a time.
+
+Two methods, docs/allocation.md. "kl" lets one copy of the hidden states go on for every part and
+format. "quadratic" lets one go on for every layer, which says how much a squared error there costs
+at the end, and takes the squared errors of the parts on the spot; a few experts of a layer do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ..calibration.settings import Settings
+from ..calibration.statistics import Statistics
+from ..calibration.text import CalibrationText
+from ..calibration.walk import LayerWalk
+from ..checkpoint.reader import Checkpoint
+from ..encoder.ldlq_metric import InputMoments
+from ..models.ernie import MLP, MoE
+from .copies import Copies
+from .costs import PROJECTIONS, Sensitivities, model_shape, weights_sha256
+from .decoded import ATTRIBUTES, Decoded
+
+Progress = Callable[[int, int], None]  # layers done, of how many
+# Mean squared errors this much smaller than the outputs say nothing but float32's rounding.
+_NO_ERROR = 1e-12
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How sensitivities are measured; all of it decides the numbers.
+
+    Attributes:
+        method: "quadratic" or "kl".
+        formats: to measure; the first is the one that quadratic's copies are quantized to.
+        preset: of the encoders. Ranks hardly depend on it.
+        tokens: that copies are made of, in windows spread evenly over the calibration's.
+        experts: of each layer that are encoded for "quadratic"; "kl" needs all.
+    """
+
+    method: str
+    formats: tuple[str, ...]
+    preset: str = "fast"
+    tokens: int = 16 * 1024
+    experts: int = 8
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON file and the journal."""
+        found = asdict(self)
+        if self.method == "kl":
+            found.pop("experts")
+        return found
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of 0 .. count - 1, evenly spread; all of them if there are no more."""
+    wanted = min(count, wanted)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def probe_windows(text: CalibrationText, tokens: int) -> list[np.ndarray]:
+    """Windows of the text with at most that many tokens in all, at least one."""
+    longest = max(window.size for window in text.windows)
+    return [text.windows[i] for i in spread(len(text.windows), max(1, tokens // longest))]
+
+
+def copies_of(probing: Probing, layers: int) -> int:
+    """How many copies of the states a measurement keeps in the end."""
+    parts = len(PROJECTIONS) * len(probing.formats)
+    return layers * (parts if probing.method == "kl" else 1)
+
+
+def measure(
+    checkpoint: Checkpoint,
+    model_name: str,
+    text: CalibrationText,
+    settings: Settings,
+    probing: Probing,
+    threads: int,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Costs of every MoE layer, projection and format; the model is read once or twice.
+
+    wint2 is encoded with the statistics of the whole text, as `quantize --calibration` would;
+    states go to a file in `folder` where they don't fit in memory.
+    """
+    with (
+        closing(Statistics(checkpoint, text, settings, threads, folder)) as statistics,
+        closing(
+            LayerWalk(checkpoint, probe_windows(text, probing.tokens), threads, folder)
+        ) as walk,
+    ):
+        costs = _Measurement(checkpoint, statistics, walk, probing, threads, folder).run(progress)
+    return Sensitivities(
+        method=probing.method,
+        settings=probing.as_dict(),
+        calibration=text.as_dict(settings),
+        model=model_name,
+        shape=model_shape(checkpoint.config),
+        weights_sha256=weights_sha256(checkpoint),
+        costs=costs,
+    )
+
+
+class _Measurement:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        statistics: Statistics,
+        walk: LayerWalk,
+        probing: Probing,
+        threads: int,
+        folder: Path | None,
+    ) -> None:
+        self.config = checkpoint.config
+        self.walk, self.probing = walk, probing
+        self._statistics = statistics
+        self._known: dict[str, InputMoments | None] = {}
+        self.decoded = Decoded(
+            checkpoint, probing.formats, probing.preset, threads, statistics.moments
+        )
+        layers = len(self.config.moe_layers())
+        self.copies = Copies(walk, copies_of(probing, layers), folder)
+        # Quadratic: (layer, projection, format) -> squared error; layer -> that of its copy.
+        self.errors: dict[tuple[int, str, str], float] = {}
+        self.copied: dict[int, float] = {}
+
+    def run(self, progress: Progress | None) -> dict[int, dict[str, dict[str, float]]]:
+        walk = self.walk
+        count = self.config.num_hidden_layers
+        for layer in range(count):
+            walk.enter()
+            self.copies.carry()
+            if isinstance(walk.block.mlp, MoE):
+                (self._every_part if self.probing.method == "kl" else self._sample)(layer)
+            walk.leave()
+            if progress:
+                progress(layer + 1, count)
+        ended = self.copies.divergences()
+
+        def cost(layer: int, projection: str, format: str) -> float:
+            if self.probing.method == "kl":
+                return float(ended[layer, projection, format].mean())
+            if not self.copied[layer]:
+                return 0.0
+            curvature = float(ended[layer].mean()) / self.copied[layer]
+            return curvature * self.errors[layer, projection, format]
+
+        return {
+            layer: {
+                projection: {f: cost(layer, projection, f) for f in self.probing.formats}
+                for projection in PROJECTIONS
+            }
+            for layer in self.config.moe_layers()
+        }
+
+    def _experts(self, layer: int, chosen: Sequence[int]) -> Iterable[dict[tuple[str, str], Any]]:
+        """For each chosen expert: (projection, format) -> the decoded weight [in, out]."""
+        for expert in chosen:
+            name = f"ernie.layers.{layer}.mlp.experts.{expert}"
+            yield {
+                (projection, format): paddle.to_tensor(
+                    np.ascontiguousarray(self.decoded(f"{name}.{projection}.weight", format))
+                )
+                for projection in PROJECTIONS
+                for format in self.probing.formats
+            }
+
+    def _every_part(self, layer: int) -> None:
+        own = self.walk.block.mlp
+        found = list(self._experts(layer, range(len(own.experts))))
+        for projection in PROJECTIONS:
+            for format in self.probing.formats:
+                experts = [
+                    replaced(expert, {projection: weights[projection, format]})
+                    for expert, weights in zip(own.experts, found, strict=True)
+                ]
+                self.copies.add((layer, projection, format), with_experts(own, experts))
+
+    @paddle.no_grad()
+    def _sample(self, layer: int) -> None:
+        walk = self.walk
+        own: MoE = walk.block.mlp
+        chosen = spread(len(own.experts), self.probing.experts)
+        base = self.probing.formats[0]
+        experts = list(own.experts)
+        sums = dict.fromkeys([(p, f) for p in PROJECTIONS for f in self.probing.formats], 0.0)
+        pairs = 0
+        for index, weights in zip(chosen, self._experts(layer, chosen), strict=True):
+            expert = own.experts[index]
+            rows, slots = np.nonzero(walk.chosen == index)
+            pairs += rows.size
+            experts[index] = replaced(expert, {p: weights[p, base] for p in PROJECTIONS})
+            if not rows.size:
+                continue
+            x = paddle.to_tensor(walk.inputs[rows])
+            factor = paddle.to_tensor(walk.router_weights[rows, slots]).unsqueeze(1)
+            output = expert(x)
+            for projection, format in sums:
+                changed = replaced(expert, {projection: weights[projection, format]})
+                sums[projection, format] += float(
+                    paddle.square((changed(x) - output) * factor).sum(dtype="float64")
+                )
+        # Of all (token, expert) pairs, these stand for the others.
+        share = pairs / walk.chosen.size
+        tokens = len(walk.inputs)
+        for (projection, format), total in sums.items():
+            self.errors[layer, projection, format] = total / tokens / share if pairs else 0.0
+        before = np.empty_like(walk.states)
+        walk.outputs(own, before)
+        after = self.copies.add(layer, with_experts(own, experts))
+        error = float(np.square(after - before, dtype=np.float64).sum() / tokens)
+        size = float(np.square(before, dtype=np.float64).sum() / tokens)
+        self.copied[layer] = error if error > _NO_ERROR * size else 0.0
+
+
+def replaced(expert: MLP, weights: dict[str, Any]) -> MLP:
+    """An expert with some of its projections replaced."""
+    changed = copy.copy(expert)
+    for projection, weight in weights.items():
+        setattr(changed, ATTRIBUTES[projection], weight)
+    return changed
+
+
+def with_experts(moe: MoE, experts: list[MLP]) -> MoE:
+    """A MoE layer with other experts."""
+    changed = copy.copy(moe)
+    changed.experts = experts
+    return changed

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what each MoE layer and projection costs in each format, for quantize --allocate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from . import reporting
+from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
+from .allocation.plot import plot, require_matplotlib
+from .calibration.session import make_request
+from .checkpoint.reader import open_checkpoint
+from .checkpoint.source import HUBS, resolve_model
+from .codec.formats import CCQ_FORMATS
+from .encoder.base import PRESETS
+from .errors import CcqError, run_cli
+from .host import default_threads, require_paddle
+
+MEASURABLE = (*CCQ_FORMATS, "wint4")
+DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
+DEFAULT_PROBE_TOKENS = 16 * 1024
+DEFAULT_EXPERTS = 8
+
+
+def sensitivity(
+    model: str | os.PathLike[str],
+    calibration: str | os.PathLike[str],
+    *,
+    method: str = "quadratic",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    calibration_tokens: str | int | None = None,
+    probe_tokens: str | int = DEFAULT_PROBE_TOKENS,
+    experts: int = DEFAULT_EXPERTS,
+    preset: str = "fast",
+    threads: int | None = None,
+    source: str | None = None,
+    show_progress: bool = False,
+    log: Callable[[str], object] | None = None,
+) -> Sensitivities:
+    """KL that every layer and projection costs in every format, when only it is quantized.
+
+    "quadratic" estimates it from squared errors and encodes a few experts of a layer only; "kl"
+    measures it and encodes the whole model once for each format (docs/allocation.md).
+    """
+    log = log or (lambda message: print(message, file=sys.stderr))
+    if method not in METHODS:
+        raise CcqError(f"--method {method}: not one of {', '.join(METHODS)}")
+    for format in formats:
+        if format not in MEASURABLE:
+            raise CcqError(f"--formats: {format!r} is not one of {', '.join(MEASURABLE)}")
+    if len(set(formats)) < len(formats) or not formats:
+        raise CcqError("--formats: name each format once")
+    if preset not in PRESETS:
+        raise CcqError(f"--preset {preset}: not one of {', '.join(PRESETS)}")
+    for flag, value in (("--experts", experts), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise CcqError(f"{flag} {value}: must be at least 1")
+    if not Path(calibration).is_file():
+        raise CcqError(f"--calibration {calibration}: no such file")
+    require_paddle("sensitivity, which runs the model,")
+    from .allocation.measure import Probing, measure
+    from .calibration.settings import parse_tokens
+    from .calibration.text import read_calibration_text
+
+    checkpoint = open_checkpoint(resolve_model(model, source, log=log))
+    if checkpoint.is_quantized:
+        raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
+    if not checkpoint.config.moe_layers():
+        raise CcqError(f"{checkpoint.path}: has no MoE layer, so there is nothing to measure")
+    request = make_request(calibration, calibration_tokens)
+    assert request is not None
+    text = read_calibration_text(calibration, checkpoint, request.settings)
+    probing = Probing(
+        method, tuple(formats), preset, parse_tokens(probe_tokens, "--probe-tokens"), experts
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="ccq-sensitivity-") as folder,
+        reporting.Progress("layers", checkpoint.config.num_hidden_layers, show_progress) as shown,
+    ):
+        return measure(
+            checkpoint,
+            checkpoint.path.resolve().name,
+            text,
+            request.settings,
+            probing,
+            threads or default_threads(),
+            Path(folder),
+            shown,
+        )
+
+
+def costs_table(found: Sensitivities) -> Table:
+    """A line a layer and projection, then the sums."""
+    rows = []
+    for layer, parts in found.costs.items():
+        for projection in PROJECTIONS:
+            costs = [f"{parts[projection][f]:.5f}" for f in found.formats]
+            rows.append([f"layer {layer}, {projection}", *costs])
+    layers = found.costs
+    totals = [f"{sum(found.layer(n, f) for n in layers):.5f}" for f in found.formats]
+    rows.append(["sum", *totals])
+    return reporting.table(["KL, nats a token", *found.formats], rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paddle_ccq.sensitivity", description=__doc__, allow_abbrev=False
+    )
+
+    def add(flag: str, **kwargs: Any) -> None:
+        names = [flag]
+        if "-" in flag[2:]:
+            names.append("--" + flag[2:].replace("-", "_"))
+        parser.add_argument(*names, **kwargs)
+
+    add("--model", required=True, help="float checkpoint: folder, hub id or short name")
+    add("--calibration", required=True, metavar="FILE", help="text (.jsonl, .txt) to measure on")
+    add("--calibration-tokens", metavar="N", help="for statistics of wint2 (default: 256k)")
+    add("--probe-tokens", default="16k", metavar="N", help="of them, to measure on (default: 16k)")
+    add(
+        "--method",
+        choices=METHODS,
+        default="quadratic",
+        help="estimate from squared errors, or measure the divergence (small models)",
+    )
+    add("--formats", default=",".join(DEFAULT_FORMATS), help="(default: %(default)s)")
+    add("--experts", type=int, default=DEFAULT_EXPERTS, help="of a layer, for quadratic (8)")
+    add("--preset", choices=PRESETS, default="fast", help="of the encoders (default: fast)")
+    add("--json", metavar="OUT", help="for quantize --sensitivity")
+    add("--plot", metavar="OUT", help="figure (.png, .svg, .pdf); needs the extra plot")
+    add("--force", action="store_true", help="let --json and --plot overwrite their files")
+    add("--threads", type=int, metavar="N", help="(default: all cores)")
+    add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download from")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+
+    def body() -> int:
+        if args.json is not None:
+            reporting.check_can_write(args.json, args.force)
+        if args.plot is not None:
+            reporting.check_can_write(args.plot, args.force, "--plot")
+            require_matplotlib(args.plot)
+        found = sensitivity(
+            args.model,
+            args.calibration,
+            method=args.method,
+            formats=[name for name in args.formats.split(",") if name],
+            calibration_tokens=args.calibration_tokens,
+            probe_tokens=args.probe_tokens,
+            experts=args.experts,
+            preset=args.preset,
+            threads=args.threads,
+            source=args.source,
+            show_progress=sys.stderr.isatty(),
+        )
+        if args.json is not None:
+            reporting.write_json(args.json, found.as_dict())
+        if args.plot is not None:
+            plot(found, args.plot)
+        reporting.console().print(costs_table(found))
+        return 0
+
+    return run_cli(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
