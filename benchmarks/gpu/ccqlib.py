@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("repack.cu", "moe_gemm.cu")
+SOURCES = sorted((ROOT / "custom_ops" / "gpu").glob("*.cu"))
 BF16, FP16 = 0, 1
 PLAIN, FASTDEPLOY = 0, 1
 INTEGER, GENERAL = 0, 1
@@ -21,9 +21,9 @@ INTEGER, GENERAL = 0, 1
 
 def build(out: str, arch: str = "90a", flags: tuple[str, ...] = ()) -> None:
     """Compile the launchers into one shared library."""
-    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC"]
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-t0"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cudart", "static", *flags]
-    command += [str(ROOT / "custom_ops" / "gpu" / s) for s in SOURCES] + ["-o", out]
+    command += [*map(str, SOURCES), "-o", out]
     subprocess.run(command, check=True)
 
 
@@ -36,6 +36,22 @@ class GemmArgs(ctypes.Structure):
     ] + [
         (name, ctypes.c_int)
         for name in ("rows", "k", "n", "experts", "dtype", "pairs", "row_order")
+    ]
+
+
+class Projection(ctypes.Structure):
+    """ccq_moe_projection of moe_block.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("quant", "scales", "columns")] + [
+        ("pairs", ctypes.c_int)
+    ]
+
+
+class MoeShape(ctypes.Structure):
+    """ccq_moe_shape of moe_block.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int) for name in ("hidden", "width", "experts", "dtype", "row_order")
     ]
 
 
@@ -61,6 +77,8 @@ class Library:
         self.torch = torch
         self.lib = ctypes.CDLL(path)
         self.lib.ccq_moe_gemm_workspace.restype = ctypes.c_size_t
+        if hasattr(self.lib, "ccq_moe_workspace"):  # a library of the GEMM alone will do
+            self.lib.ccq_moe_workspace.restype = ctypes.c_size_t
 
     def stream(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
@@ -126,6 +144,28 @@ class Library:
             p.pairs if pairs is None else pairs, order,
         )  # fmt: skip
         self.check(self.lib.ccq_moe_gemm(ctypes.byref(args), self.stream()))
+
+    def _moe_shape(self, up: Packed, down: Packed, dtype: int = BF16, order: int = PLAIN):
+        return MoeShape(up.k, down.k, up.experts, dtype, order)
+
+    def moe_workspace(self, tokens: int, top_k: int, up: Packed, down: Packed):
+        shape = self._moe_shape(up, down)
+        size = self.lib.ccq_moe_workspace(tokens, top_k, ctypes.byref(shape))
+        return self.torch.empty(size, device="cuda", dtype=self.torch.uint8).fill_(255)
+
+    def moe(self, x, ids, weights, up: Packed, down: Packed, out, workspace, order=PLAIN) -> None:
+        """out[t] = sum of weights[t, j] * ffn of expert ids[t, j] on x[t]; ids int64."""
+        dtype = BF16 if x.dtype == self.torch.bfloat16 else FP16
+        shape = self._moe_shape(up, down, dtype, order)
+        sides = [
+            Projection(p.quant.data_ptr(), p.scales.data_ptr(), p.columns.data_ptr(), p.pairs)
+            for p in (up, down)
+        ]
+        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (x, ids, weights)]
+        sizes = [ctypes.c_int(v) for v in ids.shape]
+        structures = [ctypes.byref(s) for s in (shape, *sides)]
+        places = [ctypes.c_void_p(t.data_ptr()) for t in (out, workspace)]
+        self.check(self.lib.ccq_moe(*tensors, *sizes, *structures, *places, self.stream()))
 
 
 def random_weights(torch, experts: int, k: int, n: int, pairs: str = "integer", seed: int = 0):

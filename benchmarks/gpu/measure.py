@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every kernel of the GPU benchmarks is timed: shapes, routings, graph replays, the roof."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# What a device-to-device copy reaches on an H100 (bytes read and written).
+ROOF = 3.0e12
+TOP_K = 8
+# Bits a weight of each contestant's weights; group scales of 16 bits for 128 weights in W4A16.
+BITS = {"ccq": 2.0625, "triton-wint2": 2.0625, "marlin-w4": 4.125, "triton-w4": 4.125,
+        "triton-w8": 8.0, "cublas-bf16": 16.0}  # fmt: skip
+# Replays of one case end after this, so that slow peers do not eat the session.
+SECONDS_PER_CASE = 0.3
+MAX_ROUTINGS = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One projection of a layer of `experts` experts, [k, n] each."""
+
+    name: str
+    experts: int
+    n: int
+    k: int
+
+    @property
+    def from_tokens(self) -> bool:
+        """The first projection, which reads each token's row for all of its experts."""
+        return not self.name.endswith("down")
+
+
+SHAPES = (
+    Shape("ERNIE-300B up_gate", 64, 7168, 8192),
+    Shape("ERNIE-300B down", 64, 8192, 3584),
+    Shape("DeepSeek-V3 TP4 up", 256, 1024, 7168),
+    Shape("DeepSeek-V3 TP4 down", 256, 7168, 512),
+)
+LINEAR = (
+    Shape("linear 4096x4096", 1, 4096, 4096),
+    Shape("linear K4096 N1024", 1, 1024, 4096),
+    Shape("linear 8192x8192", 1, 8192, 8192),
+    Shape("linear K8192 N1024", 1, 1024, 8192),
+)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where `tokens` tokens go: ids [tokens, top_k] int64, inclusive row sums, experts hit."""
+
+    ids: Any
+    offsets: Any
+    hit: int
+
+
+def route(torch: Any, tokens: int, experts: int, seed: int, device: str = "cuda") -> Routing:
+    """Top-8 of random scores for each token, the same for every contestant."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, experts, generator=g).topk(min(TOP_K, experts), 1).indices
+    counts = torch.bincount(ids.reshape(-1), minlength=experts)
+    return Routing(ids.to(device), counts.cumsum(0).to(device), int((counts > 0).sum()))
+
+
+def routings(torch: Any, shape: Shape, tokens: int, device: str = "cuda") -> list[Routing]:
+    """Enough routings in turn that weights come from memory; fewer where one reads them all."""
+    count = MAX_ROUTINGS if tokens <= 256 else 4
+    return [route(torch, tokens, shape.experts, 100 * tokens + i, device) for i in range(count)]
+
+
+def time_calls(torch: Any, calls: Sequence[Callable[[], object]], replays: int) -> float:
+    """Seconds a call: the median over replays of one CUDA graph of all calls."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < replays and sum(times) < SECONDS_PER_CASE):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times) / len(calls)
+
+
+def memory_rates(torch: Any) -> dict[str, float]:
+    """Bytes a second of a copy, an elementwise kernel and a read-only sum over 4 GB."""
+    a = torch.randint(0, 1 << 30, (1 << 30,), dtype=torch.int32, device="cuda")
+    b = torch.empty_like(a)
+    total, floats = torch.empty((), device="cuda"), a.view(torch.float32)
+    calls = {
+        "copy": (2, lambda: b.copy_(a)),
+        "add": (2, lambda: torch.add(a, 1, out=b)),
+        "read": (1, lambda: torch.sum(floats, 0, out=total)),
+    }
+    size = a.numel() * 4
+    return {name: n * size / time_calls(torch, [call] * 2, 10) for name, (n, call) in calls.items()}
+
+
+def device_rates(torch: Any) -> dict[str, float]:
+    """Memory in TB/s, a dense bf16 product in TFLOP/s, a kernel that does nothing in µs."""
+    rates = {name: rate / 1e12 for name, rate in memory_rates(torch).items()}
+    torch.cuda.empty_cache()
+    x, w = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    out, one = torch.empty_like(x), torch.zeros(1, device="cuda")
+    dense = time_calls(torch, [lambda: torch.mm(x, w, out=out)] * 4, 10)
+    rates["dense"] = 2 * 8192**3 / dense / 1e12
+    rates["empty_us"] = time_calls(torch, [lambda: one.fill_(1.0)] * 64, 20) * 1e6
+    return rates
+
+
+def roof_seconds(hit: float, rows: int, k: int, n: int, bits: float) -> float:
+    """Time to move the hit experts' weights, activations in and outputs out, at ROOF."""
+    return (hit * n * k * bits / 8 + rows * (k + n) * 2) / ROOF
+
+
+def figures(who: str, tokens: int, rows: int, shape: Shape, hit: float, seconds: float) -> dict:
+    """Derived figures of one measurement; the roof is always that of 2.0625 bits."""
+    own = roof_seconds(hit, rows, shape.k, shape.n, BITS[who]) * ROOF
+    roof = roof_seconds(hit, rows, shape.k, shape.n, BITS["ccq"])
+    return {
+        "who": who, "shape": shape.name, "tokens": tokens, "rows": rows, "experts_hit": hit,
+        "us": seconds * 1e6, "GBps": own / seconds / 1e9, "roof_us": roof * 1e6,
+        "percent": 100 * roof / seconds, "TFLOPs": 2 * rows * shape.k * shape.n / seconds / 1e12,
+    }  # fmt: skip
