@@ -115,6 +115,7 @@ def run_server(service: Service, args: argparse.Namespace) -> int:
         server_header=False,
         timeout_graceful_shutdown=5,
         ws="none",
+        lifespan="off",
     )
     server = Server(config)
 

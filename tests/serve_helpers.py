@@ -72,7 +72,9 @@ def running(*flags: str, load: bool = True) -> Iterator[tuple[str, Service]]:
 
     arguments = [str(quantized_folder()), "--served-model-name", NAME, *flags]
     service = build_service(build_parser().parse_args(arguments))
-    config = uvicorn.Config(create_app(service), port=0, log_level="error", ws="none")
+    config = uvicorn.Config(
+        create_app(service), port=0, log_level="error", ws="none", lifespan="off"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ..version import __version__
-from . import errors
+from . import errors, schema
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .gate import Gate
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
@@ -24,18 +24,23 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="paddle-ccq", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, service=service)
     errors.install(app)
+    schema.install(app, service.settings.name)
     _add_operations(app, service)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=schema.ModelList, responses=schema.errors(401, 503))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [describe(service)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get(
+        "/v1/models/{name:path}",
+        response_model=schema.Model,
+        responses=schema.errors(401, 404, 503),
+    )
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return describe(service)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=schema.answers(schema.Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         given = body.prompt
@@ -50,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
         )
         return await answer(service, request, body, prompts, room, CompletionAnswer)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=schema.answers(schema.ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         prompt = await service.encode_chat([message.plain() for message in body.messages])
@@ -103,9 +108,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             raise unavailable(service.state)
         return {"status": "ok"}
 
-    app.get("/health")(health)
-    app.get("/ping")(health)
+    for path in ("/health", "/ping"):
+        app.get(path, responses=schema.errors(503))(health)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

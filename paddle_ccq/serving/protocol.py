@@ -23,15 +23,19 @@ Token = Annotated[int, Field(ge=0)]
 TokenPrompt = Annotated[list[Token], Field(min_length=1)]
 
 
+# Strict: "logprobs": false must not become 0, which asks for them.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     include_usage: bool = False
 
 
 class Common(BaseModel):
     """Fields of both kinds of request."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = STRICT
 
     model: str = Field(max_length=1000)
     max_tokens: int | None = Field(None, ge=1)
@@ -92,13 +96,13 @@ class CompletionRequest(Common):
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
