@@ -23,6 +23,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 # Beyond this, the cache of one sequence alone is large; ask for more with --max-model-len.
 DEFAULT_MAX_LENGTH = 8192
 DEFAULT_SEQUENCES = 16
+BACKLOG = 2048  # connections that wait to be accepted, uvicorn's own
 
 
 def serve(folder: str | os.PathLike[str], **options: Any) -> None:
@@ -149,6 +150,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        # From now on clients wait; refused, they would take the line "serving" for untrue.
+        listening.listen(BACKLOG)
     except (OSError, UnicodeError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
         raise CcqError(f"--host {host} --port {port}: {reason}") from None

@@ -7,7 +7,11 @@ import atexit
 import contextlib
 import functools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +28,8 @@ from paddle_ccq.serving.engine_model import EngineModel
 if TYPE_CHECKING:
     from paddle_ccq.serving.service import Service
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 @functools.cache
@@ -90,3 +95,26 @@ def running(*flags: str, load: bool = True) -> Iterator[tuple[str, Service]]:
         thread.join(10)
         if service.engine is not None:
             service.engine.stop()
+
+
+@contextlib.contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`python -m paddle_ccq.serve` and its address, once it prints that."""
+    command = [sys.executable, "-m", "paddle_ccq.serve", "--port", "0", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    server.said = ""
+    try:
+        for line in server.stdout:
+            server.said += line
+            if found := re.search(r"at (http://\S+)/v1", line):
+                yield server, found[1]
+                break
+        else:
+            raise AssertionError(server.said)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,38 +19,14 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 import httpx
-from serve_helpers import checkpoint, quantized_folder
+from serve_helpers import ROOT, checkpoint, process, quantized_folder
 from synthetic import tiny_config, write_tensors, write_tokenizer
 
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.codec import formats
 from paddle_ccq.serving.chat import ChatTemplate
 
-ROOT = Path(__file__).parent.parent
 LONG = {"model": "model", "prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
-
-
-@contextlib.contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`python -m paddle_ccq.serve` and its address, once it prints that."""
-    command = [sys.executable, "-m", "paddle_ccq.serve", "--port", "0", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    server.said = ""
-    try:
-        for line in server.stdout:
-            server.said += line
-            if found := re.search(r"at (http://\S+)/v1", line):
-                yield server, found[1]
-                break
-        else:
-            pytest.fail(server.said)
-    finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:

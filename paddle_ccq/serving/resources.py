@@ -15,9 +15,9 @@ CACHE_SHARE = 0.25
 THREAD_BYTES = 1 << 20
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is really there; 0 where the system does not tell."""
-    return _proc_kib("/proc/self/status", "VmRSS:") * 1024
+def resident_bytes(process: int | str = "self") -> int:
+    """Memory of a process that is really there; 0 where the system does not tell."""
+    return _proc_kib(f"/proc/{process}/status", "VmRSS:") * 1024
 
 
 def available_bytes() -> int:
