@@ -151,6 +151,35 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(engine: Engine) -> None:
     assert len({tuple(first.tokens(i)) for i in range(3)}) == 3  # choices differ
 
 
+def test_equal_prompts_of_a_request_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = 0
+    forward = EngineModel.forward
+
+    def counting(self: EngineModel, pieces: list[Piece], cache: KVCache) -> np.ndarray:
+        nonlocal computed
+        computed += sum(len(piece.tokens) for piece in pieces)
+        return forward(self, pieces, cache)
+
+    monkeypatch.setattr(EngineModel, "forward", counting)
+    prompt, other = max(prompts(5), key=len), min(prompts(5), key=len)
+    params = SamplingParams(NEW, temperature=1, seed=3, logprobs=0, ignore_eos=True)
+    for settings in ((8, 4096, 16), (8, 4096, 512), (2, 4096, 512)):
+        engine = new_engine(model(), *settings)
+        alone = [submit(engine, [p], params, 2) for p in (prompt, other)]
+        assert all(one.done.wait(20) for one in alone)
+        computed = 0
+        # The choices 0 and 1 of prompt 0 have the indices 0 and 1, as alone; 4 and 5 are new.
+        shared = submit(engine, [prompt, other, prompt], params, 2)
+        assert shared.done.wait(20)
+        engine.stop()
+        assert [shared.tokens(i) for i in (0, 1)] == [alone[0].tokens(i) for i in (0, 1)]
+        assert len({tuple(shared.tokens(i)) for i in range(6)}) == 6
+        if settings[0] == 8:
+            # All prompts but the last token, once; that one and the answers for each choice.
+            assert computed == len(prompt) + len(other) - 2 + 6 * NEW
+        assert engine.cache.used == 0
+
+
 def test_more_than_fits_at_once_is_served_in_order() -> None:
     finished: list[int] = []
     engine = Engine(model(), tokenizer().decode, frozenset(), EngineSettings(2, 256, 32))

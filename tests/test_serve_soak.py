@@ -85,3 +85,5 @@ def test_memory_stays_flat_over_ten_thousand_requests(tmp_path: Path) -> None:
         assert files_after <= files + CLIENTS
         threads = next(x for x in status.read_text().splitlines() if x.startswith("Threads:"))
         assert int(threads.split()[1]) < 60
+        server.kill()
+        assert server.stdout.read() == ""  # clients that leave are nothing to report

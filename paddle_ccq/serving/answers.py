@@ -58,11 +58,12 @@ class Answer(ABC):
     async def whole(self, generation: Generation) -> Dict:
         found: list[list[Output]] = [[] for _ in self.tokens]
         async with generation:
-            async for output in generation:
-                found[output.index].append(output)
-                self.tokens[output.index] = output.tokens
-                if output.reason == "error":
-                    raise failed()
+            async for outputs in generation:
+                for output in outputs:
+                    found[output.index].append(output)
+                    self.tokens[output.index] = output.tokens
+                    if output.reason == "error":
+                        raise failed()
         if not generation.complete:
             raise ApiError(499, "the client closed the request")
         choices = [self.choice(index, outputs) for index, outputs in enumerate(found)]
@@ -75,13 +76,17 @@ class Answer(ABC):
         async with generation:
             for choice in self.opening():
                 yield _event({**head, "choices": [choice]})
-            async for output in generation:
-                self.tokens[output.index] = output.tokens
-                if output.reason == "error":
-                    yield _event(failed().body())
-                    return
-                if output.text or output.reason or output.logprob:
-                    yield _event({**head, "choices": [self.piece(output)]})
+            async for outputs in generation:
+                lines = b""
+                for output in outputs:
+                    self.tokens[output.index] = output.tokens
+                    if output.reason == "error":
+                        yield lines + _event(failed().body())
+                        return
+                    if output.text or output.reason or output.logprob:
+                        lines += _event({**head, "choices": [self.piece(output)]})
+                if lines:
+                    yield lines
         if not generation.complete:
             return
         if with_usage:

@@ -127,6 +127,10 @@ class Engine:
             )
             for index in range(count)
         ]
+        first: dict[tuple[int, ...], Running] = {}
+        for sequence in sequences:
+            twin = first.setdefault(tuple(sequence.prompt), sequence)
+            sequence.twin = None if twin is sequence else twin
         with self._changed:
             self._check_open(count)
             self._waiting += count

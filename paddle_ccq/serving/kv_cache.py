@@ -65,6 +65,15 @@ class KVCache:
         self._free.insert(index, (start, length))
         self.used -= region.length
 
+    def copy(self, source: Region, target: Region, tokens: int) -> None:
+        """Give the target what the source has of its first tokens, in all layers."""
+        tiles = _rounded(tokens) // PLACES
+        a, b = source.start // PLACES, target.start // PLACES
+        # What comes along in the last tile is overwritten before any query sees it.
+        self.keys[:, :, b : b + tiles] = self.keys[:, :, a : a + tiles]
+        a, b = source.start, target.start
+        self.values[:, :, b : b + tokens] = self.values[:, :, a : a + tokens]
+
 
 def _untouched(shape: tuple[int, ...]) -> np.ndarray:
     """Zeros that take memory only where they are written.

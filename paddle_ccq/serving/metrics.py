@@ -32,7 +32,9 @@ class Metrics:
         self.running = labelled(Gauge, "num_requests_running", "Sequences being generated.")
         self.waiting = labelled(Gauge, "num_requests_waiting", "Sequences in the queue.")
         self.cache = labelled(Gauge, "gpu_cache_usage_perc", "Used part of the KV cache, 0 to 1.")
-        self.prompt_tokens = labelled(Counter, "prompt_tokens", "Prompt tokens computed.")
+        self.prompt_tokens = labelled(
+            Counter, "prompt_tokens", "Prompt tokens of sequences that began to answer."
+        )
         self.generated = labelled(Counter, "generation_tokens", "Tokens generated.")
         self.successes = labelled(
             Counter, "request_success", "Finished sequences.", ("finished_reason",)

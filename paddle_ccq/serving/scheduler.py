@@ -4,7 +4,8 @@
 First come, first served: the oldest waiting sequence is admitted when a slot and enough cache are
 free, and nobody overtakes it, so a long request cannot be starved by short ones. A step carries
 one token of every generating sequence and, in what is left of its token budget, pieces of prompts,
-oldest first: a long prompt delays the others by one budget a step at most.
+oldest first: a long prompt delays the others by one budget a step at most. Sequences of one request
+with the same prompt compute it once: all but the first wait and copy its keys and values.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     detokenizer: Detokenizer
+    twin: Sequence | None = None  # an earlier one of the request with the same prompt
     region: Region | None = None
     computed: int = 0  # tokens whose keys and values are in the cache
     generated: int = 0
@@ -69,6 +71,8 @@ class Scheduler:
         # At least one, so that prompts go on however many sequences generate.
         budget = max(1, self.step_tokens - generating)
         for s in self.running:
+            if self._waits_for_twin(s):
+                continue
             if s.computed >= len(s.prompt):
                 planned.append((s, Piece([s.last_token], s.computed, s.region)))
             elif budget > 0:
@@ -78,6 +82,20 @@ class Scheduler:
                 piece = Piece(tokens, s.computed, s.region, wants_logits=end == len(s.prompt))
                 planned.append((s, piece))
         return planned
+
+    def _waits_for_twin(self, s: Sequence) -> bool:
+        """Copies what the twin has computed once that is the whole prompt; before, it waits.
+
+        The prompt's last token is computed anew: its logits are what the first choice is made from.
+        A twin that has ended has left its place in the cache, and nothing to copy.
+        """
+        if s.computed or s.twin is None or s.twin.region is None:
+            return False
+        if s.twin.computed < len(s.prompt):
+            return True
+        self.cache.copy(s.twin.region, s.region, len(s.prompt) - 1)
+        s.computed = len(s.prompt) - 1
+        return False
 
     def finish(self, sequence: Sequence) -> None:
         """Give back what a running sequence holds."""

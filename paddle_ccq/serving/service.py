@@ -186,14 +186,21 @@ class Generation:
         self.watch.cancel()
         self._cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Output]:
+    async def __aiter__(self) -> AsyncIterator[list[Output]]:
+        """All outputs that are there by now, at a time.
+
+        Sent one by one, those of a busy moment would still be written, and each reported by
+        asyncio, after the client has left: the loop learns of that only between two waits.
+        """
         while self.left:
-            outputs = await self.queue.get()
-            if outputs is None:
+            found = await self.queue.get()
+            while found is not None and not self.queue.empty():
+                more = self.queue.get_nowait()
+                found = None if more is None else [*found, *more]
+            if found is None:
                 return  # the client has gone
-            for output in outputs:
-                self.left -= output.reason is not None
-                yield output
+            self.left -= sum(output.reason is not None for output in found)
+            yield found
 
     def _deliver(self, outputs: list[Output]) -> None:
         """In the engine's thread, which must not end because the loop already has."""
