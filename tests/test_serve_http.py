@@ -18,7 +18,7 @@ pytest.importorskip("httpx")
 import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_helpers import NAME, running
+from serve_helpers import NAME, running, tokenizer
 
 from paddle_ccq.serving.protocol import CompletionRequest
 from paddle_ccq.serving.service import Service
@@ -194,9 +194,37 @@ def test_a_full_queue_says_when_to_come_back(server: tuple[str, Service]) -> Non
         check_error(client.post(COMPLETIONS, json={**SMALL, "n": 60}), 429)
         assert client.get("/health").status_code == 200
         gauges = client.get("/metrics").text
-        assert f'num_requests_running{{model_name="{NAME}"}} 2.0' in gauges
-        assert f'num_requests_waiting{{model_name="{NAME}"}} 4.0' in gauges
+        assert "fastdeploy:num_requests_running 2.0\n" in gauges
+        assert "fastdeploy:num_requests_waiting 4.0\n" in gauges
     assert service.engine.wait_until_idle(10)
+
+
+def test_metrics_have_fastdeploys_names_and_count(http: httpx.Client) -> None:
+    def read() -> dict[str, float]:
+        lines = http.get("/metrics").text.splitlines()
+        pairs = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, _, value in pairs if "_bucket{" not in name}
+
+    before = read()
+    chosen = {"max_tokens": 3, "n": 2, "ignore_eos": True}
+    assert http.post(COMPLETIONS, json={**SMALL, **chosen}).status_code == 200
+    assert http.post(COMPLETIONS, json={**SMALL, "n": 0}).status_code == 400
+    after = read()
+    grown = {n: after[n] - before.get(n, 0) for n in after if not n.endswith(("_created", "_sum"))}
+    prompt = 2 * (1 + len(tokenizer().encode("a")))
+    assert {name: value for name, value in grown.items() if value} == {
+        "fastdeploy:requests_number_total": 1,
+        "fastdeploy:prompt_tokens_total": prompt,
+        "fastdeploy:generation_tokens_total": 6,
+        "fastdeploy:request_success_total": 2,
+        "fastdeploy:time_to_first_token_seconds_count": 2,
+        "fastdeploy:time_per_output_token_seconds_count": 4,
+        "fastdeploy:e2e_request_latency_seconds_count": 2,
+        'paddle_ccq:sequences_finished_total{finished_reason="length"}': 2,
+        'paddle_ccq:requests_refused_total{status="400"}': 1,
+    }
+    gauges = ("num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc")
+    assert all(after[f"fastdeploy:{name}"] == 0 for name in gauges)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -32,7 +32,7 @@ class Gate:
                 raise unavailable(self.service.state)
             body = await self._body(scope, receive)
         except ApiError as error:
-            self.service.metrics.refused.labels(self.service.settings.name, error.status).inc()
+            self.service.metrics.refused.labels(error.status).inc()
             await error.response()(scope, receive, send)
             return
         except ClientLeftError:
@@ -95,8 +95,7 @@ class Gate:
     def _counting(self, send: Send) -> Send:
         async def wrapped(message: Any) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                labels = self.service.settings.name, message["status"]
-                self.service.metrics.refused.labels(*labels).inc()
+                self.service.metrics.refused.labels(message["status"]).inc()
             await send(message)
 
         return wrapped

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics under the names that FastDeploy exports, so that dashboards carry over.
 
-FastDeploy's names are vLLM's with another prefix.
+Names and the absence of labels are those of FastDeploy's fastdeploy/metrics/metrics.py, the same at
+c45e064f (2.4), 7648164f (2.5), 8c4f5a6a (2.6) and e53f5184. A label would break readers of plain
+lines: FastDeploy's own router looks for the name followed by a space.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 PREFIX = "fastdeploy:"
+OWN_PREFIX = "paddle_ccq:"  # of what FastDeploy does not count
 # Seconds, from an answer of a small model in a test to a long one of a large model.
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -20,39 +23,36 @@ END_TO_END = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 class Metrics:
     """What an engine reports; each server has its own registry."""
 
-    def __init__(self, model: str) -> None:
-        self.registry = CollectorRegistry()
-        self.model = model
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
 
-        def labelled(kind: type, name: str, text: str, more: tuple[str, ...] = (), **options):
-            labels = ("model_name", *more)
-            metric = kind(PREFIX + name, text, labels, registry=self.registry, **options)
-            return metric if more else metric.labels(model)
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(PREFIX + name, text, registry=registry)
 
-        self.running = labelled(Gauge, "num_requests_running", "Sequences being generated.")
-        self.waiting = labelled(Gauge, "num_requests_waiting", "Sequences in the queue.")
-        self.cache = labelled(Gauge, "gpu_cache_usage_perc", "Used part of the KV cache, 0 to 1.")
-        self.prompt_tokens = labelled(
-            Counter, "prompt_tokens", "Prompt tokens of sequences that began to answer."
+        def counter(name: str, text: str, labels: tuple[str, ...] = (), prefix: str = PREFIX):
+            return Counter(prefix + name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(PREFIX + name, text, buckets=buckets, registry=registry)
+
+        self.running = gauge("num_requests_running", "Sequences being generated.")
+        self.waiting = gauge("num_requests_waiting", "Sequences in the queue.")
+        self.cache = gauge("gpu_cache_usage_perc", "Used part of the KV cache, 0 to 1.")
+        self.requests = counter("requests_number", "Requests accepted.")
+        self.prompt_tokens = counter(
+            "prompt_tokens", "Prompt tokens of sequences that began to answer."
         )
-        self.generated = labelled(Counter, "generation_tokens", "Tokens generated.")
-        self.successes = labelled(
-            Counter, "request_success", "Finished sequences.", ("finished_reason",)
+        self.generated = counter("generation_tokens", "Tokens generated.")
+        self.successes = counter("request_success", "Finished sequences.")
+        self.first = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT)
+        self.between = histogram("time_per_output_token_seconds", "Between two tokens.", PER_TOKEN)
+        self.whole = histogram("e2e_request_latency_seconds", "Arrival to last token.", END_TO_END)
+        own = {"prefix": OWN_PREFIX}
+        self.finished_by = counter(
+            "sequences_finished", "Ended sequences by reason.", ("finished_reason",), **own
         )
-        self.failed = labelled(Counter, "request_failure", "Sequences ended by an error.")
-        self.refused = labelled(
-            Counter, "requests_refused", "Requests refused, by status.", ("status",)
-        )
-        self.cancelled = labelled(Counter, "requests_cancelled", "Requests whose client left.")
-        self.first = labelled(
-            Histogram, "time_to_first_token_seconds", "Arrival to first token.", buckets=TTFT
-        )
-        self.between = labelled(
-            Histogram, "time_per_output_token_seconds", "Between two tokens.", buckets=PER_TOKEN
-        )
-        self.whole = labelled(
-            Histogram, "e2e_request_latency_seconds", "Arrival to last token.", buckets=END_TO_END
-        )
+        self.refused = counter("requests_refused", "Refused requests.", ("status",), **own)
+        self.cancelled = counter("requests_cancelled", "Requests whose client left.", **own)
 
     def watch(self, counts: Callable[[], tuple[int, int, float]]) -> None:
         """Read the gauges from the engine whenever they are asked for."""
@@ -69,11 +69,10 @@ class Metrics:
         self.between.observe(seconds)
 
     def finished(self, reason: str, tokens: int, seconds: float) -> None:
-        if reason == "error":
-            self.failed.inc()
-            return
-        self.successes.labels(self.model, reason).inc()
-        self.whole.observe(seconds)
+        self.finished_by.labels(reason).inc()
+        if reason != "error":
+            self.successes.inc()
+            self.whole.observe(seconds)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -47,7 +47,7 @@ class Service:
         self.checkpoint, self.settings = checkpoint, settings
         self.tokenizer = Tokenizer(checkpoint.path, checkpoint.config.raw)
         self.template = ChatTemplate(checkpoint.path)
-        self.metrics = Metrics(settings.name)
+        self.metrics = Metrics()
         self.created = int(time.time())
         self.engine: Engine | None = None
         self.draining = False
@@ -153,6 +153,7 @@ class Service:
             raise ApiError(429, message, code="queue_full", headers=RETRY_AFTER) from None
         except DrainingError:
             raise unavailable("draining") from None
+        self.metrics.requests.inc()
         return generation
 
 
