@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from . import reporting
+from .allocation.costs import Sensitivities
+from .allocation.resolve import Allocation
+from .allocation.session import Request as Wanted
+from .allocation.session import comparison_table, measuring_facts
+from .allocation.session import make_request as make_allocation
 from .calibration.session import Request as Calibration
 from .calibration.session import coverage, make_request, memory_facts
 from .checkpoint.config import CONFIG_FILE, ErnieConfig
-from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Plan, build_plan, gigabytes
-from .checkpoint.reader import open_checkpoint
+from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Layout, Plan, build_plan, gigabytes
+from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
@@ -27,6 +33,9 @@ from .encoder.base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .encoder.ldlq_metric import InputMoments
 from .errors import CcqError, run_cli
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
+
+# A plan for a config, a layout and whether any layers may be wint4; the rest is the command's.
+PlanMaker = Callable[..., Plan]
 
 # Weights of the random matrix whose encoding is timed for a dry run: [out, in].
 MEASURED_SHAPE = (512, 1024)
@@ -45,6 +54,9 @@ def quantize(
     fastdeploy_layout: str = "2.1",
     tensor_parallel_size: int = 1,
     rules: str | os.PathLike[str] | None = None,
+    allocate: str | int | None = None,
+    sensitivity: str | os.PathLike[str] | None = None,
+    allow_plugin_layout: bool = False,
     max_shard_size: str | int = "5GB",
     threads: int | None = None,
     device: str = "cpu",
@@ -60,6 +72,8 @@ def quantize(
 
     With `calibration`, a .jsonl or .txt file, wint2 experts are encoded for the least error of
     their outputs on that text (docs/calibration.md); without it no data is used.
+    With `allocate`, a size such as "2.3bpw" or "100GB", the formats of MoE layers are chosen by
+    measured costs (docs/allocation.md): a wint4 prefix, or any layers with `allow_plugin_layout`.
     The same call after an interruption goes on where it stopped and ends with the same bytes.
     With `dry_run` only the plan is printed; a folder with nothing but config.json will do.
 
@@ -76,7 +90,19 @@ def quantize(
     say: Callable[[str], object] = (lambda _: None) if quiet else _to_stderr
     loaded = load_rules(rules) if rules is not None else ()
 
-    def plan_for(config: ErnieConfig) -> Plan:
+    wanted = make_allocation(
+        allocate,
+        format,
+        loaded,
+        sensitivity,
+        allow_plugin_layout,
+        wint4_end_layer,
+        request is not None,
+    )
+
+    def plan_for(
+        config: ErnieConfig, layout: Layout | None = None, any_layers: bool = allow_plugin_layout
+    ) -> Plan:
         return build_plan(
             config,
             format,
@@ -85,15 +111,17 @@ def quantize(
             tensor_parallel_size,
             loaded,
             max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size),
+            layout=layout,
+            plugin_layout=any_layers,
         )
 
     if dry_run:
-        return _dry_run(model, plan_for, options, request)
+        return _dry_run(model, plan_for, options, request, wanted)
     if output is None:
         raise CcqError("--output is missing: name the new folder to write")
     target = Path(os.path.abspath(output))
     folder = resolve_model(model, source, revision, log=say)
-    plan = plan_for(ErnieConfig.from_json(folder))
+    plan, costs = _first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
     # A run that goes on writes its log anew; any other file of that name is somebody's.
@@ -108,7 +136,16 @@ def quantize(
             raise CcqError(
                 f"{folder}: quantized already; quantize the original float checkpoint instead"
             )
-        for message in (*checkpoint.messages, *plan.messages):
+        for message in checkpoint.messages:
+            say(message)
+        allocation = None
+        if wanted is not None:
+            allocation = _allocated(
+                wanted, costs, checkpoint, _model_name(model), request, options, workplace, plan_for
+            )
+            plan = plan_for(plan.config, allocation.layout)
+            say(_shown(comparison_table(allocation)))
+        for message in plan.messages:
             say(message)
         statistics = provenance = None
         if request is not None:
@@ -124,6 +161,7 @@ def quantize(
             log_path,
             say,
             provenance,
+            allocation.as_dict() if allocation else None,
         )
         try:
             result = run.run()
@@ -132,6 +170,47 @@ def quantize(
                 statistics.close()
     _say_coverage(result, say)
     return result
+
+
+def _first_plan(
+    config: ErnieConfig, plan_for: PlanMaker, wanted: Wanted | None
+) -> tuple[Plan, Sensitivities | None]:
+    """The plan as far as it is known before costs are measured; all that can be refused is."""
+    if wanted is None:
+        return plan_for(config), None
+    costs = wanted.check(config, lambda layout: plan_for(config, layout, True))
+    uniform = Layout(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
+    return plan_for(config, uniform, True), costs
+
+
+def _allocated(
+    wanted: Wanted,
+    costs: Sensitivities | None,
+    checkpoint: Checkpoint,
+    name: str,
+    request: Calibration | None,
+    options: Options,
+    workplace: Workplace,
+    plan_for: PlanMaker,
+) -> Allocation:
+    """The allocation by the given costs, or by those measured now."""
+    config = checkpoint.config
+    if costs is not None:
+        costs.check_weights(checkpoint, f"--sensitivity {wanted.path}")
+    else:
+        assert request is not None
+        shown = not options.quiet and sys.stderr.isatty()
+        with reporting.Progress("layers", config.num_hidden_layers, shown) as progress:
+            costs = wanted.measure(
+                checkpoint,
+                name,
+                request,
+                options.threads,
+                workplace.folder,
+                options.restart,
+                progress,
+            )
+    return wanted.resolve(config, lambda layout: plan_for(config, layout, True), costs)
 
 
 def _say_coverage(result: QuantizeResult, say: Callable[[str], object]) -> None:
@@ -156,6 +235,14 @@ def _check_separate(folder: Path, target: Path) -> None:
         raise CcqError(f"--output {target}: lies in the model's own folder; choose another")
 
 
+def _shown(what: Table) -> str:
+    """A table as text, for a message."""
+    out = reporting.console()
+    with out.capture() as captured:
+        out.print(what)
+    return captured.get().rstrip()
+
+
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -168,9 +255,10 @@ def _model_name(model: str | os.PathLike[str]) -> str:
 
 def _dry_run(
     model: str | os.PathLike[str],
-    plan_for: Callable[[ErnieConfig], Plan],
+    plan_for: PlanMaker,
     options: Options,
     request: Calibration | None,
+    wanted: Wanted | None,
 ) -> QuantizeResult:
     folder = Path(model).expanduser()
     if not folder.exists():
@@ -178,10 +266,21 @@ def _dry_run(
             f"{model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder and"
             " pass that"
         )
-    plan = plan_for(ErnieConfig.from_json(folder))
+    config = ErnieConfig.from_json(folder)
+    plan, costs = _first_plan(config, plan_for, wanted)
     out = reporting.console()
+    allocation = None
+    if wanted is not None and costs is not None:
+        allocation = wanted.resolve(config, lambda layout: plan_for(config, layout, True), costs)
+        plan = plan_for(config, allocation.layout)
     out.print(reporting.plan_table(plan))
     out.print()
+    if plan.layer_formats:
+        out.print(reporting.layers_table(plan))
+        out.print()
+    if allocation is not None:
+        out.print(comparison_table(allocation))
+        out.print()
     if request is not None:
         request.check(plan, options.encoder)
     # The time does not depend on the statistics.
@@ -207,6 +306,8 @@ def _dry_run(
     ]
     if request is not None:
         facts += memory_facts(plan.config, request.settings)
+    if wanted is not None and costs is None:
+        facts += measuring_facts(plan.config, wanted.probing)
     for name, value in facts:
         out.print(f"{name}: {value}", soft_wrap=True)
     for message in plan.messages:
@@ -274,6 +375,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="write N rank folders")
     add("--rules", metavar="FILE", help="YAML list of {match: GLOB, format: NAME}")
+    add("--allocate", metavar="TARGET", help="formats of MoE layers for 2.3bpw, 100GB, ...")
+    add("--sensitivity", metavar="FILE", help="costs for --allocate, from paddle_ccq.sensitivity")
+    add(
+        "--allow-plugin-layout",
+        action="store_true",
+        help="wint4 in any layers; FastDeploy then needs our plugin",
+    )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
     add("--threads", type=int, metavar="N", help="encoder threads (default: all cores)")
     add("--device", choices=DEVICES, default="cpu", help="where the search runs; same bytes")

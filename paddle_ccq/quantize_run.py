@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from . import reporting
+from .calibration.session import output_errors
 from .checkpoint.config import CONFIG_FILE
 from .checkpoint.convert import Converter
 from .checkpoint.fastdeploy import output_config, quantization_config
@@ -114,12 +115,13 @@ class QuantizeRun:
         log_path: Path,
         say: Callable[[str], object],
         calibration: dict[str, Any] | None = None,
+        allocation: dict[str, Any] | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
         self.encoders = encoders
         self.checkpoint = checkpoint
-        self.recipe = Recipe(model_name, options.preset, options.encoder, calibration)
+        self.recipe = Recipe(model_name, options.preset, options.encoder, calibration, allocation)
         self.workplace = workplace
         self.log_path = log_path
         self.say = say
@@ -168,6 +170,8 @@ class QuantizeRun:
             chosen["wint4_layers"] = plan.wint4_layers
         if self.recipe.calibration:
             chosen["calibration"] = self.recipe.calibration
+        if self.recipe.allocation:
+            chosen["allocate"] = self.recipe.allocation
         folder = self.checkpoint.path
         files = [*self.checkpoint.tensors.files.values()]
         return make_fingerprint(
@@ -233,7 +237,12 @@ class QuantizeRun:
             "tensor_parallel_size": plan.tensor_parallel_size,
         }
         if self.recipe.calibration:
-            provenance["calibration"] = self.recipe.calibration
+            provenance["calibration"] = {
+                **self.recipe.calibration,
+                "output_errors": output_errors(plan, records),
+            }
+        if self.recipe.allocation:
+            provenance["allocation"] = self.recipe.allocation
         quantization = quantization_config(
             plan.config,
             plan.format,

@@ -16,6 +16,7 @@ from rich.table import Table
 from . import reporting
 from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
 from .allocation.plot import plot, require_matplotlib
+from .allocation.probing import Probing
 from .calibration.session import make_request
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
@@ -26,8 +27,6 @@ from .host import default_threads, require_paddle
 
 MEASURABLE = (*CCQ_FORMATS, "wint4")
 DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
-DEFAULT_PROBE_TOKENS = 16 * 1024
-DEFAULT_EXPERTS = 8
 
 
 def sensitivity(
@@ -37,8 +36,8 @@ def sensitivity(
     method: str = "quadratic",
     formats: Sequence[str] = DEFAULT_FORMATS,
     calibration_tokens: str | int | None = None,
-    probe_tokens: str | int = DEFAULT_PROBE_TOKENS,
-    experts: int = DEFAULT_EXPERTS,
+    probe_tokens: str | int = Probing.tokens,
+    experts: int = Probing.experts,
     preset: str = "fast",
     threads: int | None = None,
     source: str | None = None,
@@ -66,7 +65,7 @@ def sensitivity(
     if not Path(calibration).is_file():
         raise CcqError(f"--calibration {calibration}: no such file")
     require_paddle("sensitivity, which runs the model,")
-    from .allocation.measure import Probing, measure
+    from .allocation.measure import measure
     from .calibration.settings import parse_tokens
     from .calibration.text import read_calibration_text
 
@@ -132,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="estimate from squared errors, or measure the divergence (small models)",
     )
     add("--formats", default=",".join(DEFAULT_FORMATS), help="(default: %(default)s)")
-    add("--experts", type=int, default=DEFAULT_EXPERTS, help="of a layer, for quadratic (8)")
+    add("--experts", type=int, default=Probing.experts, help="of a layer, for quadratic (8)")
     add("--preset", choices=PRESETS, default="fast", help="of the encoders (default: fast)")
     add("--json", metavar="OUT", help="for quantize --sensitivity")
     add("--plot", metavar="OUT", help="figure (.png, .svg, .pdf); needs the extra plot")

@@ -173,7 +173,8 @@ def test_nothing_but_evaluate_needs_paddle(tmp_path):
         "from paddle_ccq import api\n"
         "api.quantize, api.verify, api.dequantize\n"
         "import paddle_ccq.cli\n"
-        "assert sorted(dir(api)) == ['dequantize', 'evaluate', 'quantize', 'serve', 'verify']\n"
+        "from paddle_ccq.cli import COMMANDS\n"
+        "assert sorted(dir(api)) == sorted(COMMANDS)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     done = subprocess.run(

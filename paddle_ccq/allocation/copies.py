@@ -13,13 +13,9 @@ import paddle
 from ..calibration.walk import MEMORY_FOR_STATES, LayerWalk, state_array
 from ..evaluation.metrics import score_window
 from ..models.ernie import MLP, MoE, rms_norm
+from .probing import copies_bytes
 
 _REFERENCE = "reference"
-
-
-def copies_bytes(copies: int, tokens: int, hidden: int) -> int:
-    """What that many copies take, as float32."""
-    return 4 * copies * tokens * hidden
 
 
 class Copies:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,54 +27,11 @@ from ..models.ernie import MLP, MoE
 from .copies import Copies
 from .costs import PROJECTIONS, Sensitivities, model_shape, weights_sha256
 from .decoded import ATTRIBUTES, Decoded
+from .probing import Probing, copies_of, probe_windows, spread
 
 Progress = Callable[[int, int], None]  # layers done, of how many
 # Mean squared errors this much smaller than the outputs say nothing but float32's rounding.
 _NO_ERROR = 1e-12
-
-
-@dataclass(frozen=True)
-class Probing:
-    """How sensitivities are measured; all of it decides the numbers.
-
-    Attributes:
-        method: "quadratic" or "kl".
-        formats: to measure; the first is the one that quadratic's copies are quantized to.
-        preset: of the encoders. Ranks hardly depend on it.
-        tokens: that copies are made of, in windows spread evenly over the calibration's.
-        experts: of each layer that are encoded for "quadratic"; "kl" needs all.
-    """
-
-    method: str
-    formats: tuple[str, ...]
-    preset: str = "fast"
-    tokens: int = 16 * 1024
-    experts: int = 8
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the JSON file and the journal."""
-        found = asdict(self)
-        if self.method == "kl":
-            found.pop("experts")
-        return found
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of 0 .. count - 1, evenly spread; all of them if there are no more."""
-    wanted = min(count, wanted)
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
-
-
-def probe_windows(text: CalibrationText, tokens: int) -> list[np.ndarray]:
-    """Windows of the text with at most that many tokens in all, at least one."""
-    longest = max(window.size for window in text.windows)
-    return [text.windows[i] for i in spread(len(text.windows), max(1, tokens // longest))]
-
-
-def copies_of(probing: Probing, layers: int) -> int:
-    """How many copies of the states a measurement keeps in the end."""
-    parts = len(PROJECTIONS) * len(probing.formats)
-    return layers * (parts if probing.method == "kl" else 1)
 
 
 def measure(
@@ -96,7 +52,7 @@ def measure(
     with (
         closing(Statistics(checkpoint, text, settings, threads, folder)) as statistics,
         closing(
-            LayerWalk(checkpoint, probe_windows(text, probing.tokens), threads, folder)
+            LayerWalk(checkpoint, probe_windows(text.windows, probing.tokens), threads, folder)
         ) as walk,
     ):
         costs = _Measurement(checkpoint, statistics, walk, probing, threads, folder).run(progress)

@@ -48,6 +48,7 @@ class Allocation:
     def as_dict(self) -> dict[str, Any]:
         """For the journal and the checkpoint's provenance."""
         found = self.sensitivities
+        costs = found.costs.items()
         return {
             "target": self.target.text,
             "plugin_layout": self.plugin_layout,
@@ -56,6 +57,7 @@ class Allocation:
             "sensitivity_sha256": found.sha256,
             "sensitivity_calibration": dict(found.calibration),
             "predicted_loss": {row.name: row.loss for row in self.rows},
+            "costs": {str(n): {p: dict(c) for p, c in parts.items()} for n, parts in costs},
         }
 
 

@@ -95,6 +95,36 @@ def coverage(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
     return line, [name.removeprefix("ernie.") for name, count in counts.items() if not count]
 
 
+def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """From the journal: MoE layer -> projection -> squared error of its outputs a token.
+
+    The sum over experts of tr(dW H dW^T), router weights squared as in the statistics; it is
+    known from encoding, so that it costs nothing. Ranks' parts were averaged and add up.
+    """
+    tokens: dict[int, dict[str, int]] = {}
+    sums: dict[int, dict[str, float]] = {}
+    for item, record in zip(plan.items, records, strict=True):
+        stats = record["stats"]
+        if item.layer is None or "output_error" not in stats:
+            continue
+        projection = item.name.split(".")[-2]
+        seen = int(stats["calibration_tokens"])
+        counts = tokens.setdefault(item.layer, {})
+        counts[projection] = counts.get(projection, 0) + seen
+        row = sums.setdefault(item.layer, {})
+        error = stats["output_error"] * plan.tensor_parallel_size
+        row[projection] = row.get(projection, 0.0) + seen * error
+    # Every token counts once for each of its experts.
+    k = plan.config.moe_k
+    return {
+        str(layer): {
+            projection: k * error / max(1, tokens[layer][projection])
+            for projection, error in row.items()
+        }
+        for layer, row in sums.items()
+    }
+
+
 def make_request(path: str | os.PathLike[str] | None, tokens: str | int | None) -> Request | None:
     """The request of a command line, or None without --calibration."""
     from .settings import parse_tokens

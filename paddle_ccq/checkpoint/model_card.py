@@ -30,6 +30,8 @@ class Recipe:
     encoder: str
     # Text, hash, tokens and settings of the calibration (paddle_ccq.calibration); None: data-free.
     calibration: dict[str, Any] | None = None
+    # Target, method and predicted loss (paddle_ccq.allocation); None: a prefix, or rules alone.
+    allocation: dict[str, Any] | None = None
 
 
 def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) -> str:
@@ -67,6 +69,7 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
             ("bits per weight, routed experts", f"{plan.bits_per_weight('expert'):.3f}"),
             (f"MoE layers in {plan.format}", str(len(layers))),
             ("MoE layers in wint4", ", ".join(map(str, four)) or "none"),
+            *_allocation(recipe.allocation),
             ("row order inside 64-groups", plan.row_order),
             ("encoder", _encoder(recipe)),
         ]
@@ -79,6 +82,12 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
         recipe.calibration
     )
     return "\n\n".join([title, "\n".join(table), kept])
+
+
+def _allocation(allocation: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not allocation:
+        return []
+    return [("formats of MoE layers", f"allocated for {allocation['target']} by measured costs")]
 
 
 def _data(calibration: dict[str, Any] | None) -> str:

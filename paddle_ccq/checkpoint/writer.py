@@ -31,6 +31,8 @@ from .safetensors_writer import SafetensorsWriter, sync_folder
 
 CHECKPOINT_FOLDER = "checkpoint"
 LOCK_FILE = "lock"
+# Costs of layers that an allocation was made from, so that a run that goes on makes the same.
+SENSITIVITY_FILE = "sensitivity.json"
 # Room for the index, configuration, tokenizer and journal, on top of the tensors.
 SMALL_FILES_BYTES = 64_000_000
 
@@ -115,7 +117,7 @@ class Workplace:
         self._lock = None
 
     def _remove(self) -> None:
-        for name in (JOURNAL_FILE, LOCK_FILE):
+        for name in (JOURNAL_FILE, LOCK_FILE, SENSITIVITY_FILE):
             (self.folder / name).unlink(missing_ok=True)
         # Not empty if somebody put a file there, or if another run is waiting already.
         with contextlib.suppress(OSError):

@@ -153,6 +153,7 @@ class LdlqEncoder:
             ErrorStats.between(weight, decoded),
             {
                 "output_rel_mse": lost / output if output else 0.0,
+                "output_error": lost,
                 "calibration_tokens": known.tokens,
             },
         )

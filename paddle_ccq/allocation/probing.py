@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sensitivities are measured, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .costs import PROJECTIONS
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How sensitivities are measured; all of it decides the numbers.
+
+    Attributes:
+        method: "quadratic" or "kl".
+        formats: to measure; the first is the one that quadratic's copies are quantized to.
+        preset: of the encoders. Ranks hardly depend on it.
+        tokens: that copies are made of, in windows spread evenly over the calibration's.
+        experts: of each layer that are encoded for "quadratic"; "kl" needs all.
+    """
+
+    method: str
+    formats: tuple[str, ...]
+    preset: str = "fast"
+    tokens: int = 16 * 1024
+    experts: int = 8
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON file and the journal."""
+        found = {**asdict(self), "formats": list(self.formats)}
+        if self.method == "kl":
+            found.pop("experts")
+        return found
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of 0 .. count - 1, evenly spread; all of them if there are no more."""
+    wanted = min(count, wanted)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def probe_windows(windows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Of these windows, those with at most that many tokens in all, at least one."""
+    longest = max(window.size for window in windows)
+    return [windows[i] for i in spread(len(windows), max(1, tokens // longest))]
+
+
+def copies_of(probing: Probing, layers: int) -> int:
+    """How many copies of the states a measurement keeps in the end."""
+    parts = len(PROJECTIONS) * len(probing.formats)
+    return layers * (parts if probing.method == "kl" else 1)
+
+
+def copies_bytes(copies: int, tokens: int, hidden: int) -> int:
+    """What that many copies of the hidden states take, as float32."""
+    return 4 * copies * tokens * hidden

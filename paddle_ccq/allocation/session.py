@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The allocation of one quantization run: what was asked for, measured once, and resolved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from .. import reporting
+from ..calibration.session import Request as Calibration
+from ..checkpoint.config import ErnieConfig
+from ..checkpoint.plan import Plan, gigabytes, rule_forced_layers
+from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
+from ..checkpoint.rules import Rule
+from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
+from ..codec.formats import FORMATS
+from ..errors import CcqError
+from ..host import default_threads
+from .costs import (
+    PROJECTIONS,
+    Sensitivities,
+    load_sensitivities,
+    model_shape,
+    weights_sha256,
+)
+from .probing import Probing, copies_bytes, copies_of
+from .resolve import HIGH, Allocation, PlanFor, allocate_layers
+from .target import Target, parse_target
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """--allocate and what goes with it; `format` is what is not wint4."""
+
+    target: Target
+    format: str
+    rules: Sequence[Rule]
+    path: Path | None  # --sensitivity
+    plugin_layout: bool
+
+    @property
+    def probing(self) -> Probing:
+        """How costs are measured where no file holds them."""
+        return Probing("quadratic", (self.format, HIGH))
+
+    def check(self, config: ErnieConfig, plan_for: PlanFor) -> Sensitivities | None:
+        """Refuse before any work what cannot be; the costs, if a file holds them."""
+        found = None
+        if self.path is not None:
+            found = load_sensitivities(self.path)
+            found.check(config, (self.format, HIGH), f"--sensitivity {self.path}")
+        # Sizes and rules alone decide what fits; no cost is needed to find that nothing does.
+        self.resolve(config, plan_for, found or _free(config, (self.format, HIGH)))
+        return found
+
+    def resolve(self, config: ErnieConfig, plan_for: PlanFor, found: Sensitivities) -> Allocation:
+        """The choice, by these costs."""
+        forced = rule_forced_layers(config, self.format, self.rules)
+        layers = config.moe_layers()
+        return allocate_layers(
+            self.target, self.format, layers, forced, found, plan_for, self.plugin_layout
+        )
+
+    def measure(
+        self,
+        checkpoint: Checkpoint,
+        model_name: str,
+        calibration: Calibration,
+        threads: int | None,
+        folder: Path,
+        restart: bool,
+        progress: Progress,
+    ) -> Sensitivities:
+        """The costs, measured now or by the interrupted run that is going on in `folder`."""
+        from ..calibration.text import read_calibration_text
+        from .measure import measure
+
+        text = read_calibration_text(calibration.path, checkpoint, calibration.settings)
+        kept = folder / SENSITIVITY_FILE
+        if kept.exists():
+            found = load_sensitivities(kept, "its")
+            same = (
+                found.settings == self.probing.as_dict()
+                and found.calibration == text.as_dict(calibration.settings)
+                and found.weights_sha256 == weights_sha256(checkpoint)
+            )
+            if same:
+                return found
+        if (folder / JOURNAL_FILE).exists() and not restart:
+            raise CcqError(
+                f"{folder}: belongs to an interrupted run that was not the same: it was not"
+                " allocated from these weights and this calibration. Repeat that command to finish"
+                " it, or add --restart to start over"
+            )
+        found = measure(
+            checkpoint,
+            model_name,
+            text,
+            calibration.settings,
+            self.probing,
+            threads or default_threads(),
+            folder,
+            progress,
+        )
+        write_file(kept, json_bytes(found.as_dict()))
+        return found
+
+
+def make_request(
+    target: str | int | None,
+    format: str,
+    rules: Sequence[Rule],
+    path: str | os.PathLike[str] | None,
+    plugin_layout: bool,
+    wint4_end_layer: int | None,
+    calibrated: bool,
+) -> Request | None:
+    """The request of a command line, or None without --allocate."""
+    if target is None:
+        if path is not None:
+            raise CcqError("--sensitivity needs --allocate TARGET")
+        return None
+    wanted = parse_target(target)
+    if wint4_end_layer is not None:
+        raise CcqError(
+            "--wint4-end-layer does not go with --allocate, which chooses the wint4 layers; force"
+            " some with --rules"
+        )
+    if path is None and not calibrated:
+        raise CcqError(
+            "--allocate needs costs: give --calibration FILE to measure them in this run, or"
+            " --sensitivity FILE.json of `python -m paddle_ccq.sensitivity`"
+        )
+    return Request(wanted, format, rules, None if path is None else Path(path), plugin_layout)
+
+
+def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, str]]:
+    """What a measurement will need, for the plan."""
+    layers = len(config.moe_layers())
+    size = copies_bytes(copies_of(probing, layers), probing.tokens, config.hidden_size)
+    experts = min(probing.experts, config.moe_num_experts)
+    return [
+        (
+            "allocation",
+            f"chosen when the run starts, from costs measured on {probing.tokens:,} tokens of the"
+            f" calibration; for it {experts} of {config.moe_num_experts} experts a layer are"
+            f" encoded, and {layers} copies of hidden states take {gigabytes(size)} (in a file of"
+            " the partial folder beyond 4 GB)",
+        )
+    ]
+
+
+def comparison_table(allocation: Allocation) -> Table:
+    """What the choice is predicted to lose, against the other ways."""
+    rows = []
+    for row in allocation.rows:
+        plan: Plan = row.plan
+        four = plan.wint4_layers
+        weights = sum(item.weights for item in plan.items if item.role == "expert")
+        nominal = sum(
+            FORMATS[item.format].bits_per_weight * item.weights
+            for item in plan.items
+            if item.role == "expert"
+        )
+        rows.append(
+            [
+                row.name,
+                ", ".join(map(str, four)) or "none",
+                f"{nominal / weights:.4f}",
+                f"{plan.bits_per_weight('expert'):.4f}",
+                gigabytes(plan.output_bytes),
+                f"{row.loss:.4f}",
+            ]
+        )
+    return reporting.table(
+        ["layout", "wint4 layers", "bpw", "bpw as stored", "size", "predicted KL"], rows
+    )
+
+
+def _free(config: ErnieConfig, formats: Sequence[str]) -> Sensitivities:
+    """Costs of nothing at all."""
+    nothing = {p: dict.fromkeys(formats, 0.0) for p in PROJECTIONS}
+    costs = dict.fromkeys(config.moe_layers(), nothing)
+    return Sensitivities("quadratic", {}, {}, "", model_shape(config), "", costs)
