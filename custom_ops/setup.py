@@ -47,7 +47,11 @@ if min(targets) < 80:
 
 here = Path(__file__).resolve().parent
 os.chdir(here)
-names = ("repack", "moe_gemm", "dequant", "activation", "dispatch", "moe_block")
+sources = sorted(
+    str(p.relative_to(here)) for p in (*here.glob("gpu/*.cu"), *here.glob("paddle/*.cu"))
+)
+# Copies from and to host memory are for callers without a framework.
+sources.remove("gpu/host.cu")
 # Hopper's own instructions need the "a" target.
 suffixed = [f"{a}a" if a == 90 else str(a) for a in targets]
 code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]
@@ -58,7 +62,7 @@ setup(
     license="Apache-2.0",
     description="Paddle GPU ops on weights of 2 to 2.75 bits (paddle-ccq)",
     ext_modules=CUDAExtension(
-        sources=[*(f"gpu/{name}.cu" for name in names), "paddle/weights.cu", "paddle/moe.cu"],
+        sources=sources,
         extra_compile_args={
             "cxx": ["-O3", "-std=c++17"],
             "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *code],

@@ -71,4 +71,8 @@ def test_every_recipe_fits_the_c_structures(format: str) -> None:
         assert len(entries) == len(books) * sum(c.entries[: c.books])
         assert recipe.keep_pairs <= 4 and sum(c.entries[: c.books]) * recipe.keep_pairs <= 1024
         assert recipe.window[1] - recipe.window[0] < 10
+        arguments = gpu.encode_arguments(books, layout.as_dict(), recipe.as_dict())
+        np.testing.assert_array_equal(arguments[0], entries)
+        assert np.array(arguments[1], np.int32).tobytes() == bytes(c)
+        assert np.array(arguments[2], np.int32).tobytes() == bytes(r)
     assert ctypes.sizeof(gpu_library.EncodeVector) == 5

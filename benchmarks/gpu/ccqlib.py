@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "custom_ops" / "gpu").glob("*.cu"))
 BF16, FP16 = 0, 1
+# enum ccq_format and the words of a 64-group.
+SPARE_FORMATS = {"ccq-2.5": (1, 10), "ccq-2.75": (2, 22)}
 PLAIN, FASTDEPLOY = 0, 1
 INTEGER, GENERAL = 0, 1
 
@@ -36,6 +38,18 @@ class GemmArgs(ctypes.Structure):
     ] + [
         (name, ctypes.c_int)
         for name in ("rows", "k", "n", "experts", "dtype", "pairs", "row_order")
+    ]
+
+
+class SpareArgs(ctypes.Structure):
+    """ccq_spare_gemm_args of linear_ccq.h."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("x", "offsets", "quant_weight", "super_scales", "row_scale", "out")
+    ] + [
+        (name, ctypes.c_int)
+        for name in ("rows", "k", "n", "experts", "format", "dtype", "row_order")
     ]
 
 
@@ -144,6 +158,38 @@ class Library:
             p.pairs if pairs is None else pairs, order,
         )  # fmt: skip
         self.check(self.lib.ccq_moe_gemm(ctypes.byref(args), self.stream()))
+
+    def spare_gemm(self, format, x, offsets, quant, supers, out, *, row_scale=None, order=PLAIN):
+        """As gemm, weights as stored: quant [E, rows of words, N], supers bfloat16 [E, N]."""
+        number, words = SPARE_FORMATS[format]
+        tensors = (x, offsets, quant, supers, row_scale, out)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        k, dtype = quant.shape[1] // words * 64, BF16 if x.dtype == self.torch.bfloat16 else FP16
+        sizes = x.shape[0], k, quant.shape[2], quant.shape[0]
+        args = SpareArgs(*pointers, *sizes, number, dtype, order)
+        self.check(self.lib.ccq_spare_gemm(ctypes.byref(args), self.stream()))
+
+    def dispatch(self, ids, x, experts: int, offsets, place, rows) -> None:
+        """rows[place] = x[token], sorted by expert; offsets int64 [experts], place int32."""
+        tokens = [ctypes.c_void_p(t.data_ptr()) for t in (ids, x)]
+        sizes = [ctypes.c_int(v) for v in (*ids.shape, experts, x.shape[1])]
+        out = [ctypes.c_void_p(t.data_ptr()) for t in (offsets, place, rows)]
+        self.check(self.lib.ccq_moe_dispatch(*tokens, *sizes, *out, self.stream()))
+
+    def combine(self, rows, place, weights, out) -> None:
+        """out[t] = sum of weights[t, j] * rows[place[t, j]]."""
+        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (rows, place, weights)]
+        dtype = BF16 if rows.dtype == self.torch.bfloat16 else FP16
+        sizes = [ctypes.c_int(v) for v in (*place.shape, rows.shape[1], dtype)]
+        pointer = ctypes.c_void_p(out.data_ptr())
+        self.check(self.lib.ccq_moe_combine(*tensors, *sizes, pointer, self.stream()))
+
+    def swiglu(self, x, out) -> None:
+        """out = silu(x[:, :width]) * x[:, width:]."""
+        dtype = BF16 if x.dtype == self.torch.bfloat16 else FP16
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
+        sizes = [ctypes.c_int(v) for v in (*out.shape, dtype)]
+        self.check(self.lib.ccq_swiglu(*pointers, *sizes, self.stream()))
 
     def _moe_shape(self, up: Packed, down: Packed, dtype: int = BF16, order: int = PLAIN):
         return MoeShape(up.k, down.k, up.experts, dtype, order)

@@ -62,6 +62,18 @@ def _entries(pairs: Sequence[Sequence[np.ndarray]], fraction: int) -> np.ndarray
     return np.ascontiguousarray(np.concatenate(books), np.int32)
 
 
+def encode_arguments(
+    pairs: Sequence[Sequence[np.ndarray]], layout: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> tuple[np.ndarray, list[int], list[int]]:
+    """What the Paddle op ccq_encode takes beside the weight: entries, layout, recipe.
+
+    The last two are the C structures as int32 words, so that doubles keep all their bits.
+    """
+    structures = _layout(layout, pairs[0]), _recipe(recipe)
+    words = [np.frombuffer(bytes(s), np.int32).tolist() for s in structures]
+    return _entries(pairs, layout["fraction"]), words[0], words[1]
+
+
 def encode(
     weight: np.ndarray,
     pairs: Sequence[Sequence[np.ndarray]],

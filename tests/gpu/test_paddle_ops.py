@@ -13,8 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from paddle_ccq import _core
 from paddle_ccq.codec import formats, row_order
 from paddle_ccq.codec.formats import Tensors
+from paddle_ccq.encoder import layouts, recipes
+from paddle_ccq.encoder.search import pair_books
+from paddle_ccq.ops import gpu as ops_gpu
 
 LIBRARY = os.environ.get("PADDLE_CCQ_PADDLE_OPS")
 if not LIBRARY:
@@ -167,6 +171,79 @@ def test_moe_block_equals_float64_and_repeats_its_bits(
     ends = gpu(np.array([0, tokens, tokens, tokens, tokens]))
     (out,) = call("ccq_moe_ffn", gpu(x), ends, *up[:3], *down[:3], up[3], down[3], order)
     assert error(host(out), ffn(x, up_float[1], down_float[1])) < 2 * TOLERANCE[dtype]
+
+
+def stored_experts(
+    format: str, count: int, k: int, n: int, order: str, seed: int
+) -> tuple[list, list[np.ndarray]]:
+    """Stacked stored tensors of a spare-scale format, and float64 [k, n] in input row order."""
+    parts = [stored(format, k, n, seed + e)[1] for e in range(count)]
+    tensors = [gpu(np.stack([p[s] for p in parts])) for s in ("quant_weight", "super_scales")]
+    floats = [formats.dequantize(format, p, "float32").astype(np.float64) for p in parts]
+    if order != row_order.PLAIN:
+        floats = [row_order.unpermute_rows(w) for w in floats]
+    return tensors, floats
+
+
+@pytest.mark.parametrize("format", ["ccq-2.5", "ccq-2.75"])
+@pytest.mark.parametrize("order", row_order.ROW_ORDERS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_products_with_stored_matrices(format: str, order: str, dtype: str) -> None:
+    tensors, (weight,) = stored_experts(format, 1, 320, 272, order, seed=10)
+    for rows in (1, 2, 8, 9, 65):
+        x = activations(rows, 320, dtype, seed=rows)
+        (out,) = call("ccq_linear_stored", gpu(x), *tensors, format, order)
+        assert error(host(out), x.astype(np.float64) @ weight) < TOLERANCE[dtype]
+    tensors, weights = stored_experts(format, 4, 256, 160, order, seed=11)
+    counts = [3, 0, 20, 1]
+    x = activations(sum(counts), 256, dtype, seed=12)
+    ends = np.cumsum(counts)
+    scale = np.random.default_rng(5).random(len(x)).astype(np.float32)
+    rows = zip(np.split(x, ends[:-1]), weights, strict=True)
+    expected = np.concatenate([r.astype(np.float64) @ w for r, w in rows]) * scale[:, None]
+    inputs = gpu(x), gpu(ends), *tensors, gpu(scale)
+    (out,) = call("ccq_moe_gemm_stored", *inputs, format, order)
+    assert error(host(out), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("format", ["ccq-2.5", "ccq-2.75"])
+@pytest.mark.parametrize("order", row_order.ROW_ORDERS)
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_moe_block_with_stored_matrices(format: str, order: str, tokens: int) -> None:
+    up, up_float = stored_experts(format, 5, 256, 512, order, seed=13)
+    down, down_float = stored_experts(format, 5, 256, 256, order, seed=14)
+    rng = np.random.default_rng(tokens)
+    x = activations(tokens, 256, "bfloat16", seed=tokens)
+    ids = np.stack([np.ones(tokens, np.int64), rng.choice([0, 2, 4], tokens)], axis=1)
+    weights = rng.random((tokens, 2)).astype(np.float32)
+    expected = np.zeros((tokens, 256))
+    for j in range(2):
+        for e in range(5):
+            mine = ids[:, j] == e
+            expected[mine] += weights[mine, j, None] * ffn(x[mine], up_float[e], down_float[e])
+    inputs = gpu(x), gpu(ids), gpu(weights), *up, *down, format, order
+    first = host(call("ccq_moe_stored", *inputs)[0])
+    assert error(first, expected) < 2 * TOLERANCE["bfloat16"]
+    again = host(call("ccq_moe_stored", *inputs)[0])
+    np.testing.assert_array_equal(first.view(np.uint16), again.view(np.uint16))
+    ends = gpu(np.array([0, tokens, tokens, tokens, tokens]))
+    (out,) = call("ccq_moe_ffn_stored", gpu(x), ends, *up, *down, format, order)
+    assert error(host(out), ffn(x, up_float[1], down_float[1])) < 2 * TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("format", ["wint2", "ccq-2.5", "ccq-2.75"])
+@pytest.mark.parametrize("preset", ["fast", "default"])
+def test_encode_is_the_cpu_encoder_byte_for_byte(format: str, preset: str) -> None:
+    layout, recipe = layouts.LAYOUTS[format], recipes.RECIPES[format][preset]
+    books = pair_books(format, recipe)
+    w = np.random.default_rng(15).standard_normal((50, 384)).astype(np.float32)
+    w[3], w[4, :64] = 0, 0
+    entries, *attributes = ops_gpu.encode_arguments(books, layout.as_dict(), recipe.as_dict())
+    found = [host(t) for t in call("ccq_encode", gpu(w), gpu(entries), *attributes)]
+    bits = list(layout.index_bits)
+    expected = _core.encode(w, books, bits, layout.as_dict(), recipe.as_dict(), 2, "auto")
+    for name, value in zip(("words", "scales", "supers", "pairs", "sums"), found, strict=True):
+        assert value.tobytes() == expected[name].tobytes(), name
 
 
 def test_wrong_arguments_are_named() -> None:
