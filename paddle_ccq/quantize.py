@@ -6,39 +6,32 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from . import reporting
 from .allocation.costs import Sensitivities
 from .allocation.resolve import Allocation
 from .allocation.session import Request as Wanted
-from .allocation.session import comparison_table, measuring_facts
+from .allocation.session import comparison_table
 from .allocation.session import make_request as make_allocation
 from .calibration.session import Request as Calibration
-from .calibration.session import coverage, make_request, memory_facts
-from .checkpoint.config import CONFIG_FILE, ErnieConfig
+from .calibration.session import coverage, make_request
+from .checkpoint.config import ErnieConfig
 from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Layout, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.writer import Workplace, partial_folder
-from .encoder.base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
-from .encoder.ldlq_metric import InputMoments
+from .encoder.base import DEVICES, ENCODERS, PRESETS
 from .errors import CcqError, run_cli
+from .quantize_plan import PlanMaker, first_plan
+from .quantize_plan import dry_run as run_dry
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
-
-# A plan for a config, a layout and whether any layers may be wint4; the rest is the command's.
-PlanMaker = Callable[..., Plan]
-
-# Weights of the random matrix whose encoding is timed for a dry run: [out, in].
-MEASURED_SHAPE = (512, 1024)
 
 
 def quantize(
@@ -116,12 +109,12 @@ def quantize(
         )
 
     if dry_run:
-        return _dry_run(model, plan_for, options, request, wanted)
+        return run_dry(model, plan_for, options, request, wanted)
     if output is None:
         raise CcqError("--output is missing: name the new folder to write")
     target = Path(os.path.abspath(output))
     folder = resolve_model(model, source, revision, log=say)
-    plan, costs = _first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
+    plan, costs = first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
     # A run that goes on writes its log anew; any other file of that name is somebody's.
@@ -170,17 +163,6 @@ def quantize(
                 statistics.close()
     _say_coverage(result, say)
     return result
-
-
-def _first_plan(
-    config: ErnieConfig, plan_for: PlanMaker, wanted: Wanted | None
-) -> tuple[Plan, Sensitivities | None]:
-    """The plan as far as it is known before costs are measured; all that can be refused is."""
-    if wanted is None:
-        return plan_for(config), None
-    costs = wanted.check(config, lambda layout: plan_for(config, layout, True))
-    uniform = Layout(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
-    return plan_for(config, uniform, True), costs
 
 
 def _allocated(
@@ -251,81 +233,6 @@ def _model_name(model: str | os.PathLike[str]) -> str:
     """What the output calls its source: a hub id or short name as given, or a folder's name."""
     text = os.fspath(model)
     return Path(text).expanduser().resolve().name if Path(text).expanduser().is_dir() else text
-
-
-def _dry_run(
-    model: str | os.PathLike[str],
-    plan_for: PlanMaker,
-    options: Options,
-    request: Calibration | None,
-    wanted: Wanted | None,
-) -> QuantizeResult:
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        raise CcqError(
-            f"{model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder and"
-            " pass that"
-        )
-    config = ErnieConfig.from_json(folder)
-    plan, costs = _first_plan(config, plan_for, wanted)
-    out = reporting.console()
-    allocation = None
-    if wanted is not None and costs is not None:
-        allocation = wanted.resolve(config, lambda layout: plan_for(config, layout, True), costs)
-        plan = plan_for(config, allocation.layout)
-    out.print(reporting.plan_table(plan))
-    out.print()
-    if plan.layer_formats:
-        out.print(reporting.layers_table(plan))
-        out.print()
-    if allocation is not None:
-        out.print(comparison_table(allocation))
-        out.print()
-    if request is not None:
-        request.check(plan, options.encoder)
-    # The time does not depend on the statistics.
-    made_up = InputMoments(np.eye(MEASURED_SHAPE[1]), 1)
-    moments = None if request is None else lambda name: made_up
-    rates = measured_rates(make_encoders(plan, options, moments))
-    seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
-    quantized = {item.format: 0 for item in plan.items if item.quantized}
-    for item in plan.items:
-        if item.quantized:
-            quantized[item.format] += item.weights
-    main_format = max(quantized, key=lambda format: quantized[format])
-    facts = [
-        *reporting.plan_facts(plan),
-        ("peak memory (estimate)", gigabytes(plan.peak_memory())),
-        ("disk needed", gigabytes(plan.output_bytes * 1.001)),
-        (
-            "time (estimate)",
-            f"{reporting.duration(seconds)} of encoding on this machine, reading and writing not"
-            f" counted; from {rates[main_format] / 1e6:.1f} million weights/s of {main_format},"
-            f" measured just now on a random matrix of {MEASURED_SHAPE[0]} x {MEASURED_SHAPE[1]}",
-        ),
-    ]
-    if request is not None:
-        facts += memory_facts(plan.config, request.settings)
-    if wanted is not None and costs is None:
-        facts += measuring_facts(plan.config, wanted.probing)
-    for name, value in facts:
-        out.print(f"{name}: {value}", soft_wrap=True)
-    for message in plan.messages:
-        out.print(f"note: {message}", soft_wrap=True)
-    return QuantizeResult(None, plan, [], {"estimate": seconds}, reporting.peak_rss())
-
-
-def measured_rates(encoders: Mapping[str, MatrixEncoder]) -> dict[str, float]:
-    """Weights a second of each encoder on a small random matrix."""
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal(MEASURED_SHAPE, dtype=np.float32)
-    rates = {}
-    for format, encoder in encoders.items():
-        encoder.encode(weight[:64])  # start threads, load tables
-        start = time.perf_counter()
-        encoder.encode(weight)
-        rates[format] = weight.size / (time.perf_counter() - start)
-    return rates
 
 
 def print_summary(result: QuantizeResult) -> None:

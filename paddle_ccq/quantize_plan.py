@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantization will do, before anything is read: the plan, and `quantize --dry-run`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from . import reporting
+from .allocation.costs import Sensitivities
+from .allocation.session import Request as Wanted
+from .allocation.session import comparison_table, measuring_facts
+from .calibration.session import Request as Calibration
+from .calibration.session import memory_facts
+from .checkpoint.config import CONFIG_FILE, ErnieConfig
+from .checkpoint.plan import Layout, Plan, gigabytes
+from .encoder.base import MatrixEncoder
+from .encoder.ldlq_metric import InputMoments
+from .errors import CcqError
+from .quantize_run import Options, QuantizeResult, make_encoders
+
+# A plan for a config, a layout and whether any layers may be wint4; the rest is the command's.
+PlanMaker = Callable[..., Plan]
+
+# Weights of the random matrix whose encoding is timed for a dry run: [out, in].
+MEASURED_SHAPE = (512, 1024)
+
+
+def first_plan(
+    config: ErnieConfig, plan_for: PlanMaker, wanted: Wanted | None
+) -> tuple[Plan, Sensitivities | None]:
+    """The plan as far as it is known before costs are measured; all that can be refused is."""
+    if wanted is None:
+        return plan_for(config), None
+    costs = wanted.check(config, lambda layout: plan_for(config, layout, True))
+    uniform = Layout(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
+    return plan_for(config, uniform, True), costs
+
+
+def dry_run(
+    model: str | os.PathLike[str],
+    plan_for: PlanMaker,
+    options: Options,
+    request: Calibration | None,
+    wanted: Wanted | None,
+) -> QuantizeResult:
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        raise CcqError(
+            f"{model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder and"
+            " pass that"
+        )
+    config = ErnieConfig.from_json(folder)
+    plan, costs = first_plan(config, plan_for, wanted)
+    out = reporting.console()
+    allocation = None
+    if wanted is not None and costs is not None:
+        allocation = wanted.resolve(config, lambda layout: plan_for(config, layout, True), costs)
+        plan = plan_for(config, allocation.layout)
+    out.print(reporting.plan_table(plan))
+    out.print()
+    if plan.layer_formats:
+        out.print(reporting.layers_table(plan))
+        out.print()
+    if allocation is not None:
+        out.print(comparison_table(allocation))
+        out.print()
+    if request is not None:
+        request.check(plan, options.encoder)
+    # The time does not depend on the statistics.
+    made_up = InputMoments(np.eye(MEASURED_SHAPE[1]), 1)
+    moments = None if request is None else lambda name: made_up
+    rates = measured_rates(make_encoders(plan, options, moments))
+    seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
+    quantized = {item.format: 0 for item in plan.items if item.quantized}
+    for item in plan.items:
+        if item.quantized:
+            quantized[item.format] += item.weights
+    main_format = max(quantized, key=lambda format: quantized[format])
+    facts = [
+        *reporting.plan_facts(plan),
+        ("peak memory (estimate)", gigabytes(plan.peak_memory())),
+        ("disk needed", gigabytes(plan.output_bytes * 1.001)),
+        (
+            "time (estimate)",
+            f"{reporting.duration(seconds)} of encoding on this machine, reading and writing not"
+            f" counted; from {rates[main_format] / 1e6:.1f} million weights/s of {main_format},"
+            f" measured just now on a random matrix of {MEASURED_SHAPE[0]} x {MEASURED_SHAPE[1]}",
+        ),
+    ]
+    if request is not None:
+        facts += memory_facts(plan.config, request.settings)
+    if wanted is not None and costs is None:
+        facts += measuring_facts(plan.config, wanted.probing)
+    for name, value in facts:
+        out.print(f"{name}: {value}", soft_wrap=True)
+    for message in plan.messages:
+        out.print(f"note: {message}", soft_wrap=True)
+    return QuantizeResult(None, plan, [], {"estimate": seconds}, reporting.peak_rss())
+
+
+def measured_rates(encoders: Mapping[str, MatrixEncoder]) -> dict[str, float]:
+    """Weights a second of each encoder on a small random matrix."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(MEASURED_SHAPE, dtype=np.float32)
+    rates = {}
+    for format, encoder in encoders.items():
+        encoder.encode(weight[:64])  # start threads, load tables
+        start = time.perf_counter()
+        encoder.encode(weight)
+        rates[format] = weight.size / (time.perf_counter() - start)
+    return rates
