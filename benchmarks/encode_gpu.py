@@ -3,7 +3,8 @@
 
     python benchmarks/encode_gpu.py [--rows 7168] [--columns 8192]
 
-Weights are Gaussian. "kernel" is the time on the device; "whole" adds copies from and to the host.
+Weights are Gaussian. "kernel" is the time on the device; "whole" a call from host memory to host
+memory, copies overlapped.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ def main() -> None:
             common = books, layout.as_dict(), recipe.as_dict()
             kernel, whole = [], []
             for _ in range(args.repeats):
-                start = time.perf_counter()
-                found, milliseconds = gpu.encode(weight, *common)
-                whole.append(time.perf_counter() - start)
+                _, milliseconds = gpu.encode(weight, *common, timed=True)
                 kernel.append(milliseconds)
+                start = time.perf_counter()
+                found, _ = gpu.encode(weight, *common)
+                whole.append(time.perf_counter() - start)
             part = weight[:CHECKED_CHANNELS]
             bits = list(layout.index_bits)
             cpu = _core.encode(part, books, bits, common[1], common[2], 16, "auto")

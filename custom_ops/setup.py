@@ -47,11 +47,9 @@ if min(targets) < 80:
 
 here = Path(__file__).resolve().parent
 os.chdir(here)
-sources = sorted(
-    str(p.relative_to(here)) for p in (*here.glob("gpu/*.cu"), *here.glob("paddle/*.cu"))
-)
-# Copies from and to host memory are for callers without a framework.
-sources.remove("gpu/host.cu")
+found = sorted((*here.glob("gpu/*.cu"), *here.glob("paddle/*.cu")))
+# host*.cu copy from and to host memory, for callers without a framework.
+sources = [str(path.relative_to(here)) for path in found if not path.name.startswith("host")]
 # Hopper's own instructions need the "a" target.
 suffixed = [f"{a}a" if a == 90 else str(a) for a in targets]
 code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]

@@ -64,8 +64,12 @@ size_t ccq_encode_workspace(int64_t k, int pairs);
 // cudaErrorInvalidValue: a shape or count out of range.
 cudaError_t ccq_encode(const struct ccq_encode_args* args, cudaStream_t stream);
 
-// All pointers of `args` are host memory here (workspace unused): copies, encodes, copies back.
+// All pointers of `args` are host memory here (workspace unused): copies, encodes, copies back, one after the other.
 cudaError_t ccq_encode_host(const struct ccq_encode_args* args, float* kernel_milliseconds);
+
+// The same with copies and kernels overlapped, in bounded memory (about 70 MB on either side for any n). One call at a
+// time; page-locked and device buffers stay for the next one. One device a process: the one in use at the first call.
+cudaError_t ccq_encode_overlapped(const struct ccq_encode_args* args);
 
 const char* ccq_error_text(cudaError_t error);
 

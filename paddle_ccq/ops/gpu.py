@@ -16,8 +16,6 @@ from .gpu_library import DequantArgs, EncodeArgs, EncodeLayout, EncodeRecipe
 
 _RUNTIMES = ("bfloat16", "float16", "float32")
 _FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
-# Bytes of float weights sent at a time: bounds device memory, still thousands of channels.
-_CHUNK = 1 << 30
 
 
 def _pointer(array: np.ndarray | None) -> int | None:
@@ -79,7 +77,8 @@ def encode(
     pairs: Sequence[Sequence[np.ndarray]],
     layout: Mapping[str, Any],
     recipe: Mapping[str, Any],
-) -> tuple[dict[str, np.ndarray], float]:
+    timed: bool = False,
+) -> tuple[dict[str, np.ndarray], float | None]:
     """ccq_encode: what the CPU core's encode() returns, bit for bit, and milliseconds of kernel.
 
     Args:
@@ -87,6 +86,7 @@ def encode(
         pairs: code books of every pair.
         layout: SearchLayout.as_dict().
         recipe: Recipe.as_dict().
+        timed: measure the kernel, which keeps copies and kernel from overlapping; else None.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -107,29 +107,28 @@ def encode(
         "sums": np.empty((n, 3), np.float64),
     }
     entries = _entries(pairs, layout["fraction"])
-    total = 0.0
-    step = max(1, _CHUNK // (4 * k))
-    for start in range(0, n, step):
-        part = slice(start, min(n, start + step))
-        args = EncodeArgs(
-            weight=_pointer(weight[part]),
-            n=part.stop - start,
-            k=k,
-            layout=_layout(layout, pairs[0]),
-            recipe=_recipe(recipe),
-            entries=_pointer(entries),
-            pairs=len(pairs),
-            words=_pointer(found["words"][part]),
-            scales=_pointer(found["scales"][part]),
-            supers=_pointer(found["supers"][part]),
-            chosen=_pointer(found["pairs"][part]),
-            sums=_pointer(found["sums"][part]),
-        )
-        milliseconds = ctypes.c_float()
-        status = library.ccq_encode_host(ctypes.byref(args), ctypes.byref(milliseconds))
+    args = EncodeArgs(
+        weight=_pointer(weight),
+        n=n,
+        k=k,
+        layout=_layout(layout, pairs[0]),
+        recipe=_recipe(recipe),
+        entries=_pointer(entries),
+        pairs=len(pairs),
+        words=_pointer(found["words"]),
+        scales=_pointer(found["scales"]),
+        supers=_pointer(found["supers"]),
+        chosen=_pointer(found["pairs"]),
+        sums=_pointer(found["sums"]),
+    )
+    if not timed:
+        status = library.ccq_encode_overlapped(ctypes.byref(args))
         gpu_library.check(library, status, "encoding")
-        total += milliseconds.value
-    return found, total
+        return found, None
+    milliseconds = ctypes.c_float()
+    status = library.ccq_encode_host(ctypes.byref(args), ctypes.byref(milliseconds))
+    gpu_library.check(library, status, "encoding")
+    return found, milliseconds.value
 
 
 def dequant(format: str, tensors: Mapping[str, np.ndarray], dtype: str = "bfloat16") -> np.ndarray:

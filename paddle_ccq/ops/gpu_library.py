@@ -18,7 +18,7 @@ from ..errors import CcqError, run_cli
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
 _BUILT = Path(__file__).resolve().parent.parent / "_gpu.so"
-_SOURCES = ("encode.cu", "dequant.cu", "host.cu")
+_SOURCES = ("encode.cu", "dequant.cu", "host.cu", "host_encode.cu")
 
 MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
 
@@ -139,6 +139,7 @@ def load() -> ctypes.CDLL:
         ctypes.POINTER(EncodeArgs),
         ctypes.POINTER(ctypes.c_float),
     ]
+    library.ccq_encode_overlapped.argtypes = [ctypes.POINTER(EncodeArgs)]
     library.ccq_dequant_host.argtypes = [ctypes.POINTER(DequantArgs)]
     return library
 
