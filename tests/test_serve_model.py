@@ -74,15 +74,19 @@ def test_shapes_of_networks(tmp_path: Path, changes: dict[str, Any]) -> None:
         {"format": "ccq-2.5"},
         {"format": "ccq-2.75"},
         {"wint4_end_layer": 1},
+        {"rules": "wint4 in the last layer only", "allow_plugin_layout": True},
     ],
     ids=str,
 )
 def test_stored_formats(tmp_path: Path, options: dict[str, Any]) -> None:
     write_checkpoint(tmp_path / "float", tiny_config())
+    if "rules" in options:
+        options = {**options, "rules": tmp_path / "rules.yaml"}
+        options["rules"].write_text('- {match: "*.layers.2.mlp.experts.*", format: wint4}\n')
     quantize(tmp_path / "float", tmp_path / "packed", preset="fast", quiet=True, **options)
     model = check(tmp_path / "packed", packed=True)
     weights = 4 * 3 * 128 * 128  # of one MoE layer's experts
-    wint4 = 1 if options.get("wint4_end_layer") else 0
+    wint4 = 1 if "wint4_end_layer" in options or "rules" in options else 0
     # No weight is held as a float: codes, and what is stored once a column.
     columns = 4 * (2 * 128 + 128) * 12
     assert model.expert_bytes <= weights * (2.75 * (2 - wint4) + 4 * wint4) / 8 + 2 * columns
