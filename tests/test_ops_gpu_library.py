@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from synthetic import tiny_config, write_checkpoint
 
+from paddle_ccq import _core
 from paddle_ccq.encoder import layouts, recipes
 from paddle_ccq.encoder.base import make_encoder
 from paddle_ccq.encoder.search import pair_books
@@ -51,6 +52,17 @@ def test_a_file_that_is_no_library_is_named(
     gpu_library.load.cache_clear()
     try:
         with pytest.raises(CcqError, match=r"broken\.so: cannot be loaded"):
+            gpu_library.load()
+    finally:
+        gpu_library.load.cache_clear()
+
+
+def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Any shared library without the functions will do.
+    monkeypatch.setenv(gpu_library.ENVIRONMENT, _core.__file__)
+    gpu_library.load.cache_clear()
+    try:
+        with pytest.raises(CcqError, match=r"of another version.*build it again"):
             gpu_library.load()
     finally:
         gpu_library.load.cache_clear()

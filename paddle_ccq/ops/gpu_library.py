@@ -134,13 +134,17 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise CcqError(f"{path}: cannot be loaded: {error}") from error
-    library.ccq_error_text.restype = ctypes.c_char_p
-    library.ccq_encode_host.argtypes = [
-        ctypes.POINTER(EncodeArgs),
-        ctypes.POINTER(ctypes.c_float),
-    ]
-    library.ccq_encode_overlapped.argtypes = [ctypes.POINTER(EncodeArgs)]
-    library.ccq_dequant_host.argtypes = [ctypes.POINTER(DequantArgs)]
+    try:
+        library.ccq_error_text.restype = ctypes.c_char_p
+        library.ccq_encode_overlapped.argtypes = [ctypes.POINTER(EncodeArgs)]
+        timing = [ctypes.POINTER(EncodeArgs), ctypes.POINTER(ctypes.c_float)]
+        library.ccq_encode_host.argtypes = timing
+        library.ccq_dequant_host.argtypes = [ctypes.POINTER(DequantArgs)]
+    except AttributeError as error:
+        raise CcqError(
+            f"{path}: of another version ({error}); build it again with "
+            f"`python -m paddle_ccq.ops.gpu_library`"
+        ) from error
     return library
 
 
