@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from baselines import RTN_BITS, SYMMETRIC_BITS, rtn_int2, symmetric_int2
-from common import markdown, put_into_doc, save_result
+from common import markdown, put_into_doc, save_result, with_error
 
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.codec import formats
@@ -196,8 +196,8 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
                 f"{rows.size[label] * 8 / rows.weights:.2f}",
                 f"{rows.size[label] / 1e6:.1f}",
                 f"{t['perplexity']:.3f}",
-                _with_error(t, "nll_over_reference", "+.4f"),
-                _with_error(t, "kl_mean", ".4f"),
+                with_error(t, "nll_over_reference", "+.4f"),
+                with_error(t, "kl_mean", ".4f"),
                 f"{t['top1_agreement']:.1%}" if "top1_agreement" in t else "",
                 *(f"{a:.3f}" for a in accuracies),
                 f"{np.mean(accuracies):.3f}",
@@ -278,12 +278,6 @@ def write_summary(numbers: dict) -> None:
                 ]
             )
         put_into_doc(file, "summary", markdown(header, rows))
-
-
-def _with_error(values: dict, key: str, form: str) -> str:
-    if key not in values:
-        return ""
-    return f"{values[key]:{form}} ({values[key + '_error']:.4f})"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,13 @@ def put_into_doc(doc: str, marker: str, text: str) -> None:
     print(f"wrote table '{marker}' into {doc}")
 
 
+def with_error(values: dict[str, Any], key: str, form: str) -> str:
+    """A number with its standard error in brackets; empty where it was not measured."""
+    if key not in values:
+        return ""
+    return f"{values[key]:{form}} ({values[key + '_error']:.4f})"
+
+
 def save_result(name: str, result: Any) -> None:
     """Keep the numbers behind a table in benchmarks/results/name.json."""
     RESULTS.mkdir(exist_ok=True)

@@ -17,7 +17,6 @@ from . import reporting
 from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
 from .allocation.plot import plot, require_matplotlib
 from .allocation.probing import Probing
-from .calibration.session import make_request
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
 from .codec.formats import CCQ_FORMATS
@@ -35,7 +34,7 @@ def sensitivity(
     *,
     method: str = "quadratic",
     formats: Sequence[str] = DEFAULT_FORMATS,
-    calibration_tokens: str | int | None = None,
+    calibration_tokens: str | int = Probing.statistics,
     probe_tokens: str | int = Probing.tokens,
     experts: int = Probing.experts,
     preset: str = "fast",
@@ -66,7 +65,7 @@ def sensitivity(
         raise CcqError(f"--calibration {calibration}: no such file")
     require_paddle("sensitivity, which runs the model,")
     from .allocation.measure import measure
-    from .calibration.settings import parse_tokens
+    from .calibration.settings import Settings, parse_tokens
     from .calibration.text import read_calibration_text
 
     checkpoint = open_checkpoint(resolve_model(model, source, log=log))
@@ -74,11 +73,15 @@ def sensitivity(
         raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
     if not checkpoint.config.moe_layers():
         raise CcqError(f"{checkpoint.path}: has no MoE layer, so there is nothing to measure")
-    request = make_request(calibration, calibration_tokens)
-    assert request is not None
-    text = read_calibration_text(calibration, checkpoint, request.settings)
+    settings = Settings(tokens=parse_tokens(calibration_tokens))
+    text = read_calibration_text(calibration, checkpoint, settings)
     probing = Probing(
-        method, tuple(formats), preset, parse_tokens(probe_tokens, "--probe-tokens"), experts
+        method,
+        tuple(formats),
+        preset,
+        settings.tokens,
+        parse_tokens(probe_tokens, "--probe-tokens"),
+        experts,
     )
     with (
         tempfile.TemporaryDirectory(prefix="ccq-sensitivity-") as folder,
@@ -88,7 +91,7 @@ def sensitivity(
             checkpoint,
             checkpoint.path.resolve().name,
             text,
-            request.settings,
+            settings,
             probing,
             threads or default_threads(),
             Path(folder),
@@ -122,8 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("--model", required=True, help="float checkpoint: folder, hub id or short name")
     add("--calibration", required=True, metavar="FILE", help="text (.jsonl, .txt) to measure on")
-    add("--calibration-tokens", metavar="N", help="for statistics of wint2 (default: 256k)")
-    add("--probe-tokens", default="16k", metavar="N", help="of them, to measure on (default: 16k)")
+    add("--calibration-tokens", default="64k", metavar="N", help="for wint2's statistics (64k)")
+    add("--probe-tokens", default="8k", metavar="N", help="of them, to measure on (8k)")
     add(
         "--method",
         choices=METHODS,

@@ -194,6 +194,15 @@ def test_an_interrupted_allocation_is_the_same_one(model, options, tmp_path, mon
     assert set(config["paddle_ccq"]["calibration"]["output_errors"]) == {"1", "2"} - {
         str(listed[0])
     }
+    # A layer's bytes do not depend on what the others become.
+    quantize(model, tmp_path / "uniform", threads=1, **options)
+    quantize(model, tmp_path / "wint4", threads=1, wint4_end_layer=2, preset="fast", quiet=True)
+    ours, uniform, wint4 = (open_checkpoint(tmp_path / n) for n in ("whole", "uniform", "wint4"))
+    for name in ours.names():
+        if ".mlp.experts." in name:
+            other = wint4 if ours.format_of(name) == "wint4" else uniform
+            for suffix, values in ours.packed(name).items():
+                np.testing.assert_array_equal(values, other.packed(name)[suffix])
     assert "allocated for 3.1bpw" in (whole / "README.md").read_text()
 
 

@@ -20,6 +20,8 @@ class Probing:
         method: "quadratic" or "kl".
         formats: to measure; the first is the one that quadratic's copies are quantized to.
         preset: of the encoders. Ranks hardly depend on it.
+        statistics: tokens that wint2's second moments are taken of, at most. Enough to tell layers
+            apart; encoding itself takes more.
         tokens: that copies are made of, in windows spread evenly over the calibration's.
         experts: of each layer that are encoded for "quadratic"; "kl" needs all.
     """
@@ -27,7 +29,8 @@ class Probing:
     method: str
     formats: tuple[str, ...]
     preset: str = "fast"
-    tokens: int = 16 * 1024
+    statistics: int = 64 * 1024
+    tokens: int = 8 * 1024
     experts: int = 8
 
     def as_dict(self) -> dict[str, Any]:

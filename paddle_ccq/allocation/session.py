@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -81,13 +81,15 @@ class Request:
         from ..calibration.text import read_calibration_text
         from .measure import measure
 
-        text = read_calibration_text(calibration.path, checkpoint, calibration.settings)
+        fewer = min(calibration.settings.tokens, self.probing.statistics)
+        settings = replace(calibration.settings, tokens=fewer)
+        text = read_calibration_text(calibration.path, checkpoint, settings)
         kept = folder / SENSITIVITY_FILE
         if kept.exists():
             found = load_sensitivities(kept, "its")
             same = (
                 found.settings == self.probing.as_dict()
-                and found.calibration == text.as_dict(calibration.settings)
+                and found.calibration == text.as_dict(settings)
                 and found.weights_sha256 == weights_sha256(checkpoint)
             )
             if same:
@@ -102,7 +104,7 @@ class Request:
             checkpoint,
             model_name,
             text,
-            calibration.settings,
+            settings,
             self.probing,
             threads or default_threads(),
             folder,
