@@ -14,23 +14,20 @@ import numpy as np
 import pytest
 
 from paddle_ccq import _core
+from paddle_ccq import ops as cpu_ops
 from paddle_ccq.codec import formats, row_order
 from paddle_ccq.codec.formats import Tensors
 from paddle_ccq.encoder import layouts, recipes
 from paddle_ccq.encoder.search import pair_books
 from paddle_ccq.ops import gpu as ops_gpu
+from paddle_ccq.ops import paddle_gpu
 
 LIBRARY = os.environ.get("PADDLE_CCQ_PADDLE_OPS")
 if not LIBRARY:
     pytest.skip("PADDLE_CCQ_PADDLE_OPS is not set", allow_module_level=True)
 paddle = pytest.importorskip("paddle")
-from paddle.base import core  # noqa: E402
-from paddle.utils.cpp_extension.extension_utils import (  # noqa: E402
-    load_op_meta_info_and_register_op,
-)
-
-load_op_meta_info_and_register_op(LIBRARY)
 paddle.set_device("gpu:0")
+call = paddle_gpu.call
 TOLERANCE = {"bfloat16": 2.5e-3, "float16": 6e-4}
 
 
@@ -40,11 +37,6 @@ def gpu(array: np.ndarray) -> object:
     if array.dtype == ml_dtypes.bfloat16:
         return paddle.to_tensor(array.view(np.uint16), dtype="bfloat16", place=place)
     return paddle.to_tensor(array, place=place)
-
-
-def call(name: str, *args: object) -> list:
-    out = core.eager._run_custom_op(name, *args)
-    return list(out) if isinstance(out, (list, tuple)) else [out]
 
 
 def host(tensor: object) -> np.ndarray:
@@ -229,6 +221,43 @@ def test_moe_block_with_stored_matrices(format: str, order: str, tokens: int) ->
     ends = gpu(np.array([0, tokens, tokens, tokens, tokens]))
     (out,) = call("ccq_moe_ffn_stored", gpu(x), ends, *up, *down, format, order)
     assert error(host(out), ffn(x, up_float[1], down_float[1])) < 2 * TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("kind", ["wint2", "wint2-general", "ccq-2.5", "ccq-2.75"])
+def test_python_functions_take_every_format_like_the_cpu(kind: str) -> None:
+    format, order = kind.removesuffix("-general"), "fastdeploy-2.1"
+    up = [stored(kind, 256, 512, 20 + e)[1] for e in range(3)]
+    down = [stored(kind, 256, 256, 30 + e)[1] for e in range(3)]
+    there, here = (m.repack_experts(format, up, down, order) for m in (paddle_gpu, cpu_ops))
+    x = activations(9, 256, "bfloat16", seed=16)
+    ids = np.random.default_rng(17).integers(0, 3, (9, 2))
+    weights = np.random.default_rng(18).random((9, 2)).astype(np.float32)
+    ends = np.array([4, 4, 9])
+    on_gpu = [
+        paddle_gpu.moe(gpu(x), there, gpu(ids), gpu(weights)),
+        paddle_gpu.moe_ffn(gpu(x), there, gpu(ends)),
+        paddle_gpu.moe_gemm(gpu(x), there.up_gate, gpu(ends)),
+        paddle_gpu.linear(gpu(x), paddle_gpu.repack(format, up[0], order)),
+        paddle_gpu.dequant(format, up[0], "float16"),
+    ]
+    on_cpu = [
+        cpu_ops.moe(x, here, ids, weights),
+        cpu_ops.moe_ffn(x, here, ends),
+        cpu_ops.moe_gemm(x, here.up_gate, ends),
+        cpu_ops.linear(x, cpu_ops.repack(format, up[0], order)),
+        cpu_ops.dequant(format, up[0], "float16"),
+    ]
+    for found, expected in zip(on_gpu, on_cpu, strict=True):
+        # Both round: twice the tolerance of one.
+        assert error(host(found), expected.astype(np.float64)) < 4 * TOLERANCE["bfloat16"]
+    for match, arguments in [
+        ("x must be bfloat16 or float16", (gpu(np.zeros((2, 256), np.float32)), ids)),
+        ("topk_ids must be int64", (gpu(x), gpu(ids.astype(np.int32)))),
+        (r"topk_ids must be \[9, -1\]", (gpu(x), gpu(ids[:3]))),
+        ("topk_ids must be a Paddle tensor", (gpu(x), ids)),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            paddle_gpu.moe(arguments[0], there, arguments[1], gpu(weights))
 
 
 @pytest.mark.parametrize("format", ["wint2", "ccq-2.5", "ccq-2.75"])

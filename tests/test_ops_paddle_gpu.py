@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU's operators over Paddle tensors without a GPU: errors that do not say what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from paddle_ccq.codec import formats
+from paddle_ccq.errors import CcqError
+from paddle_ccq.ops import paddle_gpu
+
+
+def stored(format: str, k: int, n: int) -> formats.Tensors:
+    specs = formats.tensor_specs(format, k, n)
+    return {s: np.zeros(shape, formats.SAFETENSORS_DTYPES[d]) for s, (shape, d) in specs.items()}
+
+
+@pytest.fixture
+def fresh():
+    paddle_gpu._ops.cache_clear()
+    yield
+    paddle_gpu._ops.cache_clear()
+
+
+@pytest.mark.parametrize("library", [None, "no-library.so"])
+def test_missing_ops_say_how_to_build_them(
+    fresh: None, library: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("paddle")
+    if library:
+        monkeypatch.setenv(paddle_gpu.ENVIRONMENT, library)
+    else:
+        monkeypatch.delenv(paddle_gpu.ENVIRONMENT, raising=False)
+        monkeypatch.setattr(paddle_gpu, "MODULE", "paddle_ccq_ops_not_there")
+    with pytest.raises(CcqError, match=r"compiled ops do not load .*pip install .*custom_ops"):
+        paddle_gpu.call("ccq_linear")
+
+
+def test_tensors_that_do_not_fit_are_named_before_anything_is_sent() -> None:
+    good = stored("ccq-2.75", 128, 32)
+    with pytest.raises(ValueError, match="row_order must be"):
+        paddle_gpu.repack("ccq-2.75", good, "backwards")
+    with pytest.raises(ValueError, match="super_scales is missing"):
+        paddle_gpu.repack("ccq-2.75", {"quant_weight": good["quant_weight"]})
+    with pytest.raises(ValueError, match=r"tensors\[1\] is \[128, 48\], tensors\[0\] is"):
+        paddle_gpu.repack("ccq-2.75", [good, stored("ccq-2.75", 128, 48)])
+    with pytest.raises(ValueError, match="N must be a multiple of 16, got 24"):
+        paddle_gpu.repack("ccq-2.5", stored("ccq-2.5", 64, 24))
+    with pytest.raises(ValueError, match="up_gate has 1 experts, down 2"):
+        paddle_gpu.repack_experts("ccq-2.75", [good], [good, good])
+
+
+def test_activations_that_do_not_fit_are_named() -> None:
+    paddle = pytest.importorskip("paddle")
+    weight = paddle_gpu.GpuMatrices("ccq-2.75", "plain", 1, 128, 32, ())
+    with pytest.raises(ValueError, match="x must be a Paddle tensor, got ndarray"):
+        paddle_gpu.linear(np.zeros((2, 128), np.float16), weight)
+    x = paddle.zeros([2, 128], "float16")
+    if not x.place.is_gpu_place():
+        with pytest.raises(ValueError, match="x must be on a GPU"):
+            paddle_gpu.linear(x, weight)
+    with pytest.raises(ValueError, match="experts must be GpuExperts, got GpuMatrices"):
+        paddle_gpu.moe(x, weight, x, x)
+    many = paddle_gpu.GpuMatrices("ccq-2.75", "plain", 3, 128, 32, ())
+    with pytest.raises(ValueError, match="weight must be one matrix, it holds 3"):
+        paddle_gpu.linear(x, many)
