@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +34,9 @@ SUITES = {
     "test_dequant.py": "bfloat16",
 }
 TOOLS = ("memcheck", "racecheck")
+SIDE_BY_SIDE = 5
 FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
-SECONDS = {"tests": 400, "paddle": 200, "sanitize": 170, "quantize": 60, "encode": 100}
+SECONDS = {"tests": 400, "paddle": 200, "sanitize": 250, "quantize": 60, "encode": 100}
 
 
 class Runner:
@@ -61,13 +63,14 @@ class Runner:
             except subprocess.TimeoutExpired:
                 code = 124
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        for line in lines[-3 if code == 0 else -25 :]:
-            print(f"    {line[:200]}")
-        self.verdict(name, code == 0, f"exit {code}, {time.perf_counter() - start:.1f} s")
+        shown = [f"    {line[:200]}" for line in lines[-3 if code == 0 else -25 :]]
+        seconds = time.perf_counter() - start
+        self.verdict(name, code == 0, f"exit {code}, {seconds:.1f} s", shown)
         return code == 0
 
-    def verdict(self, name: str, good: bool, detail: str) -> None:
-        print(f"{'pass' if good else 'FAIL'}  {name}  ({detail})", flush=True)
+    def verdict(self, name: str, good: bool, detail: str, shown: Sequence[str] = ()) -> None:
+        # One print: steps may run side by side.
+        print("\n".join([*shown, f"{'pass' if good else 'FAIL'}  {name}  ({detail})"]), flush=True)
         if not good:
             self.failed.append(name)
 
@@ -97,12 +100,13 @@ def paddle(runner: Runner) -> None:
 
 
 def sanitize(runner: Runner) -> None:
-    """compute-sanitizer on small cases of every kernel."""
-    for name, selected in SUITES.items():
-        for tool in TOOLS:
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            command += pytest(f"tests/gpu/{name}", "-k", selected)
-            runner.run(f"{tool}-{Path(name).stem}", command, SECONDS["sanitize"])
+    """compute-sanitizer on small cases of every kernel, some of them side by side."""
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for name, selected in SUITES.items():
+            for tool in TOOLS:
+                command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+                command += pytest(f"tests/gpu/{name}", "-k", selected)
+                pool.submit(runner.run, f"{tool}-{Path(name).stem}", command, SECONDS["sanitize"])
 
 
 def hashes(folder: Path) -> dict[str, str]:
