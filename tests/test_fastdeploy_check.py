@@ -96,6 +96,18 @@ def test_row_order_follows_the_version(made) -> None:
     assert "plain" in text and "--fastdeploy-layout 2.0" in text
 
 
+def test_wint4_layers_by_a_list_need_the_plugin(tmp_path) -> None:
+    write_checkpoint(tmp_path / "m", {**CONFIG, "num_hidden_layers": 3})
+    rules = tmp_path / "rules.yaml"
+    rules.write_text('- {match: "*.layers.2.mlp.experts.*", format: wint4}\n')
+    out = tmp_path / "out"
+    quantize(tmp_path / "m", out, rules=rules, allow_plugin_layout=True, preset="fast", quiet=True)
+    result = check(out, WISH)
+    assert result.good and any("FD_PLUGINS=paddle_ccq" in w for w in result.warnings)
+    text = only_problem(out, replace(WISH, release=RELEASES["2.3"]))
+    assert "by a list" in text and "2.4, 2.5, 2.6" in text
+
+
 def test_an_unrecorded_row_order_is_a_warning(copy) -> None:
     edit_config(copy, lambda c: c.pop("paddle_ccq"))
     result = check(copy, WISH)
