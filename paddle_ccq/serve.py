@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a quantized checkpoint on the CPU behind the OpenAI API, experts kept at 2 bits."""
+"""Serve a quantized checkpoint behind the OpenAI API, experts kept at 2 bits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .checkpoint.reader import open_checkpoint
 from .errors import CcqError, describe_os_error, run_cli
 
 if TYPE_CHECKING:
+    from .ops.gpu_memory import Device
     from .serving.service import Service
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
@@ -75,10 +76,22 @@ def build_service(args: argparse.Namespace) -> Service:
         api_key=resources.api_key(args.api_key),
         max_body_bytes=args.max_body_mib << 20,
         threads=args.threads or resources.threads_for(config),
+        device=_device(args.device),
     )
     if settings.api_key is None and not _is_loopback(args.host):
         print(f"warning: {args.host} can be reached by others, and there is no --api-key")
     return Service(checkpoint, settings)
+
+
+def _device(name: str) -> Device | None:
+    """The GPU if it is asked for, with the library found to be usable before anything is loaded."""
+    if name != "gpu":
+        return None
+    from .ops import gpu_moe
+    from .ops.gpu_memory import Device
+
+    gpu_moe.load()
+    return Device()
 
 
 def run_server(service: Service, args: argparse.Namespace) -> int:
@@ -164,8 +177,9 @@ def _print_ready(service: Service, args: argparse.Namespace) -> None:
     engine, settings = service.engine, service.settings
     model = engine.model
     floats = 4 * sum(_size(service, name) for name in service.checkpoint.names())
+    on_gpu = f" and {readable(model.gpu_bytes)} on the GPU" if model.gpu_bytes else ""
     print(
-        f"{settings.name}: experts {readable(model.expert_bytes)}, other weights"
+        f"{settings.name}: experts {readable(model.expert_bytes)}{on_gpu}, other weights"
         f" {readable(model.dense_bytes)} (all as float32: {readable(floats)}); KV cache"
         f" {readable(engine.cache.nbytes)} for {engine.cache.tokens} tokens, touched as it is"
         f" used; resident {readable(resident_bytes())}"
@@ -212,6 +226,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--api-key",
         metavar="KEY",
         help="wanted as a bearer token under /v1; better given as PADDLE_CCQ_API_KEY",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)",
     )
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="the API's model (default: the folder's name)"

@@ -18,7 +18,10 @@ from ..errors import CcqError, run_cli
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
 _BUILT = Path(__file__).resolve().parent.parent / "_gpu.so"
-_SOURCES = ("encode.cu", "dequant.cu", "host.cu", "host_encode.cu")
+_SOURCES = (
+    *("encode.cu", "dequant.cu", "host.cu", "host_encode.cu"),
+    *("repack.cu", "moe_gemm.cu", "activation.cu", "dispatch.cu", "moe_block.cu"),
+)
 
 MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
 

@@ -18,6 +18,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..models.weights import ExactWeights
 from ..ops.attention import attend
+from ..ops.gpu_memory import Device
 from .kv_cache import KVCache, Region
 from .weights import MLP, Embedding, Experts, Linear
 
@@ -35,12 +36,19 @@ class Piece:
 class EngineModel:
     """The weights of a checkpoint and the forward step.
 
+    With a device, routed experts that can be are in its memory and run there.
+
     Attributes:
-        expert_bytes, dense_bytes: memory held for routed experts and for everything else.
+        expert_bytes, gpu_bytes, dense_bytes: memory held for routed experts, for those on the GPU,
+            and for everything else.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, max_length: int | None = None, threads: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        max_length: int | None = None,
+        threads: int | None = None,
+        device: Device | None = None,
     ) -> None:
         config = self.config = checkpoint.config
         if config.use_bias:
@@ -48,12 +56,14 @@ class EngineModel:
         weights = ExactWeights(checkpoint)
         self.max_length = max_length or config.max_position_embeddings
         self.embed = Embedding(weights, threads)
-        self.layers = [Layer(weights, i, threads) for i in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self.layers = [Layer(weights, i, threads, device) for i in layers]
         self.norm = weights.read("ernie.norm.weight")
         self.head = (
             None if config.tie_word_embeddings else Linear(weights, "lm_head.weight", threads)
         )
         self.expert_bytes = sum(layer.expert_bytes for layer in self.layers)
+        self.gpu_bytes = sum(layer.gpu_bytes for layer in self.layers)
         self.dense_bytes = self.embed.nbytes + sum(layer.dense_bytes for layer in self.layers)
         self.dense_bytes += 0 if self.head is None else self.head.nbytes
         half = config.head_dim // 2
@@ -88,20 +98,30 @@ class EngineModel:
 class Layer:
     """One decoder layer: attention, then a dense or a mixture-of-experts MLP, each on a norm."""
 
-    def __init__(self, weights: ExactWeights, layer: int, threads: int | None) -> None:
+    def __init__(
+        self,
+        weights: ExactWeights,
+        layer: int,
+        threads: int | None,
+        device: Device | None = None,
+    ) -> None:
         config, name = weights.config, f"ernie.layers.{layer}"
         self.config, self.threads = config, threads
         self.attention_norm = weights.read(f"{name}.input_layernorm.weight")
         self.mlp_norm = weights.read(f"{name}.post_attention_layernorm.weight")
         self.qkv = Linear(weights, f"{name}.self_attn.qkv_proj.weight", threads)
         self.out = Linear(weights, f"{name}.self_attn.o_proj.weight", threads)
-        self.expert_bytes, self.dense_bytes = 0, self.qkv.nbytes + self.out.nbytes
+        self.expert_bytes = self.gpu_bytes = 0
+        self.dense_bytes = self.qkv.nbytes + self.out.nbytes
         self.experts = self.mlp = None
         if config.is_moe_layer(layer):
             self.gate = Linear(weights, f"{name}.mlp.gate.weight", threads)
             self.bias = weights.read(f"{name}.mlp.moe_statics.e_score_correction_bias")
-            self.experts = Experts(weights, f"{name}.mlp.experts", threads)
-            self.expert_bytes = self.experts.nbytes
+            self.experts = Experts(weights, f"{name}.mlp.experts", threads, device)
+            if self.experts.gpu is None:
+                self.expert_bytes = self.experts.nbytes
+            else:
+                self.gpu_bytes = self.experts.nbytes
             self.dense_bytes += self.gate.nbytes
             if config.moe_num_shared_experts:
                 self.mlp = MLP(weights, f"{name}.mlp.shared_experts", threads)

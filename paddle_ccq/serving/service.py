@@ -17,6 +17,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_io import load_json
 from ..errors import CcqError
 from ..evaluation.text import Tokenizer
+from ..ops.gpu_memory import Device
 from .chat import ChatTemplate, Message
 from .engine import DrainingError, Engine, EngineSettings, Output, QueueFullError
 from .engine_model import EngineModel
@@ -38,6 +39,7 @@ class ServiceSettings:
     api_key: str | None = None
     max_body_bytes: int = 4 << 20
     threads: int | None = None
+    device: Device | None = None  # for the experts; None: this processor
 
 
 class Service:
@@ -58,7 +60,12 @@ class Service:
         # NumPy's products take all cores even for a few rows; where the packed ones do with one,
         # waking the others costs more than they save, and many times more on a busy machine.
         threadpoolctl.threadpool_limits(settings.threads, "blas")
-        model = EngineModel(self.checkpoint, settings.max_length, settings.threads)
+        model = EngineModel(self.checkpoint, settings.max_length, settings.threads, settings.device)
+        if settings.device and not model.gpu_bytes:
+            raise CcqError(
+                f"--device gpu: {self.checkpoint.path} has no experts that can run there: they must"
+                " be wint2, hidden size and width multiples of 128; use --device cpu"
+            )
         eos = frozenset(_end_tokens(self.checkpoint, self.tokenizer))
         engine = Engine(model, self.tokenizer.decode, eos, settings.engine, self.metrics)
         self.metrics.watch(engine.counts)

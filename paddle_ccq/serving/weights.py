@@ -16,6 +16,8 @@ from ..codec import formats
 from ..errors import CcqError
 from ..models.weights import ExactWeights, row_order_of, stored_tensors
 from ..ops.dense import INTEGER_FORMATS, DenseMatrix, multiply
+from ..ops.gpu_memory import Device
+from ..ops.gpu_moe import ROW_MULTIPLE, GpuExperts
 
 
 class Linear:
@@ -81,11 +83,17 @@ class MLP:
 class Experts:
     """The routed experts of one layer.
 
-    Of one CCQ format they run as one grouped product. Others (wint4 and wint8, a float checkpoint,
-    or formats mixed within a layer) run one by one.
+    Of one CCQ format they run as one grouped product, WINT2 on a GPU where there is to be one.
+    Others (wint4 and wint8, a float checkpoint, or formats mixed within a layer) run one by one.
     """
 
-    def __init__(self, weights: ExactWeights, name: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        weights: ExactWeights,
+        name: str,
+        threads: int | None,
+        device: Device | None = None,
+    ) -> None:
         checkpoint, count = weights.checkpoint, weights.config.moe_num_experts
         names = {
             part: [f"{name}.{e}.{part}_proj.weight" for e in range(count)]
@@ -93,10 +101,16 @@ class Experts:
         }
         found = {checkpoint.format_of(n) for part in names.values() for n in part}
         self.threads, self.count = threads, count
-        self.packed, self.single = None, []
+        self.packed, self.gpu, self.single = None, None, []
         format_name = next(iter(found))
-        widths = [checkpoint.shape(part[0])[1] for part in names.values()]
-        if len(found) == 1 and formats.get(format_name).is_ccq and not any(w % 16 for w in widths):
+        sizes = [size for part in names.values() for size in checkpoint.shape(part[0])]
+        grouped = len(found) == 1 and formats.get(format_name).is_ccq
+        if device and found == {"wint2"} and not any(size % ROW_MULTIPLE for size in sizes):
+            stored = ([stored_tensors(checkpoint, n) for n in part] for part in names.values())
+            order = row_order_of(checkpoint, names["down"][0])
+            self.gpu = GpuExperts(*stored, order, device)
+            self.nbytes = self.gpu.nbytes
+        elif grouped and not any(size % 16 for size in sizes):
             # One matrix at a time, so that a layer is never in memory twice.
             up, down = (tuple(_repack(checkpoint, n) for n in part) for part in names.values())
             self.packed = ops.PackedExperts(up, down)
@@ -107,6 +121,8 @@ class Experts:
 
     def __call__(self, x: np.ndarray, chosen: np.ndarray, shares: np.ndarray) -> np.ndarray:
         """Sum over j of shares[t, j] * expert chosen[t, j] of x[t]."""
+        if self.gpu is not None:
+            return self.gpu(x, chosen, shares)
         if self.packed is not None:
             return ops.moe(np.ascontiguousarray(x), self.packed, chosen, shares, self.threads)
         parts = np.empty((*chosen.shape, x.shape[1]), np.float32)
