@@ -53,6 +53,32 @@ __global__ void __launch_bounds__(kThreads) gather(const uint4* x, const int32_t
   for (int i = threadIdx.x; i < vectors; i += kThreads) to[i] = from[i];
 }
 
+// Both in one launch for at most kThreads choices, the same result: one block a choice finds its row by looking at all of
+// them, one thread each; the first block counts the rows of every expert.
+__global__ void __launch_bounds__(kThreads) route_and_gather(const int64_t* ids, const uint4* x, int count, int top_k,
+                                                             int experts, int vectors, int64_t* offsets, int32_t* place,
+                                                             uint4* rows) {
+  __shared__ int64_t all[kThreads];
+  const int me = blockIdx.x, i = threadIdx.x;
+  const int64_t id = i < count ? ids[i] : -1;
+  all[i] = id;
+  const int64_t mine = ids[me];
+  const int row = __syncthreads_count(id >= 0 && (id < mine || (id == mine && i < me)));
+  const bool known = mine >= 0 && mine < experts;
+  if (i == 0) place[me] = known ? row : -1;
+  if (me == 0) {
+    for (int expert = i; expert < experts; expert += kThreads) {
+      int64_t end = 0;
+      for (int j = 0; j < count; ++j) end += all[j] >= 0 && all[j] <= expert;
+      offsets[expert] = end;
+    }
+  }
+  if (!known) return;
+  const uint4* from = x + static_cast<int64_t>(me / top_k) * vectors;
+  uint4* to = rows + static_cast<int64_t>(row) * vectors;
+  for (int v = i; v < vectors; v += kThreads) to[v] = from[v];
+}
+
 template <int kDtype>
 __global__ void __launch_bounds__(kThreads) combine(const uint4* rows, const int32_t* place, const float* weights,
                                                     int top_k, int vectors, uint4* out) {
@@ -81,6 +107,12 @@ bool sizes_fit(int tokens, int top_k, int hidden) {
 extern "C" cudaError_t ccq_moe_dispatch(const int64_t* ids, const void* x, int tokens, int top_k, int experts,
                                         int hidden, int64_t* offsets, int32_t* place, void* rows, cudaStream_t stream) {
   if (!sizes_fit(tokens, top_k, hidden) || experts < 1 || experts > 1024) return cudaErrorInvalidValue;
+  if (tokens > 0 && tokens * top_k <= kThreads) {
+    route_and_gather<<<tokens * top_k, kThreads, 0, stream>>>(ids, static_cast<const uint4*>(x), tokens * top_k, top_k,
+                                                              experts, hidden / 8, offsets, place,
+                                                              static_cast<uint4*>(rows));
+    return cudaGetLastError();
+  }
   route<<<experts, kThreads, 0, stream>>>(ids, tokens * top_k, experts, offsets, place);
   if (tokens > 0)
     gather<<<tokens * top_k, kThreads, 0, stream>>>(static_cast<const uint4*>(x), place, top_k, hidden / 8,

@@ -15,7 +15,7 @@ extern "C" {
 //   place    device int32 [tokens, top_k]: row of each choice, -1 for an id outside
 //   x, rows  device [tokens, hidden] and [tokens * top_k, hidden] of any 16-bit type: rows[place] = x[token];
 //            rows from offsets[experts-1] on are left as they are. 8 | hidden, 16-byte aligned.
-// Two kernels; no synchronization. cudaErrorInvalidValue: a size out of range.
+// One kernel for up to 256 choices, else two; no synchronization. cudaErrorInvalidValue: a size out of range.
 cudaError_t ccq_moe_dispatch(const int64_t* ids, const void* x, int tokens, int top_k, int experts, int hidden,
                              int64_t* offsets, int32_t* place, void* rows, cudaStream_t stream);
 
