@@ -94,6 +94,7 @@ def paddle(runner: Runner) -> None:
     if runner.args.paddle:
         folder = Path(runner.args.paddle).resolve()
         extra["PYTHONPATH"] = f"{ROOT}:{folder}:{folder / 'site'}"
+        extra["CUDA_MODULE_LOADING"] = "LAZY"
         extra["LD_LIBRARY_PATH"] = f"{folder / 'stubs'}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     command = pytest("tests/gpu/test_paddle_ops.py")
     runner.run("paddle", command, SECONDS["paddle"], **extra)
