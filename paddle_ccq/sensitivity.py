@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="estimate from squared errors, or measure the divergence (small models)",
     )
     add("--formats", default=",".join(DEFAULT_FORMATS), help="(default: %(default)s)")
-    add("--experts", type=int, default=Probing.experts, help="of a layer, for quadratic (8)")
+    add("--experts", type=int, default=Probing.experts, help="of a layer, for quadratic (16)")
     add("--preset", choices=PRESETS, default="fast", help="of the encoders (default: fast)")
     add("--json", metavar="OUT", help="for quantize --sensitivity")
     add("--plot", metavar="OUT", help="figure (.png, .svg, .pdf); needs the extra plot")

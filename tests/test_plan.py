@@ -212,6 +212,8 @@ def test_rules_that_cannot_be(match, format, text):
         ("- {match: 3, format: wint8}", "'match' is missing or not a string"),
         ("- [a, b]", "not a map"),
         ("- {match: a", "not valid YAML"),
+        ("- {match: a, format: wint8, match: b}", "a key stands twice"),
+        ("- {match: a, format: wint8, formats: b}", "unknown key 'formats'"),
         ("- !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
@@ -220,7 +222,7 @@ def test_rules_files_are_strict(tmp_path, content, text):
     path.write_text(content)
     with pytest.raises(CcqError) as caught:
         load_rules(path)
-    assert text in str(caught.value)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_rules_file(tmp_path):

@@ -2,8 +2,9 @@
 """Sensitivities of a model's MoE layers, measured in one walk with one layer in memory at a time.
 
 Two methods, docs/allocation.md. "kl" lets one copy of the hidden states go on for every part and
-format. "quadratic" lets one go on for every layer, which says how much a squared error there costs
-at the end, and takes the squared errors of the parts on the spot; a few experts of a layer do.
+format. "quadratic" lets one go on for every layer and format, which says how much a squared error
+there costs at the end, and takes the squared errors of the parts on the spot; a few experts of a
+layer do.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ class _Measurement:
         )
         layers = len(self.config.moe_layers())
         self.copies = Copies(walk, copies_of(probing, layers), folder)
-        # Quadratic: (layer, projection, format) -> squared error; layer -> that of its copy.
+        # Quadratic: (layer, projection, format) -> squared error; (layer, format) -> its copy's.
         self.errors: dict[tuple[int, str, str], float] = {}
-        self.copied: dict[int, float] = {}
+        self.copied: dict[tuple[int, str], float] = {}
 
     def run(self, progress: Progress | None) -> dict[int, dict[str, dict[str, float]]]:
         walk = self.walk
@@ -106,9 +107,9 @@ class _Measurement:
         def cost(layer: int, projection: str, format: str) -> float:
             if self.probing.method == "kl":
                 return float(ended[layer, projection, format].mean())
-            if not self.copied[layer]:
+            if not self.copied[layer, format]:
                 return 0.0
-            curvature = float(ended[layer].mean()) / self.copied[layer]
+            curvature = float(ended[layer, format].mean()) / self.copied[layer, format]
             return curvature * self.errors[layer, projection, format]
 
         return {
@@ -147,15 +148,15 @@ class _Measurement:
         walk = self.walk
         own: MoE = walk.block.mlp
         chosen = spread(len(own.experts), self.probing.experts)
-        base = self.probing.formats[0]
-        experts = list(own.experts)
+        experts = {format: list(own.experts) for format in self.probing.formats}
         sums = dict.fromkeys([(p, f) for p in PROJECTIONS for f in self.probing.formats], 0.0)
         pairs = 0
         for index, weights in zip(chosen, self._experts(layer, chosen), strict=True):
             expert = own.experts[index]
             rows, slots = np.nonzero(walk.chosen == index)
             pairs += rows.size
-            experts[index] = replaced(expert, {p: weights[p, base] for p in PROJECTIONS})
+            for format, changed in experts.items():
+                changed[index] = replaced(expert, {p: weights[p, format] for p in PROJECTIONS})
             if not rows.size:
                 continue
             x = paddle.to_tensor(walk.inputs[rows])
@@ -173,10 +174,11 @@ class _Measurement:
             self.errors[layer, projection, format] = total / tokens / share if pairs else 0.0
         before = np.empty_like(walk.states)
         walk.outputs(own, before)
-        after = self.copies.add(layer, with_experts(own, experts))
-        error = float(np.square(after - before, dtype=np.float64).sum() / tokens)
         size = float(np.square(before, dtype=np.float64).sum() / tokens)
-        self.copied[layer] = error if error > _NO_ERROR * size else 0.0
+        for format, changed in experts.items():
+            after = self.copies.add((layer, format), with_experts(own, changed))
+            error = float(np.square(after - before, dtype=np.float64).sum() / tokens)
+            self.copied[layer, format] = error if error > _NO_ERROR * size else 0.0
 
 
 def replaced(expert: MLP, weights: dict[str, Any]) -> MLP:

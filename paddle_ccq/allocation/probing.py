@@ -18,7 +18,7 @@ class Probing:
 
     Attributes:
         method: "quadratic" or "kl".
-        formats: to measure; the first is the one that quadratic's copies are quantized to.
+        formats: to measure.
         preset: of the encoders. Ranks hardly depend on it.
         statistics: tokens that wint2's second moments are taken of, at most. Enough to tell layers
             apart; encoding itself takes more.
@@ -31,7 +31,7 @@ class Probing:
     preset: str = "fast"
     statistics: int = 64 * 1024
     tokens: int = 8 * 1024
-    experts: int = 8
+    experts: int = 16
 
     def as_dict(self) -> dict[str, Any]:
         """For the JSON file and the journal."""
@@ -55,8 +55,8 @@ def probe_windows(windows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray
 
 def copies_of(probing: Probing, layers: int) -> int:
     """How many copies of the states a measurement keeps in the end."""
-    parts = len(PROJECTIONS) * len(probing.formats)
-    return layers * (parts if probing.method == "kl" else 1)
+    parts = len(PROJECTIONS) if probing.method == "kl" else 1
+    return layers * parts * len(probing.formats)
 
 
 def copies_bytes(copies: int, tokens: int, hidden: int) -> int:

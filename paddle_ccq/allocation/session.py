@@ -145,14 +145,15 @@ def make_request(
 def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, str]]:
     """What a measurement will need, for the plan."""
     layers = len(config.moe_layers())
-    size = copies_bytes(copies_of(probing, layers), probing.tokens, config.hidden_size)
+    copies = copies_of(probing, layers)
+    size = copies_bytes(copies, probing.tokens, config.hidden_size)
     experts = min(probing.experts, config.moe_num_experts)
     return [
         (
             "allocation",
             f"chosen when the run starts, from costs measured on {probing.tokens:,} tokens of the"
             f" calibration; for it {experts} of {config.moe_num_experts} experts a layer are"
-            f" encoded, and {layers} copies of hidden states take {gigabytes(size)} (in a file of"
+            f" encoded, and {copies} copies of hidden states take {gigabytes(size)} (in a file of"
             " the partial folder beyond 4 GB)",
         )
     ]

@@ -31,6 +31,18 @@ class Rule:
         return fnmatch.fnmatchcase(name, self.match) or fnmatch.fnmatchcase(short, self.match)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only, and no key twice: YAML itself would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key stands twice in one entry", node.start_mark
+            )
+        return found
+
+
 def load_rules(path: str | Path) -> tuple[Rule, ...]:
     """Read a rules file: a YAML list of {match: GLOB, format: NAME}; anything else is an error."""
     path = Path(path)
@@ -42,9 +54,10 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
     if len(text) > MAX_RULES_BYTES:
         raise CcqError(f"--rules {path}: larger than {MAX_RULES_BYTES} bytes; not a rules file")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise CcqError(f"--rules {path}: not valid YAML: {error}") from None
+        said = " ".join(str(error).split())
+        raise CcqError(f"--rules {path}: not valid YAML: {said}") from None
     if not isinstance(content, list):
         raise CcqError(f"--rules {path}: must be a list of entries {{match: GLOB, format: NAME}}")
     return tuple(_rule(entry, f"--rules {path}: entry {i + 1}") for i, entry in enumerate(content))
