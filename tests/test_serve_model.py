@@ -27,7 +27,10 @@ TOKENS = [1, *np.random.default_rng(0).integers(3, 259, 168).tolist()]
 
 
 def check(folder: Path, packed: bool) -> EngineModel:
-    """Logits after a prompt in three pieces, beside another sequence, are the float model's."""
+    """Logits after a prompt in three pieces, beside another sequence, are the float model's.
+
+    And to the bit those of the whole prompt alone.
+    """
     checkpoint = open_checkpoint(folder)
     model = EngineModel(checkpoint, threads=1)
     assert any(layer.experts and layer.experts.packed for layer in model.layers) == packed
@@ -45,6 +48,9 @@ def check(folder: Path, packed: bool) -> EngineModel:
         assert found.shape == (1, checkpoint.config.vocab_size)
         error = np.linalg.norm(found[0] - wanted[last - 1])
         assert error < (2e-3 if packed else 1e-4) * np.linalg.norm(wanted[last - 1])
+    fresh = model.new_cache(300)
+    alone = model.forward([Piece(TOKENS, 0, fresh.allocate(len(TOKENS)))], fresh)
+    assert np.array_equal(alone, found)
     return model
 
 

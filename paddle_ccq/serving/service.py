@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import threadpoolctl
 from fastapi import Request
 
 from ..checkpoint.reader import Checkpoint
@@ -57,9 +56,6 @@ class Service:
     def load(self) -> None:
         """Read the weights and start the engine; what takes long."""
         settings = self.settings
-        # NumPy's products take all cores even for a few rows; where the packed ones do with one,
-        # waking the others costs more than they save, and many times more on a busy machine.
-        threadpoolctl.threadpool_limits(settings.threads, "blas")
         model = EngineModel(self.checkpoint, settings.max_length, settings.threads, settings.device)
         if settings.device and not model.gpu_bytes:
             raise CcqError(
