@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from .quantize import quantize
     from .sensitivity import sensitivity
     from .serve import serve
+    from .tune import tune
     from .verify import verify
 
-__all__ = ["dequantize", "evaluate", "quantize", "sensitivity", "serve", "verify"]
+__all__ = ["dequantize", "evaluate", "quantize", "sensitivity", "serve", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,6 +111,7 @@ class Attention:
         self.rotated = (self.heads + self.kv_heads) * self.head_dim
         columns = np.arange(self.rotated).reshape(-1, 2).T.reshape(-1)
         columns = np.concatenate([columns, np.arange(self.rotated, qkv.shape[1])])
+        self.columns = columns
         self.qkv = paddle.to_tensor(np.ascontiguousarray(qkv[:, columns]))
         self.out = _tensor(weights, f"{name}.o_proj.weight")
 

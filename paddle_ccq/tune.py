@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tune a quantized checkpoint's scales, norms and dense layers towards the float model's logits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calibration.settings import parse_tokens
+from .checkpoint.reader import open_checkpoint
+from .checkpoint.source import HUBS, resolve_model
+from .errors import CcqError, run_cli
+from .host import default_threads, require_paddle
+
+if TYPE_CHECKING:
+    from .tuning.session import TuneResult
+
+
+def tune(
+    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    calibration: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    tokens: str | int | None = None,
+    passes: int | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    dense_learning_rate: float | None = None,
+    threads: int | None = None,
+    source: str | None = None,
+    quiet: bool = True,
+) -> TuneResult:
+    """Write a tuned copy of the quantized checkpoint `folder` into the new folder `output`.
+
+    `model` is the float checkpoint it was made from, `calibration` a .jsonl or .txt file. The
+    experts' codes, the format and the size stay (docs/tuning.md).
+
+    Raises:
+        CcqError: for anything in the input or the options that is not right, and if the loss on
+            held-out text did not go down; nothing is written then.
+    """
+    require_paddle("tuning, which runs the model,")
+    from .tuning.session import run_tuning
+    from .tuning.settings import Settings
+
+    if threads is not None and threads < 1:
+        raise CcqError(f"--threads {threads}: must be at least 1")
+    given: dict[str, Any] = {
+        "tokens": None if tokens is None else parse_tokens(tokens),
+        "passes": passes,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "dense_learning_rate": dense_learning_rate,
+    }
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    quantized = open_checkpoint(folder)
+    original = open_checkpoint(resolve_model(model, source, log=_to_stderr))
+    target = Path(os.path.abspath(output))
+    if quantized.path.resolve() in (target.resolve(), *target.resolve().parents):
+        raise CcqError(f"--output {target}: lies in the checkpoint's own folder; choose another")
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if not quiet:
+            _to_stderr(f"step {step} of {steps}: KL {loss:.4f} nats a token on held-out text")
+
+    return run_tuning(
+        quantized,
+        original,
+        Path(calibration),
+        target,
+        settings,
+        threads or default_threads(),
+        report,
+    )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paddle_ccq.tune", description=__doc__, allow_abbrev=False
+    )
+
+    def add(flag: str, **kwargs: Any) -> None:
+        names = [flag]
+        if "-" in flag[2:]:
+            names.append("--" + flag[2:].replace("-", "_"))
+        parser.add_argument(*names, **kwargs)
+
+    parser.add_argument("folder", metavar="DIR", help="quantized checkpoint; it is not changed")
+    add("--model", required=True, help="the float checkpoint it was made from")
+    add("--calibration", required=True, metavar="FILE", help="text to tune on (.jsonl, .txt)")
+    add("--output", required=True, help="new folder for the result")
+    add("--tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
+    add("--passes", type=int, metavar="N", help="times that the text is used (default: 1)")
+    add("--batch", type=int, metavar="N", help="windows of one step (default: 4)")
+    add("--learning-rate", type=float, metavar="X", help="relative, a step (default: 0.003)")
+    add(
+        "--dense-learning-rate",
+        type=float,
+        metavar="X",
+        help="the same of dense matrices, 0 to leave them alone (default: 0.001)",
+    )
+    add("--threads", type=int, metavar="N", help="default: all cores; the result is the same")
+    add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download --model from")
+    add("--quiet", action="store_true", help="no progress, no summary")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = vars(build_parser().parse_args(argv))
+
+    def body() -> int:
+        result = tune(**args)
+        if not args["quiet"]:
+            print(
+                f"KL to the float model on held-out text: {result.before:.4f} nats a token before,"
+                f" {result.after:.4f} after tuning on {result.tokens:,} tokens"
+            )
+            print(result.output)
+        return 0
+
+    return run_cli(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tuning run: from two checkpoints and a text to a finished folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..calibration.settings import Settings as TextSettings
+from ..calibration.text import CalibrationText, read_calibration_text
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.safetensors_io import TensorFolder
+from ..checkpoint.writer import Workplace
+from ..errors import CcqError
+from ..models.ernie import Ernie
+from ..version import __version__
+from .descent import Example, descend, mean_loss, split_held_out
+from .output import check_room, write_tuned
+from .parameters import collect, stored_tensors
+from .settings import Settings
+from .teacher import final_states
+
+Report = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run did; losses are the mean KL to the float model on the held-out windows.
+
+    `after` is that of the stored, rounded tensors.
+    """
+
+    output: Path
+    before: float
+    after: float
+    tokens: int
+    tensors: int
+
+
+def check_same_model(quantized: Checkpoint, source: Checkpoint) -> None:
+    """Refuse a float model that the quantized one was not made from.
+
+    Raises:
+        CcqError: naming the first thing that differs.
+    """
+    if not quantized.is_quantized:
+        raise CcqError(f"{quantized.path}: not quantized; there is nothing to tune")
+    if source.is_quantized:
+        raise CcqError(f"--model {source.path}: quantized itself; give the float checkpoint")
+    ours, theirs = quantized.config.canonical_shapes(), source.config.canonical_shapes()
+    if ours != theirs:
+        name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+        raise CcqError(f"--model {source.path}: another model; the two differ in {name}")
+    name = "ernie.embed_tokens.weight"
+    if not np.array_equal(quantized.read(name), _as_stored(source.read(name), quantized, name)):
+        raise CcqError(
+            f"--model {source.path}: another model than {quantized.path} was made from: their"
+            f" {name} differ"
+        )
+
+
+def _as_stored(values: np.ndarray, checkpoint: Checkpoint, name: str) -> np.ndarray:
+    stored = checkpoint.read_stored(name).dtype
+    return values.astype(stored).astype(np.float32)
+
+
+class _Replaced(Checkpoint):
+    """A checkpoint as it will be once some stored tensors are replaced."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray]) -> None:
+        self.__dict__.update(checkpoint.__dict__)
+        self.tensors = _ReplacedTensors(checkpoint.tensors, tensors)
+
+
+class _ReplacedTensors(TensorFolder):
+    def __init__(self, folder: TensorFolder, tensors: Mapping[str, np.ndarray]) -> None:
+        self.__dict__.update(folder.__dict__)
+        self._replaced = tensors
+
+    def read(self, name: str) -> np.ndarray:
+        return self._replaced[name] if name in self._replaced else super().read(name)
+
+
+def run_tuning(
+    quantized: Checkpoint,
+    source: Checkpoint,
+    calibration: Path,
+    output: Path,
+    settings: Settings,
+    threads: int,
+    report: Report = lambda step, steps, loss: None,
+) -> TuneResult:
+    """Tune `quantized` towards `source` on a text and write the result into the new `output`.
+
+    Nothing is left behind by a run that fails or is interrupted.
+    """
+    settings.check()
+    check_same_model(quantized, source)
+    text_settings = TextSettings(tokens=settings.tokens, window=settings.window)
+    with Workplace(output) as workplace:
+        # A tuning run has no journal: what lies here is left of one that was killed.
+        workplace.discard()
+        if output.exists():
+            raise CcqError(f"{output}: exists already; choose another --output or remove it")
+        try:
+            check_room(quantized, workplace.folder)
+            text = read_calibration_text(calibration, source, text_settings)
+            result = _tuned(quantized, source, text, workplace, settings, threads, report)
+            workplace.publish()
+        except BaseException:
+            workplace.discard()
+            raise
+        workplace.clean()
+    return result
+
+
+def _tuned(
+    quantized: Checkpoint,
+    source: Checkpoint,
+    text: CalibrationText,
+    workplace: Workplace,
+    settings: Settings,
+    threads: int,
+    report: Report,
+) -> TuneResult:
+    learned_at, held_at = split_held_out(len(text.windows), settings.held_out)
+    states = final_states(source, text.windows, threads, workplace.folder)
+    examples = [Example(w, s) for w, s in zip(text.windows, states, strict=True)]
+    learned, held_out = [examples[i] for i in learned_at], [examples[i] for i in held_at]
+    model = Ernie(quantized)
+    parameters = collect(model, quantized)
+    before, best = descend(model, parameters, learned, held_out, settings, threads, report)
+    if not best < before:
+        raise CcqError(
+            f"tuning did not lower the loss on held-out text ({before:.4f} nats); nothing was"
+            " written; use more --tokens or a lower --learning-rate"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for parameter in parameters.values():
+        tensors |= stored_tensors(parameter, quantized, model)
+    del model, parameters
+    rounded = Ernie(_Replaced(quantized, tensors))
+    with ThreadPoolExecutor(threads) as pool:
+        after = mean_loss(rounded, held_out, pool)
+    if not after < before:
+        raise CcqError(
+            f"rounding to the stored types undid the tuning ({before:.4f} nats before,"
+            f" {after:.4f} after); nothing was written; use a higher --learning-rate"
+        )
+    tokens = sum(example.tokens.size for example in learned)
+    provenance: dict[str, Any] = {
+        "version": __version__,
+        "text": text.path.name,
+        "text_sha256": text.sha256,
+        "tokens_learned": tokens,
+        "tokens_held_out": sum(example.tokens.size for example in held_out),
+        **settings.as_dict(),
+        "loss_before": round(before, 6),
+        "loss_after": round(after, 6),
+    }
+    write_tuned(quantized, workplace.checkpoint, tensors, provenance)
+    return TuneResult(workplace.output, before, after, tokens, len(tensors))
