@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A lane decodes four neighbouring columns, a warp every eighth 64-group of 128 columns, for up to eight rows at a time;
-// the eight warps' sums meet in shared memory in warp order. Weights are decoded in registers, never written.
+// A lane decodes four neighbouring columns of 128, for up to kRows rows at a time. The 64-groups fall into 32 parts, a
+// warp sums one part after the other, and the parts meet in shared memory in order: the same additions for any number of
+// warps and rows. Weights are decoded in registers, never written.
 #include "linear_ccq.h"
 
 #include <algorithm>
@@ -10,12 +11,10 @@
 namespace ccq_spare_kernel {
 
 constexpr int kGroup = 64;
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kColumns = 4;                  // of a lane
+constexpr int kParts = 32;
+constexpr int kColumns = 4;  // of a lane
 constexpr int kBlockColumns = 32 * kColumns;
-constexpr int kRows = 8;                     // of x at a time
-constexpr int kRowTiles = 16;                // grid size along rows; more rows are walked through
+constexpr int kRowTiles = 16;  // grid size along rows; more rows are walked through
 
 struct Format25 {
   using Word = uint16_t;
@@ -45,7 +44,7 @@ __device__ inline int input_row(int s, int row_order) {
 }
 
 // sums[r][c] += x[r] of one stored row times the state in `shift` of every column's word.
-template <typename Format>
+template <typename Format, int kRows>
 __device__ inline void add_state(const int* word, int shift, const float* x, float (*sums)[kColumns]) {
   constexpr int kHalf = 1 << (Format::kBits - 1);
   float state[kColumns];
@@ -59,68 +58,96 @@ __device__ inline void add_state(const int* word, int shift, const float* x, flo
   }
 }
 
-template <typename Format, int kDtype>
-__global__ void __launch_bounds__(kThreads) spare_gemm(const __grid_constant__ ccq_spare_gemm_args a) {
-  __shared__ float staged[kWarps][kGroup][kRows];
-  __shared__ float partial[kWarps][kRows][kBlockColumns];
+// total[r][c] = what the groups part, part + 32, ... add; `staged` is this warp's.
+template <typename Format, int kDtype, int kRows>
+__device__ inline void add_part(const ccq_spare_gemm_args& a, const typename Format::Word* words, int64_t first, int rows,
+                                int part, float (*staged)[kRows], float (*total)[kColumns]) {
+  using Words = typename Format::Words;
+  const auto* x = static_cast<const uint16_t*>(a.x);
+  const int lane = threadIdx.x % 32, groups = a.k / kGroup;
+  for (int g = part; g < groups; g += kParts) {
+    for (int i = lane; i < kGroup * kRows; i += 32) {
+      const int r = i / kGroup, s = i % kGroup;
+      const int64_t at = (first + r) * a.k + g * kGroup + input_row(s, a.row_order);
+      staged[s][r] = r < rows ? ccq_half8::to_float<kDtype>(x[at]) : 0.0f;
+    }
+    __syncwarp();
+    const auto* group = words + static_cast<int64_t>(g) * Format::kWords * a.n;
+    float sums[kRows][kColumns] = {};
+    int word[kColumns];
+#pragma unroll 4
+    for (int w = 0; w < Format::kWords - 1; ++w) {
+      Format::split(*reinterpret_cast<const Words*>(group + static_cast<int64_t>(w) * a.n), word);
+#pragma unroll
+      for (int i = 0; i < Format::kPerWord; ++i)
+        add_state<Format, kRows>(word, Format::shift(i), staged[w * Format::kPerWord + i], sums);
+    }
+    Format::split(*reinterpret_cast<const Words*>(group + static_cast<int64_t>(Format::kWords - 1) * a.n), word);
+    add_state<Format, kRows>(word, Format::shift(0), staged[kGroup - 1], sums);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float scale = static_cast<float>(word[c] & ((1 << Format::kScaleBits) - 1));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) total[r][c] = fmaf(scale, sums[r][c], total[r][c]);
+    }
+    __syncwarp();
+  }
+}
+
+template <typename Format, int kDtype, int kRows, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps) spare_gemm(const __grid_constant__ ccq_spare_gemm_args a) {
+  constexpr int kThreads = 32 * kWarps, kOutputs = (kRows * kBlockColumns + kThreads - 1) / kThreads;
+  __shared__ alignas(16) float staged[kWarps][kGroup][kRows];
+  __shared__ alignas(16) float partial[kWarps][kRows * kBlockColumns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t expert = blockIdx.y;
   const int column = blockIdx.x * kBlockColumns + lane * kColumns;
-  const bool inside = column < a.n;
   const int64_t begin = a.offsets && expert > 0 ? a.offsets[expert - 1] : 0, end = a.offsets ? a.offsets[expert] : a.rows;
-  const int groups = a.k / kGroup;
   const auto* words = static_cast<const typename Format::Word*>(a.quant_weight) +
-                      expert * groups * Format::kWords * a.n + (inside ? column : 0);
-  const auto* x = static_cast<const uint16_t*>(a.x);
+                      expert * (a.k / kGroup) * Format::kWords * a.n + (column < a.n ? column : 0);
   auto* out = static_cast<uint16_t*>(a.out);
   for (int64_t first = begin + blockIdx.z * kRows; first < end; first += gridDim.z * kRows) {
     const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), end - first));
-    float total[kRows][kColumns] = {};
-    for (int g = warp; g < groups; g += kWarps) {
-      for (int i = lane; i < kGroup * kRows; i += 32) {
-        const int r = i / kGroup, s = i % kGroup;
-        const int64_t at = (first + r) * a.k + g * kGroup + input_row(s, a.row_order);
-        staged[warp][s][r] = r < rows ? ccq_half8::to_float<kDtype>(x[at]) : 0.0f;
-      }
-      __syncwarp();
-      float sums[kRows][kColumns] = {};
-      int word[kColumns];
-#pragma unroll 2
-      for (int w = 0; w < Format::kWords - 1; ++w) {
-        Format::split(*reinterpret_cast<const typename Format::Words*>(
-                          words + (static_cast<int64_t>(g) * Format::kWords + w) * a.n), word);
+    float sum[kOutputs] = {};
+    for (int round = 0; round < kParts; round += kWarps) {
+      float total[kRows][kColumns] = {};
+      add_part<Format, kDtype, kRows>(a, words, first, rows, round + warp, staged[warp], total);
 #pragma unroll
-        for (int i = 0; i < Format::kPerWord; ++i)
-          add_state<Format>(word, Format::shift(i), staged[warp][w * Format::kPerWord + i], sums);
-      }
-      Format::split(*reinterpret_cast<const typename Format::Words*>(
-                        words + (static_cast<int64_t>(g + 1) * Format::kWords - 1) * a.n), word);
-      add_state<Format>(word, Format::shift(0), staged[warp][kGroup - 1], sums);
+      for (int r = 0; r < kRows; ++r)
+        *reinterpret_cast<float4*>(&partial[warp][r * kBlockColumns + lane * kColumns]) =
+            make_float4(total[r][0], total[r][1], total[r][2], total[r][3]);
+      __syncthreads();
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float scale = static_cast<float>(word[c] & ((1 << Format::kScaleBits) - 1));
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) total[r][c] = fmaf(scale, sums[r][c], total[r][c]);
+      for (int o = 0; o < kOutputs; ++o) {
+        const int i = o * kThreads + threadIdx.x;
+        if (i < kRows * kBlockColumns)
+          for (int w = 0; w < kWarps; ++w) sum[o] += partial[w][i];
       }
-      __syncwarp();
+      __syncthreads();
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      *reinterpret_cast<float4*>(&partial[warp][r][lane * kColumns]) =
-          make_float4(total[r][0], total[r][1], total[r][2], total[r][3]);
-    __syncthreads();
-    for (int i = threadIdx.x; i < rows * kBlockColumns; i += kThreads) {
-      const int r = i / kBlockColumns, c = i % kBlockColumns, n = blockIdx.x * kBlockColumns + c;
-      if (n >= a.n) continue;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += partial[w][r][c];
-      sum *= __uint_as_float(static_cast<uint32_t>(a.super_scales[expert * a.n + n]) << 16);
-      if (a.row_scale) sum *= a.row_scale[first + r];
-      out[(first + r) * a.n + n] = ccq_half8::from_float<kDtype>(sum);
+    for (int o = 0; o < kOutputs; ++o) {
+      const int i = o * kThreads + threadIdx.x, r = i / kBlockColumns, n = blockIdx.x * kBlockColumns + i % kBlockColumns;
+      if (r >= rows || n >= a.n) continue;
+      float value = sum[o] * __uint_as_float(static_cast<uint32_t>(a.super_scales[expert * a.n + n]) << 16);
+      if (a.row_scale) value *= a.row_scale[first + r];
+      out[(first + r) * a.n + n] = ccq_half8::from_float<kDtype>(value);
     }
-    __syncthreads();
   }
+}
+
+template <typename Format, int kDtype, int kRows, int kWarps>
+void launch(const ccq_spare_gemm_args& a, cudaStream_t stream) {
+  const dim3 grid((a.n + kBlockColumns - 1) / kBlockColumns, a.experts, std::min((a.rows + kRows - 1) / kRows, kRowTiles));
+  spare_gemm<Format, kDtype, kRows, kWarps><<<grid, 32 * kWarps, 0, stream>>>(a);
+}
+
+// Few rows an expert: few at a time and more warps, as many as registers and shared memory allow.
+template <typename Format, int kDtype>
+void choose(const ccq_spare_gemm_args& a, cudaStream_t stream) {
+  if (a.rows <= a.experts) launch<Format, kDtype, 1, 32>(a, stream);
+  else if (a.rows <= 4 * a.experts) launch<Format, kDtype, 4, 16>(a, stream);
+  else launch<Format, kDtype, 8, 8>(a, stream);
 }
 
 }  // namespace ccq_spare_kernel
@@ -134,10 +161,9 @@ extern "C" cudaError_t ccq_spare_gemm(const ccq_spare_gemm_args* args, cudaStrea
       a.experts > 1024 || (!a.offsets && a.experts != 1))
     return cudaErrorInvalidValue;
   if (a.rows == 0) return cudaSuccess;
-  const dim3 grid((a.n + kBlockColumns - 1) / kBlockColumns, a.experts, std::min((a.rows + kRows - 1) / kRows, kRowTiles));
   const bool bf16 = a.dtype == CCQ_BF16;
-  auto launch = a.format == CCQ_CCQ25 ? (bf16 ? spare_gemm<Format25, CCQ_BF16> : spare_gemm<Format25, CCQ_FP16>)
-                                      : (bf16 ? spare_gemm<Format275, CCQ_BF16> : spare_gemm<Format275, CCQ_FP16>);
-  launch<<<grid, kThreads, 0, stream>>>(a);
+  auto multiply = a.format == CCQ_CCQ25 ? (bf16 ? choose<Format25, CCQ_BF16> : choose<Format25, CCQ_FP16>)
+                                        : (bf16 ? choose<Format275, CCQ_BF16> : choose<Format275, CCQ_FP16>);
+  multiply(a, stream);
   return cudaGetLastError();
 }
