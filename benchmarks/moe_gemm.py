@@ -34,11 +34,14 @@ LINEAR_ROWS = (1, 4, 16)
 
 def linear(torch: Any, library: ccqlib.Library, shape: measure.Shape, pairs: str,
            replays: int) -> list[dict]:  # fmt: skip
-    """One matrix, copies of it in turn so that it comes from memory; cuBLAS in bfloat16 beside."""
+    """One matrix, copies of it in turn so that it comes from memory; beside it cuBLAS in bfloat16
+    and the products with 2.5 and 2.75 bits as stored.
+    """
     count = max(2, int(2e8 / (shape.n * shape.k / 4)))  # several times the L2
-    stored = (ccqlib.random_weights(torch, 1, shape.k, shape.n, pairs, i) for i in range(count))
-    copies = [library.repack(*tensors) for tensors in stored]
+    tensors = (ccqlib.random_weights(torch, 1, shape.k, shape.n, pairs, i) for i in range(count))
+    copies = [library.repack(*each) for each in tensors]
     dense = [torch.randn(shape.k, shape.n, device="cuda").bfloat16() for _ in range(count // 4 + 2)]
+    stored = stored_matrices(torch, library, shape)
     found = []
     for m in LINEAR_ROWS:
         x = torch.randn(m, shape.k, device="cuda").bfloat16()
@@ -48,9 +51,26 @@ def linear(torch: Any, library: ccqlib.Library, shape: measure.Shape, pairs: str
             "ccq": [partial(library.gemm, x, None, p, out, room) for p in copies],
             "cublas-bf16": [partial(torch.mm, x, w, out=out) for w in dense],
         }
+        for format, (quant, supers) in stored.items():
+            one = partial(library.spare_gemm, format, x, None)
+            calls[format] = [partial(one, q, supers, out) for q in quant]
         for who, each in calls.items():
             seconds = measure.time_calls(torch, each, replays)
             found.append(measure.figures(who, m, m, shape, 1, seconds))
+    return found
+
+
+def stored_matrices(torch: Any, library: ccqlib.Library, shape: measure.Shape) -> dict:
+    """For 2.5 and 2.75 bits as stored: copies of random words, and one set of super scales."""
+    if not hasattr(library.lib, "ccq_spare_gemm"):
+        return {}
+    found = {}
+    for format, (_, words) in ccqlib.SPARE_FORMATS.items():
+        size = (1, shape.k // 64 * words, shape.n)
+        dtype, top = (torch.int16, 2**15) if format == "ccq-2.5" else (torch.uint8, 2**8)
+        count = max(2, int(2e8 / (shape.n * shape.k / 4)))
+        copies = [torch.randint(0, top, size, dtype=dtype, device="cuda") for _ in range(count)]
+        found[format] = copies, torch.full((1, shape.n), 1e-3, device="cuda").bfloat16()
     return found
 
 
