@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from .dequantize import dequantize
     from .evaluate import evaluate
     from .quantize import quantize
+    from .sample import sample
     from .sensitivity import sensitivity
     from .serve import serve
     from .tune import tune
     from .verify import verify
 
-__all__ = ["dequantize", "evaluate", "quantize", "sensitivity", "serve", "tune", "verify"]
+__all__ = ["dequantize", "evaluate", "quantize", "sample", "sensitivity", "serve", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

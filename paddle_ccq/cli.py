@@ -12,6 +12,7 @@ COMMANDS = {
     "quantize": "make a 2-bit checkpoint from a float one",
     "verify": "check a quantized checkpoint, and its error against the float one",
     "sensitivity": "what each layer costs in each format, for quantize --allocate (needs Paddle)",
+    "sample": "let a model write text to calibrate on (needs Paddle)",
     "tune": "bring a quantized checkpoint closer to the float one's logits (needs Paddle)",
     "evaluate": "perplexity, divergence and tasks, before and after (needs Paddle)",
     "dequantize": "turn a quantized checkpoint back into bfloat16",

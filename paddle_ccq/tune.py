@@ -50,7 +50,7 @@ def tune(
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
     given: dict[str, Any] = {
-        "tokens": None if tokens is None else parse_tokens(tokens),
+        "tokens": None if tokens is None else parse_tokens(tokens, "--tokens"),
         "passes": passes,
         "batch": batch,
         "learning_rate": learning_rate,
