@@ -36,7 +36,7 @@ KINDS = (
 
 def ask(port: int, count: int, problems: list[str]) -> None:
     """One client's requests, over one connection as long as it lasts."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Content-Type": "application/json"}
     try:
         for index in range(count):
@@ -75,7 +75,7 @@ def test_memory_stays_flat_over_ten_thousand_requests(tmp_path: Path) -> None:
             for client in clients:
                 client.start()
             for client in clients:
-                client.join(120)
+                client.join(240)
             assert not problems and not any(client.is_alive() for client in clients)
             return resident_bytes(server.pid), len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
 
