@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latency, throughput and memory of the embedded server, beside the float model in Paddle.
 
-    python benchmarks/serving.py QUANTIZED FLOAT [--write]
+    python benchmarks/serving.py QUANTIZED FLOAT [--write] [--llama PYTHON]
 
 Starts the server on the quantized model and asks it over HTTP from this process, first one request
 at a time, then 4, 8 and 16 at once. The float model is the same network in float32, one sequence at
-a time through Paddle's matrix products, in a process of its own and without HTTP.
+a time through Paddle's matrix products, in a process of its own and without HTTP. With --llama, an
+interpreter that has llama-cpp-python and gguf, llama_reference.py is one more row.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import contextlib
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
-import httpx
 from common import ROOT, markdown, processor, put_into_doc, save_result
+
+sys.path.insert(0, str(ROOT / "examples"))
 
 LEVELS = (1, 4, 8, 16)
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -53,53 +55,18 @@ def server(folder: str) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-async def one(client: httpx.AsyncClient, seed: int) -> tuple[float, list[float]]:
-    """Time to the first token, and the times between the others, in seconds."""
-    body = {"model": "model", "prompt": tokens(seed), "max_tokens": NEW_TOKENS, "temperature": 0}
-    # Log-probabilities make the server send an event for each token, whatever its text.
-    body |= {"stream": True, "ignore_eos": True, "logprobs": 0}
-    last, first, between = time.perf_counter(), 0.0, []
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            now = time.perf_counter()
-            if first:
-                between.append(now - last)
-            else:
-                first = now - last
-            last = now
-    return first, between
+def body(seed: int) -> dict[str, Any]:
+    """Log-probabilities make the server send an event for each token, whatever its text."""
+    wanted = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    return {"model": "model", "prompt": tokens(seed), **wanted}
 
 
-async def level(base: str, concurrency: int, requests: int) -> dict[str, float]:
-    limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=base, timeout=60, limits=limits) as client:
-        await asyncio.gather(*(one(client, -1 - i) for i in range(concurrency)))
-        gate = asyncio.Semaphore(concurrency)
+def measure(base: str, concurrency: int) -> dict[str, float]:
+    from benchmark_client import level
 
-        async def gated(seed: int) -> tuple[float, list[float]]:
-            async with gate:
-                return await one(client, seed)
-
-        begun = time.perf_counter()
-        found = await asyncio.gather(*(gated(seed) for seed in range(requests)))
-        seconds = time.perf_counter() - begun
-    firsts = sorted(first for first, _ in found)
-    between = sorted(value for _, values in found for value in values)
-    return {
-        "concurrency": concurrency,
-        "tokens_per_second": requests * NEW_TOKENS / seconds,
-        "first_p50_ms": 1e3 * statistics.median(firsts),
-        "first_p99_ms": 1e3 * percentile(firsts, 0.99),
-        "token_p50_ms": 1e3 * statistics.median(between),
-        "token_p99_ms": 1e3 * percentile(between, 0.99),
-    }
-
-
-def percentile(values: list[float], part: float) -> float:
-    return values[min(len(values) - 1, int(part * len(values)))]
+    requests = 2 * concurrency if concurrency > 1 else 4
+    bodies, warm_up = map(body, range(requests)), map(body, range(-concurrency, 0))
+    return asyncio.run(level(f"{base}/v1", [*bodies], concurrency, [*warm_up]))
 
 
 def memory_mib(pid: int) -> float:
@@ -141,6 +108,7 @@ def main() -> None:
     parser.add_argument("quantized", help="checkpoint folder to serve")
     parser.add_argument("float", help="the unquantized checkpoint")
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOC}")
+    parser.add_argument("--llama", metavar="PYTHON", help="interpreter with llama-cpp-python, gguf")
     parser.add_argument("--only-float", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only_float:
@@ -148,10 +116,7 @@ def main() -> None:
         return
     with server(args.quantized) as (base, pid):
         loaded = memory_mib(pid)
-        runs = [
-            [asyncio.run(level(base, n, 2 * n if n > 1 else 4)) for n in LEVELS]
-            for _ in range(REPEATS)
-        ]
+        runs = [[measure(base, n) for n in LEVELS] for _ in range(REPEATS)]
         levels = [
             max(found, key=lambda r: r["tokens_per_second"]) for found in zip(*runs, strict=True)
         ]
@@ -180,6 +145,22 @@ def main() -> None:
             f"{baseline['memory_mib']:.0f}",
         ]
     )
+    llama = None
+    if args.llama:
+        script = str(ROOT / "benchmarks" / "llama_reference.py")
+        done = subprocess.run([args.llama, script, args.float], stdout=subprocess.PIPE, check=True)
+        llama = json.loads(done.stdout.splitlines()[-1])
+        rate = llama["tokens_per_second"]
+        rows.append(
+            [
+                f"llama.cpp, experts {llama['experts']}, threads {llama['threads']},"
+                " 1 at once, no HTTP",
+                f"{rate:.0f}",
+                f"{llama['first_p50_ms']:.0f} / -",
+                f"{1e3 / rate:.1f} / -",
+                f"{llama['memory_mib']:.0f}",
+            ]
+        )
     header = ["", "tokens/s", "first token, ms (p50/p99)", "token, ms (p50/p99)", "resident, MiB"]
     table = markdown(header, rows)
     load = os.getloadavg()[0]
@@ -191,6 +172,7 @@ def main() -> None:
         "loaded_mib": loaded,
         "peak_mib": peak,
         "float": baseline,
+        "llama": llama,
     }
     if args.write:
         put_into_doc(DOC, "serving", table)
