@@ -15,7 +15,7 @@ from . import reporting
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
 from .errors import CcqError, run_cli
-from .host import require_paddle
+from .host import available_memory, require_paddle
 from .models.weights import EXACT, READINGS, weight_source
 from .version import __version__
 
@@ -155,23 +155,12 @@ def _check_memory(checkpoints: dict[str, Checkpoint]) -> None:
         for checkpoint in checkpoints.values()
         for name in checkpoint.names()
     )
-    available = _available_memory()
+    available = available_memory()
     if available is not None and needed > available:
         raise CcqError(
             f"{checkpoints[MODEL].path}: the weights take {needed / 2**30:.1f} GiB as float32, but"
             f" {available / 2**30:.1f} GiB of memory are free; use a larger machine"
         )
-
-
-def _available_memory() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def build_parser() -> argparse.ArgumentParser:

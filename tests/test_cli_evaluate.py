@@ -167,6 +167,6 @@ def test_without_paddle(files, monkeypatch, capsys):
 
 
 def test_too_little_memory(files, monkeypatch, capsys):
-    monkeypatch.setattr(command, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(command, "available_memory", lambda: 1000)
     assert run(files, "@model", "--text", "@text.jsonl", "--window", "64") == 2
     assert "use a larger machine" in capsys.readouterr().err

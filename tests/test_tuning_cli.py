@@ -16,8 +16,9 @@ from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import quantize
 from paddle_ccq.tune import main, tune
-from paddle_ccq.tuning import descent, session
+from paddle_ccq.tuning import descent, memory, session
 from paddle_ccq.tuning.descent import split_held_out
+from paddle_ccq.tuning.settings import Settings
 from paddle_ccq.verify import verify
 
 CONFIG = tiny_config(moe_num_experts=3, tie_word_embeddings=False)
@@ -172,6 +173,17 @@ def test_mistakes_end_in_one_line_and_exit_code_2(quantized, model, text, tuned,
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error, error
         assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_model_too_large_for_the_memory_is_refused(quantized, model, text, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(quantized)
+    needed = memory.needed_bytes(checkpoint, Settings(tokens=2048), 1)
+    weights = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
+    assert 4 * weights < needed < 2e9
+    monkeypatch.setattr(memory, "available_memory", lambda: needed // 2)
+    with pytest.raises(CcqError, match="whole model as float32"):
+        tune(quantized, model, text, tmp_path / "out", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_held_out_windows_are_spread_and_apart():

@@ -20,6 +20,7 @@ from ..errors import CcqError
 from ..models.ernie import Ernie
 from ..version import __version__
 from .descent import Example, descend, mean_loss, split_held_out
+from .memory import check_memory
 from .output import check_room, write_tuned
 from .parameters import collect, stored_tensors
 from .settings import Settings
@@ -101,6 +102,7 @@ def run_tuning(
     """
     settings.check()
     check_same_model(quantized, source)
+    check_memory(quantized, settings, threads)
     text_settings = TextSettings(tokens=settings.tokens, window=settings.window)
     with Workplace(output) as workplace:
         # A tuning run has no journal: what lies here is left of one that was killed.

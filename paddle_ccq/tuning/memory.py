@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tuning needs of memory, said before the system ends the process for it."""
+
+from __future__ import annotations
+
+import math
+
+from ..checkpoint.config import ErnieConfig
+from ..checkpoint.naming import is_expert
+from ..checkpoint.plan import gigabytes
+from ..checkpoint.reader import Checkpoint
+from ..errors import CcqError
+from ..host import available_memory
+from .settings import Settings
+
+# A tensor that is tuned whole: its value and the best one so far in float64, Adam's two means and
+# the batch's sum of gradients in float32; and a window's gradient for each window of the batch.
+WHOLE_BYTES = 28
+# Float32 copies, in hidden sizes, that a token's way back keeps of one layer: residual stream,
+# norms, projections and their sums.
+COPIES = 10
+
+
+def needed_bytes(checkpoint: Checkpoint, settings: Settings, threads: int) -> int:
+    """An estimate for the whole run; the model's float32 weights are most of it."""
+    config = checkpoint.config
+    weights = whole = 0
+    for name in checkpoint.names():
+        size = math.prod(checkpoint.shape(name))
+        weights += size
+        if not is_expert(name) and "embed" not in name and name != "lm_head.weight":
+            whole += size
+    states = 2 * 4 * settings.tokens * config.hidden_size
+    way_back = threads * settings.window * _token_bytes(config, settings.window)
+    return 4 * weights + (WHOLE_BYTES + 4 * settings.batch) * whole + states + way_back
+
+
+def _token_bytes(config: ErnieConfig, window: int) -> int:
+    """Kept of one token until its way back: per layer, attention's probabilities and the MLP."""
+    inner = config.intermediate_size
+    if config.moe_num_experts:
+        routed = config.moe_k * (3 * config.moe_intermediate_size + 3 * config.hidden_size)
+        shared = 3 * config.moe_num_shared_experts * config.moe_intermediate_size
+        inner = max(inner, routed + shared)
+    layer = COPIES * config.hidden_size + inner + config.num_attention_heads * window // 2
+    return 4 * (config.num_hidden_layers * layer + 4 * config.vocab_size)
+
+
+def check_memory(checkpoint: Checkpoint, settings: Settings, threads: int) -> None:
+    """Refuse a model that this machine cannot hold.
+
+    Raises:
+        CcqError: with what is needed and what there is.
+    """
+    needed, available = needed_bytes(checkpoint, settings, threads), available_memory()
+    if available is not None and needed > available:
+        raise CcqError(
+            f"{checkpoint.path}: tuning holds the whole model as float32 and needs about"
+            f" {gigabytes(needed)} of memory, but {gigabytes(available)} are free; use a larger"
+            " machine"
+        )
