@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accuracy import Rows
@@ -41,16 +44,13 @@ UNIFORM = "CCQ 2.06, calibrated"
 PREFIX, ALLOCATED = "calibrated, wint4 prefix", "calibrated, allocated"
 
 
-def costs_of(work: Path, args: argparse.Namespace) -> dict[str, Sensitivities]:
-    """Sensitivities by both methods, measured or from files of an earlier run."""
-    found = {}
-    for method in ("quadratic", "kl"):
-        path = work / f"{method}.json"
-        if not path.exists():
-            made = sensitivity(args.model, args.calibration, method=method, threads=args.threads)
-            path.write_text(json.dumps(made.as_dict()), encoding="utf-8")
-        found[method] = load_sensitivities(path)
-    return found
+def costs_of(method: str, args: argparse.Namespace) -> Sensitivities:
+    """Sensitivities as the command's defaults give them, or of an earlier run."""
+    path = args.work / f"{method}.json"
+    if not path.exists():
+        made = sensitivity(args.model, args.calibration, method=method, threads=args.threads)
+        path.write_text(json.dumps(made.as_dict()), encoding="utf-8")
+    return load_sensitivities(path)
 
 
 def allocation_for(source: Checkpoint, target: str, costs: Sensitivities) -> Allocation:
@@ -89,6 +89,20 @@ class Mixed:
         self.layers[label] = layers
 
 
+def scored(path: Path, mixed: Mixed, labels: list[str], score: Callable) -> dict[str, Any]:
+    """Scores of these rows; what an earlier run with the same --work has scored is not repeated."""
+
+    def key(label: str) -> str:
+        return "bf16" if label == "bf16" else str(mixed.layers[label])
+
+    known = pickle.loads(path.read_bytes()) if path.exists() else {}
+    missing = {label: mixed.rows.models[label] for label in labels if key(label) not in known}
+    if missing:
+        known |= {key(label): found for label, found in score(missing).items()}
+        path.write_bytes(pickle.dumps(known))
+    return {label: known[key(label)] for label in labels}
+
+
 def rank_correlation(a: list[float], b: list[float]) -> float:
     """Spearman's, for values without ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
@@ -113,7 +127,7 @@ def main() -> None:
     stream = token_stream(read_documents(args.text), tokenizer)
     windows = cut_windows(stream, args.window, args.max_tokens)
     items = [item for path in args.tasks for item in read_items(path)]
-    costs = costs_of(args.work, args)
+    costs = {"quadratic": costs_of("quadratic", args)}
 
     last = source.config.num_hidden_layers - 1
     for name, more in (
@@ -141,18 +155,29 @@ def main() -> None:
             mixed.add(label, row.plan.wint4_layers)
             predicted[label] = row.loss
     print(mixed.layers, flush=True)
-    text = score_text(
-        rows.models,
-        windows,
-        reference="bf16",
-        threads=args.threads,
-        progress=lambda done, total: print(f"window {done}/{total}", flush=True),
+    mixed.layers[UNIFORM] = []
+    text = scored(
+        args.work / f"text-{args.max_tokens}.pickle",
+        mixed,
+        list(rows.models),
+        lambda models: score_text(
+            {"bf16": rows.models["bf16"], **models},
+            windows,
+            reference="bf16",
+            threads=args.threads,
+            progress=lambda done, total: print(f"window {done}/{total}", flush=True),
+        ),
     )
-    chosen = {label: rows.models[label] for label in main_rows}
-    tasks = score_tasks(chosen, tokenizer, items, args.threads)
+    tasks = scored(
+        args.work / "tasks.pickle",
+        mixed,
+        main_rows,
+        lambda models: score_tasks(models, tokenizer, items, args.threads),
+    )
     summary = summarize(text, None, "bf16")
     for label, row in summarize(None, tasks, "bf16").items():
         summary[label] |= row
+    costs["kl"] = costs_of("kl", args)
     report(rows, mixed, text, summary, predicted, costs)
 
 

@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("--model", required=True, help="float checkpoint: folder, hub id or short name")
     add("--calibration", required=True, metavar="FILE", help="text (.jsonl, .txt) to measure on")
-    add("--calibration-tokens", default="64k", metavar="N", help="for wint2's statistics (64k)")
+    add("--calibration-tokens", default="64k", metavar="N", help="of the text to use (64k)")
     add("--probe-tokens", default="8k", metavar="N", help="of them, to measure on (8k)")
     add(
         "--method",

@@ -16,7 +16,7 @@ from test_journal_resume import contents, stop_after
 from paddle_ccq.allocation.copies import Copies
 from paddle_ccq.allocation.costs import load_sensitivities
 from paddle_ccq.allocation.decoded import Decoded
-from paddle_ccq.allocation.probing import probe_windows, spread
+from paddle_ccq.allocation.probing import held_out, spread
 from paddle_ccq.calibration.settings import Settings
 from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.calibration.walk import LayerWalk
@@ -73,7 +73,7 @@ def measured(model, text) -> dict:
 def test_the_divergence_is_that_of_the_model_with_that_part_quantized(model, text, measured):
     checkpoint = open_checkpoint(model)
     decoded = Decoded(checkpoint, ("wint4",), "fast", 1, None)
-    windows = probe_windows(
+    windows, _ = held_out(
         read_calibration_text(text, checkpoint, Settings(tokens=2048)).windows, 1024
     )
     assert sum(window.size for window in windows) == 1024
@@ -114,6 +114,14 @@ def test_threads_and_files_change_nothing(model, text, measured, monkeypatch):
     monkeypatch.setattr("paddle_ccq.allocation.copies.MEMORY_FOR_STATES", 0)
     found = sensitivity(model, text, formats=("wint2", "wint4"), **{**TOKENS, "threads": 2})
     assert found.costs == measured["quadratic"].costs
+
+
+def test_what_is_measured_on_is_not_calibrated_on():
+    windows = [np.full(8, i) for i in range(6)]
+    probes, rest = held_out(windows, 16)
+    assert [w[0] for w in probes] == [1, 4] and [w[0] for w in rest] == [0, 2, 3, 5]
+    assert len(held_out(windows, 10**6)[0]) == 3 and len(held_out(windows, 1)[0]) == 1
+    assert held_out(windows[:1], 16) == (windows[:1], windows[:1])
 
 
 def test_the_sample_is_spread():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..models.ernie import MLP, MoE
 from .copies import Copies
 from .costs import PROJECTIONS, Sensitivities, model_shape, weights_sha256
 from .decoded import ATTRIBUTES, Decoded
-from .probing import Probing, copies_of, probe_windows, spread
+from .probing import Probing, copies_of, held_out, spread
 
 Progress = Callable[[int, int], None]  # layers done, of how many
 # Mean squared errors this much smaller than the outputs say nothing but float32's rounding.
@@ -47,14 +48,15 @@ def measure(
 ) -> Sensitivities:
     """Costs of every MoE layer, projection and format; the model is read once or twice.
 
-    wint2 is encoded with the statistics of the whole text, as `quantize --calibration` would;
+    wint2 is encoded with the statistics of the text, as `quantize --calibration` would, but for the
+    windows that are measured on;
     states go to a file in `folder` where they don't fit in memory.
     """
+    probes, others = held_out(text.windows, probing.tokens)
+    seen = replace(text, windows=tuple(others))
     with (
-        closing(Statistics(checkpoint, text, settings, threads, folder)) as statistics,
-        closing(
-            LayerWalk(checkpoint, probe_windows(text.windows, probing.tokens), threads, folder)
-        ) as walk,
+        closing(Statistics(checkpoint, seen, settings, threads, folder)) as statistics,
+        closing(LayerWalk(checkpoint, probes, threads, folder)) as walk,
     ):
         costs = _Measurement(checkpoint, statistics, walk, probing, threads, folder).run(progress)
     return Sensitivities(
