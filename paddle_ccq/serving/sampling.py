@@ -98,10 +98,13 @@ class Sampler:
 
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
-    shifted = logits.astype(np.float64) - logits.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
+    shifted = logits - logits.max()
+    # Exponentials in float32 are right to 1e-7; their sum over a large vocabulary would not be.
+    total = float(np.log(np.exp(shifted).sum(dtype=np.float64)))
     best: list[int] = []
     if top:
-        best = np.argpartition(-logprobs, top - 1)[:top].tolist()
-        best.sort(key=lambda i: (-logprobs[i], i))
-    return TokenLogprob(token, float(logprobs[token]), tuple((i, float(logprobs[i])) for i in best))
+        best = np.argpartition(-shifted, top - 1)[:top].tolist()
+        best.sort(key=lambda i: (-shifted[i], i))
+    return TokenLogprob(
+        token, float(shifted[token]) - total, tuple((i, float(shifted[i]) - total) for i in best)
+    )
