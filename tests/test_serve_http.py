@@ -237,8 +237,8 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_slow_reader_holds_nobody_up_and_loses_nothing(server: tuple[str, Service]) -> None:
     base, service = server
     host, port = base.removeprefix("http://").split(":")
-    # 900 events of 800 bytes: far more than the reader's buffer holds.
-    wanted = {"max_tokens": 900, "ignore_eos": True, "stream": True, "logprobs": 20}
+    # 900 events of some 700 bytes: far more than the reader's buffer holds.
+    wanted = {"max_tokens": 900, "ignore_eos": True, "stream": True, "logprobs": 20, "seed": 1}
     body = json.dumps({**SMALL, **wanted})
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.socket() as slow:
@@ -255,7 +255,7 @@ def test_a_slow_reader_holds_nobody_up_and_loses_nothing(server: tuple[str, Serv
             part = slow.recv(1 << 16)
             assert part
             received += part
-    assert len(received) > 600_000
+    assert len(received) > 300_000
     assert received.count(b"data: {") == 900 and b"data: [DONE]" in received
 
 
