@@ -134,6 +134,24 @@ def test_an_outlier_does_not_drown_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_fine_products_are_off_by_float32_alone_and_bits_are_the_same_everywhere(kind: str) -> None:
+    format, tensors = stored(kind, 640, 48, seed=4)
+    weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+    packed = ops.repack(format, tensors)
+    x = np.random.default_rng(5).standard_normal((max(TOKENS), 640)).astype(np.float32)
+    x[3:40, 64:128] = 0  # groups without a rest among others with one
+    x[::7, 5] = 1e4
+    whole = ops.linear(x, packed, threads=1, fine=True)
+    exact = x.astype(np.float64) @ weight
+    assert max(error(row, wanted) for row, wanted in zip(whole, exact, strict=True)) < 1e-6
+    assert error(ops.linear(x[1:2], packed), exact[1:2]) > 1e-5
+    for isa in _core.matmul_instruction_sets():
+        for m in TOKENS:
+            found = ops.linear(x[-m:], packed, threads=3, isa=isa, fine=True)
+            assert np.array_equal(found, whole[-m:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_half_precision_activations_lose_only_the_output_rounding(kind: str, dtype: type) -> None:
     format, tensors = stored(kind, 256, 64, seed=6)

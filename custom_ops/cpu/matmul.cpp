@@ -103,7 +103,7 @@ int64_t round_group(float* v, Level& level, int64_t at) {
 
 }  // namespace
 
-Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, int threads) {
+Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, bool fine, int threads) {
   // Mean below a sixteenth of the largest: never on Gaussian rows (a quarter), always with an outlier.
   constexpr int64_t kOutlier = 32767 * kRows / 16;
   Activations a(rows, k / kRows);
@@ -112,17 +112,17 @@ Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, 
       float v[kRows];
       for (int s = 0; s < kRows; ++s) v[s] = x[r * k + g * kRows + order[s]];
       const int64_t at = g * rows + r, magnitude = round_group(v, a.main, at);
-      if (magnitude > 0 && magnitude < kOutlier) round_group(v, a.rest, at);
+      if (magnitude > 0 && (fine || magnitude < kOutlier)) round_group(v, a.rest, at);
     }
   });
   return a;
 }
 
 void multiply(const MatmulKernels& kernels, const std::vector<const Packed*>& matrices,
-              const int64_t* ends, const float* x, const int* order, float* y, int threads) {
+              const int64_t* ends, const float* x, const int* order, bool fine, float* y, int threads) {
   const Packed& shape = *matrices[0];
   const int64_t rows = ends[matrices.size() - 1];
-  const Activations a = quantize(x, rows, shape.k, order, threads);
+  const Activations a = quantize(x, rows, shape.k, order, fine, threads);
   // Columns of one task: large enough to amortise its start, small enough to share out evenly.
   constexpr int64_t kBlocksPerTask = 4;
   struct Task {

@@ -72,7 +72,7 @@ struct Level {
 };
 
 // x = main + rest. The rest is there (scale not 0) for groups in which an outlier leaves the other
-// activations few bits.
+// activations few bits, or for all groups where asked for.
 struct Activations {
   Activations(int64_t r, int64_t g) : rows(r), groups(g), main(r * g), rest(r * g) {}
   int64_t rows, groups;
@@ -84,7 +84,8 @@ constexpr int low_row(int j) { return 16 * (j / 8) + 4 * (j / 4 % 2) + j % 4; }
 constexpr int high_row(int j) { return low_row(j) + 8; }
 
 // x float32 [rows, k]; order[s] is the input row (inside its group) that stored row s multiplies.
-Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, int threads);
+// fine: a rest for every group, 31 bits in all instead of 16.
+Activations quantize(const float* x, int64_t rows, int64_t k, const int* order, bool fine, int threads);
 
 // y[r, 0..16) = rows first .. first + count of x times column block `block`; stride of y in floats.
 using BlockFn = void (*)(const Packed& w, int64_t block, const Activations& x, int64_t first, int count,
@@ -104,7 +105,7 @@ const MatmulKernels* pick_matmul(const char* name);
 // y float32 [rows, n]; rows ends[e-1] .. ends[e] are multiplied by matrix e (all of one shape).
 // Each output is summed by one thread in one order: the same bytes for any thread count.
 void multiply(const MatmulKernels& kernels, const std::vector<const Packed*>& matrices,
-              const int64_t* ends, const float* x, const int* order, float* y, int threads);
+              const int64_t* ends, const float* x, const int* order, bool fine, float* y, int threads);
 
 // y[r, i] = silu(x[r, i]) * x[r, half + i]
 void swiglu(const float* x, int64_t rows, int64_t half, float* y, int threads);

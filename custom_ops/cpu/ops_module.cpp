@@ -93,8 +93,8 @@ py::tuple unpack_arrays(const Packed& w) {
 }
 
 Floats multiply_arrays(const Floats& x, const std::vector<std::shared_ptr<Packed>>& matrices,
-                       const std::vector<int64_t>& ends, const std::vector<int>& order, int threads,
-                       const std::string& isa) {
+                       const std::vector<int64_t>& ends, const std::vector<int>& order, bool fine,
+                       int threads, const std::string& isa) {
   need(!matrices.empty() && ends.size() == matrices.size(), "offsets: one for each matrix");
   std::vector<const Packed*> pointers;
   for (const auto& m : matrices) {
@@ -112,7 +112,7 @@ Floats multiply_arrays(const Floats& x, const std::vector<std::shared_ptr<Packed
   Floats y({x.shape(0), static_cast<py::ssize_t>(shape.n)});
   float* out = y.mutable_data();
   py::gil_scoped_release release;
-  if (ends.back() > 0) multiply(*kernels, pointers, ends.data(), x.data(), order.data(), out, threads);
+  if (ends.back() > 0) multiply(*kernels, pointers, ends.data(), x.data(), order.data(), fine, out, threads);
   return y;
 }
 
@@ -150,7 +150,7 @@ void bind_ops(py::module_& m) {
   m.def("dequantize", &dequantize_array, py::arg("format"), py::arg("words"), py::arg("scales"),
         py::arg("super"), py::arg("code_scale"), py::arg("code_zp"), py::arg("runtime"), py::arg("threads"));
   m.def("multiply", &multiply_arrays, py::arg("x"), py::arg("matrices"), py::arg("ends"), py::arg("order"),
-        py::arg("threads"), py::arg("isa") = "auto");
+        py::arg("fine"), py::arg("threads"), py::arg("isa") = "auto");
   m.def("swiglu", &swiglu_array, py::arg("x"), py::arg("threads"));
   m.def("matmul_instruction_sets", &matmul_sets, "Usable builds of the matrix product, fastest first.");
 }

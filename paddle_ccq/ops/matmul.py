@@ -23,21 +23,28 @@ def _multiply(
     x: np.ndarray,
     matrices: Sequence[PackedMatrix],
     ends: list[int],
+    fine: bool,
     threads: int,
     isa: str,
 ) -> np.ndarray:
     """float32 [rows, N] of checked arguments."""
     order = [int(row) for row in checks.row_order(matrices[0].row_order)]
     cores = [m.core for m in matrices]
-    return _core.multiply(x.astype(np.float32, copy=False), cores, ends, order, threads, isa)
+    x = x.astype(np.float32, copy=False)
+    return _core.multiply(x, cores, ends, order, fine, threads, isa)
 
 
 def linear(
-    x: np.ndarray, weight: PackedMatrix, threads: int | None = None, isa: str = "auto"
+    x: np.ndarray,
+    weight: PackedMatrix,
+    threads: int | None = None,
+    isa: str = "auto",
+    fine: bool = False,
 ) -> np.ndarray:
     """ccq_linear: x [M, K] @ weight [K, N] -> [M, N] in x's dtype, for any M.
 
-    `isa` pins an instruction set (tests).
+    `isa` pins an instruction set (tests). With `fine` every activation gets the second step, 31
+    bits in all: what is left is float32's own rounding, for up to twice the arithmetic.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -45,7 +52,7 @@ def linear(
     if not isinstance(weight, PackedMatrix):
         raise ValueError(f"weight must be a PackedMatrix (see repack), got {type(weight).__name__}")
     x = checks.activations(x, "x", weight.k)
-    y = _multiply(x, [weight], [len(x)], checks.threads(threads), isa)
+    y = _multiply(x, [weight], [len(x)], fine, checks.threads(threads), isa)
     return y.astype(x.dtype, copy=False)
 
 
@@ -70,16 +77,16 @@ def moe_gemm(
     matrices = same_shape(experts, "experts")
     x = checks.activations(x, "x", matrices[0].k)
     ends = checks.offsets(offsets, len(matrices), len(x))
-    y = _multiply(x, matrices, ends, checks.threads(threads), isa)
+    y = _multiply(x, matrices, ends, False, checks.threads(threads), isa)
     return y.astype(x.dtype, copy=False)
 
 
 def _ffn(
-    x: np.ndarray, experts: PackedExperts, ends: list[int], threads: int, isa: str
+    x: np.ndarray, experts: PackedExperts, ends: list[int], fine: bool, threads: int, isa: str
 ) -> np.ndarray:
-    up = _multiply(x, experts.up_gate, ends, threads, isa)
+    up = _multiply(x, experts.up_gate, ends, fine, threads, isa)
     # float32 between the two products: rounding to x's dtype would only lose.
-    return _multiply(_core.swiglu(up, threads), experts.down, ends, threads, isa)
+    return _multiply(_core.swiglu(up, threads), experts.down, ends, fine, threads, isa)
 
 
 def moe_ffn(
@@ -99,7 +106,7 @@ def moe_ffn(
     _check_experts(experts)
     x = checks.activations(x, "x", experts.hidden)
     ends = checks.offsets(offsets, len(experts), len(x))
-    return _ffn(x, experts, ends, checks.threads(threads), isa).astype(x.dtype, copy=False)
+    return _ffn(x, experts, ends, False, checks.threads(threads), isa).astype(x.dtype, copy=False)
 
 
 def moe(
@@ -109,6 +116,7 @@ def moe(
     topk_weights: np.ndarray,
     threads: int | None = None,
     isa: str = "auto",
+    fine: bool = False,
 ) -> np.ndarray:
     """ccq_moe: sum over j of topk_weights[m, j] * ffn of expert topk_ids[m, j] on x[m].
 
@@ -116,6 +124,7 @@ def moe(
         x: [M, hidden] of float32, bfloat16 or float16.
         topk_ids: int32 or int64 [M, top_k], each in 0..experts-1.
         topk_weights: float32 [M, top_k], used as they are (not renormalised).
+        fine: as in linear().
 
     Summed in float32, j = 0 first.
 
@@ -141,7 +150,7 @@ def moe(
     # Stable: tokens of one expert stay in order, so the layout is the same on every run.
     order = np.argsort(flat, kind="stable")
     ends = np.cumsum(np.bincount(flat, minlength=len(experts))).tolist()
-    rows = _ffn(x[order // max(top_k, 1)], experts, ends, checks.threads(threads), isa)
+    rows = _ffn(x[order // max(top_k, 1)], experts, ends, fine, checks.threads(threads), isa)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     place = place.reshape(ids.shape)

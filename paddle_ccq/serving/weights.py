@@ -40,7 +40,7 @@ class Linear:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         if self.packed is not None:
-            return ops.linear(np.ascontiguousarray(x), self.packed, self.threads)
+            return ops.linear(np.ascontiguousarray(x), self.packed, self.threads, fine=True)
         return multiply(x, self.dense, self.threads)
 
 
@@ -124,7 +124,8 @@ class Experts:
         if self.gpu is not None:
             return self.gpu(x, chosen, shares)
         if self.packed is not None:
-            return ops.moe(np.ascontiguousarray(x), self.packed, chosen, shares, self.threads)
+            x = np.ascontiguousarray(x)
+            return ops.moe(x, self.packed, chosen, shares, self.threads, fine=True)
         parts = np.empty((*chosen.shape, x.shape[1]), np.float32)
         for expert in np.unique(chosen):
             rows, places = np.nonzero(chosen == expert)
