@@ -15,8 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import _core
+from ..codec.row_order import ROW_ORDERS
 from . import checks
 from .packed import PackedExperts, PackedMatrix, same_shape
+
+# As the core takes them; made once, since a small product is quicker than the list.
+_ORDERS = {name: checks.row_order(name).tolist() for name in ROW_ORDERS}
 
 
 def _multiply(
@@ -28,7 +32,7 @@ def _multiply(
     isa: str,
 ) -> np.ndarray:
     """float32 [rows, N] of checked arguments."""
-    order = [int(row) for row in checks.row_order(matrices[0].row_order)]
+    order = _ORDERS[matrices[0].row_order]
     cores = [m.core for m in matrices]
     x = x.astype(np.float32, copy=False)
     return _core.multiply(x, cores, ends, order, fine, threads, isa)
