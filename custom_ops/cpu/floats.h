@@ -12,9 +12,9 @@
 
 namespace ccq {
 
-constexpr int kFloatLanes = 16;        // floats of one vector
-constexpr int kBlockColumns = 64; // columns of a block, side by side for every input row
-constexpr int kDenseRows = 4;     // tokens that share one pass over a block
+constexpr int kFloatLanes = 16;    // floats of one vector
+constexpr int kBlockColumns = 64;  // columns of a block, side by side for every input row
+constexpr int kDenseRows = 4;      // tokens that share one pass over a block
 
 enum class Store { kFloat32, kBfloat16, kInt8, kInt4 };
 
