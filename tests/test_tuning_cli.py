@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ import pytest
 from synthetic import tiny_config, write_checkpoint
 from test_journal_resume import contents
 
+from paddle_ccq.calibration.settings import Settings as TextSettings
+from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
+from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.quantize import quantize
 from paddle_ccq.tune import main, tune
 from paddle_ccq.tuning import descent, memory, session
 from paddle_ccq.tuning.descent import split_held_out
 from paddle_ccq.tuning.settings import Settings
+from paddle_ccq.tuning.teacher import final_states
 from paddle_ccq.verify import verify
 
 CONFIG = tiny_config(moe_num_experts=3, tie_word_embeddings=False)
@@ -61,6 +66,30 @@ def test_the_loss_on_held_out_text_falls(tuned):
     said = json.loads((tuned.output / "config.json").read_text())["paddle_ccq"]["tuning"]
     assert said["loss_before"] == pytest.approx(tuned.before, abs=1e-5)
     assert said["tokens_learned"] == tuned.tokens == 7 * 256 and said["tokens_held_out"] == 256
+
+
+def test_the_loss_while_tuning_is_that_of_the_stored_tensors(
+    quantized, model, text, tmp_path, monkeypatch
+):
+    """Without rounding on the way, wint8 and bfloat16 would take back part of the gain."""
+    found = []
+    original = session.descend
+
+    def watched(*args: object) -> tuple[float, float]:
+        found.append(original(*args))
+        return found[0]
+
+    monkeypatch.setattr(session, "descend", watched)
+    result = tune(quantized, model, text, tmp_path / "out", **OPTIONS)
+    before, best = found[0]
+    assert result.after == pytest.approx(best, rel=1e-3) and best < before
+    with ThreadPoolExecutor(1) as pool:
+        written = read_calibration_text(text, open_checkpoint(model), TextSettings(2048)).windows
+        _, held = split_held_out(len(written), 16)
+        teacher = final_states(open_checkpoint(model), written, 1, tmp_path)
+        examples = [descent.Example(written[i], teacher[i]) for i in held]
+        loss = descent.mean_loss(Ernie(open_checkpoint(tmp_path / "out")), examples, pool)
+    assert loss == pytest.approx(result.after, rel=1e-6)
 
 
 def test_codes_format_and_size_stay(quantized, tuned, model):

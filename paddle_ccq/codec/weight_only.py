@@ -48,6 +48,12 @@ def _quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(x, -top, top).astype(np.int8), scale
 
 
+def round_wint8(weight: np.ndarray) -> np.ndarray:
+    """What wint8 makes of a weight [K, N], as float32, without storing it on the way."""
+    states, scale = _quantize(weight, 8)
+    return states * scale.astype(np.float32)
+
+
 def interleave(states: np.ndarray, bits: int) -> np.ndarray:
     """Signed states [K, N] -> the stored int8 tensor: [N, K] for wint8, [N/2, K] for wint4.
 

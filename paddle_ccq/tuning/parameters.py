@@ -8,6 +8,7 @@ bf16, which are encoded anew: 8 bits are exact enough for that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -17,7 +18,7 @@ from paddle import Tensor
 
 from ..checkpoint.naming import is_linear
 from ..checkpoint.reader import Checkpoint
-from ..codec.weight_only import quantize_wint8
+from ..codec.weight_only import quantize_wint8, round_wint8
 from ..models.ernie import Ernie
 from .gradients import FACTORS, WHOLE
 
@@ -35,13 +36,18 @@ ENCODED_ANEW = ("bf16", "wint8")
 
 @dataclass
 class Parameter:
-    """One tuned tensor.
+    """One tuned tensor. The model always computes with what would be stored: `value`, rounded.
+
+    Gradients are taken at the rounded point and move the exact one, so that steps smaller than a
+    rounding error still add up (a straight-through estimate).
 
     Attributes:
         kind: FACTORS: `value` holds the logarithms of column factors. WHOLE: the tensor itself.
         tensor: what the model computes with; changed in place.
         value: float64, so that many small steps add up exactly enough.
         unit: what a step of one means: 1 for logarithms, else the tensor's root mean square.
+        rounded: from a float64 array to what its storage keeps of it, as float64.
+        scale: FACTORS: the stored scale of each column before tuning.
     """
 
     name: str
@@ -49,26 +55,30 @@ class Parameter:
     tensor: Tensor
     value: np.ndarray
     unit: float
+    rounded: Callable[[np.ndarray], np.ndarray]
+    scale: np.ndarray | None = None
+    _shown: np.ndarray | None = None
 
-    @paddle.no_grad()
     def move(self, step: np.ndarray) -> None:
         """Take `step` (in units) off."""
-        step = step * self.unit
-        self.value -= step
-        if self.kind == FACTORS:
-            self.tensor.multiply_(paddle.to_tensor(np.exp(-step).astype(np.float32)))
-        else:
-            paddle.assign(paddle.to_tensor(self.value.astype(np.float32)), self.tensor)
+        self.put(self.value - step * self.unit)
 
     @paddle.no_grad()
     def put(self, value: np.ndarray) -> None:
-        """Set the value, as after the steps that lead there."""
-        if self.kind == FACTORS:
-            factors = np.exp(value - self.value).astype(np.float32)
-            self.tensor.multiply_(paddle.to_tensor(factors))
-        self.value = value.copy()
+        """Set the value, and the model's tensor to what is stored of it."""
+        self.value = value
         if self.kind == WHOLE:
-            paddle.assign(paddle.to_tensor(value.astype(np.float32)), self.tensor)
+            paddle.assign(paddle.to_tensor(self.rounded(value).astype(np.float32)), self.tensor)
+            return
+        before = self.scale if self._shown is None else self._shown
+        self._shown = self.stored_scale()
+        # A column of zeros has scale 0 and stays.
+        ratio = np.divide(self._shown, before, out=np.ones_like(before), where=before != 0)
+        self.tensor.multiply_(paddle.to_tensor(ratio.astype(np.float32)))
+
+    def stored_scale(self) -> np.ndarray:
+        """FACTORS: the scales to store, in the order of the model's columns."""
+        return self.rounded(self.scale * np.exp(self.value))
 
 
 def collect(model: Ernie, checkpoint: Checkpoint) -> dict[str, Parameter]:
@@ -87,12 +97,30 @@ def collect(model: Ernie, checkpoint: Checkpoint) -> dict[str, Parameter]:
             continue
         tensor = _tensor(model, name)
         if kind == FACTORS:
-            value, unit = np.zeros(tensor.shape[1]), 1.0
-        else:
-            value = tensor.numpy().astype(np.float64)
-            unit = float(np.sqrt(np.square(value).mean()))
-        found[name] = Parameter(name, kind, tensor, value, unit)
+            stored = checkpoint.tensors.read(_scale_name(checkpoint, name))
+            scale = stored.astype(np.float64)[_columns(model, name)]
+            zeros = np.zeros(scale.size)
+            found[name] = Parameter(name, kind, tensor, zeros, 1.0, _cast(stored.dtype), scale)
+            continue
+        value = tensor.numpy().astype(np.float64)
+        unit = float(np.sqrt(np.square(value).mean()))
+        wint8 = format == "wint8"
+        rounded = _round_wint8 if wint8 else _cast(checkpoint.read_stored(name).dtype)
+        found[name] = Parameter(name, kind, tensor, value, unit, rounded)
     return found
+
+
+def _round_wint8(value: np.ndarray) -> np.ndarray:
+    return round_wint8(value.astype(np.float32)).astype(np.float64)
+
+
+def _cast(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda value: value.astype(np.float32).astype(dtype).astype(np.float64)
+
+
+def _scale_name(checkpoint: Checkpoint, name: str) -> str:
+    suffix = SCALE_SUFFIXES[checkpoint.format_of(name)]
+    return next(s for s in checkpoint.stored_names(name) if s.endswith(f".{suffix}"))
 
 
 def _tensor(model: Ernie, name: str) -> Tensor:
@@ -126,12 +154,10 @@ def stored_tensors(
     format = checkpoint.format_of(name)
     stored = checkpoint.stored_names(name)
     if parameter.kind == FACTORS:
-        wanted = next(s for s in stored if s.endswith("." + SCALE_SUFFIXES[format]))
-        scale = checkpoint.tensors.read(wanted)
-        columns = _columns(model, name)
-        factors = np.empty_like(value)
-        factors[columns] = np.exp(value)
-        return {wanted: (scale.astype(np.float64) * factors).astype(scale.dtype)}
+        wanted = _scale_name(checkpoint, name)
+        scale = np.empty_like(checkpoint.tensors.read(wanted))
+        scale[_columns(model, name)] = parameter.stored_scale().astype(np.float32)
+        return {wanted: scale}
     if not is_linear(name):
         (only,) = stored
         dtype = checkpoint.tensors.info(only).dtype
