@@ -50,9 +50,10 @@ os.chdir(here)
 found = sorted((*here.glob("gpu/*.cu"), *here.glob("paddle/*.cu")))
 # host*.cu copy from and to host memory, for callers without a framework.
 sources = [str(path.relative_to(here)) for path in found if not path.name.startswith("host")]
-# Hopper's own instructions need the "a" target.
+# Hopper's own instructions need the "a" target; the choice of kernels must know that it is there.
 suffixed = [f"{a}a" if a == 90 else str(a) for a in targets]
 code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]
+code += ["-DCCQ_SM90A"] if "90a" in suffixed else []
 
 setup(
     name="paddle_ccq_ops",

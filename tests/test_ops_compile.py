@@ -24,6 +24,7 @@ if not TARGETS or not shutil.which("nvcc"):
 
 def compile_only(source: Path, target: Path, flags: list[str]) -> None:
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in TARGETS]
+    code += ["-DCCQ_SM90A"] if "90a" in TARGETS else []
     command = ["nvcc", "-std=c++17", "-O2", "-Xcompiler", "-fPIC", "-c", str(source)]
     done = subprocess.run(
         [*command, "-o", str(target), *code, *flags], capture_output=True, text=True, check=False

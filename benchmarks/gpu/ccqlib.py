@@ -25,6 +25,7 @@ def build(out: str, arch: str = "90a", flags: tuple[str, ...] = ()) -> None:
     """Compile the launchers into one shared library."""
     command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-t0"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cudart", "static", *flags]
+    command += ["-DCCQ_SM90A"] if arch == "90a" else []
     command += [*map(str, SOURCES), "-o", out]
     subprocess.run(command, check=True)
 
@@ -158,6 +159,7 @@ class Library:
             p.pairs if pairs is None else pairs, order,
         )  # fmt: skip
         self.check(self.lib.ccq_moe_gemm(ctypes.byref(args), self.stream()))
+        self.variant = self.lib.ccq_moe_gemm_variant(ctypes.byref(args))
 
     def spare_gemm(self, format, x, offsets, quant, supers, out, *, row_scale=None, order=PLAIN):
         """As gemm, weights as stored: quant [E, rows of words, N], supers bfloat16 [E, N]."""

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
+//
+// Three kernels: moe_gemv.cuh for a single row of a small problem, moe_gemm.cuh for few rows an expert, moe_wide.cuh for
+// many (compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs,
+// moe_gemm.cuh serves them too).
 
 #include "moe_gemm.h"
 
@@ -7,6 +11,10 @@
 #include <atomic>
 
 #include "moe_gemm.cuh"
+#include "moe_gemv.cuh"
+#ifdef CCQ_SM90A
+#include "moe_wide.cuh"
+#endif
 
 namespace ccq {
 namespace {
@@ -35,14 +43,49 @@ cudaError_t current_device(Device* device) {
   return cudaSuccess;
 }
 
-// The workspace's parts, each on a 256-byte border.
+#ifdef CCQ_TUNING
+int g_variant = -1;  // forced by benchmarks
+#endif
+
+// Kernels by number: 0-3 moe_gemm.cuh, from kWide moe_wide.cuh, from kGemv moe_gemv.cuh. By the mean number of rows an
+// expert and the size of the problem; the borders are measured (docs/kernels.md).
+constexpr int kWide = 10, kGemv = 20;
+
+int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
+#ifdef CCQ_TUNING
+  if (g_variant >= 0) return g_variant;
+#endif
+  // One row at a time: for a single row, or where two rows of one expert, which then reads its weights twice, are rare;
+  // and where a launch and its latencies weigh more than arithmetic.
+  const bool single = a.experts == 1 ? a.rows == 1 : static_cast<int64_t>(a.rows) * a.rows <= 4 * a.experts;
+  if (single && a.k >= 1024 && a.k <= 16384 && static_cast<double>(a.rows) * a.n * a.k <= 1e8) {
+    const int columns = a.rows * (a.n / 16);
+    if (columns >= 3 * device.sms) return kGemv + 2;
+    if (a.k < 2048) return columns >= 3 * device.sms / 2 ? kGemv + 4 : kGemv + 3;  // fewer blocks of K than 16 warps
+    return columns >= 3 * device.sms / 2 ? kGemv + 1 : kGemv;
+  }
+  const int rows = a.rows / a.experts;
+#ifdef CCQ_SM90A
+  const int from = a.experts == 1 ? 17 : a.k <= 1024 ? 8 : 4;
+  if (device.major == 9 && rows >= from) return rows < 12 ? kWide : rows < 24 ? kWide + 1 : kWide + 2;
+#endif
+  if (rows <= 3) {
+    // Four 16-column tiles a warp cost fewer instructions a weight, two give small problems more blocks.
+    const double tiles = static_cast<double>(std::min(a.rows, a.experts)) * a.n / 512;  // of four a warp
+    return a.k > 1024 && tiles >= 0.4 * 2 * device.sms ? 1 : 0;
+  }
+  return rows <= 24 ? 2 : 3;
+}
+
+// The workspace's parts, each on a 256-byte border. Partial results: for each SM two slots of what its blocks' tiles
+// have, which grows with the rows a tile may have (the bands of variant_of).
 struct Layout {
-  size_t x, sums, row_scale, tickets, partial, bytes;
+  size_t x, sums, row_scale, tickets, partial, partial_float4, bytes;
 };
 
-constexpr int kMaxBlocksPerSm = 3;
+constexpr int kMaxBlocksPerSm = 2;
 constexpr int kWarps = 8;
-constexpr int kMaxPartialFloat4 = 8 * 4 * 4 * 32;  // the largest Config::kPartialFloat4, checked where it is launched
+constexpr int kMaxPartialFloat4 = 8192;
 
 Layout layout_of(int rows, int k, int experts, int sms) {
   const size_t places = (static_cast<size_t>(rows) / 8 + experts + 1) * 8;  // prepared rows, see first_prepared_block
@@ -53,8 +96,13 @@ Layout layout_of(int rows, int k, int experts, int sms) {
     end += (bytes + 255) / 256 * 256;
     return at;
   };
+  const int mean = rows / experts;
+  l.partial_float4 = mean < 4 ? kMaxPartialFloat4 / 4 : mean < 24 ? kMaxPartialFloat4 / 2 : kMaxPartialFloat4;
+#ifdef CCQ_TUNING
+  l.partial_float4 = kMaxPartialFloat4;
+#endif
   l.tickets = take(sizeof(int) * kWarps * kMaxBlocksPerSm * sms);
-  l.partial = take(sizeof(float4) * kMaxPartialFloat4 * 2 * kMaxBlocksPerSm * sms);
+  l.partial = take(sizeof(float4) * l.partial_float4 * 2 * sms);
   l.x = take(sizeof(__half) * places * k);
   l.sums = take(sizeof(__half2) * places * (k / 64));
   l.row_scale = take(sizeof(float) * rows);
@@ -62,85 +110,130 @@ Layout layout_of(int rows, int k, int experts, int sms) {
   return l;
 }
 
-// Blocks of a kernel that run at once on an SM: asked once per device, since the answer also needs the shared-memory
-// limit raised. 0: an error, in *error.
-template <typename C>
-int resident_blocks(const Device& device, cudaError_t* error) {
-  static std::atomic<int> cache[kMaxDevices];
-  int known = device.id < kMaxDevices ? cache[device.id].load() : 0;
-  if (known == 0) {
-    // For the most experts allowed, so that the grid and with it the order of sums is the same for all.
-    const int shared = static_cast<int>(C::shared_bytes(kMaxExperts));
-    *error = cudaFuncSetAttribute(gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (*error != cudaSuccess) return 0;
-    *error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&known, gemm_kernel<C>, C::kThreads,
-                                                           shared);
-    if (*error != cudaSuccess) return 0;
-    known = std::max(1, std::min(known, std::min(C::kMinBlocks, kMaxBlocksPerSm)));
-    if (device.id < kMaxDevices) cache[device.id].store(known);
-  }
-  return known;
-}
-
-template <typename C>
-cudaError_t launch_gemm(const Device& device, const GemmParams& p, cudaStream_t stream) {
-  static_assert(C::kPartialFloat4 <= kMaxPartialFloat4 && C::kWarps == kWarps && C::kMinBlocks <= kMaxBlocksPerSm,
-                "the workspace is laid out for less");
-  cudaError_t error = cudaSuccess;
-  const int blocks = resident_blocks<C>(device, &error);
-  if (blocks == 0) return error;
-  const size_t shared = C::shared_bytes(p.experts);
+// With the programmatic attribute a kernel may start while the one before it ends, and waits for it itself.
+template <typename P>
+cudaError_t launch(const Device& device, void (*kernel)(P), int blocks, int threads, size_t shared, const P& p,
+                   cudaStream_t stream) {
 #if CUDART_VERSION >= 12030  // the first that captures such a launch into a graph
   if (device.major >= 9) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks * device.sms), config.blockDim = dim3(C::kThreads);
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, gemm_kernel<C>, p);
+    return cudaLaunchKernelEx(&config, kernel, p);
   }
 #endif
-  gemm_kernel<C><<<blocks * device.sms, C::kThreads, shared, stream>>>(p);
+  kernel<<<blocks, threads, shared, stream>>>(p);
   return cudaGetLastError();
 }
 
-#ifdef CCQ_TUNING
-int g_variant = -1;
-#endif
-
-// By the mean number of rows an expert: tiles of 8, 16 or 32 rows, and of four or two 16-column tiles a warp: four cost
-// fewer instructions a weight, two give small problems more blocks. A tile takes only the work of the rows it has, so a
-// band too large costs registers, one too small decodes weights twice.
-int variant_of(const Device& device, const GemmParams& p) {
-#ifdef CCQ_TUNING
-  if (g_variant >= 0) return g_variant;
-#endif
-  const int rows = p.rows / p.experts;
-  if (rows <= 3) {
-    const double tiles = static_cast<double>(std::min(p.rows, p.experts)) * p.n / 512;  // of four a warp
-    return p.k > 1024 && tiles >= 0.4 * 2 * device.sms ? 1 : 0;
+// Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
+// shared-memory limit raised. 0: an error, in *error.
+template <typename C>
+int resident_blocks(const Device& device, void (*kernel)(GemmParams), cudaError_t* error) {
+  static std::atomic<int> cache[kMaxDevices];
+  int known = device.id < kMaxDevices ? cache[device.id].load() : 0;
+  if (known == 0) {
+    // For the most experts allowed, so that the grid and with it the order of sums is the same for all.
+    const int shared = static_cast<int>(C::shared_bytes(kMaxExperts));
+    *error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (*error != cudaSuccess) return 0;
+    *error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&known, kernel, C::kThreads, shared);
+    if (*error != cudaSuccess) return 0;
+    known = std::max(1, std::min(known, C::kMinBlocks));
+    if (device.id < kMaxDevices) cache[device.id].store(known);
   }
-  return rows <= 24 ? 2 : 3;
+  return known;
+}
+
+template <typename C>
+cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), const GemmParams& p, size_t partial_float4,
+                        cudaStream_t stream) {
+  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps == kWarps &&
+                    C::kMinBlocks <= kMaxBlocksPerSm, "the workspace is laid out for less");
+  if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
+  cudaError_t error = cudaSuccess;
+  const int blocks = resident_blocks<C>(device, kernel, &error);
+  if (blocks == 0) return error;
+  return launch(device, kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), p, stream);
 }
 
 template <Pairs kPairs>
-cudaError_t choose(const Device& device, const GemmParams& p, cudaStream_t stream) {
-  // Columns a warp / 16, blocks of 8 rows, stages, blocks an SM.
-  switch (variant_of(device, p)) {
-    case 0: return launch_gemm<Config<kPairs, 2, 1, 4, 2>>(device, p, stream);
-    case 1: return launch_gemm<Config<kPairs, 4, 1, 4, 2>>(device, p, stream);
-    case 2: return launch_gemm<Config<kPairs, 2, 2, 4, 2>>(device, p, stream);
-#ifdef CCQ_TUNING
-    case 4: return launch_gemm<Config<kPairs, 2, 1, 4, 3>>(device, p, stream);
-    case 5: return launch_gemm<Config<kPairs, 4, 2, 4, 1>>(device, p, stream);
+cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, size_t partial, cudaStream_t stream) {
+  // 16-column tiles a warp, blocks of 8 rows (wide: rows), stages, blocks an SM.
+  auto narrow = [&](auto config) { return launch_gemm<decltype(config)>(device, gemm_kernel<decltype(config)>, p, partial, stream); };
+#ifdef CCQ_SM90A
+  auto wide = [&](auto config) { return launch_gemm<decltype(config)>(device, wide_kernel<decltype(config)>, p, partial, stream); };
 #endif
-    default: return launch_gemm<Config<kPairs, 4, 4, 4, 1>>(device, p, stream);
+  switch (variant) {
+    case 0: return narrow(Config<kPairs, 2, 1, 4, 2>{});
+    case 1: return narrow(Config<kPairs, 4, 1, 4, 2>{});
+    case 2: return narrow(Config<kPairs, 2, 2, 4, 2>{});
+#ifdef CCQ_SM90A
+    case kWide: return wide(WideConfig<kPairs, 2, 16, 5, 2>{});
+    case kWide + 1: return wide(WideConfig<kPairs, 4, 32, 4, 1>{});
+    case kWide + 2: return wide(WideConfig<kPairs, 4, 64, 4, 1>{});
+#endif
+    default: return narrow(Config<kPairs, 4, 4, 4, 1>{});
+  }
+}
+
+template <typename C>
+cudaError_t launch_gemv(const Device& device, const GemvParams& p, cudaStream_t stream) {
+  const size_t shared = C::shared_bytes(p.k);
+  static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
+  if (device.id >= kMaxDevices || raised[device.id].load() < shared) {
+    cudaError_t error = cudaFuncSetAttribute(gemv_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+    if (device.id < kMaxDevices) raised[device.id].store(shared);
+  }
+  const int tiles = p.rows * ((p.n / 16 + C::kTiles - 1) / C::kTiles);
+  return launch(device, gemv_kernel<C>, std::min(tiles, C::kMinBlocks * device.sms), C::kThreads, shared, p, stream);
+}
+
+template <Pairs kPairs>
+cudaError_t choose_gemv(int variant, const Device& device, const GemvParams& p, cudaStream_t stream) {
+  // 16-column tiles a warp, warps, of them along K.
+  switch (variant) {
+    case kGemv: return launch_gemv<GemvConfig<kPairs, 1, 16, 16>>(device, p, stream);
+    case kGemv + 1: return launch_gemv<GemvConfig<kPairs, 2, 16, 16>>(device, p, stream);
+    case kGemv + 3: return launch_gemv<GemvConfig<kPairs, 1, 8, 8>>(device, p, stream);
+    case kGemv + 4: return launch_gemv<GemvConfig<kPairs, 2, 8, 8>>(device, p, stream);
+    default: return launch_gemv<GemvConfig<kPairs, 4, 8, 8>>(device, p, stream);
   }
 }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
+
+bool valid(const ccq_moe_gemm_args* a) {
+  if (!a || a->rows < 0 || a->k <= 0 || a->k % 128 || a->n <= 0 || a->n % 16 || a->experts < 1 ||
+      a->experts > kMaxExperts || (a->dtype != CCQ_BF16 && a->dtype != CCQ_FP16) ||
+      (a->pairs != CCQ_PAIRS_INTEGER && a->pairs != CCQ_PAIRS_GENERAL) ||
+      (a->row_order != CCQ_ROWS_PLAIN && a->row_order != CCQ_ROWS_FASTDEPLOY))
+    return false;
+  if (a->rows == 0) return true;
+  if (!a->x || !a->quant || !a->scales || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
+      !aligned(a->x, 16) || !aligned(a->quant, 16) || !aligned(a->scales, 16) || !aligned(a->columns, 16) ||
+      !aligned(a->workspace, 256))
+    return false;
+  // Units are counted in 32 bits: row blocks (of 8, at worst) x column tiles (of 128) x K blocks.
+  return (a->rows / 8.0 + a->experts) * (a->n / 128.0 + 1) * (a->k / 128.0) < 2147483647.0;
+}
+
+// Launched without the programmatic attribute: once it runs, all earlier work is complete, offsets and weights included,
+// so the GEMM may read those before it waits.
+cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, const Prepared& out, cudaStream_t stream) {
+  const int tickets = kWarps * kMaxBlocksPerSm * device.sms;
+  auto prepare = [&](auto* x) {
+    prepare_kernel<<<a.rows, kPrepareThreads, 0, stream>>>(x, a.offsets, a.experts, a.k, a.row_order == CCQ_ROWS_FASTDEPLOY,
+                                                           a.row_scale, tickets, out);
+    return cudaGetLastError();
+  };
+  return a.dtype == CCQ_BF16 ? prepare(static_cast<const __nv_bfloat16*>(a.x)) : prepare(static_cast<const __half*>(a.x));
+}
 
 }  // namespace
 }  // namespace ccq
@@ -152,48 +245,38 @@ extern "C" size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts) {
   return ccq::layout_of(rows, k, experts, device.sms).bytes;
 }
 
+extern "C" int ccq_moe_gemm_variant(const ccq_moe_gemm_args* a) {
+  ccq::Device device;
+  return ccq::valid(a) && a->rows > 0 && ccq::current_device(&device) == cudaSuccess ? ccq::variant_of(device, *a) : -1;
+}
+
 extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t stream) {
   using namespace ccq;
-  if (!a || a->rows < 0 || a->k <= 0 || a->k % 128 || a->n <= 0 || a->n % 16 || a->experts < 1 ||
-      a->experts > kMaxExperts || (a->dtype != CCQ_BF16 && a->dtype != CCQ_FP16) ||
-      (a->pairs != CCQ_PAIRS_INTEGER && a->pairs != CCQ_PAIRS_GENERAL) ||
-      (a->row_order != CCQ_ROWS_PLAIN && a->row_order != CCQ_ROWS_FASTDEPLOY))
-    return cudaErrorInvalidValue;
+  if (!valid(a)) return cudaErrorInvalidValue;
   if (a->rows == 0) return cudaSuccess;
-  if (!a->x || !a->quant || !a->scales || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
-      !aligned(a->x, 16) || !aligned(a->quant, 16) || !aligned(a->scales, 16) || !aligned(a->columns, 16) ||
-      !aligned(a->workspace, 256))
-    return cudaErrorInvalidValue;
-  // Units are counted in 32 bits: row blocks (of 8, at worst) x column tiles (of 128) x K blocks.
-  const double units = (a->rows / 8.0 + a->experts) * (a->n / 128.0 + 1) * (a->k / 128.0);
-  if (units >= 2147483647.0) return cudaErrorInvalidValue;
-
   Device device;
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
+  const int variant = variant_of(device, *a);
+  if (variant >= kGemv) {
+    const GemvParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
+                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
+    return a->pairs == CCQ_PAIRS_INTEGER ? choose_gemv<Pairs::kInteger>(variant, device, p, stream)
+                                         : choose_gemv<Pairs::kGeneral>(variant, device, p, stream);
+  }
   const Layout l = layout_of(a->rows, a->k, a->experts, device.sms);
   char* base = static_cast<char*>(a->workspace);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
   p.prepared = {reinterpret_cast<__half*>(base + l.x), reinterpret_cast<__half2*>(base + l.sums),
-                reinterpret_cast<float*>(base + l.row_scale), reinterpret_cast<int*>(base + l.tickets)};
+                variant >= kWide ? base + l.x : nullptr, reinterpret_cast<float*>(base + l.row_scale),
+                reinterpret_cast<int*>(base + l.tickets)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
-
-  // Launched without the programmatic attribute: once it runs, all earlier work is complete, offsets included, so the
-  // GEMM may read those before it waits.
-  const int tickets = kWarps * kMaxBlocksPerSm * device.sms;
-  const bool fastdeploy = a->row_order == CCQ_ROWS_FASTDEPLOY;
-  if (a->dtype == CCQ_BF16)
-    prepare_kernel<<<a->rows, kPrepareThreads, 0, stream>>>(static_cast<const __nv_bfloat16*>(a->x), a->offsets,
-                                                            a->experts, a->k, fastdeploy, a->row_scale, tickets, p.prepared);
-  else
-    prepare_kernel<<<a->rows, kPrepareThreads, 0, stream>>>(static_cast<const __half*>(a->x), a->offsets,
-                                                            a->experts, a->k, fastdeploy, a->row_scale, tickets, p.prepared);
-  error = cudaGetLastError();
+  error = launch_prepare(*a, device, p.prepared, stream);
   if (error != cudaSuccess) return error;
-  return a->pairs == CCQ_PAIRS_INTEGER ? choose<Pairs::kInteger>(device, p, stream)
-                                       : choose<Pairs::kGeneral>(device, p, stream);
+  return a->pairs == CCQ_PAIRS_INTEGER ? choose_gemm<Pairs::kInteger>(variant, device, p, l.partial_float4, stream)
+                                       : choose_gemm<Pairs::kGeneral>(variant, device, p, l.partial_float4, stream);
 }
 
 #ifdef CCQ_TUNING

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM for few rows an expert: persistent, split along K, weights streamed through shared memory.
 //
-// Work. A tile is (expert, 16 * kR * kWarps columns, up to 8 * kNT rows); a unit is a tile's next 128 input rows. All
-// units of all tiles form one line, tile after tile, and each block takes an equal stretch of it, so that all SMs end
-// together whatever the routing. A tile that lies in several stretches is summed from fp32 partial results by whichever
-// block finishes it last, always in the order of K: which block does it changes from run to run, the sum does not.
+// Work. A tile has 16 * kR * kWarps columns and up to 8 * kNT rows (schedule.cuh). One that lies in several blocks'
+// stretches is summed from fp32 partial results by whichever block finishes it last, always in the order of K: which
+// block does it changes from run to run, the sum does not.
 //
 // Warps. A warp owns kR tiles of 16 columns; nothing is shared between warps and there is no block barrier after the
 // start. Its weights come through a ring of kStages units in shared memory by cp.async, where each lane fetches the 16
@@ -15,6 +14,7 @@
 
 #include "decode.cuh"
 #include "prepare.cuh"
+#include "schedule.cuh"
 
 namespace ccq {
 
@@ -42,92 +42,6 @@ struct Config {
   static constexpr int kWarpBytes = kRingBytes + (kStages + 1) * kColumnBytes;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block and slot
   static size_t shared_bytes(int experts) { return kWarps * kWarpBytes + 2 * sizeof(int) * (experts + 1); }
-};
-
-// Where a tile lies. Tiles run over experts, then columns, then blocks of rows, so that blocks reading the same weights
-// stand next to each other.
-struct Tile {
-  int expert, column_tile, row, rows;
-  int block;  // its first block of 8 prepared rows
-};
-
-// Prefix sums over experts, in shared memory.
-struct Routing {
-  const int* blocks;  // [experts + 1] row blocks before an expert
-  const int* rows;    // [experts + 1] rows before an expert
-  int column_tiles;
-
-  __device__ Tile find(int tile, int expert, int tile_tokens) const {
-    while (tile >= blocks[expert + 1] * column_tiles) ++expert;
-    int local = tile - blocks[expert] * column_tiles, count = blocks[expert + 1] - blocks[expert];
-    int column = local / count, block = local - column * count;
-    int row = rows[expert] + block * tile_tokens;
-    return {expert, column, row, min(tile_tokens, rows[expert + 1] - row),
-            first_prepared_block(rows[expert], expert) + block * (tile_tokens / 8)};
-  }
-  __device__ int expert_of(int tile, int experts) const {
-    int low = 0, high = experts - 1;
-    while (low < high) {
-      int mid = (low + high) / 2;
-      if (tile < blocks[mid + 1] * column_tiles) high = mid; else low = mid + 1;
-    }
-    return low;
-  }
-};
-
-// Inclusive prefix sums of row blocks and rows; one pass of warp scans per 256 experts.
-template <int kThreads>
-__device__ void scan_offsets(const GemmParams& p, int tile_tokens, int* blocks, int* rows) {
-  __shared__ int sum_of_warp[kThreads / 32];
-  int carry = 0;
-  if (threadIdx.x == 0) blocks[0] = rows[0] = 0;
-  for (int base = 0; base < p.experts; base += kThreads) {
-    const int e = base + threadIdx.x;
-    int end = 0, count = 0;
-    if (e < p.experts) {
-      end = p.offsets ? static_cast<int>(p.offsets[e]) : p.rows;
-      int begin = e && p.offsets ? static_cast<int>(p.offsets[e - 1]) : 0;
-      count = (end - begin + tile_tokens - 1) / tile_tokens;
-    }
-    int sum = count;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      int other = __shfl_up_sync(~0u, sum, d);
-      if (static_cast<int>(threadIdx.x % 32) >= d) sum += other;
-    }
-    if (threadIdx.x % 32 == 31) sum_of_warp[threadIdx.x / 32] = sum;
-    __syncthreads();
-    int before = carry;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w < static_cast<int>(threadIdx.x / 32)) before += sum_of_warp[w];
-      carry += sum_of_warp[w];
-    }
-    if (e < p.experts) blocks[e + 1] = before + sum, rows[e + 1] = end;
-    __syncthreads();
-  }
-}
-
-// Parts that a tile's K may be cut into. Cutting anywhere balances best and costs two partial results a block: right for
-// long runs. When there are few tiles, up to 8 parts that give (nearly) every block an equal number, so that a tile's
-// last block has few partial results to fetch. Short columns are never cut.
-__device__ inline int parts_of(int tiles, int blocks_k, int grid) {
-  if (blocks_k <= 8 && tiles >= grid / 2) return 1;
-  if (tiles > grid) return blocks_k <= 8 ? 1 : blocks_k;
-  for (int parts = 1; parts <= min(blocks_k, 8); ++parts) {
-    const int work = tiles * parts, waves = (work + grid - 1) / grid;
-    if (work * 100 >= waves * grid * 93) return parts;
-  }
-  return tiles * 8 <= grid ? min(blocks_k, 8) : blocks_k;
-}
-
-// The stretches: block b of `grid` takes parts [b * total / grid, (b + 1) * total / grid).
-struct Split {
-  int total, grid;
-  __device__ int begin(int b) const { return static_cast<int>(static_cast<int64_t>(b) * total / grid); }
-  __device__ int owner(int part) const {
-    return static_cast<int>((static_cast<int64_t>(part + 1) * grid - 1) / total);
-  }
 };
 
 template <typename C>
@@ -220,7 +134,7 @@ __device__ void multiply(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
 
-  // Constants kept in registers: p.k is positive, but the compiler does not know.
+  // A constant kept in a register: p.k is positive, but the compiler does not know.
   const uint32_t magic = kMagic | (p.k & 0x80000000u);
   const uint32_t sum_weights = t == 0 ? kSumWeights : 0;  // the sums' two parts are rows 0 and 1, lane t = 0's
   Column<C::kPairs> column[kR][2];
@@ -301,8 +215,8 @@ __device__ inline void store(const GemmParams& p, size_t at, float v) {
 }
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
-template <typename C, int kNT>
-__device__ void write_out(Warp<C>& w, const Tile& tile, const float (&super)[C::kR][2], Accumulator<C, kNT>& acc) {
+template <typename C, int kNT, typename W>
+__device__ void write_out(W& w, const Tile& tile, const float (&super)[C::kR][2], Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4;
 #pragma unroll
@@ -324,8 +238,8 @@ __device__ void write_out(Warp<C>& w, const Tile& tile, const float (&super)[C::
 }
 
 // Leaves this block's share of a tile in the workspace. True in the last block to do so, with the tile's sum in `acc`.
-template <typename C, int kNT>
-__device__ bool combine(Warp<C>& w, int first_block, int last_block, Accumulator<C, kNT>& acc) {
+template <typename C, int kNT, typename W>
+__device__ bool combine(W& w, int rows, int first_block, int last_block, Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   // A block has at most two shared tiles: the one that its stretch begins in (slot 0) and the one it ends in (slot 1).
   auto at = [&](int block) {
@@ -333,12 +247,14 @@ __device__ bool combine(Warp<C>& w, int first_block, int last_block, Accumulator
                            (C::kPartialFloat4 / C::kWarps) + w.lane;
   };
   float4* mine = at(blockIdx.x);
+  // Only the rows that the tile has: most tiles of a decoding step have one or two.
+  auto has = [&](int nt) { return nt * 8 + w.lane % 4 * 2 < rows; };
 #pragma unroll
   for (int r = 0; r < C::kR; ++r)
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
       const float* o = acc.o[r][nt];
-      __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
+      if (has(nt)) __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
     }
   __threadfence();
   __syncwarp();
@@ -386,7 +302,7 @@ __device__ void run_tile(Warp<C>& w, const Tile& tile, int kb, int kb_end, int& 
   for (int r = 0; r < C::kR; ++r)
 #pragma unroll
     for (int i = 0; i < 2; ++i) super[r][i] = c[r * 48 + 32 + w.lane / 4 + 8 * i] * (i ? 16777216.f * kUpperColumns : 16777216.f);
-  if (first_block != last_block && !combine<C, kNT>(w, first_block, last_block, acc)) return;
+  if (first_block != last_block && !combine<C, kNT>(w, tile.rows, first_block, last_block, acc)) return;
   write_out<C, kNT>(w, tile, super, acc);
 }
 
@@ -395,7 +311,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   extern __shared__ __align__(16) char shared[];
   int* blocks = reinterpret_cast<int*>(shared + C::kWarps * C::kWarpBytes);
   int* rows = blocks + p.experts + 1;
-  scan_offsets<C::kThreads>(p, C::kTileTokens, blocks, rows);
+  scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kTileTokens, blocks, rows);
 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
   const Routing routing{blocks, rows, (tiles_n + C::kTiles - 1) / C::kTiles};

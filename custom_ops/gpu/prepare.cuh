@@ -20,6 +20,7 @@ struct Prepared {
   __half* x;         // [blocks of 8 rows, K/64, 2, 32, 8]: per group both halves p of the 32 lanes (decode.cuh), so that
                      // a warp's load is 512 bytes in a row
   __half2* sums;     // [blocks of 8 rows, 8, K/64]: kSumScale * sum of the group's scaled values, as high and low part
+  char* rows;        // wide (moe_wide.cuh) instead of x and sums: [rows, K] halfs, in the order of the fragments along K
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
   int* tickets;      // set to zero here, for the split of K
 };
@@ -52,6 +53,21 @@ __device__ void load_chunk(const T* x, int chunk, bool fastdeploy, float (&v)[16
 // The first block of 8 rows of an expert. Blocks of different experts never share a place, whatever the routing:
 // an expert's ceil(n / 8) blocks end before the next one's floor(start / 8) + 1.
 __host__ __device__ inline int first_prepared_block(int start_row, int expert) { return start_row / 8 + expert; }
+
+// Sixteen values of one row in the order that wgmma's fragments have along K: step 2p + i / 2 of 16 values, in it registers
+// i even (the first 8) and odd (the last 8, with the factor 1/8), two values a lane.
+__device__ inline void store_wide(const float (&v)[16], int chunk, __half* row) {
+  const int group = chunk / 4, t = chunk % 4;
+  const float odd = group % 2 ? kOddGroup : 1.f;
+  __half2* to = reinterpret_cast<__half2*>(row + group * 64) + t;
+#pragma unroll
+  for (int p = 0; p < 2; ++p)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float f = i % 2 ? 0.125f * odd : odd;
+      to[p * 16 + i * 4] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
+    }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -120,6 +136,10 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
+    if (out.rows) {
+      store_wide(v, c, reinterpret_cast<__half*>(out.rows) + static_cast<size_t>(row) * k);
+      continue;
+    }
     const int group = c / 4, t = c % 4;
     const float odd = group % 2 ? kOddGroup : 1.f;
     if (t == 0) {

@@ -111,7 +111,10 @@ def build(architectures: Sequence[int] = (80, 90), output: Path = _BUILT) -> Pat
         raise CcqError("nvcc is not on PATH; install the CUDA toolkit (12.0 or newer) to build")
     if not (sources / _SOURCES[0]).exists():
         raise CcqError(f"{sources}: no sources of the GPU library; build it from a checkout")
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    # Hopper's own instructions need the "a" target; the choice of kernels must know of it.
+    suffixed = [f"{a}a" if a == 90 else str(a) for a in architectures]
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]
+    code += ["-DCCQ_SM90A"] if 90 in architectures else []
     command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *code]
     command += ["-o", str(output), *(str(sources / name) for name in _SOURCES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -137,10 +137,46 @@ def test_repack_round_trip(lib):
                 assert torch.equal(a, b)
 
 
+# Each kernel with shapes that the choice gives it on an H100, not divisible by its tiles.
+KERNELS = [
+    (20, 1, 4224, 1040, 1), (21, 1, 4096, 4112, 1), (22, 8, 2176, 4112, 5),
+    (22, 64, 1152, 1040, 13), (23, 1, 1024, 528, 1), (24, 1, 1152, 3200, 1),
+    (0, 64, 512, 272, 100), (1, 16, 2176, 8208, 20), (2, 8, 512, 272, 40),
+    (10, 8, 1152, 528, 40), (10, 64, 2176, 1040, 300), (11, 8, 2048, 1040, 120),
+    (11, 1, 2048, 528, 20), (12, 8, 1152, 528, 300), (12, 3, 4096, 1040, 129),
+    (12, 64, 2048, 272, 3000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pairs", ["integer", "general"])
+@pytest.mark.parametrize("case", KERNELS, ids=lambda c: "-".join(map(str, c)))
+def test_every_kernel(lib, case, pairs):
+    variant, experts, k, n, rows = case
+    weights = ccqlib.random_weights(torch, experts, k, n, pairs, seed=rows)
+    for order, dtype in enumerate(DTYPES):
+        run(lib, weights, rows, dtype, seed=rows, order=order, row_scale=order == 1)
+        device = torch.cuda.get_device_properties(0)
+        if device.major == 9 and device.multi_processor_count == 132:
+            assert lib.variant == variant
+
+
+@pytest.mark.parametrize(("k", "rows"), [(2048, 1), (1024, 1), (1024, 30), (1024, 100)])
+def test_a_row_that_is_not_finite_spoils_no_other(lib, k, rows):
+    weights = ccqlib.random_weights(torch, 1, k, 272)
+    packed = lib.repack(*weights)
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    x[rows // 2, k - 3] = float("nan")
+    out = torch.full((rows, 272), 7.0, device="cuda", dtype=torch.bfloat16)
+    lib.gemm(x, None, packed, out, lib.workspace(rows, k, 272, 1))
+    finite = out.isfinite().all(1)
+    assert not out[rows // 2].isfinite().any() and finite.sum() == rows - 1
+
+
 def test_wide_activations(lib):
     """Values over twelve orders of magnitude, and rows of very different size."""
     weights = ccqlib.random_weights(torch, 4, 1024, 256)
-    run(lib, weights, 50, torch.bfloat16, spread=30.0)
+    for rows in (1, 4, 50, 200):  # each kernel
+        run(lib, weights, rows, torch.bfloat16, seed=rows, spread=30.0)
 
 
 def test_zero_and_infinite_rows(lib):

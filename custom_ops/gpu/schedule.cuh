@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who computes what in the grouped GEMM: tiles over experts, and the line of units that blocks share.
+//
+// A tile is (expert, a block's columns, a block's rows); a unit is a tile's next 128 input rows. All units of all tiles
+// form one line, tile after tile, and each block takes an equal stretch of it, so that all SMs end together whatever the
+// routing. A tile that lies in several stretches is summed from partial results (moe_gemm.cuh).
+#pragma once
+
+#include "prepare.cuh"
+
+namespace ccq {
+
+// Where a tile lies. Tiles run over experts, then columns, then blocks of rows, so that blocks reading the same weights
+// stand next to each other.
+struct Tile {
+  int expert, column_tile, row, rows;
+  int block;  // its first block of 8 prepared rows
+};
+
+// Prefix sums over experts, in shared memory.
+struct Routing {
+  const int* blocks;  // [experts + 1] row blocks before an expert
+  const int* rows;    // [experts + 1] rows before an expert
+  int column_tiles;
+
+  __device__ Tile find(int tile, int expert, int tile_tokens) const {
+    while (tile >= blocks[expert + 1] * column_tiles) ++expert;
+    int local = tile - blocks[expert] * column_tiles, count = blocks[expert + 1] - blocks[expert];
+    int column = local / count, block = local - column * count;
+    int row = rows[expert] + block * tile_tokens;
+    return {expert, column, row, min(tile_tokens, rows[expert + 1] - row),
+            first_prepared_block(rows[expert], expert) + block * (tile_tokens / 8)};
+  }
+  __device__ int expert_of(int tile, int experts) const {
+    int low = 0, high = experts - 1;
+    while (low < high) {
+      int mid = (low + high) / 2;
+      if (tile < blocks[mid + 1] * column_tiles) high = mid; else low = mid + 1;
+    }
+    return low;
+  }
+};
+
+// Inclusive prefix sums of row blocks and rows; one pass of warp scans per 256 experts.
+template <int kThreads>
+__device__ void scan_offsets(const int64_t* offsets, int experts, int all_rows, int tile_tokens, int* blocks, int* rows) {
+  __shared__ int sum_of_warp[kThreads / 32];
+  int carry = 0;
+  if (threadIdx.x == 0) blocks[0] = rows[0] = 0;
+  for (int base = 0; base < experts; base += kThreads) {
+    const int e = base + threadIdx.x;
+    int end = 0, count = 0;
+    if (e < experts) {
+      end = offsets ? static_cast<int>(offsets[e]) : all_rows;
+      int begin = e && offsets ? static_cast<int>(offsets[e - 1]) : 0;
+      count = (end - begin + tile_tokens - 1) / tile_tokens;
+    }
+    int sum = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      int other = __shfl_up_sync(~0u, sum, d);
+      if (static_cast<int>(threadIdx.x % 32) >= d) sum += other;
+    }
+    if (threadIdx.x % 32 == 31) sum_of_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    int before = carry;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < static_cast<int>(threadIdx.x / 32)) before += sum_of_warp[w];
+      carry += sum_of_warp[w];
+    }
+    if (e < experts) blocks[e + 1] = before + sum, rows[e + 1] = end;
+    __syncthreads();
+  }
+}
+
+// Parts that a tile's K may be cut into. Cutting anywhere balances best and costs two partial results a block: right for
+// long runs. When there are few tiles, up to 8 parts that give (nearly) every block an equal number, so that a tile's
+// last block has few partial results to fetch. Short columns are never cut.
+__device__ inline int parts_of(int tiles, int blocks_k, int grid) {
+  if (blocks_k <= 8 && tiles >= grid / 2) return 1;
+  if (tiles > grid) return blocks_k <= 8 ? 1 : blocks_k;
+  for (int parts = 1; parts <= min(blocks_k, 8); ++parts) {
+    const int work = tiles * parts, waves = (work + grid - 1) / grid;
+    if (work * 100 >= waves * grid * 93) return parts;
+  }
+  return tiles * 8 <= grid ? min(blocks_k, 8) : blocks_k;
+}
+
+// The stretches: block b of `grid` takes parts [b * total / grid, (b + 1) * total / grid).
+struct Split {
+  int total, grid;
+  __device__ int begin(int b) const { return static_cast<int>(static_cast<int64_t>(b) * total / grid); }
+  __device__ int owner(int part) const {
+    return static_cast<int>((static_cast<int64_t>(part + 1) * grid - 1) / total);
+  }
+};
+
+}  // namespace ccq
