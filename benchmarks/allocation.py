@@ -33,6 +33,7 @@ from paddle_ccq.evaluation.metrics import paired_difference
 from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
 from paddle_ccq.evaluation.tasks import read_items
 from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
 from paddle_ccq.sensitivity import sensitivity
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--tasks", nargs="+", default=[])
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=61_440)
@@ -156,26 +157,29 @@ def main() -> None:
             predicted[label] = row.loss
     print(mixed.layers, flush=True)
     mixed.layers[UNIFORM] = []
-    text = scored(
-        args.work / f"text-{args.max_tokens}.pickle",
-        mixed,
-        list(rows.models),
-        lambda models: score_text(
+
+    def text_of(models: dict[str, Ernie]) -> dict[str, Any]:
+        return score_text(
             {"bf16": rows.models["bf16"], **models},
             windows,
             reference="bf16",
             threads=args.threads,
             progress=lambda done, total: print(f"window {done}/{total}", flush=True),
-        ),
-    )
-    tasks = scored(
-        args.work / "tasks.pickle",
-        mixed,
-        main_rows,
-        lambda models: score_tasks(models, tokenizer, items, args.threads),
-    )
+        )
+
+    kept = args.work / f"text-{args.max_tokens}.pickle"
+    scored(kept, mixed, main_rows, text_of)
+    tasks: dict[str, Any] = {}
+    if items:
+        tasks = scored(
+            args.work / "tasks.pickle",
+            mixed,
+            main_rows,
+            lambda models: score_tasks(models, tokenizer, items, args.threads),
+        )
+    text = scored(kept, mixed, list(rows.models), text_of)
     summary = summarize(text, None, "bf16")
-    for label, row in summarize(None, tasks, "bf16").items():
+    for label, row in summarize(None, tasks or None, "bf16").items():
         summary[label] |= row
     costs["kl"] = costs_of("kl", args)
     report(rows, mixed, text, summary, predicted, costs)
@@ -190,7 +194,7 @@ def report(
     costs: dict[str, Sensitivities],
 ) -> None:
     """Print, save and put into the docs."""
-    names = list(summary["bf16"]["tasks"])
+    names = list(summary["bf16"].get("tasks", {}))
     table, numbers = [], {}
     for label, row in summary.items():
         t = row["text"]
@@ -237,11 +241,11 @@ def report(
     numbers[a]["paired"][UNIFORM] = {q: [d.mean, d.error] for q, d in found.items()}
     paired = markdown(["same windows; negative: allocated is better", "nll", "KL"], pairs)
     first = summary["bf16"]
+    done = f"; {first['tasks'][names[0]]['items']} items a task, for {TARGET} only" if names else ""
     note = (
         f"`{rows.source.path.name}`, dense linear layers in wint8 but for bf16; layers chosen by"
         f" the quadratic costs; {first['text']['predicted_tokens']:,} predicted tokens in"
-        f" {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task,"
-        f" for {TARGET} only. Standard errors over windows in brackets."
+        f" {first['text']['windows']} windows{done}. Standard errors over windows in brackets."
     )
     save_result(f"allocation_{rows.source.path.name}", numbers)
     put_into_doc("docs/allocation.md", "allocation", f"{body}\n\n{paired}\n\n{note}")

@@ -34,8 +34,9 @@ SERIES = (
     (r"GPTQ", "GPTQ int2"),
     (r"wint4$", "wint4"),
 )
-# Both start from the uniform calibrated point.
-FROM_UNIFORM = ("calibrated, allocated layers", "calibrated, wint4 prefix")
+# Both lead from calibrated wint2 in all layers to wint4 in all.
+BETWEEN = ("calibrated, allocated layers", "calibrated, wint4 prefix")
+ENDS = ("calibrated", "wint4")
 # Variants that other tables take apart; rows at 8 bits and above would squeeze the rest.
 LEFT_OUT = re.compile(r"CCQ 2\.06, (diagonal only|feedback only)$|wint8$|bf16$")
 # Another table's name of a row that is there already.
@@ -99,9 +100,9 @@ def draw(found: dict[str, dict[str, Any]], model: str, path: Path) -> None:
         if name and "kl_mean" in text:
             point = (row["nominal_bits"], text["kl_mean"], text["kl_mean_error"])
             lines.setdefault(name, []).append(point)
-    for name in FROM_UNIFORM:
+    for name in BETWEEN:
         if name in lines:
-            lines[name] += lines.get("calibrated", [])
+            lines[name] += [point for end in ENDS for point in lines.get(end, [])]
     figure, axes = pyplot.subplots(figsize=(7.5, 5))
     markers = "os^vD<>pPX*h"
     for i, (name, points) in enumerate(lines.items()):
@@ -117,8 +118,11 @@ def draw(found: dict[str, dict[str, Any]], model: str, path: Path) -> None:
             linewidth=1.2 if len(points) > 1 else 0,
             elinewidth=0.8,
             capsize=2,
+            zorder=3 if name in ENDS else 2,
         )
     axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
     axes.set_xlabel("bits per expert weight (codes and group scales)")
     axes.set_ylabel("KL(bf16 || method), nats a token")
     axes.set_title(f"{model}: loss against bits", loc="left", fontsize=11)

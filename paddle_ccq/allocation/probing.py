@@ -52,8 +52,8 @@ def held_out(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(to measure on, at most `tokens` in all; for statistics), evenly spread.
 
-    On the text that its statistics are of, calibrated wint2 looks better than it is, by a quarter
-    on the 42M model; so the two share a window only where there is but one.
+    On the text that its statistics are of, calibrated wint2 looks better than it is, by a third on
+    the 42M model; so the two share a window only where there is but one.
     """
     longest = max(window.size for window in windows)
     count = min(max(1, tokens // longest), max(1, len(windows) // 2))
