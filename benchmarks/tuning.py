@@ -29,8 +29,7 @@ from paddle_ccq.quantize import quantize
 from paddle_ccq.sample import sample
 from paddle_ccq.tune import tune
 
-CALIBRATED, TUNED = "calibrated", "calibrated, tuned"
-BOTH = "calibrated and tuned, with made-up text"
+CALIBRATED = "calibrated"
 
 
 @dataclass(frozen=True)
@@ -41,57 +40,61 @@ class Work:
     calibration: Path
     folder: Path
     tokens: str
-    sampled: str
+    made_tokens: str
 
-    def text_with_samples(self) -> Path:
-        """The calibration text followed by what the model makes up."""
-        both, made = self.folder / "both.jsonl", self.folder / "sampled.jsonl"
+    def made(self) -> Path:
+        made = self.folder / "made.jsonl"
         if not made.exists():
-            sample(self.model, made, tokens=self.sampled)
+            sample(self.model, made, tokens=self.made_tokens)
+        return made
+
+    def both(self) -> Path:
+        """As much of the calibration text, in evenly spread documents, as the model makes up."""
+        both = self.folder / "both.jsonl"
         if not both.exists():
-            both.write_bytes(self.calibration.read_bytes() + made.read_bytes())
+            made = self.made().read_bytes()
+            lines = self.calibration.read_bytes().splitlines(keepends=True)
+            every = max(1, round(sum(map(len, lines)) / len(made)))
+            both.write_bytes(b"".join(lines[::every]) + made)
         return both
 
-    def calibrated(self, made_up: bool = False) -> Path:
-        out = self.folder / ("calibrated-both" if made_up else "calibrated")
+    def calibrated(self, text: Path | None = None) -> Path:
+        out = self.folder / f"calibrated-{(text or self.calibration).stem}"
         if not out.exists():
             quantize(
                 self.model,
                 out,
-                calibration=self.text_with_samples() if made_up else self.calibration,
+                calibration=text or self.calibration,
                 calibration_tokens=self.tokens,
                 wint4_end_layer=-1,
                 quiet=True,
             )
         return out
 
-    def tuned(self, name: str, made_up: bool = False, codes: bool = False, **options) -> Path:
+    def tuned(self, name: str, codes: Path, text: Path, **options: float) -> Path:
         out = self.folder / name
         if not out.exists():
-            text = self.text_with_samples() if made_up else self.calibration
-            tune(
-                self.calibrated(codes),
-                self.model,
-                text,
-                out,
-                tokens=self.tokens,
-                quiet=False,
-                **options,
-            )
+            tune(codes, self.model, text, out, tokens=self.tokens, quiet=False, **options)
         return out
 
 
 def rows(work: Work) -> dict[str, Callable[[], Path]]:
     """Label -> what writes the checkpoint, or finds it."""
+
+    def tuned(name: str, text: Callable[[], Path], codes: bool = False, **options: float):
+        return lambda: work.tuned(
+            name, work.calibrated(text() if codes else None), text(), **options
+        )
+
+    plain = lambda: work.calibration  # noqa: E731
     return {
         CALIBRATED: work.calibrated,
-        TUNED: lambda: work.tuned("tuned"),
-        "calibrated, tuned, dense layers left alone": lambda: work.tuned(
-            "tuned-no-dense", dense_learning_rate=0
-        ),
-        "calibrated, tuned with made-up text": lambda: work.tuned("tuned-both", True),
-        "calibrated with made-up text": lambda: work.calibrated(True),
-        BOTH: lambda: work.tuned("tuned-both-both", True, True),
+        "tuned on the same text": tuned("tuned", plain),
+        "the same, dense layers left alone": tuned("tuned-dense0", plain, dense_learning_rate=0),
+        "tuned on made-up text": tuned("tuned-made", work.made),
+        "tuned on both": tuned("tuned-both", work.both),
+        "calibrated on both": lambda: work.calibrated(work.both()),
+        "calibrated and tuned on both": tuned("tuned-both-both", work.both, True),
     }
 
 
@@ -100,7 +103,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--tokens", default="256k", help="for codes and for tuning (256k)")
-    parser.add_argument("--sampled", default="128k", help="tokens that the model makes up (128k)")
+    parser.add_argument("--made-tokens", default="128k", help="that the model makes up (128k)")
     parser.add_argument("--text", required=True)
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--window", type=int, default=1024)
@@ -118,7 +121,7 @@ def main() -> None:
     folder = args.work or Path(tempfile.mkdtemp(prefix="ccq-tuning-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        work = Work(args.model, args.calibration, folder, args.tokens, args.sampled)
+        work = Work(args.model, args.calibration, folder, args.tokens, args.made_tokens)
         chosen = rows(work)
         if args.rows is not None:
             labels = list(chosen)
@@ -164,8 +167,8 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
         summary[label]["paired"] = {CALIBRATED: {q: [d.mean, d.error] for q, d in found.items()}}
     first = next(iter(summary.values()))
     note = (
-        f"`{name}`, all MoE layers wint2; {args.tokens} tokens (k = 1024) for codes and for tuning,"
-        f" {args.sampled} of them made up where it says so;"
+        f"`{name}`, all MoE layers wint2; at most {args.tokens} tokens (k = 1024) for codes and for"
+        f" tuning; {args.made_tokens} were made up, and *both* is as much of either;"
         f" {first['text']['predicted_tokens']:,} predicted tokens in"
         f" {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task."
         " Standard errors over windows in brackets; that of a task accuracy of 0.9 on 200 items is"
