@@ -154,7 +154,8 @@ def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, st
             f"chosen when the run starts, from costs measured on {probing.tokens:,} tokens of the"
             f" calibration; for it {experts} of {config.moe_num_experts} experts a layer are"
             f" encoded, and {copies} copies of hidden states take {gigabytes(size)} (in a file of"
-            " the partial folder beyond 4 GB)",
+            " the partial folder beyond 4 GB). Until then the plan holds what rules force and no"
+            " other wint4 layer",
         )
     ]
 
