@@ -138,6 +138,8 @@ def quantize(
             )
             plan = plan_for(plan.config, allocation.layout)
             say(_shown(comparison_table(allocation)))
+            for note in wanted.notes:
+                say(note)
         for message in plan.messages:
             say(message)
         statistics = provenance = None

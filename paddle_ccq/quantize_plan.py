@@ -98,7 +98,7 @@ def dry_run(
         facts += measuring_facts(plan.config, wanted.probing)
     for name, value in facts:
         out.print(f"{name}: {value}", soft_wrap=True)
-    for message in plan.messages:
+    for message in (*plan.messages, *(wanted.notes if wanted else ())):
         out.print(f"note: {message}", soft_wrap=True)
     return QuantizeResult(None, plan, [], {"estimate": seconds}, reporting.peak_rss())
 

@@ -221,6 +221,7 @@ def test_a_dry_run_shows_every_layer_and_why(folder, costs_file, tmp_path, capsy
     assert "2,4-5 3 wint2 allocation" in lines and "3 1 wint4 allocation" in lines
     assert any(line.startswith("wint4 prefix of the same size 1, 2 2.8375") for line in lines)
     assert any(line.startswith("allocated 1, 3 2.8375") for line in lines)
+    assert "without --calibration it loses more" in lines[-1]
     assert main(flags) == 0
     assert "allocated (prefix) 1, 2" in " ".join(capsys.readouterr().out.split())
 

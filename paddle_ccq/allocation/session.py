@@ -43,6 +43,14 @@ class Request:
     rules: Sequence[Rule]
     path: Path | None  # --sensitivity
     plugin_layout: bool
+    calibrated: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What the predicted losses leave out."""
+        if self.calibrated or self.format != "wint2":
+            return []
+        return ["costs were measured on calibrated wint2; without --calibration it loses more"]
 
     @property
     def probing(self) -> Probing:
@@ -139,7 +147,9 @@ def make_request(
             "--allocate needs costs: give --calibration FILE to measure them in this run, or"
             " --sensitivity FILE.json of `python -m paddle_ccq.sensitivity`"
         )
-    return Request(wanted, format, rules, None if path is None else Path(path), plugin_layout)
+    return Request(
+        wanted, format, rules, None if path is None else Path(path), plugin_layout, calibrated
+    )
 
 
 def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, str]]:
