@@ -2,6 +2,7 @@
 #include "activation.h"
 
 #include "half8.cuh"
+#include "launch.cuh"
 
 namespace {
 
@@ -10,6 +11,7 @@ constexpr int kThreads = 256;
 template <int kDtype>
 __global__ void __launch_bounds__(kThreads) swiglu(const uint4* x, uint4* out, int64_t vectors, int per_row) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  ccq::wait_for_prerequisites();
   if (i >= vectors) return;
   const int64_t row = i / per_row, column = i % per_row;
   float gate[8], up[8];
@@ -28,7 +30,6 @@ extern "C" cudaError_t ccq_swiglu(const void* x, void* out, int rows, int width,
   const int64_t vectors = static_cast<int64_t>(rows) * (width / 8), blocks = (vectors + kThreads - 1) / kThreads;
   if (blocks > 2147483647) return cudaErrorInvalidValue;
   auto launch = dtype == CCQ_BF16 ? swiglu<CCQ_BF16> : swiglu<CCQ_FP16>;
-  launch<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(static_cast<const uint4*>(x), static_cast<uint4*>(out),
-                                                                 vectors, width / 8);
-  return cudaGetLastError();
+  return ccq::launch_early(launch, static_cast<unsigned>(blocks), kThreads, 0, stream, static_cast<const uint4*>(x),
+                           static_cast<uint4*>(out), vectors, width / 8);
 }

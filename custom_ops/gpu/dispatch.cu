@@ -2,6 +2,7 @@
 #include "dispatch.h"
 
 #include "half8.cuh"
+#include "launch.cuh"
 
 namespace {
 
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(kThreads) route_and_gather(const int64_t* ids,
                                                              int experts, int vectors, int64_t* offsets, int32_t* place,
                                                              uint4* rows) {
   __shared__ int64_t all[kThreads];
+  ccq::wait_for_prerequisites();
   const int me = blockIdx.x, i = threadIdx.x;
   const int64_t id = i < count ? ids[i] : -1;
   all[i] = id;
@@ -84,6 +86,7 @@ __global__ void __launch_bounds__(kThreads) combine(const uint4* rows, const int
                                                     int top_k, int vectors, uint4* out) {
   const int64_t token = blockIdx.x;
   const int i = blockIdx.y * kThreads + threadIdx.x;
+  ccq::wait_for_prerequisites();
   if (i >= vectors) return;
   float sum[8] = {};
   for (int j = 0; j < top_k; ++j) {
@@ -108,10 +111,8 @@ extern "C" cudaError_t ccq_moe_dispatch(const int64_t* ids, const void* x, int t
                                         int hidden, int64_t* offsets, int32_t* place, void* rows, cudaStream_t stream) {
   if (!sizes_fit(tokens, top_k, hidden) || experts < 1 || experts > 1024) return cudaErrorInvalidValue;
   if (tokens > 0 && tokens * top_k <= kThreads) {
-    route_and_gather<<<tokens * top_k, kThreads, 0, stream>>>(ids, static_cast<const uint4*>(x), tokens * top_k, top_k,
-                                                              experts, hidden / 8, offsets, place,
-                                                              static_cast<uint4*>(rows));
-    return cudaGetLastError();
+    return ccq::launch_early(route_and_gather, tokens * top_k, kThreads, 0, stream, ids, static_cast<const uint4*>(x),
+                             tokens * top_k, top_k, experts, hidden / 8, offsets, place, static_cast<uint4*>(rows));
   }
   route<<<experts, kThreads, 0, stream>>>(ids, tokens * top_k, experts, offsets, place);
   if (tokens > 0)
@@ -127,7 +128,6 @@ extern "C" cudaError_t ccq_moe_combine(const void* rows, const int32_t* place, c
   const int vectors = hidden / 8;
   const dim3 grid(tokens, (vectors + kThreads - 1) / kThreads);
   auto launch = dtype == CCQ_BF16 ? combine<CCQ_BF16> : combine<CCQ_FP16>;
-  launch<<<grid, kThreads, 0, stream>>>(static_cast<const uint4*>(rows), place, weights, top_k, vectors,
-                                        static_cast<uint4*>(out));
-  return cudaGetLastError();
+  return ccq::launch_early(launch, grid, kThreads, 0, stream, static_cast<const uint4*>(rows), place, weights, top_k,
+                           vectors, static_cast<uint4*>(out));
 }

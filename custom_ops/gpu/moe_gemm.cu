@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "moe_gemm.cuh"
 #include "moe_gemv.cuh"
@@ -110,26 +111,6 @@ Layout layout_of(int rows, int k, int experts, int sms) {
   return l;
 }
 
-// With the programmatic attribute a kernel may start while the one before it ends, and waits for it itself.
-template <typename P>
-cudaError_t launch(const Device& device, void (*kernel)(P), int blocks, int threads, size_t shared, const P& p,
-                   cudaStream_t stream) {
-#if CUDART_VERSION >= 12030  // the first that captures such a launch into a graph
-  if (device.major >= 9) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
-  }
-#endif
-  kernel<<<blocks, threads, shared, stream>>>(p);
-  return cudaGetLastError();
-}
-
 // Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
 // shared-memory limit raised. 0: an error, in *error.
 template <typename C>
@@ -158,7 +139,7 @@ cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), const 
   cudaError_t error = cudaSuccess;
   const int blocks = resident_blocks<C>(device, kernel, &error);
   if (blocks == 0) return error;
-  return launch(device, kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), p, stream);
+  return launch_early(kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), stream, p);
 }
 
 template <Pairs kPairs>
@@ -191,7 +172,7 @@ cudaError_t launch_gemv(const Device& device, const GemvParams& p, cudaStream_t 
     if (device.id < kMaxDevices) raised[device.id].store(shared);
   }
   const int tiles = p.rows * ((p.n / 16 + C::kTiles - 1) / C::kTiles);
-  return launch(device, gemv_kernel<C>, std::min(tiles, C::kMinBlocks * device.sms), C::kThreads, shared, p, stream);
+  return launch_early(gemv_kernel<C>, std::min(tiles, C::kMinBlocks * device.sms), C::kThreads, shared, stream, p);
 }
 
 template <Pairs kPairs>
@@ -223,14 +204,12 @@ bool valid(const ccq_moe_gemm_args* a) {
   return (a->rows / 8.0 + a->experts) * (a->n / 128.0 + 1) * (a->k / 128.0) < 2147483647.0;
 }
 
-// Launched without the programmatic attribute: once it runs, all earlier work is complete, offsets and weights included,
-// so the GEMM may read those before it waits.
 cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, const Prepared& out, cudaStream_t stream) {
   const int tickets = kWarps * kMaxBlocksPerSm * device.sms;
   auto prepare = [&](auto* x) {
-    prepare_kernel<<<a.rows, kPrepareThreads, 0, stream>>>(x, a.offsets, a.experts, a.k, a.row_order == CCQ_ROWS_FASTDEPLOY,
-                                                           a.row_scale, tickets, out);
-    return cudaGetLastError();
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    return launch_early(prepare_kernel<T>, a.rows, kPrepareThreads, 0, stream, x, a.offsets, a.experts, a.k,
+                        a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tickets, out);
   };
   return a.dtype == CCQ_BF16 ? prepare(static_cast<const __nv_bfloat16*>(a.x)) : prepare(static_cast<const __half*>(a.x));
 }

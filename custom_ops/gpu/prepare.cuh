@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include "decode.cuh"
+#include "launch.cuh"
 #include "moe_gemm.h"
 
 namespace ccq {
@@ -73,6 +74,8 @@ template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fastdeploy, const float* row_scale,
                int tickets, Prepared out) {
+  // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
+  wait_for_prerequisites();
   dependents_may_start();
   __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
   const int row = blockIdx.x, chunks = k / 16;

@@ -48,7 +48,7 @@ def _recipe(recipe: Mapping[str, Any]) -> EncodeRecipe:
 
 
 def _entries(pairs: Sequence[Sequence[np.ndarray]], fraction: int) -> np.ndarray:
-    """int32 [pairs, entries, 2]: four int8 states (zeros where fewer), minus half the norm."""
+    """int32 [all entries, 2], pair by pair, book by book: four int8 states (zeros where fewer), minus half the norm."""
     books = []
     for pair in pairs:
         for book in pair:
@@ -69,7 +69,8 @@ def encode_arguments(
     """
     structures = _layout(layout, pairs[0]), _recipe(recipe)
     words = [np.frombuffer(bytes(s), np.int32).tolist() for s in structures]
-    return _entries(pairs, layout["fraction"]), words[0], words[1]
+    entries = _entries(pairs, layout["fraction"]).reshape(len(pairs), -1, 2)
+    return entries, words[0], words[1]
 
 
 def encode(

@@ -71,7 +71,7 @@ def test_experts(
     here = ops.repack_experts("wint2", up, down, order)
     for tokens in (1, 2, 17, 130, 3):  # growing and shrinking scratch
         x = rng.standard_normal((tokens, hidden)).astype(np.float32)
-        ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
+        ids = np.ascontiguousarray(np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k])
         weights = rng.random((tokens, top_k)).astype(np.float32)
         found, wanted = there(x, ids, weights), ops.moe(x, here, ids, weights)
         assert found.dtype == np.float32 and found.shape == wanted.shape
