@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of moe_gemm.py as lines, as tables and as a plot; also from a JSON file it wrote.
 
-python benchmarks/gpu/report.py RESULT.json [--markdown] [--plot OUT.svg]
+python benchmarks/gpu/report.py RESULT.json [--markdown] [--plot OUT.svg] [--write]
+
+Several results of one machine make one table; --write puts it and the figure into docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,17 @@ def block_line(row: dict) -> str:
         f"down {row['down_us']:.1f} + rest {row['rest_us']:.1f}; roofs {row['roofs_us']:.1f}, "
         f"{verdict} the limit of {row['limit_us']:.1f} us"
     )
+
+
+def block_markdown(result: dict) -> str:
+    """The whole block's table for a document."""
+    lines = ["| shape | tokens | µs | up | down | rest | 1.3 roofs + 10 µs |"]
+    lines.append("|---|" + "---:|" * 6)
+    for r in result["block"]:
+        cells = [r["shape"], str(r["tokens"])]
+        cells += [f"{r[k]:.1f}" for k in ("us", "up_us", "down_us", "rest_us", "limit_us")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def cases(rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
@@ -146,17 +160,29 @@ def plot(result: dict, path: str) -> None:
 def main() -> None:
     """Print, and draw if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result")
+    parser.add_argument("result", nargs="+")
+    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--plot", metavar="SVG")
     args = parser.parse_args()
-    result = json.loads(Path(args.result).read_text())
+    result, *others = [json.loads(Path(name).read_text()) for name in args.result]
+    for other in others:
+        result["gemm"] += other["gemm"]
+        result["block"] += other["block"]
     print(heading(result))
     print(markdown(result) if args.markdown else text(result))
     for row in result["block"]:
         print(block_line(row))
     if args.plot:
         plot(result, args.plot)
+    if args.write:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from common import ROOT, put_into_doc
+
+        note = heading(result) + "."
+        put_into_doc("docs/kernels.md", "moe_gemm", f"{note}\n\n{markdown(result)}")
+        put_into_doc("docs/kernels.md", "moe_block", block_markdown(result))
+        plot(result, str(ROOT / "docs" / "kernels.svg"))
 
 
 if __name__ == "__main__":
