@@ -2,7 +2,7 @@
 """What tuning and made-up calibration text gain on a real model: the tables of docs/tuning.md.
 
     python benchmarks/tuning.py --model DIR --calibration FILE.jsonl --text FILE.jsonl \
-        --tasks FILE.jsonl ... [--work FOLDER] [--marker tuning-small]
+        --tasks FILE.jsonl ... [--work FOLDER]
 
 Every row is a checkpoint that the commands write. With --work they are kept there and reused, so
 that a run that was interrupted goes on; without it they lie in a temporary folder.
