@@ -63,8 +63,9 @@ def quantize(
 ) -> QuantizeResult:
     """Write a quantized checkpoint of `model` into the new folder `output`.
 
-    With `calibration`, a .jsonl or .txt file, wint2 experts are encoded for the least error of
-    their outputs on that text (docs/calibration.md); without it no data is used.
+    With `calibration`, a .jsonl or .txt file or a data set's hub id, wint2 experts are encoded
+    for the least error of their outputs on that text (docs/calibration.md); without it no data
+    is used.
     With `allocate`, a size such as "2.3bpw" or "100GB", the formats of MoE layers are chosen by
     measured costs (docs/allocation.md): a wint4 prefix, or any layers with `allow_plugin_layout`.
     The same call after an interruption goes on where it stopped and ends with the same bytes.
@@ -79,7 +80,7 @@ def quantize(
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
     options = Options(preset, encoder, threads, allow_nonfinite, restart, quiet, device)
-    request = make_request(calibration, calibration_tokens)
+    request = make_request(calibration, calibration_tokens, fetch=not dry_run)
     say: Callable[[str], object] = (lambda _: None) if quiet else _to_stderr
     loaded = load_rules(rules) if rules is not None else ()
 
@@ -268,7 +269,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=EXPERT_FORMATS, default="wint2", help="of routed experts")
     add("--preset", choices=PRESETS, default="default", help="time against error")
     add("--encoder", choices=ENCODERS, default="search", help="search, or the paper's algorithm")
-    add("--calibration", metavar="FILE", help="text (.jsonl, .txt) to choose wint2 codes by")
+    add(
+        "--calibration",
+        metavar="FILE",
+        help="text to choose wint2 codes by: .jsonl, .txt, or a data set's hub id",
+    )
     add("--calibration-tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
     add(
         "--wint4-end-layer",

@@ -17,6 +17,7 @@ from . import reporting
 from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
 from .allocation.plot import plot, require_matplotlib
 from .allocation.probing import Probing
+from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
 from .codec.formats import CCQ_FORMATS
@@ -61,7 +62,8 @@ def sensitivity(
     for flag, value in (("--experts", experts), ("--threads", threads)):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
-    if not Path(calibration).is_file():
+    calibration = local_text(calibration)
+    if not calibration.is_file():
         raise CcqError(f"--calibration {calibration}: no such file")
     require_paddle("sensitivity, which runs the model,")
     from .allocation.measure import measure
@@ -124,7 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(*names, **kwargs)
 
     add("--model", required=True, help="float checkpoint: folder, hub id or short name")
-    add("--calibration", required=True, metavar="FILE", help="text (.jsonl, .txt) to measure on")
+    add(
+        "--calibration",
+        required=True,
+        metavar="FILE",
+        help="text to measure on: .jsonl, .txt or a hub id",
+    )
     add("--calibration-tokens", default="64k", metavar="N", help="of the text to use (64k)")
     add("--probe-tokens", default="8k", metavar="N", help="of them, to measure on (8k)")
     add(

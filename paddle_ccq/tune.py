@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .calibration.dataset import local_text
 from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
@@ -36,8 +37,8 @@ def tune(
 ) -> TuneResult:
     """Write a tuned copy of the quantized checkpoint `folder` into the new folder `output`.
 
-    `model` is the float checkpoint it was made from, `calibration` a .jsonl or .txt file. The
-    experts' codes, the format and the size stay (docs/tuning.md).
+    `model` is the float checkpoint it was made from, `calibration` a .jsonl or .txt file or a
+    data set's hub id. The experts' codes, the format and the size stay (docs/tuning.md).
 
     Raises:
         CcqError: for anything in the input or the options that is not right, and if the loss on
@@ -70,7 +71,7 @@ def tune(
     return run_tuning(
         quantized,
         original,
-        Path(calibration),
+        local_text(calibration),
         target,
         settings,
         threads or default_threads(),
@@ -95,7 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser.add_argument("folder", metavar="DIR", help="quantized checkpoint; it is not changed")
     add("--model", required=True, help="the float checkpoint it was made from")
-    add("--calibration", required=True, metavar="FILE", help="text to tune on (.jsonl, .txt)")
+    add(
+        "--calibration",
+        required=True,
+        metavar="FILE",
+        help="text to tune on: .jsonl, .txt or a hub id",
+    )
     add("--output", required=True, help="new folder for the result")
     add("--tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
     add("--passes", type=int, metavar="N", help="times that the text is used (default: 1)")

@@ -25,6 +25,7 @@ class Request:
 
     path: Path
     settings: Settings
+    pending: bool = False  # a data set that a dry run does not fetch
 
     def check(self, plan: Plan, encoder: str) -> None:
         """Refuse in one line what calibration cannot do, before any work."""
@@ -35,7 +36,7 @@ class Request:
                 f"--calibration: only wint2 experts are calibrated, and this plan ({plan.format})"
                 " has none; leave the flag out"
             )
-        if not self.path.is_file():
+        if not self.pending and not self.path.is_file():
             raise CcqError(f"--calibration {self.path}: no such file")
         require_paddle("calibration, which runs the model,")
 
@@ -125,8 +126,14 @@ def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, di
     }
 
 
-def make_request(path: str | os.PathLike[str] | None, tokens: str | int | None) -> Request | None:
-    """The request of a command line, or None without --calibration."""
+def make_request(
+    path: str | os.PathLike[str] | None, tokens: str | int | None, fetch: bool = True
+) -> Request | None:
+    """The request of a command line, or None without --calibration.
+
+    `fetch`: a data set is fetched from its hub (dataset.py); a dry run reads nothing.
+    """
+    from .dataset import local_text, names_data_set
     from .settings import parse_tokens
 
     if path is None:
@@ -134,4 +141,6 @@ def make_request(path: str | os.PathLike[str] | None, tokens: str | int | None) 
             raise CcqError("--calibration-tokens needs --calibration FILE")
         return None
     settings = Settings() if tokens is None else Settings(tokens=parse_tokens(tokens))
-    return Request(Path(path), settings)
+    if not fetch:
+        return Request(Path(path), settings, pending=names_data_set(path))
+    return Request(local_text(path), settings)

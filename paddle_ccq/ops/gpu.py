@@ -48,7 +48,7 @@ def _recipe(recipe: Mapping[str, Any]) -> EncodeRecipe:
 
 
 def _entries(pairs: Sequence[Sequence[np.ndarray]], fraction: int) -> np.ndarray:
-    """int32 [all entries, 2], pair by pair, book by book: four int8 states (zeros where fewer), minus half the norm."""
+    """int32 [all entries, 2], by pair and book: four int8 states (zeros where fewer), -norm / 2."""
     books = []
     for pair in pairs:
         for book in pair:

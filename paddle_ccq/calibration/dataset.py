@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set of a hub as calibration text: fetched once into a file, then used like any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CcqError
+
+# About four million tokens: calibration takes its windows spread evenly over the text, and more
+# documents than this hold no more to choose from for its default of 256k tokens.
+CHARACTERS = 16_000_000
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+def names_data_set(name: str | os.PathLike[str]) -> bool:
+    """Not a file, and of the form "owner/name[:config]"."""
+    return not Path(name).exists() and _ID.fullmatch(str(name)) is not None
+
+
+def local_text(name: str | os.PathLike[str], flag: str = "--calibration") -> Path:
+    """The file that `name` is, or the file that a data set "owner/name[:config]" was put into.
+
+    The data set's train split is read in order through the `datasets` client until 16 million
+    characters are there; its documents are the column "text", or the only column of strings. The
+    file lies in the user's cache (XDG_CACHE_HOME) and is not fetched again.
+
+    Raises:
+        CcqError: if there is neither such a file nor such a data set, or no client.
+    """
+    if not names_data_set(name):
+        return Path(name)  # whoever reads it says what is wrong with it
+    cached = cache_folder() / (str(name).replace("/", "--").replace(":", "--") + ".jsonl")
+    if cached.is_file():
+        return cached
+    try:
+        import datasets
+    except ImportError:
+        raise CcqError(
+            f"{flag} {name}: no such file; to fetch a data set of this name from the hub:"
+            " pip install 'paddle-ccq[datasets]'"
+        ) from None
+    identifier, _, config = str(name).partition(":")
+    try:
+        rows = datasets.load_dataset(identifier, config or None, split="train", streaming=True)
+        _write(cached, _documents(iter(rows), f"{flag} {name}"))
+    except (CcqError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the client's own, and those of what it stands on
+        detail = " ".join(str(error).split())[:200]
+        raise CcqError(
+            f"{flag} {name}: no such file, and the hub gives no such data set: {detail}"
+        ) from None
+    return cached
+
+
+def cache_folder() -> Path:
+    """Where fetched data sets are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "paddle_ccq" / "datasets"
+
+
+def _documents(rows: Iterator[dict[str, Any]], what: str) -> Iterator[str]:
+    column, characters = None, 0
+    for row in rows:
+        if column is None:
+            strings = [key for key, value in row.items() if isinstance(value, str)]
+            column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+            if column is None:
+                raise CcqError(
+                    f"{what}: which column is the text? none is called text, and of strings there"
+                    f" are {', '.join(strings) or 'none'}; write a .jsonl file of it"
+                )
+        text = row.get(column)
+        if isinstance(text, str) and text.strip():
+            yield text
+            characters += len(text)
+            if characters >= CHARACTERS:
+                return
+    if not characters:
+        raise CcqError(f"{what}: the data set's train split holds no text")
+
+
+def _write(path: Path, documents: Iterator[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for document in documents:
+                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
