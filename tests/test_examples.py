@@ -67,7 +67,9 @@ def test_benchmark_client(base_url: str) -> None:
     )  # fmt: skip
     rows = [line.split() for line in said.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["1", "3"]
-    assert all(float(value) > 0 for row in rows for value in row)
+    # The time of a token can round to nothing; its rate and the first token's time cannot.
+    assert all(float(value) >= 0 for row in rows for value in row)
+    assert all(float(value) > 0 for row in rows for value in row[:4])
 
 
 def test_benchmark_client_without_a_server() -> None:
