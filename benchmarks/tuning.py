@@ -41,6 +41,7 @@ class Work:
     folder: Path
     tokens: str
     made_tokens: str
+    tune_tokens: str
 
     def made(self) -> Path:
         made = self.folder / "made.jsonl"
@@ -58,6 +59,13 @@ class Work:
             both.write_bytes(b"".join(lines[::every]) + made)
         return both
 
+    def all(self) -> Path:
+        """The whole calibration text and what the model makes up."""
+        joined = self.folder / "all.jsonl"
+        if not joined.exists():
+            joined.write_bytes(self.calibration.read_bytes() + self.made().read_bytes())
+        return joined
+
     def calibrated(self, text: Path | None = None) -> Path:
         out = self.folder / f"calibrated-{(text or self.calibration).stem}"
         if not out.exists():
@@ -74,7 +82,7 @@ class Work:
     def tuned(self, name: str, codes: Path, text: Path, **options: float) -> Path:
         out = self.folder / name
         if not out.exists():
-            tune(codes, self.model, text, out, tokens=self.tokens, quiet=False, **options)
+            tune(codes, self.model, text, out, tokens=self.tune_tokens, quiet=False, **options)
         return out
 
 
@@ -95,6 +103,9 @@ def rows(work: Work) -> dict[str, Callable[[], Path]]:
         "tuned on both": tuned("tuned-both", work.both),
         "calibrated on both": lambda: work.calibrated(work.both()),
         "calibrated and tuned on both": tuned("tuned-both-both", work.both, True),
+        "calibrated on all and made-up text, tuned on both": lambda: work.tuned(
+            "tuned-all-both", work.calibrated(work.all()), work.both()
+        ),
     }
 
 
@@ -104,6 +115,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--tokens", default="256k", help="for codes and for tuning (256k)")
     parser.add_argument("--made-tokens", default="128k", help="that the model makes up (128k)")
+    parser.add_argument("--tune-tokens", help="for tuning, if not as many as for codes")
     parser.add_argument("--text", required=True)
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--window", type=int, default=1024)
@@ -121,7 +133,10 @@ def main() -> None:
     folder = args.work or Path(tempfile.mkdtemp(prefix="ccq-tuning-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        work = Work(args.model, args.calibration, folder, args.tokens, args.made_tokens)
+        work = Work(
+            args.model, args.calibration, folder, args.tokens, args.made_tokens,
+            args.tune_tokens or args.tokens,
+        )  # fmt: skip
         chosen = rows(work)
         if args.rows is not None:
             labels = list(chosen)
@@ -167,8 +182,9 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
         summary[label]["paired"] = {CALIBRATED: {q: [d.mean, d.error] for q, d in found.items()}}
     first = next(iter(summary.values()))
     note = (
-        f"`{name}`, all MoE layers wint2; at most {args.tokens} tokens (k = 1024) for codes and for"
-        f" tuning; {args.made_tokens} were made up, and *both* is as much of either;"
+        f"`{name}`, all MoE layers wint2; at most {args.tokens} tokens (k = 1024) for codes and"
+        f" {args.tune_tokens or args.tokens} for tuning; {args.made_tokens} were made up, and"
+        " *both* is as much of either;"
         f" {first['text']['predicted_tokens']:,} predicted tokens in"
         f" {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task."
         " Standard errors over windows in brackets; that of a task accuracy of 0.9 on 200 items is"
