@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grouped GEMM on a GPU against float64, through ctypes and torch.
 
-Needs torch, a GPU and the library: CCQ_GPU_LIBRARY names it, or nvcc builds it. Skipped otherwise.
+Needs torch, a GPU and the library (tests/gpu/gpu_library.py). Skipped otherwise.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 
-torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("no GPU", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
-
-import ccqlib  # noqa: E402
+pytest.importorskip("torch")
+from gpu_library import ccqlib, library, torch
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 DTYPES = [torch.bfloat16, torch.float16]
@@ -26,14 +17,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory):
-    path = os.environ.get("CCQ_GPU_LIBRARY")
-    if not path:
-        if not shutil.which("nvcc"):
-            pytest.skip("neither CCQ_GPU_LIBRARY nor nvcc")
-        path = str(tmp_path_factory.mktemp("lib") / "libccq.so")
-        major, minor = torch.cuda.get_device_capability()
-        ccqlib.build(path, "90a" if major == 9 else f"{major}{minor}")
-    return ccqlib.Library(path)
+    return library(tmp_path_factory.getbasetemp())
 
 
 def reference(x, offsets, weights, order, row_scale=None):
