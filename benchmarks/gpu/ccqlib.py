@@ -113,7 +113,7 @@ class Library:
         made = dict(device=q.device, dtype=torch.uint8)
         quant = torch.empty(experts * n * k // 4, **made)
         scales = torch.empty(experts * n * k // 128, **made)
-        columns = torch.empty(experts * n * 3, device=q.device, dtype=torch.int32)
+        columns = torch.empty(experts * n * 4, device=q.device, dtype=torch.int32)
         kind = torch.full((1,), 77, device=q.device, dtype=torch.int32)
         dtype = BF16 if ss.dtype == torch.bfloat16 else FP16
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (q, ws, ss)]

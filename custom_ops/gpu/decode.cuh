@@ -22,7 +22,7 @@ namespace ccq {
 
 enum class Pairs { kInteger, kGeneral };
 
-// What decoding needs to know of one column, from the float32 pair that the checkpoint carries.
+// What decoding needs to know of one column.
 template <Pairs kPairs>
 struct Column;
 
@@ -30,9 +30,10 @@ template <>
 struct Column<Pairs::kInteger> {
   uint32_t scale, zp2;
   __device__ Column() {}
-  __device__ Column(float code_scale, float code_zp) {
-    scale = static_cast<uint32_t>(__float2int_rn(code_scale));
-    zp2 = static_cast<uint32_t>(__float2int_rn(code_zp)) * 0x00010001u;
+  __device__ explicit Column(uint32_t pair) {  // of plane 0 (repack.h)
+    scale = static_cast<uint32_t>(static_cast<int32_t>(pair << 16) >> 16);
+    zp2 = __byte_perm(pair, 0, 0x3232);
+    asm volatile("" : "+r"(scale), "+r"(zp2));  // kept, not made anew at every use
   }
   // Codes of bytes 0 and 2 of `word` for pair 0, of bytes 1 and 3 for pair 1.
   template <int kPair>
@@ -63,6 +64,24 @@ struct Column<Pairs::kGeneral> {
     return __byte_perm(code<kPair>(word), code<kPair + 2>(word), 0x5410);
   }
 };
+
+// A tile's columns g and g + 8 from the words that repack.h puts there; plane 1 is read for general pairs alone.
+template <Pairs kPairs>
+__device__ inline void load_columns(const void* plane0, const void* plane1, int g, Column<kPairs> (&to)[2]);
+template <>
+__device__ inline void load_columns(const void* plane0, const void*, int g, Column<Pairs::kInteger> (&to)[2]) {
+  const uint2 v = static_cast<const uint2*>(plane0)[g];
+  to[0] = Column<Pairs::kInteger>(v.x), to[1] = Column<Pairs::kInteger>(v.y);
+}
+template <>
+__device__ inline void load_columns(const void*, const void* plane1, int g, Column<Pairs::kGeneral> (&to)[2]) {
+  const float4 v = static_cast<const float4*>(plane1)[g];
+  to[0] = Column<Pairs::kGeneral>(v.x, v.y), to[1] = Column<Pairs::kGeneral>(v.z, v.w);
+}
+// Their super scales.
+__device__ inline float2 load_supers(const void* plane0, int g) { return static_cast<const float2*>(plane0)[8 + g]; }
+
+constexpr int kPlaneBytes = 128;  // of one tile in either plane
 
 // The four A registers' worth of one pair: windows 3, 2, 1, 0 of both codes, as fp16 subnormals (see above).
 struct Windows {

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Three kernels: moe_gemv.cuh for a single row of a small problem, moe_gemm.cuh for few rows an expert, moe_wide.cuh for
-// many (compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs,
-// moe_gemm.cuh serves them too).
+// Three kernels: moe_few.cuh for up to four rows an expert, moe_gemm.cuh for some, moe_wide.cuh for many (compiled with
+// -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, moe_gemm.cuh serves them too).
 
 #include "moe_gemm.h"
 
@@ -11,8 +10,8 @@
 #include <atomic>
 #include <type_traits>
 
+#include "moe_few.cuh"
 #include "moe_gemm.cuh"
-#include "moe_gemv.cuh"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
 #endif
@@ -24,23 +23,26 @@ constexpr int kMaxDevices = 64;
 constexpr int kMaxExperts = 1024;
 
 struct Device {
-  int id, sms, major;
+  int id, sms, major, shared;  // shared: bytes of shared memory that a block may have
 };
 
 cudaError_t current_device(Device* device) {
-  static std::atomic<int> cache[kMaxDevices];  // sms << 8 | major, 0: not asked yet
+  static std::atomic<uint64_t> cache[kMaxDevices];  // sms << 32 | shared << 8 | major, 0: not asked yet
   cudaError_t error = cudaGetDevice(&device->id);
   if (error != cudaSuccess) return error;
-  int known = device->id < kMaxDevices ? cache[device->id].load() : 0;
+  uint64_t known = device->id < kMaxDevices ? cache[device->id].load() : 0;
   if (known == 0) {
-    int sms = 0, major = 0;
+    int sms = 0, major = 0, shared = 0;
     error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device->id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->id);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device->id);
     if (error != cudaSuccess) return error;
-    known = sms << 8 | major;
+    known = static_cast<uint64_t>(sms) << 32 | static_cast<uint64_t>(shared) << 8 | static_cast<uint64_t>(major);
     if (device->id < kMaxDevices) cache[device->id].store(known);
   }
-  device->sms = known >> 8, device->major = known & 255;
+  device->sms = static_cast<int>(known >> 32), device->shared = static_cast<int>(known >> 8 & 0xFFFFFF);
+  device->major = static_cast<int>(known & 255);
   return cudaSuccess;
 }
 
@@ -48,48 +50,62 @@ cudaError_t current_device(Device* device) {
 int g_variant = -1;  // forced by benchmarks
 #endif
 
-// Kernels by number: 0-3 moe_gemm.cuh, from kWide moe_wide.cuh, from kGemv moe_gemv.cuh. By the mean number of rows an
+// Kernels by number: 0-3 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh. By the mean number of rows an
 // expert and the size of the problem; the borders are measured (docs/kernels.md).
-constexpr int kWide = 10, kGemv = 20;
+constexpr int kWide = 10, kFew = 20;
+
+// The configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
+template <Pairs kPairs, typename F>
+auto with_few(int variant, F&& use) {
+  switch (variant - kFew) {
+    case 0: return use(FewConfig<kPairs, 1, 16, 1, 2, 8>{});
+    case 1: return use(FewConfig<kPairs, 2, 16, 1, 2, 6>{});
+    case 2: return use(FewConfig<kPairs, 4, 16, 1, 2, 4>{});
+    case 3: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
+    case 4: return use(FewConfig<kPairs, 4, 4, 4, 2, 4>{});
+    case 5: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
+    case 6: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
+    case 7: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
+    case 8: return use(FewConfig<kPairs, 4, 8, 2, 4, 3>{});
+    default: return use(FewConfig<kPairs, 4, 4, 4, 4, 3>{});
+  }
+}
+
+size_t few_shared(int variant, int k, int experts) {
+  return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
+}
 
 int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
 #ifdef CCQ_TUNING
   if (g_variant >= 0) return g_variant;
 #endif
-  // One row at a time: for a single row, or where two rows of one expert, which then reads its weights twice, are rare;
-  // and where a launch and its latencies weigh more than arithmetic.
-  const bool single = a.experts == 1 ? a.rows == 1 : static_cast<int64_t>(a.rows) * a.rows <= 4 * a.experts;
-  if (single && a.k >= 1024 && a.k <= 16384 && static_cast<double>(a.rows) * a.n * a.k <= 1e8) {
-    const int columns = a.rows * (a.n / 16);
-    if (columns >= 3 * device.sms) return kGemv + 2;
-    if (a.k < 2048) return columns >= 3 * device.sms / 2 ? kGemv + 4 : kGemv + 3;  // fewer blocks of K than 16 warps
-    return columns >= 3 * device.sms / 2 ? kGemv + 1 : kGemv;
+  const double mean = static_cast<double>(a.rows) / a.experts;
+  if (a.experts == 1 ? a.rows <= 8 : mean <= 2.5) {
+    // Narrower tiles where there would not be one for every multiprocessor; wider ones where K is short.
+    const int experts = std::min(a.rows, a.experts), groups = experts * ((a.n + 63) / 64);
+    int variant = 2 * groups <= device.sms ? 0 : groups < 3 * device.sms / 4 ? 1 : a.k > 4096 ? 2 : a.k > 1024 ? 3 : 4;
+    if (a.experts == 1 ? a.rows > 2 : mean > 0.6) variant += 5;
+    if (few_shared(kFew + variant, a.k, a.experts) <= static_cast<size_t>(device.shared)) return kFew + variant;
   }
   const int rows = a.rows / a.experts;
 #ifdef CCQ_SM90A
-  const int from = a.experts == 1 ? 17 : a.k <= 1024 ? 8 : 4;
+  const int from = 24;
   if (device.major == 9 && rows >= from) return rows < 12 ? kWide : rows < 24 ? kWide + 1 : kWide + 2;
 #endif
-  if (rows <= 3) {
-    // Four 16-column tiles a warp cost fewer instructions a weight, two give small problems more blocks.
-    const double tiles = static_cast<double>(std::min(a.rows, a.experts)) * a.n / 512;  // of four a warp
-    return a.k > 1024 && tiles >= 0.4 * 2 * device.sms ? 1 : 0;
-  }
-  return rows <= 24 ? 2 : 3;
+  return rows <= 16 ? 0 : 1;
 }
 
 // The workspace's parts, each on a 256-byte border. Partial results: for each SM two slots of what its blocks' tiles
 // have, which grows with the rows a tile may have (the bands of variant_of).
 struct Layout {
-  size_t x, sums, row_scale, tickets, partial, partial_float4, bytes;
+  size_t x, row_scale, tickets, partial, partial_float4, bytes;
 };
 
-constexpr int kMaxBlocksPerSm = 2;
-constexpr int kWarps = 8;
+constexpr int kWarpsPerSm = 16;
 constexpr int kMaxPartialFloat4 = 8192;
 
 Layout layout_of(int rows, int k, int experts, int sms) {
-  const size_t places = (static_cast<size_t>(rows) / 8 + experts + 1) * 8;  // prepared rows, see first_prepared_block
+  const size_t blocks = static_cast<size_t>(rows) / 8 + experts + 1;  // of prepared rows, see first_prepared_block
   Layout l{};
   size_t end = 0;
   auto take = [&end](size_t bytes) {
@@ -98,14 +114,13 @@ Layout layout_of(int rows, int k, int experts, int sms) {
     return at;
   };
   const int mean = rows / experts;
-  l.partial_float4 = mean < 4 ? kMaxPartialFloat4 / 4 : mean < 24 ? kMaxPartialFloat4 / 2 : kMaxPartialFloat4;
+  l.partial_float4 = mean < 24 ? kMaxPartialFloat4 / 2 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
   l.partial_float4 = kMaxPartialFloat4;
 #endif
-  l.tickets = take(sizeof(int) * kWarps * kMaxBlocksPerSm * sms);
+  l.tickets = take(sizeof(int) * kWarpsPerSm * sms);
   l.partial = take(sizeof(float4) * l.partial_float4 * 2 * sms);
-  l.x = take(sizeof(__half) * places * k);
-  l.sums = take(sizeof(__half2) * places * (k / 64));
+  l.x = take(blocks * (k / 128) * kRowsUnitBytes);
   l.row_scale = take(sizeof(float) * rows);
   l.bytes = end;
   return l;
@@ -133,8 +148,8 @@ int resident_blocks(const Device& device, void (*kernel)(GemmParams), cudaError_
 template <typename C>
 cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), const GemmParams& p, size_t partial_float4,
                         cudaStream_t stream) {
-  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps == kWarps &&
-                    C::kMinBlocks <= kMaxBlocksPerSm, "the workspace is laid out for less");
+  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
+                "the workspace is laid out for less");
   if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
   cudaError_t error = cudaSuccess;
   const int blocks = resident_blocks<C>(device, kernel, &error);
@@ -144,47 +159,34 @@ cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), const 
 
 template <Pairs kPairs>
 cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, size_t partial, cudaStream_t stream) {
-  // 16-column tiles a warp, blocks of 8 rows (wide: rows), stages, blocks an SM.
+  // 16-column tiles a warp, blocks of 8 rows (wide: rows), stages (wide: and blocks an SM).
   auto narrow = [&](auto config) { return launch_gemm<decltype(config)>(device, gemm_kernel<decltype(config)>, p, partial, stream); };
 #ifdef CCQ_SM90A
   auto wide = [&](auto config) { return launch_gemm<decltype(config)>(device, wide_kernel<decltype(config)>, p, partial, stream); };
 #endif
   switch (variant) {
-    case 0: return narrow(Config<kPairs, 2, 1, 4, 2>{});
-    case 1: return narrow(Config<kPairs, 4, 1, 4, 2>{});
-    case 2: return narrow(Config<kPairs, 2, 2, 4, 2>{});
+    case 0: return narrow(Config<kPairs, 4, 2, 3>{});
 #ifdef CCQ_SM90A
     case kWide: return wide(WideConfig<kPairs, 2, 16, 5, 2>{});
     case kWide + 1: return wide(WideConfig<kPairs, 4, 32, 4, 1>{});
     case kWide + 2: return wide(WideConfig<kPairs, 4, 64, 4, 1>{});
 #endif
-    default: return narrow(Config<kPairs, 4, 4, 4, 1>{});
+    default: return narrow(Config<kPairs, 2, 4, 4>{});
   }
 }
 
 template <typename C>
-cudaError_t launch_gemv(const Device& device, const GemvParams& p, cudaStream_t stream) {
-  const size_t shared = C::shared_bytes(p.k);
+cudaError_t launch_few(const Device& device, const FewParams& p, cudaStream_t stream) {
+  const size_t shared = C::shared_bytes(p.k, p.experts);
   static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
   if (device.id >= kMaxDevices || raised[device.id].load() < shared) {
-    cudaError_t error = cudaFuncSetAttribute(gemv_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    cudaError_t error = cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
     if (device.id < kMaxDevices) raised[device.id].store(shared);
   }
-  const int tiles = p.rows * ((p.n / 16 + C::kTiles - 1) / C::kTiles);
-  return launch_early(gemv_kernel<C>, std::min(tiles, C::kMinBlocks * device.sms), C::kThreads, shared, stream, p);
-}
-
-template <Pairs kPairs>
-cudaError_t choose_gemv(int variant, const Device& device, const GemvParams& p, cudaStream_t stream) {
-  // 16-column tiles a warp, warps, of them along K.
-  switch (variant) {
-    case kGemv: return launch_gemv<GemvConfig<kPairs, 1, 16, 16>>(device, p, stream);
-    case kGemv + 1: return launch_gemv<GemvConfig<kPairs, 2, 16, 16>>(device, p, stream);
-    case kGemv + 3: return launch_gemv<GemvConfig<kPairs, 1, 8, 8>>(device, p, stream);
-    case kGemv + 4: return launch_gemv<GemvConfig<kPairs, 2, 8, 8>>(device, p, stream);
-    default: return launch_gemv<GemvConfig<kPairs, 4, 8, 8>>(device, p, stream);
-  }
+  const int column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
+  const double tiles = static_cast<double>(p.rows) * column_tiles;  // at most
+  return launch_early(few_kernel<C>, static_cast<int>(std::min<double>(tiles, device.sms)), C::kThreads, shared, stream, p);
 }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
@@ -205,7 +207,7 @@ bool valid(const ccq_moe_gemm_args* a) {
 }
 
 cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, const Prepared& out, cudaStream_t stream) {
-  const int tickets = kWarps * kMaxBlocksPerSm * device.sms;
+  const int tickets = kWarpsPerSm * device.sms;
   auto prepare = [&](auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     return launch_early(prepare_kernel<T>, a.rows, kPrepareThreads, 0, stream, x, a.offsets, a.experts, a.k,
@@ -237,18 +239,17 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
-  if (variant >= kGemv) {
-    const GemvParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
-                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
-    return a->pairs == CCQ_PAIRS_INTEGER ? choose_gemv<Pairs::kInteger>(variant, device, p, stream)
-                                         : choose_gemv<Pairs::kGeneral>(variant, device, p, stream);
+  if (variant >= kFew) {
+    const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
+                      a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
+    auto launch = [&](auto config) { return launch_few<decltype(config)>(device, p, stream); };
+    return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch) : with_few<Pairs::kGeneral>(variant, launch);
   }
   const Layout l = layout_of(a->rows, a->k, a->experts, device.sms);
   char* base = static_cast<char*>(a->workspace);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = {reinterpret_cast<__half*>(base + l.x), reinterpret_cast<__half2*>(base + l.sums),
-                variant >= kWide ? base + l.x : nullptr, reinterpret_cast<float*>(base + l.row_scale),
+  p.prepared = {base + l.x, variant >= kWide ? base + l.x : nullptr, reinterpret_cast<float*>(base + l.row_scale),
                 reinterpret_cast<int*>(base + l.tickets)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;

@@ -7,12 +7,12 @@
 // weights become exact fp16 integers instead: (window - 32) * scale nibble, at most 480 in magnitude, times a power of
 // two. One half-precision multiply-add makes two of them, nothing is rounded, and accumulators run through all of K.
 //
-// Blocks, tiles, stretches and partial results are moe_gemm.cuh's. Activations go through the same ring as the weights,
+// Tiles, stretches and partial results are moe_gemm.cuh's. Activations go through the same ring as the weights,
 // fetched by all warps together; one block barrier a unit makes them common. A unit's stage is reused two rounds later,
 // so that the barrier need not wait for the tensor cores.
 #pragma once
 
-#include "moe_gemm.cuh"
+#include "output.cuh"
 
 namespace ccq {
 
@@ -23,7 +23,8 @@ struct WideConfig {
   static constexpr int kWarps = 8, kThreads = kWarps * 32, kTileTokens = kN, kTiles = kR * kWarps;
   static constexpr int kAhead = kStages - 2;  // units on their way
   static constexpr int kRowsBytes = kN * 256;  // a stage's activations: two groups of [kN][64], 128-byte swizzle
-  static constexpr int kStageBytes = kR * 528, kColumnBytes = kR * 192, kColumnSlots = kStages + 1;
+  static constexpr int kStageBytes = kR * 528, kColumnSlots = kStages + 1;
+  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
   static constexpr int kRingBytes = kStages * kStageBytes, kWarpBytes = kRingBytes + kColumnSlots * kColumnBytes;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
   static size_t shared_bytes(int experts) {
@@ -143,10 +144,12 @@ struct WideWarp {
     ahead_quant = p.quant + unit * 512 + lane * 16;
     ahead_scales = p.scales + unit * 16 + lane * 16;
     ahead_x = p.prepared.rows + (static_cast<size_t>(t.row) * p.k + ahead_kb * 128) * 2 + threadIdx.x % 16 * 16;
-    const uint32_t* column = p.columns + (static_cast<size_t>(t.expert) * tiles_n + t16) * 48 + lane * 4;
+    const uint32_t* column = p.columns + (static_cast<size_t>(t.expert) * tiles_n + t16) * 32 + lane * 4;
+    const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
 #pragma unroll
-    for (int r = 0; r < kR; ++r)
-      if (lane < 12 && ahead_first + r < ahead_count) copy16(ring_lane + ahead_columns + r * 192, column + r * 48);
+    for (int j = 0; j < C::kPlanes; ++j)
+      if (lane < kR * 8 && ahead_first + lane / 8 < ahead_count)
+        copy16(ring_lane + ahead_columns + j * (kR * kPlaneBytes), column + j * plane);
   }
   __device__ void request() {  // the next unit of the line, or nothing
     if (ahead_left > 0) {
@@ -194,11 +197,9 @@ __device__ void multiply_wide(WideWarp<C>& w, int kb, int kb_end, int& stage, in
     __syncthreads();  // all warps' copies are there, and the stage requested now was left by the tensor cores
     if (first) {
       first = false;
-      const float* c = reinterpret_cast<const float*>(w.ring + columns_at);
+      const char* c = w.ring + columns_at;
 #pragma unroll
-      for (int r = 0; r < kR; ++r)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) column[r][i] = Column<C::kPairs>(c[r * 48 + g + 8 * i], c[r * 48 + 16 + g + 8 * i]);
+      for (int r = 0; r < kR; ++r) load_columns<C::kPairs>(c + r * kPlaneBytes, c + (kR + r) * kPlaneBytes, g, column[r]);
     }
     w.request();
     const char* const at = w.ring_lane + stage;
@@ -244,11 +245,11 @@ __device__ void run_wide_tile(WideWarp<C>& w, const Tile& tile, int kb, int kb_e
   Accumulator<C, kNT> acc;
   multiply_wide<C>(w, kb, kb_end, stage, rows_stage, columns_at, acc);
   float super[C::kR][2];
-  const float* c = reinterpret_cast<const float*>(w.ring + columns_at);
 #pragma unroll
-  for (int r = 0; r < C::kR; ++r)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) super[r][i] = c[r * 48 + 32 + w.lane / 4 + 8 * i] * 16777216.f;
+  for (int r = 0; r < C::kR; ++r) {
+    const float2 s = load_supers(w.ring + columns_at + r * kPlaneBytes, w.lane / 4);
+    super[r][0] = s.x * 16777216.f, super[r][1] = s.y * 16777216.f;
+  }
   if (first_block == last_block || combine<C, kNT>(w, tile.rows, first_block, last_block, acc)) write_out<C, kNT>(w, tile, super, acc);
 }
 

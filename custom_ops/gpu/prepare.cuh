@@ -17,11 +17,13 @@ namespace ccq {
 
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
+// 128 values of each of 8 rows, as the narrow kernel copies them at a stretch: for each of two groups both halves p of a
+// warp's 16-byte pieces (decode.cuh; lane 4 * row + t), then the groups' sums [2][8], each as two halfs (sum_parts).
+constexpr int kRowsUnitBytes = 2048 + 64;
+
 struct Prepared {
-  __half* x;         // [blocks of 8 rows, K/64, 2, 32, 8]: per group both halves p of the 32 lanes (decode.cuh), so that
-                     // a warp's load is 512 bytes in a row
-  __half2* sums;     // [blocks of 8 rows, 8, K/64]: kSumScale * sum of the group's scaled values, as high and low part
-  char* rows;        // wide (moe_wide.cuh) instead of x and sums: [rows, K] halfs, in the order of the fragments along K
+  char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
+  char* rows;        // for moe_wide.cuh instead of x: [rows, K] halfs, in the order of the fragments along K
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
   int* tickets;      // set to zero here, for the split of K
 };
@@ -49,6 +51,36 @@ __device__ void load_chunk(const T* x, int chunk, bool fastdeploy, float (&v)[16
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) v[i] = to_float(raw.values[i]);
+}
+
+// What a row is multiplied by, so that its largest value lies in [2^14, 2^15), and what undoes it. `largest`: bits of the
+// largest magnitude. -110 keeps the reciprocal finite. A row with an infinity or a NaN becomes NaN throughout.
+struct RowScale {
+  float scale, back;
+  __device__ explicit RowScale(uint32_t largest) {
+    const bool finite = largest < 0x7F800000u;
+    const int exponent = largest == 0 || !finite ? 14 : max(static_cast<int>(largest >> 23) - 127, -110);
+    scale = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
+    back = finite ? __uint_as_float(static_cast<uint32_t>(127 + exponent - 14) << 23) : __uint_as_float(~0u);
+  }
+};
+
+// A group's sum of scaled values as the tensor cores take it: kSumScale times it, as high and low part.
+__device__ inline __half2 sum_parts(float sum, float odd) {
+  const float scaled = sum * odd * kSumScale;
+  const __half high = __float2half_rn(scaled);
+  return __halves2half2(high, __float2half_rn(scaled - __half2float(high)));
+}
+
+// Half p of a chunk's sixteen scaled values, in the order of the fragments.
+__device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd) {
+  __half2 h[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float f = i % 2 ? 0.125f * odd : odd;
+    h[i] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
+  }
+  return *reinterpret_cast<uint4*>(h);
 }
 
 // The first block of 8 rows of an expert. Blocks of different experts never share a place, whatever the routing:
@@ -109,17 +141,10 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
 #pragma unroll
   for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
 
-  // Exponent of the scale; -110 keeps the reciprocal finite. A row with an infinity or a NaN becomes NaN throughout.
-  int exponent = largest == 0 ? 14 : max(static_cast<int>(largest >> 23) - 127, -110);
-  const bool finite = largest < 0x7F800000u;
-  if (!finite) exponent = 14;
-  const float scale = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
-  if (threadIdx.x == 0) {
-    float back = finite ? __uint_as_float(static_cast<uint32_t>(127 + exponent - 14) << 23) : __uint_as_float(~0u);
-    out.row_scale[row] = row_scale ? back * row_scale[row] : back;
-  }
+  const RowScale scale(largest);
+  if (threadIdx.x == 0) out.row_scale[row] = row_scale ? scale.back * row_scale[row] : scale.back;
 
-  __half* to = out.x + static_cast<size_t>(place / 8) * 8 * k + place % 8 * 32;
+  char* const to = out.x + static_cast<size_t>(place / 8) * (k / 128) * kRowsUnitBytes + place % 8 * 64;
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
     const int c = c0 + threadIdx.x;
@@ -133,7 +158,7 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      v[i] = c < chunks ? v[i] * scale : 0.f;
+      v[i] = c < chunks ? v[i] * scale.scale : 0.f;
       sum += v[i];
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
@@ -145,22 +170,12 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
     }
     const int group = c / 4, t = c % 4;
     const float odd = group % 2 ? kOddGroup : 1.f;
-    if (t == 0) {
-      const float scaled = sum * odd * kSumScale;
-      const __half high = __float2half_rn(scaled);
-      out.sums[static_cast<size_t>(place) * (k / 64) + group] =
-          __halves2half2(high, __float2half_rn(scaled - __half2float(high)));
-    }
+    char* const unit = to + static_cast<size_t>(group / 2) * kRowsUnitBytes;
+    if (t == 0)
+      *reinterpret_cast<__half2*>(unit + 2048 - place % 8 * 60 + group % 2 * 32) = sum_parts(sum, odd);
 #pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      __half2 h[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float f = i % 2 ? 0.125f * odd : odd;
-        h[i] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
-      }
-      *reinterpret_cast<uint4*>(to + group * 512 + p * 256 + t * 8) = *reinterpret_cast<uint4*>(h);
-    }
+    for (int p = 0; p < 2; ++p)
+      *reinterpret_cast<uint4*>(unit + group % 2 * 1024 + p * 512 + t * 16) = fragment_half(v, p, odd);
   }
 }
 

@@ -109,24 +109,38 @@ __global__ void scales_kernel(uint8_t* checkpoint, uint8_t* packed, int k, int n
   }
 }
 
+// Where column i of `count` has its words in the two planes (repack.h).
+struct ColumnPlaces {
+  size_t pair, super, floats;
+  __device__ ColumnPlaces(size_t i, size_t count) {
+    const size_t tile = i / 16 * 32;
+    const int g = i % 8, upper = i % 16 / 8;
+    pair = tile + g * 2 + upper, super = pair + 16, floats = count * 2 + tile + g * 4 + upper * 2;
+  }
+};
+
 __global__ void columns_kernel(const void* super, int dtype, const float* scale, const float* zp, uint32_t* columns,
                                int32_t* pair_kind, size_t count) {
   size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
-  uint32_t* to = columns + i / 16 * 48 + i % 16;
-  to[0] = __float_as_uint(scale[i]), to[16] = __float_as_uint(zp[i]);
-  to[32] = __float_as_uint(wide(super, i, dtype));
+  const ColumnPlaces at(i, count);
+  const bool integer = integer_pair(scale[i], zp[i]);
+  columns[at.pair] = integer ? (static_cast<uint32_t>(__float2int_rn(scale[i])) & 0xFFFFu) |
+                                   static_cast<uint32_t>(__float2int_rn(zp[i])) << 16
+                             : 0u;
+  columns[at.super] = __float_as_uint(wide(super, i, dtype));
+  columns[at.floats] = __float_as_uint(scale[i]), columns[at.floats + 1] = __float_as_uint(zp[i]);
   // Every writer writes the same value, so the race is harmless.
-  if (!integer_pair(scale[i], zp[i])) *pair_kind = CCQ_PAIRS_GENERAL;
+  if (!integer) *pair_kind = CCQ_PAIRS_GENERAL;
 }
 
 __global__ void uncolumns_kernel(const uint32_t* columns, void* super, int dtype, float* scale, float* zp,
                                  size_t count) {
   size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
-  const uint32_t* from = columns + i / 16 * 48 + i % 16;
-  scale[i] = __uint_as_float(from[0]), zp[i] = __uint_as_float(from[16]);
-  float s = __uint_as_float(from[32]);
+  const ColumnPlaces at(i, count);
+  scale[i] = __uint_as_float(columns[at.floats]), zp[i] = __uint_as_float(columns[at.floats + 1]);
+  float s = __uint_as_float(columns[at.super]);
   if (dtype == CCQ_BF16) static_cast<__nv_bfloat16*>(super)[i] = __float2bfloat16(s);
   else static_cast<__half*>(super)[i] = __float2half(s);
 }

@@ -29,7 +29,11 @@ enum ccq_pairs { CCQ_PAIRS_INTEGER = 0, CCQ_PAIRS_GENERAL = 1 };
 // The kernel's layout, all row-major, E experts, K input rows, N output columns, K % 128 == 0, N % 16 == 0:
 //   quant   uint8  E*N*K/4 bytes: units of 512 (16 columns x 128 rows), [E, N/64, K/128, up to 4, 512]
 //   scales  uint8  E*N*K/128 bytes: units of 16, in the same order
-//   columns uint32 [E, N/16, 3, 16], E*N*12 bytes (float32 bits: code_scale, code_zp, super scale)
+//   columns uint32 [2, E, N/16, 32], E*N*16 bytes: what each column has once. Two planes, so that kernels for integer pairs
+//           fetch only the first. In a tile of 16 columns, g = 0..7, columns g and g + 8 side by side:
+//             plane 0: [g][2] integer pair (code_scale, low half, two's complement; code_zp, high half; 0 if the pair is
+//                      not integer), then [g][2] super scale as float32 bits
+//             plane 1: [g][2][2] float32 bits of code_scale and code_zp
 // All three need 16-byte alignment. Row order (plain or FastDeploy's) is untouched by repacking: the GEMM is told.
 
 // Inputs: stacked checkpoint tensors quant_weight u8 [E, K/4, N], weight_scale u8 [E, K/128, N], super_scales [E, N] of

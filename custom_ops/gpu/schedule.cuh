@@ -41,7 +41,17 @@ struct Routing {
   }
 };
 
-// Inclusive prefix sums of row blocks and rows; one pass of warp scans per 256 experts.
+// The expert of a block of rows: as many as end at or before it. All lanes of a warp together.
+__device__ inline int expert_of_block(const int* blocks, int experts, int block) {
+  int expert = 0;
+  for (int base = 0; base < experts; base += 32) {
+    const int e = base + static_cast<int>(threadIdx.x % 32);
+    expert += __popc(__ballot_sync(~0u, e < experts && blocks[e + 1] <= block));
+  }
+  return expert;
+}
+
+// Inclusive prefix sums of row blocks and rows; one pass of warp scans per kThreads experts.
 template <int kThreads>
 __device__ void scan_offsets(const int64_t* offsets, int experts, int all_rows, int tile_tokens, int* blocks, int* rows) {
   __shared__ int sum_of_warp[kThreads / 32];

@@ -63,7 +63,7 @@ struct Weights {
     expect(op, (prefix + "quant").c_str(), quant, paddle::DataType::UINT8, {-1, -1, -1, 512});
     const Shape shape = quant.shape();
     expect(op, (prefix + "scales").c_str(), scales, paddle::DataType::UINT8, {shape[0], shape[1], shape[2], 16});
-    expect(op, (prefix + "columns").c_str(), columns, paddle::DataType::INT32, {shape[0], shape[1], 48});
+    expect(op, (prefix + "columns").c_str(), columns, paddle::DataType::INT32, {2, shape[0], shape[1], 32});
     experts = static_cast<int>(shape[0]);
     n = static_cast<int>(shape[1] * 16);
     k = static_cast<int>(shape[2] * 128);

@@ -6,7 +6,7 @@
 namespace ccq_paddle {
 
 // Checkpoint tensors of E experts (stacked) -> quant [E, N/16, K/128, 512], scales [E, N/16, K/128, 16],
-// columns int32 [E, N/16, 48], pair_kind int32 [1]: 0 if all pairs are integers.
+// columns int32 [2, E, N/16, 32], pair_kind int32 [1]: 0 if all pairs are integers.
 std::vector<paddle::Tensor> Repack(const paddle::Tensor& quant_weight, const paddle::Tensor& weight_scale,
                                    const paddle::Tensor& super_scales, const paddle::Tensor& code_scale,
                                    const paddle::Tensor& code_zp) {
@@ -22,7 +22,7 @@ std::vector<paddle::Tensor> Repack(const paddle::Tensor& quant_weight, const pad
   const auto place = quant_weight.place();
   auto quant = paddle::empty({e, n / 16, k / 128, 512}, paddle::DataType::UINT8, place);
   auto scales = paddle::empty({e, n / 16, k / 128, 16}, paddle::DataType::UINT8, place);
-  auto columns = paddle::empty({e, n / 16, 48}, paddle::DataType::INT32, place);
+  auto columns = paddle::empty({2, e, n / 16, 32}, paddle::DataType::INT32, place);
   auto kind = paddle::empty({1}, paddle::DataType::INT32, place);
   check(op, ccq_repack_wint2(quant_weight.data<uint8_t>(), weight_scale.data<uint8_t>(), super_scales.data(),
                              super_type, code_scale.data<float>(), code_zp.data<float>(), static_cast<int>(e),
@@ -34,7 +34,7 @@ std::vector<paddle::Tensor> Repack(const paddle::Tensor& quant_weight, const pad
 
 std::vector<Shape> RepackShape(Shape quant_weight, Shape, Shape, Shape, Shape) {
   const int64_t e = quant_weight[0], k = quant_weight[1] * 4, n = quant_weight[2];
-  return {{e, n / 16, k / 128, 512}, {e, n / 16, k / 128, 16}, {e, n / 16, 48}, {1}};
+  return {{e, n / 16, k / 128, 512}, {e, n / 16, k / 128, 16}, {2, e, n / 16, 32}, {1}};
 }
 
 std::vector<paddle::DataType> RepackType(paddle::DataType, paddle::DataType, paddle::DataType, paddle::DataType,

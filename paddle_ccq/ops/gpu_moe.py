@@ -79,7 +79,7 @@ class _Side:
         codes = count * self.n * self.k
         self.quant = Memory(device, codes // 4)
         self.scales = Memory(device, codes // 128)
-        self.columns = Memory(device, count * self.n * 12)
+        self.columns = Memory(device, count * self.n * 16)
         kind = device.upload(np.array([-1], np.int32))
         status = library.ccq_repack_wint2(
             staged["quant_weight"].address, staged["weight_scale"].address,
