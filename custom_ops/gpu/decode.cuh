@@ -95,6 +95,32 @@ struct Windows {
   }
 };
 
+// The same eight windows as bytes, for the integer tensor cores: two masks instead of four, and shifts that are
+// multiplications, which another pipe makes. `outer` has window 3 and twice window 0 of both codes, `inner` window 1 of
+// both, then window 2 of both.
+struct ByteWindows {
+  uint32_t outer, inner;
+  // `four` and `thirty_two` in registers, so that they stay multiplications.
+  __device__ ByteWindows(uint32_t c, uint32_t four, uint32_t thirty_two) {
+    outer = c & 0x7E3F7E3Fu;
+    // The windows come to stand in the upper bytes of both halves; what the lower code spills stays in lower bytes.
+    inner = __byte_perm(c * four, c * thirty_two, 0x7531) & 0x3F3F3F3Fu;
+  }
+};
+
+// 16x8 = 16x32 * 32x8 + c, unsigned bytes by signed bytes; c is the same for rows g and g + 8.
+__device__ inline void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                                 int c0, int c1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%10,%11};\n"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
+}
+__device__ inline void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 // Nibble i of a scale word as float, times 16^i. OR-ed into the mantissa of 2^23, which is then subtracted; `magic` is
 // kMagic in a register, so that AND and OR are one instruction. The powers of 16 cost nothing: those of odd nibbles
 // (odd groups) are divided out of the activations, that of the upper two (columns g + 8) out of the super scale.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM for one to four rows an expert: what a decoding step needs, in a single launch.
 //
-// Work. A tile is (expert, up to kMaxRows of its rows, 16 * kTiles columns) and all of K. Blocks take equal runs of tiles,
+// Work. A tile is (expert, kRows of its rows or fewer, 16 * kTiles columns) and all of K. Blocks take equal runs of tiles,
 // columns fastest, so that a block converts activations to fp16 (in shared memory, all of K) once or twice in its life.
 // No kernel runs before, no tile is cut across blocks.
 //
@@ -10,9 +10,14 @@
 // runs on across tiles: the memory never waits for a tile's end. Nothing but the sums of a tile ties warps together, and
 // those go through kSumsSlots buffers: a warp leaves its share and goes on, another one adds up the tile before.
 //
-// Few rows leave most of a tensor step's 8 columns (B's) empty. They carry other groups instead: with R rows a tile's
-// 8 columns are 8 / R groups ("slots") of R rows. A step of group j has zeros in the columns of other slots, so that one
-// accumulator collects 8 / R groups side by side. Scales, which multiply accumulators, then cost 8 / R times less.
+// Activations are integers of 16 bits, two signed digits of 8; weights unsigned bytes (decode.cuh). The integer tensor
+// cores multiply exactly, and so do the group scales: all of a warp's share is one integer, whatever the order. Against
+// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a row's largest value (2^-15
+// where window 0 meets them, which is stored twice), below 1e-3 of the row's norm for any row and 4e-5 for a Gaussian one.
+//
+// Few rows leave most of a step's 8 columns (B's) empty. They carry other groups instead: with R rows a tile's 8 columns
+// are 4 / R groups ("slots") of R rows of two digits. A step of group j has zeros in the columns of other slots, so that
+// one accumulator collects 4 / R groups side by side. Scales then cost 4 / R times less.
 #pragma once
 
 #include "prepare.cuh"
@@ -32,21 +37,23 @@ struct FewParams {
   int rows, k, n, experts, dtype, fastdeploy;
 };
 
-template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kMaxRows_, int kStages_>
+template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kRows_, int kStages_>
 struct FewConfig {
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kR = kR_, kWK = kWK_, kWN = kWN_, kMaxRows = kMaxRows_, kStages = kStages_;
+  static constexpr int kR = kR_, kWK = kWK_, kWN = kWN_, kRows = kRows_, kStages = kStages_;
   static constexpr int kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = kR * kWN;
-  static constexpr int kColumnSlots = 3, kSumsSlots = kMaxRows == 2 ? 3 : 2;
+  static constexpr int kColumnSlots = 3, kSumsSlots = 3;
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
-  static constexpr int kEntries = kTiles * 8 * (kMaxRows / 2);  // float4 that a warp's share of a tile takes
+  static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots;
-  // 256 bytes a row and unit of 128 rows; 32 bytes of zeros a unit.
-  __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * (256 * kMaxRows + 32); }
+  // 256 bytes a row and unit of 128 rows; 16 bytes of zeros a unit.
+  __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * (256 * kRows + 16); }
+  // Offsets of the sums: 8 columns a unit or two with slots, a group without.
+  __host__ __device__ static constexpr int offset_bytes(int blocks_k) { return blocks_k * (kRows == 4 ? 64 : 32); }
   static size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
-    return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 16 +
-           activation_bytes(blocks_k) + (blocks_k + 1) / 2 * 2 * 32 + kBarriers * 8 + (kWarps + 1) * kMaxRows * 4 +
+    return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
+           activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + (kWarps + 1) * kRows * 4 +
            2 * sizeof(int) * (experts + 1);
   }
 };
@@ -55,26 +62,26 @@ struct FewConfig {
 template <typename C>
 struct FewShared {
   char *rings, *columns, *activations;
-  float4* sums;           // [kSumsSlots][kWK][kEntries]
-  __half2* group_sums;    // of the activations, in the order of the slots: [K/256 or K/128][8]
+  float2* sums;           // [kSumsSlots][kWK][kEntries]
+  int* offsets;           // what accumulators begin with, for windows are 32 less than they are stored: [..][8 columns]
   Barrier *full, *columns_full, *sums_ready, *sums_free;
-  float* back;            // [kMaxRows]: undoes a row's scale, times the caller's row scale
-  uint32_t* largest;      // [kWarps][kMaxRows]
+  float* back;            // [kRows]: undoes a row's scale, times the caller's row scale
+  uint32_t* largest;      // [kWarps][kRows]
   int *blocks, *rows;     // prefix sums over experts (schedule.cuh)
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
     rings = take(C::kWarps * Ring<C::kR, C::kStages>::kBytes);
     columns = take(C::kColumnSlots * C::kColumnBytes);
-    sums = reinterpret_cast<float4*>(take(C::kSumsSlots * C::kWK * C::kEntries * 16));
+    sums = reinterpret_cast<float2*>(take(C::kSumsSlots * C::kWK * C::kEntries * 8));
     activations = take(C::activation_bytes(blocks_k));
-    group_sums = reinterpret_cast<__half2*>(take((blocks_k + 1) / 2 * 2 * 32));
+    offsets = reinterpret_cast<int*>(take(C::offset_bytes(blocks_k)));
     full = reinterpret_cast<Barrier*>(take(C::kWarps * C::kStages * 8));
     columns_full = reinterpret_cast<Barrier*>(take(C::kColumnSlots * 8));
     sums_ready = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
     sums_free = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
-    back = reinterpret_cast<float*>(take(C::kMaxRows * 4));
-    largest = reinterpret_cast<uint32_t*>(take(C::kWarps * C::kMaxRows * 4));
+    back = reinterpret_cast<float*>(take(C::kRows * 4));
+    largest = reinterpret_cast<uint32_t*>(take(C::kWarps * C::kRows * 4));
     blocks = reinterpret_cast<int*>(take(4 * (experts + 1)));
     rows = reinterpret_cast<int*>(take(4 * (experts + 1)));
   }
@@ -117,104 +124,128 @@ struct FewFetch {
   }
 };
 
-// `count` rows from `first` become fp16 in shared memory, laid out for R rows a tile. All threads of the block.
-template <typename C, int R, typename T>
-__device__ void convert_rows(const FewParams& p, const FewShared<C>& s, int first, int count) {
-  const int chunks = p.k / 16, blocks_k = p.k / 128;
-  const T* from = static_cast<const T*>(p.x) + static_cast<size_t>(first) * p.k;
-  uint32_t largest[R] = {};
-  float kept[R][16] = {};  // the first chunk of each row that a thread reads; the others are read twice
-  auto take = [&](int c, int r, float (&v)[16]) {  // a row that is not there: the last one again, whose results are not stored
-    load_chunk(from + static_cast<size_t>(min(r, count - 1)) * p.k, c, p.fastdeploy, v);
-  };
-  auto widen = [&](int r, const float (&v)[16]) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) largest[r] = max(largest[r], __float_as_uint(v[i]) & 0x7FFFFFFFu);
-  };
-  if (static_cast<int>(threadIdx.x) < chunks) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) take(threadIdx.x, r, kept[r]);
-#pragma unroll
-    for (int r = 0; r < R; ++r) widen(r, kept[r]);
+// Where a group's values of one row lie: column and byte of slots (R rows a tile).
+template <int R>
+struct Slots {
+  static constexpr int kGroups = 4 / R;                 // groups that share an accumulator
+  static constexpr int kUnit = 256 * R + 16, kZeros = 256 * R;
+};
+
+// A row's scale to integers, from the bits of its largest magnitude. A row with an infinity or a NaN becomes NaN.
+struct IntegerScale {
+  float scale, back;
+  __device__ explicit IntegerScale(uint32_t largest) {
+    constexpr float kLargest = 32512.f;  // of two digits it leaves the upper one at most 127
+    const float top = fmaxf(__uint_as_float(largest), 1e-30f);
+    const bool finite = largest < 0x7F800000u;
+    scale = finite ? kLargest / top : 0.f;
+    back = finite ? top / kLargest : __uint_as_float(~0u);
   }
-  for (int c = threadIdx.x + C::kThreads; c < chunks; c += C::kThreads)
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float v[16];
-      take(c, r, v);
-      widen(r, v);
-    }
+};
+
+// Rows that are in shared memory.
+struct FewRows {
+  int expert, block, row, count;
+};
+
+template <typename C>
+__device__ const char* row_of(const FewParams& p, const FewRows& rows, int r) {
+  // A row that is not there: the last one again, whose results are not stored.
+  return static_cast<const char*>(p.x) + static_cast<size_t>(rows.row + min(r, rows.count - 1)) * p.k * 2;
+}
+
+// Rows become integers in shared memory, laid out for R rows a tile. `kept`: the first chunk of each row that this thread
+// reads. `meanwhile` runs before the threads first meet. All threads of the block.
+template <typename C, typename F>
+__device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const FewRows& rows, Chunk (&kept)[C::kRows],
+                             F&& meanwhile) {
+  constexpr int R = C::kRows;
+  const int chunks = p.k / 16, blocks_k = p.k / 128;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    largest[r] = __reduce_max_sync(~0u, largest[r]);
-    if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32 * R + r] = largest[r];
+    uint32_t largest = kept[r].largest(p.dtype);
+    for (int c = threadIdx.x + C::kThreads; c < chunks; c += C::kThreads) {
+      Chunk other;
+      other.load(row_of<C>(p, rows, r), c, p.fastdeploy);
+      largest = max(largest, other.largest(p.dtype));
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32 * R + r] = largest;
   }
-  // Zeros of each unit, and the sums of groups that are not there (an odd number of units, two units a slot).
-  for (int i = threadIdx.x; i < blocks_k * 2; i += C::kThreads)
-    *reinterpret_cast<uint4*>(s.activations + i / 2 * (256 * R + 32) + 256 * R + i % 2 * 16) = make_uint4(0, 0, 0, 0);
-  if (R == 2 && blocks_k % 2 && threadIdx.x < 4)
-    s.group_sums[blocks_k / 2 * 8 + 4 + threadIdx.x] = __halves2half2(__ushort_as_half(0), __ushort_as_half(0));
+  // Zeros of each unit, and the offsets of groups that are not there (an odd number of units, two units an accumulator).
+  for (int i = threadIdx.x; i < blocks_k; i += C::kThreads)
+    *reinterpret_cast<uint4*>(s.activations + i * Slots<R>::kUnit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
+  if (R == 1 && blocks_k % 2 && threadIdx.x < 4) s.offsets[blocks_k / 2 * 8 + 4 + threadIdx.x] = 0;
+  meanwhile();
   __syncthreads();
   float scale[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    largest[r] = 0;
-    for (int w = 0; w < C::kWarps; ++w) largest[r] = max(largest[r], s.largest[w * R + r]);
-    const RowScale own(largest[r]);
+    const int lane = threadIdx.x % 32;
+    const IntegerScale own(__reduce_max_sync(~0u, lane < C::kWarps ? s.largest[lane * R + r] : 0));
     scale[r] = own.scale;
     if (static_cast<int>(threadIdx.x) == r)
-      s.back[r] = p.row_scale ? own.back * p.row_scale[first + min(r, count - 1)] : own.back;
+      s.back[r] = p.row_scale ? own.back * p.row_scale[rows.row + min(r, rows.count - 1)] : own.back;
   }
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += C::kThreads) {
     const int c = c0 + threadIdx.x, group = c / 4, t = c % 4;
-    const float odd = group % 2 ? kOddGroup : 1.f;
-    char* const unit = s.activations + c / 8 * (256 * R + 32) + group % 2 * (128 * R) + t * 32;
+    char* const to = s.activations + c / 8 * Slots<R>::kUnit + group % 2 * (128 * R) + t * 16;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      float v[16], sum = 0.f;
-      if (c0 > 0 && c < chunks) take(c, r, v);
+      if (c0 > 0 && c < chunks) kept[r].load(row_of<C>(p, rows, r), c, p.fastdeploy);
+      // Of the four values that a byte of weights meets, the first is halved: its window is stored twice.
+      uint32_t digits[2][16];
+      int offset[2] = {};
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        v[i] = c < chunks ? (c0 == 0 ? kept[r][i] : v[i]) * scale[r] : 0.f;
-        sum += v[i];
+        const int x = __float2int_rn(kept[r].value(i, p.dtype) * (i % 4 ? scale[r] : scale[r] * 0.5f)), high = (x + 128) >> 8;
+        digits[0][i] = high & 0xFF, digits[1][i] = x & 0xFF;
+        offset[0] -= high << (i % 4 ? 5 : 6), offset[1] -= (x - high * 256) << (i % 4 ? 5 : 6);
       }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (c >= chunks) continue;
-      constexpr int kGroups = 8 / R;
-      if (t == 0) s.group_sums[group / kGroups * 8 + group % kGroups * R + r] = sum_parts(sum, odd);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) *reinterpret_cast<uint4*>(unit + r * 128 + h * 16) = fragment_half(v, h, odd);
+      for (int d = 0; d < 2; ++d) {
+        offset[d] += __shfl_xor_sync(~0u, offset[d], 1);
+        offset[d] += __shfl_xor_sync(~0u, offset[d], 2);
+        if (c >= chunks) continue;
+        constexpr int kGroups = Slots<R>::kGroups;
+        if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset[d];
+        uint32_t words[4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {  // bytes h and h + 2 of the lane's four, in the order of ByteWindows
+          const uint32_t* a = digits[d] + 4 * h;
+          const uint32_t* b = a + 8;
+          words[2 * h] = a[3] | a[0] << 8 | b[3] << 16 | b[0] << 24;
+          words[2 * h + 1] = a[1] | b[1] << 8 | a[2] << 16 | b[2] << 24;
+        }
+        *reinterpret_cast<uint4*>(to + (2 * r + d) * 64) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
   __syncthreads();
 }
 
-// This warp's units of a tile into `o`: of columns g and g + 8 of each of kR tiles, rows (2t, 2t + 1) % R, the groups of
-// this lane's slot.
-template <typename C, int R>
+// This warp's units of a tile: columns g and g + 8 of each of kR tiles, row t % R, all groups, into `out`.
+template <typename C>
 __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& ring, FewFetch<C>& fetch, int pair,
-                             const Column<C::kPairs> (&column)[C::kR][2], float (&o)[C::kR][4]) {
-  constexpr int kR = C::kR, kUnit = 256 * R + 32, kZeros = 256 * R;
+                             const Column<C::kPairs> (&column)[C::kR][2], float2 (&out)[C::kR]) {
+  constexpr int kR = C::kR, R = C::kRows, kUnit = Slots<R>::kUnit, kZeros = Slots<R>::kZeros;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks_k = fetch.blocks_k;
-  const int slot = g / R, mine = g % R * 128 + t * 32;  // of this lane's column of B
-  // Nibbles of this lane's accumulators: their slot's group is even or odd, in the first or the second unit (R = 2).
-  const int parity = R == 2 ? t % 2 : t / 2;
-  const uint32_t lower = 0xFu << 4 * parity, upper = 0xF00u << 4 * parity;
-  const uint32_t magic = kMagic | (static_cast<uint32_t>(blocks_k) & 0x80000000u);  // a register: blocks_k is positive
-  const uint32_t sum_weights = t == 0 ? kSumWeights : 0;  // the sums' two parts are rows 0 and 1, lane t = 0's
-  auto nibble_of = [magic](uint32_t word, uint32_t mask) { return __uint_as_float((word & mask) | magic) - 8388608.f; };
+  const int slot = g / (2 * R), mine = g % (2 * R) * 64 + t * 16;  // of this lane's column of B
+  // Nibbles of this lane's accumulators: their slot's group is even or odd, in the first or the second unit (R = 1).
+  const int shift = R == 1 ? t % 2 * 4 : R == 2 ? t / 2 * 4 : 0;
+  uint32_t four = 4, thirty_two = 32;
+  asm volatile("" : "+r"(four), "+r"(thirty_two));
+  int o[kR][4] = {};  // [..][2]: digits, of column g and of column g + 8
 
   for (; 2 * pair < blocks_k; pair += C::kWK) {
-    float d[kR][4];
+    int d[kR][4];
     uint32_t scale[kR];
-    auto scaled = [&] {
+    auto scaled = [&](int by) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
-        const float f0 = nibble_of(scale[r], lower), f1 = nibble_of(scale[r], upper);
-        o[r][0] = fmaf(f0, d[r][0], o[r][0]), o[r][1] = fmaf(f0, d[r][1], o[r][1]);
-        o[r][2] = fmaf(f1, d[r][2], o[r][2]), o[r][3] = fmaf(f1, d[r][3], o[r][3]);
+        const int f0 = scale[r] >> by & 15, f1 = scale[r] >> (by + 8) & 15;
+        o[r][0] += f0 * d[r][0], o[r][1] += f0 * d[r][1], o[r][2] += f1 * d[r][2], o[r][3] += f1 * d[r][3];
       }
     };
 #pragma unroll
@@ -227,54 +258,49 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         q[r] = *reinterpret_cast<const uint4*>(unit + r * 512 + lane * 16);
-        if (R == 4 || u == 0 || t >= 2) scale[r] = *reinterpret_cast<const uint16_t*>(unit + kR * 512 + r * 16 + g * 2);
+        if (R > 1 || u == 0 || t >= 2) scale[r] = *reinterpret_cast<const uint16_t*>(unit + kR * 512 + r * 16 + g * 2);
       }
       __syncwarp();  // every lane has what it needs of the stage
       fetch.request(ring);
       ring.next();
-      if (R == 4 || u == 0) {
-        const uint32_t sums = *reinterpret_cast<const uint32_t*>(s.group_sums + (R == 4 ? kb : pair) * 8 + g);
-#pragma unroll
-        for (int r = 0; r < kR; ++r) mma_sums(d[r], sum_weights, sums);
-      }
       const char* const x = s.activations + kb * kUnit;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const char* const at = x + (slot == (R == 2 ? 2 * u + half : half) ? half * (128 * R) + mine : kZeros);
-        const uint4 b0 = *reinterpret_cast<const uint4*>(at), b1 = *reinterpret_cast<const uint4*>(at + 16);
+        const bool first = R == 4 || half + (R == 1 ? u : 0) == 0;
+        int2 c;
+        if (first) c = *reinterpret_cast<const int2*>(s.offsets + (R == 1 ? pair : R == 2 ? kb : 2 * kb + half) * 8 + t * 2);
+        const bool active = R == 4 || slot == (R == 1 ? 2 * u + half : half);
+        const uint4 b = *reinterpret_cast<const uint4*>(x + (active ? half * (128 * R) + mine : kZeros));
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
           const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
-          {
-            const Windows a(column[r][0].template codes<0>(low)), c(column[r][1].template codes<0>(high));
-            mma(d[r], a.w[0], c.w[0], a.w[1], c.w[1], b0.x, b0.y);
-            mma(d[r], a.w[2], c.w[2], a.w[3], c.w[3], b0.z, b0.w);
-          }
-          {
-            const Windows a(column[r][0].template codes<1>(low)), c(column[r][1].template codes<1>(high));
-            mma(d[r], a.w[0], c.w[0], a.w[1], c.w[1], b1.x, b1.y);
-            mma(d[r], a.w[2], c.w[2], a.w[3], c.w[3], b1.z, b1.w);
-          }
+          const ByteWindows a0(column[r][0].template codes<0>(low), four, thirty_two);
+          const ByteWindows c0(column[r][1].template codes<0>(high), four, thirty_two);
+          if (first) mma_bytes(d[r], a0.outer, c0.outer, a0.inner, c0.inner, b.x, b.y, c.x, c.y);
+          else mma_bytes(d[r], a0.outer, c0.outer, a0.inner, c0.inner, b.x, b.y);
+          const ByteWindows a1(column[r][0].template codes<1>(low), four, thirty_two);
+          const ByteWindows c1(column[r][1].template codes<1>(high), four, thirty_two);
+          mma_bytes(d[r], a1.outer, c1.outer, a1.inner, c1.inner, b.z, b.w);
         }
+        if (R == 4) scaled(4 * half);
       }
-      if (R == 4) scaled();
+      if (R == 2) scaled(shift);
     }
-    if (R == 2) scaled();
+    if (R == 1) scaled(shift);
   }
-  // Slots together: lanes t and t ^ 2 have the same rows, with R = 2 all four lanes of a quad.
+  // Digits together, and slots: lanes t and t ^ 2 have the same row, with R = 1 all four lanes of a quad.
 #pragma unroll
-  for (int r = 0; r < kR; ++r)
+  for (int r = 0; r < kR; ++r) {
+    float v[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      o[r][i] += __shfl_xor_sync(~0u, o[r][i], 2);
-      if (R == 2) o[r][i] += __shfl_xor_sync(~0u, o[r][i], 1);
+    for (int i = 0; i < 2; ++i) {
+      v[i] = fmaf(static_cast<float>(o[r][2 * i]), 256.f, static_cast<float>(o[r][2 * i + 1]));
+      if (R < 4) v[i] += __shfl_xor_sync(~0u, v[i], 2);
+      if (R < 2) v[i] += __shfl_xor_sync(~0u, v[i], 1);
     }
+    out[r] = make_float2(v[0], v[1]);
+  }
 }
-
-// Rows that are in shared memory.
-struct FewRows {
-  int expert, block, row, count;
-};
 
 // A tile's columns into a slot; `expert` goes along with the tiles. All lanes of one warp.
 template <typename C>
@@ -300,33 +326,21 @@ __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile,
   const int i = tile - begin, slot = i % C::kSumsSlots;
   const int t16 = (tile - tile / column_tiles * column_tiles) * C::kTiles;
   const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes;
-  const float4* const from = s.sums + slot * (C::kWK * C::kEntries);
-  const int pairs_of_rows = C::kMaxRows == 4 && rows.count > 2 ? 2 : 1;
+  const float2* const from = s.sums + slot * (C::kWK * C::kEntries);
   s.sums_ready[slot].wait((i / C::kSumsSlots) & 1);
-  for (int e = threadIdx.x % 32; e < C::kTiles * 8 * pairs_of_rows; e += 32) {
-    float4 sum = from[e];
+  for (int e = threadIdx.x % 32; e < C::kTiles * 8 * C::kRows; e += 32) {
+    float2 sum = from[e];
     for (int w = 1; w < C::kWK; ++w) {
-      const float4 v = from[w * C::kEntries + e];
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      const float2 v = from[w * C::kEntries + e];
+      sum.x += v.x, sum.y += v.y;
     }
-    const int row = e % pairs_of_rows * 2, g = e / pairs_of_rows % 8, r = e / pairs_of_rows / 8;
-    if (t16 + r >= tiles_n) continue;
+    const int row = e % C::kRows, g = e / C::kRows % 8, r = e / C::kRows / 8;
+    if (t16 + r >= tiles_n || row >= rows.count) continue;
     const float2 super = load_supers(columns + r * kPlaneBytes, g);
-    const float values[2][2] = {{sum.x, sum.z}, {sum.y, sum.w}};
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (row + j >= rows.count) continue;
-      const float back = s.back[row + j] * 16777216.f;
-      const size_t to = static_cast<size_t>(rows.row + row + j) * p.n + (t16 + r) * 16 + g;
-      const float v0 = values[j][0] * super.x * back, v1 = values[j][1] * (super.y * kUpperColumns) * back;
-      if (p.dtype == CCQ_BF16) {
-        static_cast<__nv_bfloat16*>(p.out)[to] = __float2bfloat16_rn(v0);
-        static_cast<__nv_bfloat16*>(p.out)[to + 8] = __float2bfloat16_rn(v1);
-      } else {
-        static_cast<__half*>(p.out)[to] = __float2half_rn(v0);
-        static_cast<__half*>(p.out)[to + 8] = __float2half_rn(v1);
-      }
-    }
+    const float back = s.back[row];
+    const size_t to = static_cast<size_t>(rows.row + row) * p.n + (t16 + r) * 16 + g;
+    store(p.out, p.dtype, to, sum.x * super.x * back);
+    store(p.out, p.dtype, to + 8, sum.y * super.y * back);
   }
   __syncwarp();
   if (threadIdx.x % 32 == 0) s.sums_free[slot].arrive();
@@ -339,14 +353,14 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = (tiles_n + C::kTiles - 1) / C::kTiles;
   const FewShared<C> s(shared, blocks_k, p.experts);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < C::kWarps * C::kStages; ++i) s.full[i].init(1);
-    for (int i = 0; i < C::kColumnSlots; ++i) s.columns_full[i].init(32);
-    for (int i = 0; i < C::kSumsSlots; ++i) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
+  if (lane == 0) {  // one lane after another would take microseconds
+    for (int i = 0; i < C::kStages; ++i) s.full[warp * C::kStages + i].init(1);
+    for (int i = warp; i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
+    for (int i = warp; i < C::kSumsSlots; i += C::kWarps) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
-  scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kMaxRows, s.blocks, s.rows);
+  scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kRows, s.blocks, s.rows);
 
   const int tiles = s.blocks[p.experts] * column_tiles, grid = gridDim.x, own = blockIdx.x;
   const int each = tiles / grid, longer = tiles % grid;
@@ -359,30 +373,34 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   const int first_block = begin / column_tiles;
   FewFetch<C> fetch{p, s.blocks, end, column_tiles, tiles_n, blocks_k, wk, wn,
                     begin, first_block, begin - first_block * column_tiles, wk, expert};
-  fetch.aim();
+  FewRows rows{expert, first_block, 0, 0};
+  Chunk kept[C::kRows] = {};
+  auto load_rows = [&] {
+    rows.row = s.rows[rows.expert] + (rows.block - s.blocks[rows.expert]) * C::kRows;
+    rows.count = min(C::kRows, s.rows[rows.expert + 1] - rows.row);
+    if (static_cast<int>(threadIdx.x) < p.k / 16)
 #pragma unroll
-  for (int i = 0; i < C::kStages; ++i) fetch.request(ring, i);
+      for (int r = 0; r < C::kRows; ++r) kept[r].load(row_of<C>(p, rows, r), threadIdx.x, p.fastdeploy);
+  };
+  // Columns and activations come first, or they would wait behind all the weights that are ordered. Orders beyond what the
+  // memory system takes hold up their warp, so at the beginning they come bit by bit.
   int ahead = expert;  // of the tile whose columns are fetched
-  if (warp == 0)
-    for (int i = 0; i < min(C::kColumnSlots, end - begin); ++i)
-      fetch_columns<C>(p, s, ahead, begin + i, i, column_tiles, tiles_n);
-
-  FewRows rows{expert, -1, 0, 0};
+  if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, ahead, begin + warp, warp, column_tiles, tiles_n);
+  load_rows();
+  fetch.aim();
+  fetch.request(ring, 0);
+  convert_rows<C>(p, s, rows, kept, [&] { fetch.request(ring, 1); });
+#pragma unroll
+  for (int i = 2; i < C::kStages; ++i) fetch.request(ring, i);
   int finished = begin, pair = wk;
   for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
     const int i = tile - begin, block = tile / column_tiles, column_tile = tile - block * column_tiles;
     if (block != rows.block) {  // all tiles before are finished (below)
       rows.block = block;
       while (block >= s.blocks[rows.expert + 1]) ++rows.expert;
-      rows.row = s.rows[rows.expert] + (block - s.blocks[rows.expert]) * C::kMaxRows;
-      rows.count = min(C::kMaxRows, s.rows[rows.expert + 1] - rows.row);
-      if (i > 0) __syncthreads();  // the activations there are no longer read
-      auto convert = [&](auto type) {
-        using T = decltype(type);
-        if (C::kMaxRows == 4 && rows.count > 2) convert_rows<C, C::kMaxRows, T>(p, s, rows.row, rows.count);
-        else convert_rows<C, 2, T>(p, s, rows.row, rows.count);
-      };
-      if (p.dtype == CCQ_BF16) convert(__nv_bfloat16{}); else convert(__half{});
+      load_rows();
+      __syncthreads();  // the activations there are no longer read
+      convert_rows<C>(p, s, rows, kept, [] {});
     }
     Column<C::kPairs> column[kR][2];
     const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes + wn * kR * kPlaneBytes;
@@ -391,19 +409,15 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     for (int r = 0; r < kR; ++r)
       load_columns<C::kPairs>(columns + r * kPlaneBytes, columns + (C::kTiles + r) * kPlaneBytes, lane / 4, column[r]);
 
-    float o[kR][4] = {};
-    const bool four = C::kMaxRows == 4 && rows.count > 2;
-    if (four) multiply_few<C, C::kMaxRows>(s, ring, fetch, pair, column, o);
-    else multiply_few<C, 2>(s, ring, fetch, pair, column, o);
+    float2 out[kR];
+    multiply_few<C>(s, ring, fetch, pair, column, out);
 
-    const int slot = i % C::kSumsSlots;
+    const int slot = i % C::kSumsSlots, t = lane % 4;
     if (i >= C::kSumsSlots) s.sums_free[slot].wait((i / C::kSumsSlots + 1) & 1);
-    float4* const to = s.sums + (slot * C::kWK + wk) * C::kEntries + wn * kR * 8 * (four ? 2 : 1);
-    const int t = lane % 4;
-    if (t < (four ? 2 : 1))
+    float2* const to = s.sums + (slot * C::kWK + wk) * C::kEntries + wn * kR * 8 * C::kRows;
+    if (t < C::kRows)
 #pragma unroll
-      for (int r = 0; r < kR; ++r)
-        to[(r * 8 + lane / 4) * (four ? 2 : 1) + t] = make_float4(o[r][0], o[r][1], o[r][2], o[r][3]);
+      for (int r = 0; r < kR; ++r) to[(r * 8 + lane / 4) * C::kRows + t] = out[r];
     __syncwarp();
     if (lane == 0) s.sums_ready[slot].arrive();
     // The tile before, which all warps have left by now; at the end of these rows this one too.

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
 
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
@@ -58,16 +57,22 @@ constexpr int kWide = 10, kFew = 20;
 template <Pairs kPairs, typename F>
 auto with_few(int variant, F&& use) {
   switch (variant - kFew) {
-    case 0: return use(FewConfig<kPairs, 1, 16, 1, 2, 8>{});
-    case 1: return use(FewConfig<kPairs, 2, 16, 1, 2, 6>{});
-    case 2: return use(FewConfig<kPairs, 4, 16, 1, 2, 4>{});
-    case 3: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
-    case 4: return use(FewConfig<kPairs, 4, 4, 4, 2, 4>{});
-    case 5: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
-    case 6: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
-    case 7: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
-    case 8: return use(FewConfig<kPairs, 4, 8, 2, 4, 3>{});
-    default: return use(FewConfig<kPairs, 4, 4, 4, 4, 3>{});
+    case 0: return use(FewConfig<kPairs, 1, 16, 1, 1, 8>{});
+    case 1: return use(FewConfig<kPairs, 2, 16, 1, 1, 6>{});
+    case 2: return use(FewConfig<kPairs, 4, 16, 1, 1, 4>{});
+    case 3: return use(FewConfig<kPairs, 4, 8, 2, 1, 4>{});
+    case 4: return use(FewConfig<kPairs, 4, 4, 4, 1, 4>{});
+    case 5: return use(FewConfig<kPairs, 4, 2, 8, 1, 4>{});
+    case 6: return use(FewConfig<kPairs, 4, 16, 1, 2, 4>{});
+    case 7: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
+    case 8: return use(FewConfig<kPairs, 4, 4, 4, 2, 4>{});
+    case 9: return use(FewConfig<kPairs, 4, 2, 8, 2, 4>{});
+    case 10: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
+    case 11: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
+    case 12: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
+    case 13: return use(FewConfig<kPairs, 4, 8, 2, 4, 3>{});
+    case 14: return use(FewConfig<kPairs, 4, 4, 4, 4, 3>{});
+    default: return use(FewConfig<kPairs, 4, 2, 8, 4, 3>{});
   }
 }
 
@@ -208,12 +213,8 @@ bool valid(const ccq_moe_gemm_args* a) {
 
 cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, const Prepared& out, cudaStream_t stream) {
   const int tickets = kWarpsPerSm * device.sms;
-  auto prepare = [&](auto* x) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    return launch_early(prepare_kernel<T>, a.rows, kPrepareThreads, 0, stream, x, a.offsets, a.experts, a.k,
-                        a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tickets, out);
-  };
-  return a.dtype == CCQ_BF16 ? prepare(static_cast<const __nv_bfloat16*>(a.x)) : prepare(static_cast<const __half*>(a.x));
+  return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
+                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tickets, out);
 }
 
 }  // namespace

@@ -259,9 +259,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   Barrier *const rows_full = barriers + C::kWarps * C::kStages, *const rows_free = rows_full + C::kRowsStages;
   int* blocks = reinterpret_cast<int*>(barriers + C::kBarriers);
   int* rows = blocks + p.experts + 1;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < C::kWarps * C::kStages; ++i) barriers[i].init(1);
-    for (int i = 0; i < C::kRowsStages; ++i) rows_full[i].init(CCQ_BULK ? 1 : 32), rows_free[i].init(C::kWarps);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (lane == 0) {  // one lane after another would take microseconds
+    for (int i = 0; i < C::kStages; ++i) barriers[warp * C::kStages + i].init(1);
+    if (warp < C::kRowsStages) rows_full[warp].init(CCQ_BULK ? 1 : 32), rows_free[warp].init(C::kWarps);
     publish_barriers();
   }
   scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kTileTokens, blocks, rows);
@@ -277,7 +278,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
   auto kb_of = [&](int part) { return part % parts * blocks_k / parts; };
 
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   char* const own = shared + warp * C::kWarpBytes;
   int tile_index = begin / parts, kb = kb_of(begin);
   int left = (end / parts - tile_index) * blocks_k + kb_of(end) - kb;

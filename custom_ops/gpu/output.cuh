@@ -24,11 +24,6 @@ struct Accumulator {
   float o[C::kR][kNT][4];
 };
 
-__device__ inline void store(const GemmParams& p, size_t at, float v) {
-  if (p.dtype == CCQ_BF16) static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(v);
-  else static_cast<__half*>(p.out)[at] = __float2half_rn(v);
-}
-
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
 template <typename C, int kNT, typename W>
 __device__ void write_out(W& w, const Tile& tile, const float (&super)[C::kR][2], Accumulator<C, kNT>& acc) {
@@ -46,8 +41,8 @@ __device__ void write_out(W& w, const Tile& tile, const float (&super)[C::kR][2]
       for (int r = 0; r < C::kR; ++r) {
         const int t16 = w.tile16(tile.column_tile) + r;
         if (t16 >= w.tiles_n) continue;
-        store(p, base + t16 * 16 + g, acc.o[r][nt][i] * super[r][0] * row_scale);
-        store(p, base + t16 * 16 + g + 8, acc.o[r][nt][2 + i] * super[r][1] * row_scale);
+        store(p.out, p.dtype, base + t16 * 16 + g, acc.o[r][nt][i] * super[r][0] * row_scale);
+        store(p.out, p.dtype, base + t16 * 16 + g + 8, acc.o[r][nt][2 + i] * super[r][1] * row_scale);
       }
     }
 }

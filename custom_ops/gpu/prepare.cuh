@@ -28,30 +28,41 @@ struct Prepared {
   int* tickets;      // set to zero here, for the split of K
 };
 
-template <typename T>
-__device__ float to_float(T v);
-template <>
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <>
-__device__ inline float to_float(__half v) { return __half2float(v); }
-
-// Sixteen stored rows 16t..16t+15 of a 64-group. In FastDeploy's order stored row 16a + 2b + c is input row 8b + 2a + c.
-template <typename T>
-__device__ void load_chunk(const T* x, int chunk, bool fastdeploy, float (&v)[16]) {
-  union { uint32_t words[8]; T values[16]; } raw;
-  if (!fastdeploy) {
-    const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<size_t>(chunk) * 16);
-    uint4 a = from[0], b = from[1];
-    raw.words[0] = a.x, raw.words[1] = a.y, raw.words[2] = a.z, raw.words[3] = a.w;
-    raw.words[4] = b.x, raw.words[5] = b.y, raw.words[6] = b.z, raw.words[7] = b.w;
-  } else {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(x + static_cast<size_t>(chunk / 4) * 64) + chunk % 4;
-#pragma unroll
-    for (int b = 0; b < 8; ++b) raw.words[b] = from[4 * b];
-  }
-#pragma unroll
-  for (int i = 0; i < 16; ++i) v[i] = to_float(raw.values[i]);
+__device__ inline void store(void* to, int dtype, size_t at, float v) {
+  if (dtype == CCQ_BF16) static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(v);
+  else static_cast<__half*>(to)[at] = __float2half_rn(v);
 }
+
+// Sixteen stored rows 16t..16t+15 of a 64-group, as they lie in memory. In FastDeploy's order stored row 16a + 2b + c is
+// input row 8b + 2a + c.
+struct Chunk {
+  uint32_t words[8];
+
+  __device__ void load(const void* row, int chunk, bool fastdeploy) {
+    if (!fastdeploy) {
+      const uint4* from = static_cast<const uint4*>(row) + 2 * chunk;
+      const uint4 a = from[0], b = from[1];
+      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+      words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+    } else {
+      const uint32_t* from = static_cast<const uint32_t*>(row) + chunk / 4 * 32 + chunk % 4;
+#pragma unroll
+      for (int b = 0; b < 8; ++b) words[b] = from[4 * b];
+    }
+  }
+  __device__ float value(int i, int dtype) const {
+    const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+    return dtype == CCQ_BF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
+  }
+  // Bits of the largest magnitude, as float32. Those of 16-bit values sort like the values.
+  __device__ uint32_t largest(int dtype) const {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = __vmaxu2(most, words[i] & 0x7FFF7FFFu);
+    const uint16_t bits = static_cast<uint16_t>(max(most >> 16, most & 0xFFFFu));
+    return dtype == CCQ_BF16 ? static_cast<uint32_t>(bits) << 16 : __float_as_uint(__half2float(__ushort_as_half(bits)));
+  }
+};
 
 // What a row is multiplied by, so that its largest value lies in [2^14, 2^15), and what undoes it. `largest`: bits of the
 // largest magnitude. -110 keeps the reciprocal finite. A row with an infinity or a NaN becomes NaN throughout.
@@ -102,9 +113,8 @@ __device__ inline void store_wide(const float (&v)[16], int chunk, __half* row) 
     }
 }
 
-template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads)
-prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fastdeploy, const float* row_scale,
+prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
                int tickets, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
   wait_for_prerequisites();
@@ -113,7 +123,9 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
   const int row = blockIdx.x, chunks = k / 16;
   if (row == 0)
     for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) out.tickets[i] = 0;
-  const T* from = x + static_cast<size_t>(row) * k;
+  const char* from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
+  Chunk first{};
+  if (static_cast<int>(threadIdx.x) < chunks) first.load(from, threadIdx.x, fastdeploy);
   int expert = 0;  // experts that end at or before this row
   for (int base = 0; offsets && base < experts; base += kPrepareThreads) {
     const int e = base + threadIdx.x;
@@ -123,16 +135,11 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
   const int start = expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0;
   const int place = first_prepared_block(start, expert) * 8 + (row - start);
 
-  float first[16] = {};
-  uint32_t largest = 0;
-  for (int c = threadIdx.x; c < chunks; c += kPrepareThreads) {
-    float v[16];
-    load_chunk(from, c, fastdeploy, v);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      largest = max(largest, __float_as_uint(v[i]) & 0x7FFFFFFFu);
-      if (c == threadIdx.x) first[i] = v[i];
-    }
+  uint32_t largest = first.largest(dtype);
+  for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
+    Chunk other;
+    other.load(from, c, fastdeploy);
+    largest = max(largest, other.largest(dtype));
   }
   largest = __reduce_max_sync(~0u, largest);
   if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
@@ -148,17 +155,11 @@ prepare_kernel(const T* x, const int64_t* offsets, int experts, int k, bool fast
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
     const int c = c0 + threadIdx.x;
-    float v[16];
-    if (c0 == 0) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) v[i] = first[i];
-    } else if (c < chunks) {
-      load_chunk(from, c, fastdeploy, v);
-    }
-    float sum = 0.f;
+    if (c0 > 0 && c < chunks) first.load(from, c, fastdeploy);
+    float v[16], sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      v[i] = c < chunks ? v[i] * scale.scale : 0.f;
+      v[i] = c < chunks ? first.value(i, dtype) * scale.scale : 0.f;
       sum += v[i];
     }
     sum += __shfl_xor_sync(~0u, sum, 1);

@@ -67,10 +67,9 @@ struct Barrier {
   }
 };
 
-// After Barrier::init and before the block's barrier, for the copy engine to see it.
+// After Barrier::init, by who called it, and before the block's barrier: for the copy engine to see it.
 __device__ inline void publish_barriers() {
 #if CCQ_BULK
-  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 #endif
 }
