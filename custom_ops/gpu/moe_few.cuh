@@ -131,18 +131,6 @@ struct Slots {
   static constexpr int kUnit = 256 * R + 16, kZeros = 256 * R;
 };
 
-// A row's scale to integers, from the bits of its largest magnitude. A row with an infinity or a NaN becomes NaN.
-struct IntegerScale {
-  float scale, back;
-  __device__ explicit IntegerScale(uint32_t largest) {
-    constexpr float kLargest = 32512.f;  // of two digits it leaves the upper one at most 127
-    const float top = fmaxf(__uint_as_float(largest), 1e-30f);
-    const bool finite = largest < 0x7F800000u;
-    scale = finite ? kLargest / top : 0.f;
-    back = finite ? top / kLargest : __uint_as_float(~0u);
-  }
-};
-
 // Rows that are in shared memory.
 struct FewRows {
   int expert, block, row, count;
@@ -194,31 +182,14 @@ __device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const Fe
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       if (c0 > 0 && c < chunks) kept[r].load(row_of<C>(p, rows, r), c, p.fastdeploy);
-      // Of the four values that a byte of weights meets, the first is halved: its window is stored twice.
-      uint32_t digits[2][16];
-      int offset[2] = {};
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int x = __float2int_rn(kept[r].value(i, p.dtype) * (i % 4 ? scale[r] : scale[r] * 0.5f)), high = (x + 128) >> 8;
-        digits[0][i] = high & 0xFF, digits[1][i] = x & 0xFF;
-        offset[0] -= high << (i % 4 ? 5 : 6), offset[1] -= (x - high * 256) << (i % 4 ? 5 : 6);
-      }
+      const Digits digits(kept[r], p.dtype, scale[r]);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
-        offset[d] += __shfl_xor_sync(~0u, offset[d], 1);
-        offset[d] += __shfl_xor_sync(~0u, offset[d], 2);
+        const int offset = quad_sum(digits.offset[d]);
         if (c >= chunks) continue;
         constexpr int kGroups = Slots<R>::kGroups;
-        if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset[d];
-        uint32_t words[4];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {  // bytes h and h + 2 of the lane's four, in the order of ByteWindows
-          const uint32_t* a = digits[d] + 4 * h;
-          const uint32_t* b = a + 8;
-          words[2 * h] = a[3] | a[0] << 8 | b[3] << 16 | b[0] << 24;
-          words[2 * h + 1] = a[1] | b[1] << 8 | a[2] << 16 | b[2] << 24;
-        }
-        *reinterpret_cast<uint4*>(to + (2 * r + d) * 64) = make_uint4(words[0], words[1], words[2], words[3]);
+        if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset;
+        *reinterpret_cast<uint4*>(to + (2 * r + d) * 64) = digits.bytes[d];
       }
     }
   }
@@ -360,7 +331,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
-  scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kRows, s.blocks, s.rows);
+  scan_offsets<C::kRows>(p.offsets, p.experts, p.rows, s.blocks, s.rows);
 
   const int tiles = s.blocks[p.experts] * column_tiles, grid = gridDim.x, own = blockIdx.x;
   const int each = tiles / grid, longer = tiles % grid;

@@ -100,8 +100,8 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   return rows <= 16 ? 0 : 1;
 }
 
-// The workspace's parts, each on a 256-byte border. Partial results: for each SM two slots of what its blocks' tiles
-// have, which grows with the rows a tile may have (the bands of variant_of).
+// The workspace's parts, each on a 256-byte border. Partial results: for each SM what one tile of each of its blocks has,
+// which grows with the rows a tile may have (the bands of variant_of).
 struct Layout {
   size_t x, row_scale, tickets, partial, partial_float4, bytes;
 };
@@ -124,7 +124,7 @@ Layout layout_of(int rows, int k, int experts, int sms) {
   l.partial_float4 = kMaxPartialFloat4;
 #endif
   l.tickets = take(sizeof(int) * kWarpsPerSm * sms);
-  l.partial = take(sizeof(float4) * l.partial_float4 * 2 * sms);
+  l.partial = take(sizeof(float4) * l.partial_float4 * sms);
   l.x = take(blocks * (k / 128) * kRowsUnitBytes);
   l.row_scale = take(sizeof(float) * rows);
   l.bytes = end;
@@ -211,10 +211,11 @@ bool valid(const ccq_moe_gemm_args* a) {
   return (a->rows / 8.0 + a->experts) * (a->n / 128.0 + 1) * (a->k / 128.0) < 2147483647.0;
 }
 
-cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, const Prepared& out, cudaStream_t stream) {
+cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, int tile_rows, const Prepared& out,
+                           cudaStream_t stream) {
   const int tickets = kWarpsPerSm * device.sms;
   return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
-                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tickets, out);
+                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, tickets, out);
 }
 
 }  // namespace
@@ -254,7 +255,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
                 reinterpret_cast<int*>(base + l.tickets)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
-  error = launch_prepare(*a, device, p.prepared, stream);
+  error = launch_prepare(*a, device, variant == 0 ? 16 : 32, p.prepared, stream);
   if (error != cudaSuccess) return error;
   return a->pairs == CCQ_PAIRS_INTEGER ? choose_gemm<Pairs::kInteger>(variant, device, p, l.partial_float4, stream)
                                        : choose_gemm<Pairs::kGeneral>(variant, device, p, l.partial_float4, stream);

@@ -2,8 +2,7 @@
 // The grouped GEMM for some rows an expert (4 to 32): persistent, split along K, everything streamed through shared memory.
 //
 // Work. A tile has 16 * kTiles columns and up to 8 * kNT rows (schedule.cuh). One that lies in several blocks' stretches is
-// summed from fp32 partial results by whichever block finishes it last, always in the order of K: which block does it
-// changes from run to run, the sum does not.
+// summed from fp32 partial results, always in the order of K (output.cuh).
 //
 // Warps. A warp owns kR tiles of 16 columns and fetches their weights through its own ring (ring.cuh). Activations are the
 // same for all warps: they go through a ring of the block's, which warps fill in turn, one unit each, when they order its
@@ -23,7 +22,7 @@ struct Config {
   static constexpr int kWarps = 16, kThreads = kWarps * 32, kTileTokens = 8 * kNT;
   static constexpr int kTiles = kR * kWarps;  // 16-column tiles a block tile has
   static constexpr int kRowsStages = 8;
-  static_assert(kStages < kRowsStages);
+  static_assert(kStages < kRowsStages && kNT >= 2);
   // Of one warp: the ring, then kStages + 1 tiles' columns (units of at most that many tiles are on their way or in work).
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
   static constexpr int kColumnSlots = kStages + 1, kWarpBytes = Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes;
@@ -106,19 +105,20 @@ struct Warp {
     const int stage = unit % C::kRowsStages;
     if (unit >= C::kRowsStages) rows_free[stage].wait((unit / C::kRowsStages + 1) & 1);
     const int start = routing.rows[at.expert], end = routing.rows[at.expert + 1];
-    const int count = min(C::kNT, (end - start + 7) / 8 - at.block * C::kNT);
+    const int left_rows = end - start - at.block * C::kTileTokens, count = min(C::kNT, (left_rows + 7) / 8);
+    const int bytes = left_rows <= 4 ? kFourRowsBytes : kRowsUnitBytes;
     const int place = first_prepared_block(start, at.expert) + at.block * C::kNT;
     const char* from = p.prepared.x + (static_cast<size_t>(place) * blocks_k + at.kb) * kRowsUnitBytes;
     const size_t next = static_cast<size_t>(blocks_k) * kRowsUnitBytes;
     char* const to = rows + stage * C::kRowsBytes;
 #if CCQ_BULK
     if (lane == 0) {
-      rows_full[stage].arrive_and_expect(count * kRowsUnitBytes);
-      for (int i = 0; i < count; ++i) bulk_copy(to + i * kRowsUnitBytes, from + i * next, kRowsUnitBytes, rows_full + stage);
+      rows_full[stage].arrive_and_expect(count * bytes);
+      for (int i = 0; i < count; ++i) bulk_copy(to + i * kRowsUnitBytes, from + i * next, bytes, rows_full + stage);
     }
 #else
     for (int i = 0; i < count; ++i)
-      for (int at = lane * 16; at < kRowsUnitBytes; at += 512) copy16(to + i * kRowsUnitBytes + at, from + i * next + at);
+      for (int at = lane * 16; at < bytes; at += 512) copy16(to + i * kRowsUnitBytes + at, from + i * next + at);
     rows_full[stage].arrive_after_copies();
 #endif
   }
@@ -145,10 +145,47 @@ struct Warp {
   }
 };
 
-// Units kb..kb_end of one tile into `acc`; `unit` is the first one's number in the block's stretch. kNT: blocks of 8 rows
-// that this tile really has.
+// What a warp has of one unit: its weights in registers, its stage of the ring passed on.
+template <typename C>
+struct Unit {
+  uint4 q[C::kR];
+  uint32_t scale[C::kR];
+  const char* rows;  // this lane's part of the activations is relative to this
+  int stage;         // of the activations
+
+  __device__ void take(Warp<C>& w, int number) {
+    const char* const weights = w.ring.unit;
+    w.ring.wait();
+#pragma unroll
+    for (int r = 0; r < C::kR; ++r) {
+      q[r] = *reinterpret_cast<const uint4*>(weights + r * 512 + w.lane * 16);
+      scale[r] = *reinterpret_cast<const uint16_t*>(weights + C::kR * 512 + r * 16 + w.lane / 4 * 2);
+    }
+    __syncwarp();  // every lane has what it needs of the stage
+    w.request();
+    w.ring.next();
+    stage = number % C::kRowsStages;
+    rows = w.rows + stage * C::kRowsBytes;
+    w.rows_full[stage].wait((number / C::kRowsStages) & 1);
+  }
+  __device__ void leave(Warp<C>& w) const {  // when nothing more is read of the activations
+    __syncwarp();
+    if (w.lane == 0) w.rows_free[stage].arrive();
+  }
+};
+
+template <typename C>
+__device__ void load_tile_columns(const Warp<C>& w, int slot, Column<C::kPairs> (&column)[C::kR][2]) {
+  const char* c = w.columns + slot * C::kColumnBytes;
+#pragma unroll
+  for (int r = 0; r < C::kR; ++r)
+    load_columns<C::kPairs>(c + r * kPlaneBytes, c + (C::kR + r) * kPlaneBytes, w.lane / 4, column[r]);
+}
+
+// Units kb..kb_end of one tile of more than 8 rows into `acc`; `number` is the first one's in the block's stretch. kNT:
+// blocks of 8 rows that this tile really has.
 template <typename C, int kNT>
-__device__ void multiply(Warp<C>& w, int kb, int kb_end, int unit, int slot, Accumulator<C, kNT>& acc) {
+__device__ void multiply(Warp<C>& w, int kb, int kb_end, int number, int slot, Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR;
   const int g = w.lane / 4, t = w.lane % 4;
 #pragma unroll
@@ -162,31 +199,12 @@ __device__ void multiply(Warp<C>& w, int kb, int kb_end, int unit, int slot, Acc
   const uint32_t magic = kMagic | (w.p.k & 0x80000000u);
   const uint32_t sum_weights = t == 0 ? kSumWeights : 0;  // the sums' two parts are rows 0 and 1, lane t = 0's
   Column<C::kPairs> column[kR][2];
-  bool first = true;
-  for (; kb < kb_end; ++kb, ++unit) {
-    w.ring.wait();
-    if (first) {
-      first = false;
-      const char* c = w.columns + slot * C::kColumnBytes;
-#pragma unroll
-      for (int r = 0; r < kR; ++r)
-        load_columns<C::kPairs>(c + r * kPlaneBytes, c + (kR + r) * kPlaneBytes, g, column[r]);
-    }
-    uint4 q[kR];
-    uint32_t scale[kR];
-    const char* const weights = w.ring.unit;
-#pragma unroll
-    for (int r = 0; r < kR; ++r) {
-      q[r] = *reinterpret_cast<const uint4*>(weights + r * 512 + w.lane * 16);
-      scale[r] = *reinterpret_cast<const uint16_t*>(weights + kR * 512 + r * 16 + g * 2);
-    }
-    __syncwarp();  // every lane has what it needs of the stage
-    w.request();
-    w.ring.next();
-    const int rows_stage = unit % C::kRowsStages;
-    const char* const x = w.rows + rows_stage * C::kRowsBytes + w.lane * 16;
-    const char* const sums = w.rows + rows_stage * C::kRowsBytes + 2048 + g * 4;
-    w.rows_full[rows_stage].wait((unit / C::kRowsStages) & 1);
+  for (bool first = true; kb < kb_end; ++kb, ++number) {
+    Unit<C> unit;
+    unit.take(w, number);
+    if (first) first = false, load_tile_columns(w, slot, column);
+    const char* const x = unit.rows + w.lane * 16;
+    const char* const sums = unit.rows + 2048 + g * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 b[kNT][2];
@@ -197,13 +215,10 @@ __device__ void multiply(Warp<C>& w, int kb, int kb_end, int unit, int slot, Acc
         for (int i = 0; i < 2; ++i) b[nt][i] = *reinterpret_cast<const uint4*>(x + nt * kRowsUnitBytes + half * 1024 + i * 512);
         s[nt] = *reinterpret_cast<const uint32_t*>(sums + nt * kRowsUnitBytes + half * 32);
       }
-      if (half == 1) {
-        __syncwarp();
-        if (w.lane == 0) w.rows_free[rows_stage].arrive();
-      }
+      if (half == 1) unit.leave(w);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
-        const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
+        const uint32_t low = half ? unit.q[r].z : unit.q[r].x, high = half ? unit.q[r].w : unit.q[r].y;
         float d[kNT][4];
 #pragma unroll
         for (int nt = 0; nt < kNT; ++nt) mma_sums(d[nt], sum_weights, s[nt]);
@@ -223,8 +238,8 @@ __device__ void multiply(Warp<C>& w, int kb, int kb_end, int unit, int slot, Acc
             mma(d[nt], a.w[2], c.w[2], a.w[3], c.w[3], b[nt][1].z, b[nt][1].w);
           }
         }
-        const float f0 = half ? nibble<1>(scale[r], magic) : nibble<0>(scale[r], magic);
-        const float f1 = half ? nibble<3>(scale[r], magic) : nibble<2>(scale[r], magic);
+        const float f0 = half ? nibble<1>(unit.scale[r], magic) : nibble<0>(unit.scale[r], magic);
+        const float f1 = half ? nibble<3>(unit.scale[r], magic) : nibble<2>(unit.scale[r], magic);
 #pragma unroll
         for (int nt = 0; nt < kNT; ++nt) {
           float* o = acc.o[r][nt];
@@ -236,19 +251,105 @@ __device__ void multiply(Warp<C>& w, int kb, int kb_end, int unit, int slot, Acc
   }
 }
 
-template <typename C, int kNT>
-__device__ void run_tile(Warp<C>& w, const Tile& tile, int kb, int kb_end, int unit, int slot, int first_block, int last_block) {
+// The same for up to 4 (kSteps = 1) or 8 rows (2), by the integer tensor cores.
+template <typename C, int kSteps>
+__device__ void multiply_bytes(Warp<C>& w, int kb, int kb_end, int number, int slot, Accumulator<C, 1>& acc) {
+  constexpr int kR = C::kR;
+  const int g = w.lane / 4, t = w.lane % 4;
+  uint32_t four = 4, thirty_two = 32;
+  asm volatile("" : "+r"(four), "+r"(thirty_two));
+  int o[kR][kSteps][4] = {};
+  Column<C::kPairs> column[kR][2];
+  for (bool first = true; kb < kb_end; ++kb, ++number) {
+    Unit<C> unit;
+    unit.take(w, number);
+    if (first) first = false, load_tile_columns(w, slot, column);
+    const char* const x = unit.rows + 128 + g * 64 + t * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 b[kSteps];
+      int2 c[kSteps];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        b[i] = *reinterpret_cast<const uint4*>(x + i * 1024 + half * 512);
+        c[i] = *reinterpret_cast<const int2*>(unit.rows + half * 64 + i * 32 + t * 8);
+      }
+      if (half == 1) unit.leave(w);
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const uint32_t low = half ? unit.q[r].z : unit.q[r].x, high = half ? unit.q[r].w : unit.q[r].y;
+        int d[kSteps][4];
+        {
+          const ByteWindows a(column[r][0].template codes<0>(low), four, thirty_two);
+          const ByteWindows e(column[r][1].template codes<0>(high), four, thirty_two);
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) mma_bytes(d[i], a.outer, e.outer, a.inner, e.inner, b[i].x, b[i].y, c[i].x, c[i].y);
+        }
+        {
+          const ByteWindows a(column[r][0].template codes<1>(low), four, thirty_two);
+          const ByteWindows e(column[r][1].template codes<1>(high), four, thirty_two);
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) mma_bytes(d[i], a.outer, e.outer, a.inner, e.inner, b[i].z, b[i].w);
+        }
+        const int f0 = unit.scale[r] >> (4 * half) & 15, f1 = unit.scale[r] >> (4 * half + 8) & 15;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          o[r][i][0] += f0 * d[i][0], o[r][i][1] += f0 * d[i][1];
+          o[r][i][2] += f1 * d[i][2], o[r][i][3] += f1 * d[i][3];
+        }
+      }
+    }
+  }
+  // Digits together. Lane t has row t of 4, or rows 2t and 2t + 1 of 8; the latter is what the rest of the kernel wants.
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float v[2];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+        v[i] = fmaf(static_cast<float>(o[r][i][2 * j]), 256.f, static_cast<float>(o[r][i][2 * j + 1]));
+      if (kSteps == 1) {
+        const float all = v[0];
+        v[0] = __shfl_sync(~0u, all, w.lane / 4 * 4 + t % 2 * 2), v[1] = __shfl_sync(~0u, all, w.lane / 4 * 4 + t % 2 * 2 + 1);
+      }
+      acc.o[r][0][2 * j] = v[0], acc.o[r][0][2 * j + 1] = v[1];
+    }
+}
+
+template <int kRows>
+struct Rows {
+  static constexpr int value = kRows;
+};
+
+// Where a block is: the tile, its part of K, how often the tile is cut.
+struct Part {
+  int tile, expert, kb, kb_end, parts;
+  Split split;
+};
+
+// kRows: 4 and 8 with integers; beyond, blocks of 8 with fp16.
+template <typename C, int kRows>
+__device__ void run_part(Warp<C>& w, const Part& part, int number, int slot, int& pending) {
+  constexpr int kNT = kRows <= 8 ? 1 : kRows / 8;
   Accumulator<C, kNT> acc;
-  multiply<C, kNT>(w, kb, kb_end, unit, slot, acc);
-  // Read here and not before the loop, to keep them out of its registers; the slot stays until the tile is done.
+  if constexpr (kRows <= 8) multiply_bytes<C, kRows / 4>(w, part.kb, part.kb_end, number, slot, acc);
+  else multiply<C, kNT>(w, part.kb, part.kb_end, number, slot, acc);
+  // All this is worked out here and not before the loop, to keep it out of its registers; the slot stays until now.
+  const Tile tile = w.routing.find(part.tile, part.expert, C::kTileTokens);
+  int first = blockIdx.x, last = blockIdx.x;
+  if (part.kb > 0 || part.kb_end < w.blocks_k) {
+    first = part.split.owner(part.tile * part.parts);
+    last = part.split.owner(part.tile * part.parts + part.parts - 1);
+  }
+  constexpr float kFactor = kRows <= 8 ? 1.f : 16777216.f;
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
     const float2 s = load_supers(w.columns + slot * C::kColumnBytes + r * kPlaneBytes, w.lane / 4);
-    super[r][0] = s.x * 16777216.f, super[r][1] = s.y * (16777216.f * kUpperColumns);
+    super[r][0] = s.x * kFactor, super[r][1] = s.y * (kRows <= 8 ? 1.f : kFactor * kUpperColumns);
   }
-  if (first_block != last_block && !combine<C, kNT>(w, tile.rows, first_block, last_block, acc)) return;
-  write_out<C, kNT>(w, tile, super, acc);
+  finish_part<C, kNT>(w, tile, super, first, last, pending, acc);
 }
 
 template <typename C>
@@ -265,7 +366,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     if (warp < C::kRowsStages) rows_full[warp].init(CCQ_BULK ? 1 : 32), rows_free[warp].init(C::kWarps);
     publish_barriers();
   }
-  scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kTileTokens, blocks, rows);
+  scan_offsets<C::kTileTokens>(p.offsets, p.experts, p.rows, blocks, rows);
 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
   const Routing routing{blocks, rows, (tiles_n + C::kTiles - 1) / C::kTiles};
@@ -273,16 +374,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   const int parts = parts_of(tiles, blocks_k, gridDim.x);
   // With less than one part a block the rest stays out, so that every block of a tile's stretch has a share in it.
   const int total = tiles * parts;
-  const Split split{total, min(static_cast<int>(gridDim.x), total)};
-  if (static_cast<int>(blockIdx.x) >= split.grid) return;
+  const int grid = min(static_cast<int>(gridDim.x), total);
+  if (static_cast<int>(blockIdx.x) >= grid) return;
+  const Split split(total, grid);
   const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
   auto kb_of = [&](int part) { return part % parts * blocks_k / parts; };
 
   char* const own = shared + warp * C::kWarpBytes;
-  int tile_index = begin / parts, kb = kb_of(begin);
-  int left = (end / parts - tile_index) * blocks_k + kb_of(end) - kb;
-  Walk walk(routing, tile_index, p.experts, kb, left);
-  int expert = walk.expert;
+  const int first_tile = begin / parts, first_kb = kb_of(begin);
+  int left = (end / parts - first_tile) * blocks_k + kb_of(end) - first_kb;
+  Walk walk(routing, first_tile, p.experts, first_kb, left);
+  Part part{first_tile, walk.expert, first_kb, 0, parts, split};
   Warp<C> w{p, routing, own + Ring<C::kR, C::kStages>::kBytes, all_rows, rows_full, rows_free, lane, warp, blocks_k,
             tiles_n, Ring<C::kR, C::kStages>(own, barriers + warp * C::kStages), walk};
 #pragma unroll
@@ -292,26 +394,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   for (int i = 0; i < C::kStages && walk.left > 0; ++i, walk.next(routing, blocks_k))
     if (i == warp) w.request_rows(walk, i);
 
-  int slot = 0, unit = 0;
+  int slot = 0, unit = 0, pending = -1;
   while (left > 0) {
-    const Tile tile = routing.find(tile_index, expert, C::kTileTokens);
-    expert = tile.expert;
-    const int kb_end = min(blocks_k, kb + left);
-    int first_block = blockIdx.x, last_block = blockIdx.x;
-    if (kb > 0 || kb_end < blocks_k) {
-      first_block = split.owner(tile_index * parts);
-      last_block = split.owner(tile_index * parts + parts - 1);
-    }
-    if (C::kNT == 1 || tile.rows <= 8)
-      run_tile<C, 1>(w, tile, kb, kb_end, unit, slot, first_block, last_block);
-    else if (C::kNT == 2 || tile.rows <= 16)
-      run_tile<C, C::kNT < 2 ? C::kNT : 2>(w, tile, kb, kb_end, unit, slot, first_block, last_block);
-    else
-      run_tile<C, C::kNT>(w, tile, kb, kb_end, unit, slot, first_block, last_block);
+    const Tile tile = routing.find(part.tile, part.expert, C::kTileTokens);
+    part.expert = tile.expert;
+    part.kb_end = min(blocks_k, part.kb + left);
+    auto run = [&](auto rows) { run_part<C, decltype(rows)::value>(w, part, unit, slot, pending); };
+    if (tile.rows <= 4) run(Rows<4>{});
+    else if (tile.rows <= 8) run(Rows<8>{});
+    else if (C::kNT == 2 || tile.rows <= 16) run(Rows<16>{});
+    else run(Rows<C::kTileTokens>{});  // the same again where a tile has 16 rows
     slot = Warp<C>::next_slot(slot);
-    unit += kb_end - kb, left -= kb_end - kb;
-    kb = 0, ++tile_index;
+    unit += part.kb_end - part.kb, left -= part.kb_end - part.kb;
+    part.kb = 0, ++part.tile;
   }
+  if (pending >= 0) publish_share<C>(w, pending);
 }
 
 }  // namespace ccq

@@ -240,7 +240,7 @@ __device__ void multiply_wide(WideWarp<C>& w, int kb, int kb_end, int& stage, in
 
 template <typename C>
 __device__ void run_wide_tile(WideWarp<C>& w, const Tile& tile, int kb, int kb_end, int& stage, int& rows_stage,
-                              int columns_at, int first_block, int last_block) {
+                              int columns_at, int first_block, int last_block, int& pending) {
   constexpr int kNT = C::kNT;
   Accumulator<C, kNT> acc;
   multiply_wide<C>(w, kb, kb_end, stage, rows_stage, columns_at, acc);
@@ -250,7 +250,7 @@ __device__ void run_wide_tile(WideWarp<C>& w, const Tile& tile, int kb, int kb_e
     const float2 s = load_supers(w.ring + columns_at + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * 16777216.f, super[r][1] = s.y * 16777216.f;
   }
-  if (first_block == last_block || combine<C, kNT>(w, tile.rows, first_block, last_block, acc)) write_out<C, kNT>(w, tile, super, acc);
+  finish_part<C, kNT>(w, tile, super, first_block, last_block, pending, acc);
 }
 
 template <typename C>
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
   char* const rings = shared + C::kStages * C::kRowsBytes;
   int* blocks = reinterpret_cast<int*>(rings + C::kWarps * C::kWarpBytes);
   int* rows = blocks + p.experts + 1;
-  scan_offsets<C::kThreads>(p.offsets, p.experts, p.rows, C::kTileTokens, blocks, rows);
+  scan_offsets<C::kTileTokens>(p.offsets, p.experts, p.rows, blocks, rows);
   wait_for_prerequisites();
 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
@@ -268,8 +268,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
   const int tiles = blocks[p.experts] * routing.column_tiles;
   const int parts = parts_of(tiles, blocks_k, gridDim.x);
   const int total = tiles * parts;
-  const Split split{total, min(static_cast<int>(gridDim.x), total)};
-  if (static_cast<int>(blockIdx.x) >= split.grid) return;
+  const int grid = min(static_cast<int>(gridDim.x), total);
+  if (static_cast<int>(blockIdx.x) >= grid) return;
+  const Split split(total, grid);
   const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
   auto kb_of = [&](int part) { return part % parts * blocks_k / parts; };
 
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
 #pragma unroll
   for (int i = 0; i < C::kAhead; ++i) w.request();
 
-  int stage = 0, rows_stage = 0, columns_at = C::kRingBytes;
+  int stage = 0, rows_stage = 0, columns_at = C::kRingBytes, pending = -1;
   while (left > 0) {
     const Tile tile = routing.find(tile_index, expert, C::kTileTokens);
     expert = tile.expert;
@@ -295,11 +296,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
       first_block = split.owner(tile_index * parts);
       last_block = split.owner(tile_index * parts + parts - 1);
     }
-    run_wide_tile<C>(w, tile, kb, kb_end, stage, rows_stage, columns_at, first_block, last_block);
+    run_wide_tile<C>(w, tile, kb, kb_end, stage, rows_stage, columns_at, first_block, last_block, pending);
     columns_at = WideWarp<C>::next_columns(columns_at);
     left -= kb_end - kb;
     kb = 0, ++tile_index;
   }
+  if (pending >= 0) publish_share<C>(w, pending);
 }
 
 }  // namespace ccq

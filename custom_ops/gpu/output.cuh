@@ -26,7 +26,8 @@ struct Accumulator {
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
 template <typename C, int kNT, typename W>
-__device__ void write_out(W& w, const Tile& tile, const float (&super)[C::kR][2], Accumulator<C, kNT>& acc) {
+__device__ void write_out(const W& w, const Tile& tile, const float (&super)[C::kR][2],
+                          const Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4;
 #pragma unroll
@@ -47,45 +48,53 @@ __device__ void write_out(W& w, const Tile& tile, const float (&super)[C::kR][2]
     }
 }
 
-// Leaves this block's share of a tile in the workspace. True in the last block to do so, with the tile's sum in `acc`.
+// A tile that lies in several blocks' stretches is written by the block that has its first units. For that block it is the
+// last tile of its stretch; for the others it is the first, so that their shares are long there when they are wanted, and
+// nobody waits (in launches with less than one tile a block all wait for each other's end, once). Shares are added in the
+// order of K: the same bits on every run.
 template <typename C, int kNT, typename W>
-__device__ bool combine(W& w, int rows, int first_block, int last_block, Accumulator<C, kNT>& acc) {
-  const GemmParams& p = w.p;
-  // A block has at most two shared tiles: the one that its stretch begins in (slot 0) and the one it ends in (slot 1).
-  auto at = [&](int block) {
-    return p.partial + (static_cast<size_t>(block * 2 + (block == first_block)) * C::kWarps + w.warp) *
-                           (C::kPartialFloat4 / C::kWarps) + w.lane;
-  };
-  float4* mine = at(blockIdx.x);
-  // Only the rows that the tile has: most tiles of a decoding step have one or two.
-  auto has = [&](int nt) { return nt * 8 + w.lane % 4 * 2 < rows; };
+__device__ float4* share_of(const W& w, int block) {
+  return w.p.partial + (static_cast<size_t>(block) * C::kWarps + w.warp) * (C::kPartialFloat4 / C::kWarps) + w.lane;
+}
+
+// Only the rows that the tile has: most tiles of a decoding step have one or two.
+__device__ inline bool has_rows(int rows, int nt, int lane) { return nt * 8 + lane % 4 * 2 < rows; }
+
+template <typename C, int kNT, typename W>
+__device__ void leave_share(const W& w, int rows, const Accumulator<C, kNT>& acc) {
+  float4* const mine = share_of<C, kNT>(w, blockIdx.x);
 #pragma unroll
   for (int r = 0; r < C::kR; ++r)
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
       const float* o = acc.o[r][nt];
-      if (has(nt)) __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
+      if (has_rows(rows, nt, w.lane)) __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
     }
+}
+
+// Tells `owner` that this warp's share is there. Waits for the writes, so it is called when they have had time.
+template <typename C, typename W>
+__device__ void publish_share(const W& w, int owner) {
   __threadfence();
   __syncwarp();
-  int arrived = 0;
-  if (w.lane == 0) arrived = atomicAdd(p.prepared.tickets + first_block * C::kWarps + w.warp, 1);
-  arrived = __shfl_sync(~0u, arrived, 0);
-  if (arrived != last_block - first_block) return false;
-  __threadfence();
-#pragma unroll
-  for (int r = 0; r < C::kR; ++r)
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
-  // Several blocks' results on their way at once; added in order.
+  if (w.lane == 0) atomicAdd(w.p.prepared.tickets + owner * C::kWarps + w.warp, 1);
+}
+
+// Adds the shares of the blocks after this one, up to `last`.
+template <typename C, int kNT, typename W>
+__device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kNT>& acc) {
+  const int* const ticket = w.p.prepared.tickets + blockIdx.x * C::kWarps + w.warp;
+  int there;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(there) : "l"(ticket) : "memory");
+  while (there < last - static_cast<int>(blockIdx.x));
+  __syncwarp();
+  // Several blocks' shares on their way at once; added in order.
   constexpr int kBatch = kNT == 1 ? 4 : 1;
-  for (int base = first_block; base <= last_block; base += kBatch) {
+  for (int base = blockIdx.x + 1; base <= last; base += kBatch) {
     float4 v[kBatch][C::kR * kNT];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const float4* from = at(min(base + i, last_block));
+      const float4* from = share_of<C, kNT>(w, min(base + i, last));
 #pragma unroll
       for (int j = 0; j < C::kR * kNT; ++j) v[i][j] = __ldcg(from + j * 32);
     }
@@ -94,10 +103,24 @@ __device__ bool combine(W& w, int rows, int first_block, int last_block, Accumul
 #pragma unroll
       for (int j = 0; j < C::kR * kNT; ++j) {
         float* o = acc.o[j / kNT][j % kNT];
-        if (base + i <= last_block) o[0] += v[i][j].x, o[1] += v[i][j].y, o[2] += v[i][j].z, o[3] += v[i][j].w;
+        if (base + i <= last) o[0] += v[i][j].x, o[1] += v[i][j].y, o[2] += v[i][j].z, o[3] += v[i][j].w;
       }
   }
-  return true;
+}
+
+// What a block does with its part of a tile: `first` and `last` are the blocks that have parts of it. `pending`: the owner
+// of this block's first tile, to be told once; -1: nobody.
+template <typename C, int kNT, typename W>
+__device__ void finish_part(const W& w, const Tile& tile, const float (&super)[C::kR][2], int first, int last, int& pending,
+                            Accumulator<C, kNT>& acc) {
+  if (pending >= 0) publish_share<C>(w, pending), pending = -1;
+  if (static_cast<int>(blockIdx.x) != first) {
+    leave_share<C, kNT>(w, tile.rows, acc);
+    pending = first;
+    return;
+  }
+  if (last != first) collect_shares<C, kNT>(w, tile.rows, last, acc);
+  write_out<C, kNT>(w, tile, super, acc);
 }
 
 }  // namespace ccq

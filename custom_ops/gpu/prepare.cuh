@@ -17,9 +17,12 @@ namespace ccq {
 
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
-// 128 values of each of 8 rows, as the narrow kernel copies them at a stretch: for each of two groups both halves p of a
-// warp's 16-byte pieces (decode.cuh; lane 4 * row + t), then the groups' sums [2][8], each as two halfs (sum_parts).
-constexpr int kRowsUnitBytes = 2048 + 64;
+// What moe_gemm.cuh copies at a stretch: 128 values of each of 8 rows. Tiles of more than 8 rows: fp16, for each of two
+// groups both halves p of a warp's 16-byte pieces (decode.cuh; lane 4 * row + t), then the groups' sums [2][8], each as two
+// halfs (sum_parts). Tiles of up to 8 rows: integers, first the offsets [2 groups][2][8 columns], then for each step's
+// columns (rows 0 to 3, or the even and the odd of up to 8 rows) and both groups a warp's pieces of 16 bytes.
+constexpr int kRowsUnitBytes = 2048 + 128, kFourRowsBytes = 1024 + 128;
+constexpr int kMostIntegerRows = 8;
 
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
@@ -98,6 +101,56 @@ __device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd) {
 // an expert's ceil(n / 8) blocks end before the next one's floor(start / 8) + 1.
 __host__ __device__ inline int first_prepared_block(int start_row, int expert) { return start_row / 8 + expert; }
 
+// A row's scale to integers of 16 bits, from the bits of its largest magnitude. A row with an infinity or a NaN becomes NaN.
+struct IntegerScale {
+  float scale, back;
+  __device__ explicit IntegerScale(uint32_t largest) {
+    constexpr float kLargest = 32512.f;  // of two signed digits it leaves the upper one at most 127
+    const float top = fmaxf(__uint_as_float(largest), 1e-30f);
+    const bool finite = largest < 0x7F800000u;
+    scale = finite ? kLargest / top : 0.f;
+    back = finite ? top / kLargest : __uint_as_float(~0u);
+  }
+};
+
+// A chunk as integers: upper and lower digits as the bytes that a lane's steps want (decode.cuh, ByteWindows), and what
+// accumulators begin with, for windows are 32 less than they are stored. Of the four values that a byte of weights meets,
+// the first is halved: its window is stored twice.
+struct Digits {
+  uint4 bytes[2];
+  int offset[2];
+
+  __device__ Digits(const Chunk& chunk, int dtype, float scale) {
+    uint32_t digit[2][16];
+    offset[0] = offset[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      // To the nearest integer, in the low bits of 1.5 * 2^23: conversions run at a quarter of the rate.
+      const float sum = __fadd_rn(__fmul_rn(chunk.value(i, dtype), i % 4 ? scale : scale * 0.5f), 12582912.f);
+      const int x = static_cast<int>(__float_as_uint(sum)) - 0x4B400000, high = (x + 128) >> 8;
+      digit[0][i] = high & 0xFF, digit[1][i] = x & 0xFF;
+      offset[0] -= high << (i % 4 ? 5 : 6), offset[1] -= (x - high * 256) << (i % 4 ? 5 : 6);
+    }
+#pragma unroll
+    for (int d = 0; d < 2; ++d) {
+      uint32_t words[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // the weights' bytes h and h + 2 of a lane's four
+        const uint32_t* a = digit[d] + 4 * h;
+        const uint32_t* b = a + 8;
+        words[2 * h] = a[3] | a[0] << 8 | b[3] << 16 | b[0] << 24;
+        words[2 * h + 1] = a[1] | b[1] << 8 | a[2] << 16 | b[2] << 24;
+      }
+      bytes[d] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+};
+
+__device__ inline int quad_sum(int v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
 // Sixteen values of one row in the order that wgmma's fragments have along K: step 2p + i / 2 of 16 values, in it registers
 // i even (the first 8) and odd (the last 8, with the factor 1/8), two values a lane.
 __device__ inline void store_wide(const float (&v)[16], int chunk, __half* row) {
@@ -115,7 +168,7 @@ __device__ inline void store_wide(const float (&v)[16], int chunk, __half* row) 
 
 __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
-               int tickets, Prepared out) {
+               int tile_rows, int tickets, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
   wait_for_prerequisites();
   dependents_may_start();
@@ -148,18 +201,39 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
 #pragma unroll
   for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
 
-  const RowScale scale(largest);
-  if (threadIdx.x == 0) out.row_scale[row] = row_scale ? scale.back * row_scale[row] : scale.back;
+  // Rows of a tile; its mode goes by how many there are.
+  const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);
+  const int in_tile = (row - start) % tile_rows, count = min(tile_rows, end - (row - in_tile));
+  const bool integers = !out.rows && count <= kMostIntegerRows;
+  const RowScale half_scale(largest);
+  const IntegerScale integer_scale(largest);
+  if (threadIdx.x == 0) {
+    const float back = integers ? integer_scale.back : half_scale.back;
+    out.row_scale[row] = row_scale ? back * row_scale[row] : back;
+  }
 
-  char* const to = out.x + static_cast<size_t>(place / 8) * (k / 128) * kRowsUnitBytes + place % 8 * 64;
+  char* const to = out.x + static_cast<size_t>(place / 8) * (k / 128) * kRowsUnitBytes;
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
-    const int c = c0 + threadIdx.x;
+    const int c = c0 + threadIdx.x, group = c / 4, t = c % 4;
     if (c0 > 0 && c < chunks) first.load(from, c, fastdeploy);
+    char* const unit = to + static_cast<size_t>(group / 2) * kRowsUnitBytes;
+    if (integers) {
+      const int step = count > 4 ? in_tile % 2 : 0, column = count > 4 ? in_tile / 2 * 2 : in_tile * 2;
+      const Digits digits(first, dtype, integer_scale.scale);
+#pragma unroll
+      for (int d = 0; d < 2; ++d) {
+        const int offset = quad_sum(digits.offset[d]);
+        if (c >= chunks) continue;
+        if (t == 0) *reinterpret_cast<int*>(unit + group % 2 * 64 + step * 32 + (column + d) * 4) = offset;
+        *reinterpret_cast<uint4*>(unit + 128 + step * 1024 + group % 2 * 512 + (column + d) * 64 + t * 16) = digits.bytes[d];
+      }
+      continue;
+    }
     float v[16], sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      v[i] = c < chunks ? first.value(i, dtype) * scale.scale : 0.f;
+      v[i] = c < chunks ? first.value(i, dtype) * half_scale.scale : 0.f;
       sum += v[i];
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
@@ -169,14 +243,11 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
       store_wide(v, c, reinterpret_cast<__half*>(out.rows) + static_cast<size_t>(row) * k);
       continue;
     }
-    const int group = c / 4, t = c % 4;
     const float odd = group % 2 ? kOddGroup : 1.f;
-    char* const unit = to + static_cast<size_t>(group / 2) * kRowsUnitBytes;
-    if (t == 0)
-      *reinterpret_cast<__half2*>(unit + 2048 - place % 8 * 60 + group % 2 * 32) = sum_parts(sum, odd);
+    if (t == 0) *reinterpret_cast<__half2*>(unit + 2048 + group % 2 * 32 + place % 8 * 4) = sum_parts(sum, odd);
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-      *reinterpret_cast<uint4*>(unit + group % 2 * 1024 + p * 512 + t * 16) = fragment_half(v, p, odd);
+      *reinterpret_cast<uint4*>(unit + group % 2 * 1024 + p * 512 + place % 8 * 64 + t * 16) = fragment_half(v, p, odd);
   }
 }
 

@@ -51,37 +51,36 @@ __device__ inline int expert_of_block(const int* blocks, int experts, int block)
   return expert;
 }
 
-// Inclusive prefix sums of row blocks and rows; one pass of warp scans per kThreads experts.
-template <int kThreads>
-__device__ void scan_offsets(const int64_t* offsets, int experts, int all_rows, int tile_tokens, int* blocks, int* rows) {
-  __shared__ int sum_of_warp[kThreads / 32];
-  int carry = 0;
-  if (threadIdx.x == 0) blocks[0] = rows[0] = 0;
-  for (int base = 0; base < experts; base += kThreads) {
-    const int e = base + threadIdx.x;
-    int end = 0, count = 0;
-    if (e < experts) {
-      end = offsets ? static_cast<int>(offsets[e]) : all_rows;
-      int begin = e && offsets ? static_cast<int>(offsets[e - 1]) : 0;
-      count = (end - begin + tile_tokens - 1) / tile_tokens;
+// Prefix sums of row blocks (of kTileRows) and rows, by the first warp for all threads. Each lane takes a run of experts.
+template <int kTileRows>
+__device__ void scan_offsets(const int64_t* offsets, int experts, int all_rows, int* blocks, int* rows) {
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x, run = (experts + 31) / 32, first = lane * run, last = min(first + run, experts);
+    auto end_of = [&](int e) { return e < 0 ? 0 : offsets ? static_cast<int>(offsets[e]) : all_rows; };
+    auto blocks_of = [](int count) { return (count + kTileRows - 1) / kTileRows; };
+    const int start = first < experts ? end_of(first - 1) : 0;
+    int sum = 0, before = start;
+#pragma unroll 8
+    for (int e = first; e < last; ++e) {
+      const int end = end_of(e);
+      sum += blocks_of(end - before), before = end;
     }
-    int sum = count;
+    int after = sum;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      int other = __shfl_up_sync(~0u, sum, d);
-      if (static_cast<int>(threadIdx.x % 32) >= d) sum += other;
+      const int other = __shfl_up_sync(~0u, after, d);
+      if (lane >= d) after += other;
     }
-    if (threadIdx.x % 32 == 31) sum_of_warp[threadIdx.x / 32] = sum;
-    __syncthreads();
-    int before = carry;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w < static_cast<int>(threadIdx.x / 32)) before += sum_of_warp[w];
-      carry += sum_of_warp[w];
+    if (lane == 0) blocks[0] = rows[0] = 0;
+    sum = after - sum, before = start;
+#pragma unroll 8
+    for (int e = first; e < last; ++e) {
+      const int end = end_of(e);
+      sum += blocks_of(end - before), before = end;
+      blocks[e + 1] = sum, rows[e + 1] = end;
     }
-    if (e < experts) blocks[e + 1] = before + sum, rows[e + 1] = end;
-    __syncthreads();
   }
+  __syncthreads();
 }
 
 // Parts that a tile's K may be cut into. Cutting anywhere balances best and costs two partial results a block: right for
@@ -97,12 +96,14 @@ __device__ inline int parts_of(int tiles, int blocks_k, int grid) {
   return tiles * 8 <= grid ? min(blocks_k, 8) : blocks_k;
 }
 
-// The stretches: block b of `grid` takes parts [b * total / grid, (b + 1) * total / grid).
+// The stretches: of `total` parts each of `grid` blocks takes the same number, the first ones one more.
 struct Split {
-  int total, grid;
-  __device__ int begin(int b) const { return static_cast<int>(static_cast<int64_t>(b) * total / grid); }
+  int each, longer;
+  __device__ Split(int total, int grid) : each(total / grid), longer(total - each * grid) {}
+  __device__ int begin(int block) const { return block * each + min(block, longer); }
   __device__ int owner(int part) const {
-    return static_cast<int>((static_cast<int64_t>(part + 1) * grid - 1) / total);
+    const int border = longer * (each + 1);
+    return part < border ? part / (each + 1) : longer + (part - border) / each;
   }
 };
 
