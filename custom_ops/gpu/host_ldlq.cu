@@ -82,6 +82,7 @@ class Run {
     // Also after an error: nothing may still write into buffers of the next call.
     for (cudaStream_t stream : {held.copies, held.work})
       if (stream) keep(cudaStreamSynchronize(stream));
+    if (!ok()) cudaGetLastError();  // told here; not to be found by the next launch
     if (milliseconds && ok()) {
       const int from[5] = {kStart, kBegun, kScreened, kFedBack, kDescended};
       const int to[5] = {kUploaded, kScreened, kFedBack, kDescended, kOut};
