@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from common import markdown, processor, put_into_doc, save_result
-from ldlq_work import MODELS, PARTS, TERM, Device, Shape, device, predicted, shapes, work
+from ldlq_work import MODELS, PARTS, SHAPES, TERM, Device, Shape, device, predicted, work
 
 from paddle_ccq import _core
 from paddle_ccq.encoder import ldlq
@@ -219,12 +219,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         result = json.loads(Path(args.write).read_text(encoding="utf-8"))
+        if result["device"]["name"] == "none":
+            parser.error(f"--write {args.write}: of a --smoke run, not of a GPU")
         save_result("ldlq_gpu_h100", result)
         put_into_doc("docs/calibration.md", "ldlq-gpu", table(result))
         return
     start = time.perf_counter()
     gpu = Device("none", 132, 1.98e9) if args.smoke else device()
-    todo = shapes()
+    todo = list(SHAPES)
     if args.smoke:
         step = args.smoke
         todo = [

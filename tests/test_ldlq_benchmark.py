@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ldlq_gpu
 import ldlq_work
 
+from paddle_ccq.checkpoint.config import ErnieConfig
+from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES
 
+CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
+FOLDERS = ("ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b")
 RATE = 132 * 128 * 1.98e9
 
 
@@ -57,19 +62,20 @@ def test_a_part_that_is_left_out_counts_nothing() -> None:
 
 
 def test_all_wint2_experts_of_both_models_are_counted() -> None:
-    found = {(s.model[10:], s.name): (s.n, s.k, s.count) for s in ldlq_work.shapes()}
-    assert found == {
-        ("21B", "up_gate_proj"): (3072, 2560, 27 * 64),
-        ("21B", "down_proj"): (2560, 1536, 27 * 64),
-        ("300B", "up_gate_proj"): (7168, 8192, 47 * 64),
-        ("300B", "down_proj"): (8192, 3584, 47 * 64),
-    }
+    found = Counter()
+    for model, folder in zip(ldlq_work.MODELS, FOLDERS, strict=True):
+        config = ErnieConfig.from_json(CONFIGS / folder)
+        for item in build_plan(config).items:
+            if item.format == "wint2" and item.role == "expert":
+                k, n = item.shape
+                found[model, item.name.split(".")[-2], n, k] += 1
+    assert {(s.model, s.name, s.n, s.k): s.count for s in ldlq_work.SHAPES} == found
 
 
 def result(wall_ms: float, factors: float) -> dict:
     """As the benchmark leaves it, for one matrix of the 300B and one of the 21B."""
     matrices = []
-    for shape in ldlq_work.shapes()[1::2]:
+    for shape in ldlq_work.SHAPES[1::2]:
         guess = ldlq_work.predicted(shape, LDLQ_RECIPES["default"], RATE)
         run = {
             "wall_ms": wall_ms, "parts_ms": dict.fromkeys(guess, 2.0), "predicted_ms": guess,
