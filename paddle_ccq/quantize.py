@@ -194,6 +194,7 @@ def _allocated(
                 workplace.folder,
                 options.restart,
                 progress,
+                options.device,
             )
     return wanted.resolve(config, lambda layout: plan_for(config, layout, True), costs)
 

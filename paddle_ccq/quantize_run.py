@@ -26,7 +26,7 @@ from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from .codec.formats import CCQ_FORMATS
 from .encoder.base import MatrixEncoder, make_encoder
-from .encoder.ldlq import LdlqEncoder, Moments
+from .encoder.ldlq import Moments, calibrated_encoder
 from .errors import CcqError
 from .host import default_threads
 from .ops import gpu_library
@@ -75,9 +75,7 @@ def check_core(plan: Plan, options: Options) -> None:
     if options.device == "gpu":
         if options.encoder != "search":
             raise CcqError("--device gpu: only --encoder search runs on a GPU")
-        gpu_library.load()
-        if not gpu_library.available():
-            raise CcqError("--device gpu: no NVIDIA GPU, or no driver for it; use --device cpu")
+        gpu_library.require()
 
 
 def make_encoders(
@@ -97,7 +95,10 @@ def make_encoders(
     }
     if moments is not None and "wint2" in encoders:
         threads = options.threads or default_threads()
-        encoders["wint2"] = LdlqEncoder(options.preset, threads, moments, encoders["wint2"])
+        free = encoders["wint2"]
+        encoders["wint2"] = calibrated_encoder(
+            options.preset, threads, moments, free, options.device
+        )
     return encoders
 
 

@@ -21,9 +21,10 @@ from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
 from .codec.formats import CCQ_FORMATS
-from .encoder.base import PRESETS
+from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError, run_cli
 from .host import default_threads, require_paddle
+from .ops import gpu_library
 
 MEASURABLE = (*CCQ_FORMATS, "wint4")
 DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
@@ -40,6 +41,7 @@ def sensitivity(
     experts: int = Probing.experts,
     preset: str = "fast",
     threads: int | None = None,
+    device: str = "cpu",
     source: str | None = None,
     show_progress: bool = False,
     log: Callable[[str], object] | None = None,
@@ -47,7 +49,8 @@ def sensitivity(
     """KL that every layer and projection costs in every format, when only it is quantized.
 
     "quadratic" estimates it from squared errors and encodes a few experts of a layer only; "kl"
-    measures it and encodes the whole model once for each format (docs/allocation.md).
+    measures it and encodes the whole model once for each format (docs/allocation.md). `device` is
+    where codes are searched; the costs are the same.
     """
     log = log or (lambda message: print(message, file=sys.stderr))
     if method not in METHODS:
@@ -59,6 +62,10 @@ def sensitivity(
         raise CcqError("--formats: name each format once")
     if preset not in PRESETS:
         raise CcqError(f"--preset {preset}: not one of {', '.join(PRESETS)}")
+    if device not in DEVICES:
+        raise CcqError(f"--device {device}: not one of {', '.join(DEVICES)}")
+    if device == "gpu":
+        gpu_library.require()
     for flag, value in (("--experts", experts), ("--threads", threads)):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
@@ -98,6 +105,7 @@ def sensitivity(
             threads or default_threads(),
             Path(folder),
             shown,
+            device,
         )
 
 
@@ -147,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="OUT", help="figure (.png, .svg, .pdf); needs the extra plot")
     add("--force", action="store_true", help="let --json and --plot overwrite their files")
     add("--threads", type=int, metavar="N", help="(default: all cores)")
+    add("--device", choices=DEVICES, default="cpu", help="where codes are searched; same costs")
     add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download from")
     return parser
 
@@ -170,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             experts=args.experts,
             preset=args.preset,
             threads=args.threads,
+            device=args.device,
             source=args.source,
             show_progress=sys.stderr.isatty(),
         )

@@ -32,11 +32,14 @@ SUITES = {
     "test_linear_ccq.py": "rows_of_nobody and counts0 or refused",
     "test_encode.py": "test_gpu_equals_cpu and gaussian and fast",
     "test_dequant.py": "bfloat16",
+    "test_ldlq.py": "bit_for_bit and fast and smooth or equal_entries",
 }
 TOOLS = ("memcheck", "racecheck")
 SIDE_BY_SIDE = 5
 FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
-SECONDS = {"tests": 400, "paddle": 200, "sanitize": 250, "quantize": 60, "encode": 100}
+SECONDS = {
+    "tests": 400, "paddle": 200, "sanitize": 250, "quantize": 60, "encode": 100, "ldlq": 120,
+}  # fmt: skip
 
 
 class Runner:
@@ -102,8 +105,11 @@ def paddle(runner: Runner) -> None:
 
 def sanitize(runner: Runner) -> None:
     """compute-sanitizer on small cases of every kernel, some of them side by side."""
+    only = runner.args.only
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         for name, selected in SUITES.items():
+            if only and only not in name:
+                continue
             for tool in TOOLS:
                 command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
                 command += pytest(f"tests/gpu/{name}", "-k", selected)
@@ -114,23 +120,41 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def quantize(runner: Runner) -> None:
-    """`quantize --device gpu` from end to end: the files of a CPU run, byte for byte."""
+def same_files(runner: Runner, name: str, command: Callable[[str, Path], list[str]]) -> None:
+    """A command with either device writes the same files, byte for byte."""
     with tempfile.TemporaryDirectory() as scratch:
-        for format in FORMATS:
-            done, outputs = True, {}
-            for device in ("cpu", "gpu"):
-                outputs[device] = Path(scratch) / f"{format}-{device}"
-                command = [sys.executable, "-m", "paddle_ccq.quantize", "--model", str(MODEL)]
-                command += ["--output", str(outputs[device]), "--format", format]
-                command += ["--device", device, "--quiet"]
-                name = f"quantize-{format}-{device}"
-                done = runner.run(name, command, SECONDS["quantize"]) and done
-            if done:
-                cpu, gpu = hashes(outputs["cpu"]), hashes(outputs["gpu"])
-                differ = sorted(n for n in cpu.keys() | gpu.keys() if cpu.get(n) != gpu.get(n))
-                detail = f"{len(cpu)} files, different: {', '.join(differ) or 'none'}"
-                runner.verdict(f"quantize-{format}-same-bytes", not differ, detail)
+        done, outputs = True, {}
+        for device in ("cpu", "gpu"):
+            outputs[device] = Path(scratch) / device
+            ran = [sys.executable, *command(device, outputs[device])]
+            done = runner.run(f"{name}-{device}", ran, SECONDS["quantize"]) and done
+        if done:
+            cpu, gpu = hashes(outputs["cpu"]), hashes(outputs["gpu"])
+            differ = sorted(n for n in cpu.keys() | gpu.keys() if cpu.get(n) != gpu.get(n))
+            detail = f"{len(cpu)} files, different: {', '.join(differ) or 'none'}"
+            runner.verdict(f"{name}-same-bytes", not differ, detail)
+
+
+def quantize(runner: Runner) -> None:
+    """`quantize --device gpu` from end to end."""
+    for format in FORMATS:
+
+        def command(device: str, output: Path, format: str = format) -> list[str]:
+            what = ["--model", str(MODEL), "--output", str(output), "--format", format]
+            return ["-m", "paddle_ccq.quantize", *what, "--device", device, "--quiet"]
+
+        same_files(runner, f"quantize-{format}", command)
+
+
+def ldlq(runner: Runner) -> None:
+    """The calibrated search: its tests, and whole files with made-up statistics."""
+    runner.run("ldlq", pytest("tests/gpu/test_ldlq.py"), SECONDS["ldlq"])
+
+    def command(device: str, output: Path) -> list[str]:
+        what = ["--model", str(MODEL), "--output", str(output), "--device", device]
+        return ["benchmarks/gpu/calibrated_run.py", *what]
+
+    same_files(runner, "quantize-calibrated", command)
 
 
 def encode(runner: Runner) -> None:
@@ -140,6 +164,7 @@ def encode(runner: Runner) -> None:
 
 STEPS: dict[str, Callable[[Runner], None]] = {
     "tests": tests, "paddle": paddle, "quantize": quantize, "encode": encode, "sanitize": sanitize,
+    "ldlq": ldlq,
 }  # fmt: skip
 
 
@@ -150,6 +175,7 @@ def main() -> int:
     parser.add_argument("--steps", default="tests,quantize,sanitize", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--paddle-ops", metavar="SO", help="compiled custom_ops/paddle")
     parser.add_argument("--paddle", metavar="FOLDER", help="Paddle outside the environment")
+    parser.add_argument("--only", metavar="TEXT", help="sanitize only suites with this in the name")
     parser.add_argument("--logs", default="gpu-logs", metavar="FOLDER")
     args = parser.parse_args()
     steps = args.steps.split(",")

@@ -13,7 +13,7 @@ from ..checkpoint.reader import ROW_ORDERED_FORMAT, Checkpoint
 from ..codec import formats as codec_formats
 from ..codec.row_order import permute_rows, unpermute_rows
 from ..encoder.base import make_encoder
-from ..encoder.ldlq import LdlqEncoder, Moments
+from ..encoder.ldlq import Moments, calibrated_encoder
 from ..models.ernie import MLP
 
 # Projection -> attribute of an expert in models/ernie.py.
@@ -21,7 +21,10 @@ ATTRIBUTES = {"up_gate_proj": "up_gate", "down_proj": "down"}
 
 
 class Decoded:
-    """`decoded(name, format)`; wint2 is encoded with the calibration's statistics."""
+    """`decoded(name, format)`; wint2 is encoded with the calibration's statistics.
+
+    `device` is where codes are searched; the values are the same.
+    """
 
     def __init__(
         self,
@@ -30,12 +33,15 @@ class Decoded:
         preset: str,
         threads: int,
         moments: Moments | None,
+        device: str = "cpu",
     ) -> None:
         self.checkpoint = checkpoint
-        self._encoders = {f: make_encoder(f, preset, threads=threads) for f in formats}
+        self._encoders = {
+            f: make_encoder(f, preset, threads=threads, device=device) for f in formats
+        }
         if moments is not None and "wint2" in self._encoders:
             free = self._encoders["wint2"]
-            self._encoders["wint2"] = LdlqEncoder(preset, threads, moments, free)
+            self._encoders["wint2"] = calibrated_encoder(preset, threads, moments, free, device)
 
     def __call__(self, name: str, format: str) -> np.ndarray:
         """The named matrix [in, out] after a round trip through a format."""

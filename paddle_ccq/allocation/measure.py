@@ -45,12 +45,14 @@ def measure(
     threads: int,
     folder: Path | None = None,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> Sensitivities:
     """Costs of every MoE layer, projection and format; the model is read once or twice.
 
     wint2 is encoded with the statistics of the text, as `quantize --calibration` would, but for the
     windows that are measured on;
-    states go to a file in `folder` where they don't fit in memory.
+    states go to a file in `folder` where they don't fit in memory. `device` is where codes are
+    searched; the model runs on the CPU.
     """
     probes, others = held_out(text.windows, probing.tokens)
     seen = replace(text, windows=tuple(others))
@@ -58,7 +60,8 @@ def measure(
         closing(Statistics(checkpoint, seen, settings, threads, folder)) as statistics,
         closing(LayerWalk(checkpoint, probes, threads, folder)) as walk,
     ):
-        costs = _Measurement(checkpoint, statistics, walk, probing, threads, folder).run(progress)
+        measurement = _Measurement(checkpoint, statistics, walk, probing, threads, folder, device)
+        costs = measurement.run(progress)
     return Sensitivities(
         method=probing.method,
         settings=probing.as_dict(),
@@ -79,13 +82,14 @@ class _Measurement:
         probing: Probing,
         threads: int,
         folder: Path | None,
+        device: str,
     ) -> None:
         self.config = checkpoint.config
         self.walk, self.probing = walk, probing
         self._statistics = statistics
         self._known: dict[str, InputMoments | None] = {}
         self.decoded = Decoded(
-            checkpoint, probing.formats, probing.preset, threads, statistics.moments
+            checkpoint, probing.formats, probing.preset, threads, statistics.moments, device
         )
         layers = len(self.config.moe_layers())
         self.copies = Copies(walk, copies_of(probing, layers), folder)

@@ -84,6 +84,7 @@ class Request:
         folder: Path,
         restart: bool,
         progress: Progress,
+        device: str = "cpu",
     ) -> Sensitivities:
         """The costs, measured now or by the interrupted run that is going on in `folder`."""
         from ..calibration.text import read_calibration_text
@@ -117,6 +118,7 @@ class Request:
             threads or default_threads(),
             folder,
             progress,
+            device,
         )
         write_file(kept, json_bytes(found.as_dict()))
         return found

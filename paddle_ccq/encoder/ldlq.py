@@ -160,10 +160,13 @@ class LdlqEncoder:
 
     def search(self, weight: np.ndarray, metric: LdlqMetric) -> dict[str, np.ndarray]:
         """The stored tensors of float32 [N, K] under a metric."""
+        prepared = prepare(weight, self._recipe)
+        return pack(self._find(prepared, metric), prepared)
+
+    def _find(self, prepared: Prepared, metric: LdlqMetric) -> dict[str, np.ndarray]:
         from .. import _core
 
-        prepared = prepare(weight, self._recipe)
-        found = _core.ldlq(
+        return _core.ldlq(
             prepared.weight,
             metric.as_dict(),
             self._books,
@@ -172,4 +175,17 @@ class LdlqEncoder:
             self._threads,
             self._isa,
         )
-        return pack(found, prepared)
+
+
+def calibrated_encoder(
+    preset: str, threads: int, moments: Moments, data_free: MatrixEncoder, device: str = "cpu"
+) -> LdlqEncoder:
+    """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
+
+    Factors of the statistics and measures of the outputs are computed on the CPU either way.
+    """
+    if device == "gpu":
+        from .search_gpu import GpuLdlqEncoder
+
+        return GpuLdlqEncoder(preset, threads, moments, data_free)
+    return LdlqEncoder(preset, threads, moments, data_free)

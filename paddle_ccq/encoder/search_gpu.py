@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data-free encoder with its search on a GPU: the bytes of the CPU, many times faster."""
+"""The encoders with their search on a GPU: the bytes of the CPU, many times faster."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..ops import gpu
+from ..ops import gpu, gpu_ldlq
+from .ldlq import LdlqEncoder, Prepared
+from .ldlq_metric import LdlqMetric
 from .search import SearchEncoder
 
 
@@ -14,4 +16,18 @@ class GpuSearchEncoder(SearchEncoder):
 
     def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         found, _ = gpu.encode(weight, self._books, self._layout.as_dict(), self._recipe.as_dict())
+        return found
+
+
+class GpuLdlqEncoder(LdlqEncoder):
+    """LdlqEncoder on the first GPU; needs the compiled GPU library."""
+
+    def _find(self, prepared: Prepared, metric: LdlqMetric) -> dict[str, np.ndarray]:
+        found, _ = gpu_ldlq.ldlq(
+            prepared.weight,
+            metric.as_dict(),
+            self._books,
+            prepared.supers,
+            self._recipe.as_dict(),
+        )
         return found

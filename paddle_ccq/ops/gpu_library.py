@@ -19,7 +19,7 @@ from ..errors import CcqError, run_cli
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
 _BUILT = Path(__file__).resolve().parent.parent / "_gpu.so"
 _SOURCES = (
-    *("encode.cu", "dequant.cu", "host.cu", "host_encode.cu"),
+    *("encode.cu", "dequant.cu", "host.cu", "host_encode.cu", "ldlq.cu", "host_ldlq.cu"),
     *("repack.cu", "moe_gemm.cu", "activation.cu", "dispatch.cu", "moe_block.cu"),
 )
 
@@ -78,6 +78,26 @@ class EncodeArgs(ctypes.Structure):
         ("pairs", ctypes.c_int),
         *[(name, ctypes.c_void_p) for name in ("words", "scales", "supers", "chosen", "sums")],
         ("workspace", ctypes.c_void_p),
+    ]
+
+
+class LdlqArgs(ctypes.Structure):
+    """struct ccq_ldlq_args (custom_ops/gpu/ldlq.h)."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("weight", "h", "feedback")],
+        *[(name, ctypes.c_void_p) for name in ("d_root", "h_root", "h_inverse")],
+        *[(name, ctypes.c_void_p) for name in ("books", "supers")],
+        ("pairs", ctypes.c_int),
+        ("candidates", ctypes.c_int),
+        ("nominal", ctypes.c_float),
+        *[(name, ctypes.c_int) for name in ("low", "high", "keep_pairs", "sweeps")],
+        ("run_bytes", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("words", "scales", "found_supers")],
+        *[(name, ctypes.c_void_p) for name in ("found_pairs", "loss")],
+        *[(name, ctypes.c_void_p) for name in ("workspace", "screened")],
     ]
 
 
@@ -146,6 +166,11 @@ def load() -> ctypes.CDLL:
         timing = [ctypes.POINTER(EncodeArgs), ctypes.POINTER(ctypes.c_float)]
         library.ccq_encode_host.argtypes = timing
         library.ccq_dequant_host.argtypes = [ctypes.POINTER(DequantArgs)]
+        timing = [ctypes.POINTER(LdlqArgs), ctypes.POINTER(ctypes.c_float)]
+        library.ccq_ldlq_host.argtypes = timing
+        library.ccq_ldlq_workspace.argtypes = [ctypes.POINTER(LdlqArgs)]
+        library.ccq_ldlq_workspace.restype = ctypes.c_size_t
+        library.ccq_ldlq_held_bytes.restype = ctypes.c_size_t
     except AttributeError as error:
         raise CcqError(
             f"{path}: of another version ({error}); build it again with "
@@ -160,6 +185,13 @@ def available() -> bool:
         return load().ccq_device_count() > 0
     except CcqError:
         return False
+
+
+def require() -> None:
+    """Raise a CcqError where --device gpu cannot work: no library, no driver or no GPU."""
+    load()
+    if not available():
+        raise CcqError("--device gpu: no NVIDIA GPU, or no driver for it; use --device cpu")
 
 
 def check(library: ctypes.CDLL, status: int, what: str) -> None:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibrated search on the GPU, over NumPy arrays in host memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import gpu_library
+from .gpu_library import LdlqArgs
+
+# Device memory for the runs in flight, beside the matrices: all of the 300B's largest expert
+# matrix at the default preset. With less there are fewer channels at a time, and the same result.
+RUN_BYTES = 4 << 30
+LIMITS = {"n": 1 << 20, "k": 1 << 17, "pairs": 1024, "candidates": 64, "local scales": 8}
+TIMES = ("upload", "pairs", "feedback", "descent", "download")
+
+
+def ldlq(
+    weight: np.ndarray,
+    metric: Mapping[str, np.ndarray],
+    books: np.ndarray,
+    supers: np.ndarray,
+    recipe: Mapping[str, Any],
+    run_bytes: int = RUN_BYTES,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """What _core.ldlq returns for the same arguments, bit for bit, and milliseconds by part.
+
+    Args:
+        weight: float32 [N, K], 64 | K.
+        metric: LdlqMetric.as_dict(), float32, finite.
+        books: float32 [pairs, 4, 256].
+        supers: float32 [candidates, N].
+        recipe: LdlqRecipe.as_dict().
+        run_bytes: device memory for the runs in flight; halved where the device has less.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+        CcqError: without the GPU library, or when the GPU fails.
+    """
+    weight = _floats(weight, "weight")
+    if weight.ndim != 2 or weight.shape[1] % 64 or not weight.size:
+        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(weight.shape)}")
+    n, k = weight.shape
+    books, supers = _floats(books, "books"), _floats(supers, "supers")
+    pairs, candidates = len(books), len(supers)
+    _shape(books, (pairs, 4, 256), "books")
+    _shape(supers, (candidates, n), "supers")
+    shapes = {"h": (k, k), "feedback": (k, k)}
+    shapes |= dict.fromkeys(("d_root", "h_root", "h_inverse"), (k // 4, 4, 4))
+    arrays = {name: _floats(metric[name], name) for name in shapes}
+    for name, shape in shapes.items():
+        _shape(arrays[name], shape, name)
+    tries = recipe["window_high"] - recipe["window_low"] + 1
+    sizes = {"n": n, "k": k, "pairs": pairs, "candidates": candidates, "local scales": tries}
+    for name, most in LIMITS.items():
+        if not 1 <= sizes[name] <= most:
+            raise ValueError(f"{name} must be 1 to {most}, got {sizes[name]}")
+    if recipe["keep_pairs"] < 1 or recipe["sweeps"] < 0:
+        raise ValueError("keep_pairs must be at least 1, sweeps at least 0")
+
+    library = gpu_library.load()
+    # On the device a book's entries lie whole, one behind the other.
+    entries = np.ascontiguousarray(books.transpose(0, 2, 1))
+    found = {
+        "words": np.empty((n, k // 4), np.uint16),
+        "scales": np.empty((n, k // 64), np.uint16),
+        "supers": np.empty(n, np.float32),
+        "pairs": np.empty(n, np.int32),
+        "loss": np.empty(n, np.float64),
+    }
+    args = LdlqArgs(
+        n=n,
+        k=k,
+        weight=weight.ctypes.data,
+        **{name: array.ctypes.data for name, array in arrays.items()},
+        books=entries.ctypes.data,
+        supers=supers.ctypes.data,
+        pairs=pairs,
+        candidates=candidates,
+        nominal=recipe["nominal"],
+        low=recipe["window_low"],
+        high=recipe["window_high"],
+        keep_pairs=recipe["keep_pairs"],
+        sweeps=recipe["sweeps"],
+        run_bytes=run_bytes,
+        words=found["words"].ctypes.data,
+        scales=found["scales"].ctypes.data,
+        found_supers=found["supers"].ctypes.data,
+        found_pairs=found["pairs"].ctypes.data,
+        loss=found["loss"].ctypes.data,
+    )
+    if library.ccq_ldlq_workspace(ctypes.byref(args)) == 0:
+        raise ValueError(f"run_bytes {run_bytes}: too little for the runs of one channel")
+    times = (ctypes.c_float * len(TIMES))()
+    gpu_library.check(library, library.ccq_ldlq_host(ctypes.byref(args), times), "encoding")
+    return found, dict(zip(TIMES, times, strict=True))
+
+
+def held_bytes() -> int:
+    """Device memory that the search keeps for its next call."""
+    return int(gpu_library.load().ccq_ldlq_held_bytes())
+
+
+def _floats(array: np.ndarray, name: str) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        raise ValueError(f"{name} must be a float32 array, got {getattr(array, 'dtype', array)}")
+    return np.ascontiguousarray(array)
+
+
+def _shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(array.shape)}")
