@@ -42,7 +42,8 @@ struct FewConfig {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = kR_, kWK = kWK_, kWN = kWN_, kRows = kRows_, kStages = kStages_;
   static constexpr int kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = kR * kWN;
-  static constexpr int kColumnSlots = 3, kSumsSlots = 3;
+  static constexpr int kTileTokens = kRows, kColumnSlots = 3, kSumsSlots = 3;
+  __host__ __device__ static constexpr int weight(int) { return 1; }
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots;
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
-  scan_offsets<C::kRows>(p.offsets, p.experts, p.rows, s.blocks, s.rows);
+  scan_offsets<C>(p.offsets, p.experts, p.rows, s.blocks, s.rows);
 
   const int tiles = s.blocks[p.experts] * column_tiles, grid = gridDim.x, own = blockIdx.x;
   const int each = tiles / grid, longer = tiles % grid;

@@ -27,33 +27,13 @@ struct Config {
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
   static constexpr int kColumnSlots = kStages + 1, kWarpBytes = Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes;
   static constexpr int kRowsBytes = kNT * kRowsUnitBytes;  // a stage of activations
-  static constexpr int kBarriers = kWarps * kStages + 2 * kRowsStages;
-  static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block and slot
+  static constexpr int kBarriers = kWarps * kStages + 2 * kRowsStages + 1;
+  static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block
+  // Time of a unit by its tile's rows, roughly (schedule.cuh).
+  static constexpr int kMostWeight = 6;
+  __device__ static constexpr int weight(int rows) { return rows <= 8 ? 3 : rows <= 16 ? 4 : 6; }
   static size_t shared_bytes(int experts) {
-    return kWarps * kWarpBytes + kRowsStages * kRowsBytes + 8 * kBarriers + 2 * sizeof(int) * (experts + 1);
-  }
-};
-
-// A walk over a block's units: down K, then blocks of rows, columns, experts (the order of schedule.cuh's tiles).
-struct Walk {
-  int expert, column, block, count, kb, left;  // count: the expert's blocks of rows; left: units to come, this one included
-
-  __device__ Walk(const Routing& routing, int tile, int experts, int kb_, int units) : kb(kb_), left(units) {
-    expert = routing.expert_of(tile, experts);
-    count = routing.blocks[expert + 1] - routing.blocks[expert];
-    const int local = tile - routing.blocks[expert] * routing.column_tiles;
-    column = local / count, block = local - column * count;
-  }
-  __device__ void next(const Routing& routing, int blocks_k) {
-    --left;
-    if (++kb < blocks_k) return;
-    kb = 0;
-    if (++block < count) return;
-    block = 0;
-    if (++column < routing.column_tiles || left == 0) return;
-    column = 0;
-    do ++expert, count = routing.blocks[expert + 1] - routing.blocks[expert];
-    while (count == 0);
+    return kWarps * kWarpBytes + kRowsStages * kRowsBytes + 8 * kBarriers + 3 * sizeof(int) * (experts + 1);
   }
 };
 
@@ -61,7 +41,7 @@ template <typename C>
 struct Warp {
   static constexpr int kR = C::kR;
   const GemmParams& p;
-  const Routing routing;
+  const Line<C>& line;
   char* const columns;  // shared: [kColumnSlots][kColumnBytes]
   char* const rows;     // shared, of the block: [kRowsStages][kRowsBytes]
   Barrier* const rows_full;
@@ -70,7 +50,7 @@ struct Warp {
   Ring<kR, C::kStages> ring;
 
   // The end of the rings where units are ordered.
-  Walk ahead;
+  Walk<C> ahead;
   int ahead_unit = 0;    // its number in the block's stretch
   int ahead_slot = 0;
   int ahead_tiles = 0;   // tiles of this warp's that are there
@@ -101,14 +81,12 @@ struct Warp {
   }
 
   // The activations of a unit, once all warps have left what lay there.
-  __device__ void request_rows(const Walk& at, int unit) {
+  __device__ void request_rows(const Walk<C>& at, int unit) {
     const int stage = unit % C::kRowsStages;
     if (unit >= C::kRowsStages) rows_free[stage].wait((unit / C::kRowsStages + 1) & 1);
-    const int start = routing.rows[at.expert], end = routing.rows[at.expert + 1];
-    const int left_rows = end - start - at.block * C::kTileTokens, count = min(C::kNT, (left_rows + 7) / 8);
-    const int bytes = left_rows <= 4 ? kFourRowsBytes : kRowsUnitBytes;
-    const int place = first_prepared_block(start, at.expert) + at.block * C::kNT;
-    const char* from = p.prepared.x + (static_cast<size_t>(place) * blocks_k + at.kb) * kRowsUnitBytes;
+    const Tile tile = at.tile(line);
+    const int count = (tile.rows + 7) / 8, bytes = tile.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes;
+    const char* from = p.prepared.x + (static_cast<size_t>(tile.block) * blocks_k + at.kb) * kRowsUnitBytes;
     const size_t next = static_cast<size_t>(blocks_k) * kRowsUnitBytes;
     char* const to = rows + stage * C::kRowsBytes;
 #if CCQ_BULK
@@ -139,7 +117,7 @@ struct Warp {
                  ahead_tiles, stage);
       if (!beginning && ahead_unit % C::kWarps == warp) request_rows(ahead, ahead_unit);
       ++ahead_unit, ahead_index += ahead_stride;
-      ahead.next(routing, blocks_k);
+      ahead.next(line);
     }
     ring.commit();
   }
@@ -322,26 +300,14 @@ struct Rows {
   static constexpr int value = kRows;
 };
 
-// Where a block is: the tile, its part of K, how often the tile is cut.
-struct Part {
-  int tile, expert, kb, kb_end, parts;
-  Split split;
-};
-
 // kRows: 4 and 8 with integers; beyond, blocks of 8 with fp16.
 template <typename C, int kRows>
-__device__ void run_part(Warp<C>& w, const Part& part, int number, int slot, int& pending) {
+__device__ void run_part(Warp<C>& w, const Walk<C>& at, int kb_end, int number, int slot, Shares<C>& shares) {
   constexpr int kNT = kRows <= 8 ? 1 : kRows / 8;
   Accumulator<C, kNT> acc;
-  if constexpr (kRows <= 8) multiply_bytes<C, kRows / 4>(w, part.kb, part.kb_end, number, slot, acc);
-  else multiply<C, kNT>(w, part.kb, part.kb_end, number, slot, acc);
+  if constexpr (kRows <= 8) multiply_bytes<C, kRows / 4>(w, at.kb, kb_end, number, slot, acc);
+  else multiply<C, kNT>(w, at.kb, kb_end, number, slot, acc);
   // All this is worked out here and not before the loop, to keep it out of its registers; the slot stays until now.
-  const Tile tile = w.routing.find(part.tile, part.expert, C::kTileTokens);
-  int first = blockIdx.x, last = blockIdx.x;
-  if (part.kb > 0 || part.kb_end < w.blocks_k) {
-    first = part.split.owner(part.tile * part.parts);
-    last = part.split.owner(part.tile * part.parts + part.parts - 1);
-  }
   constexpr float kFactor = kRows <= 8 ? 1.f : 16777216.f;
   float super[C::kR][2];
 #pragma unroll
@@ -349,7 +315,7 @@ __device__ void run_part(Warp<C>& w, const Part& part, int number, int slot, int
     const float2 s = load_supers(w.columns + slot * C::kColumnBytes + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * kFactor, super[r][1] = s.y * (kRows <= 8 ? 1.f : kFactor * kUpperColumns);
   }
-  finish_part<C, kNT>(w, tile, super, first, last, pending, acc);
+  finish_part<C, kNT>(w, at, kb_end, super, shares, acc);
 }
 
 template <typename C>
@@ -358,57 +324,49 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   char* const all_rows = shared + C::kWarps * C::kWarpBytes;
   Barrier* const barriers = reinterpret_cast<Barrier*>(all_rows + C::kRowsStages * C::kRowsBytes);
   Barrier *const rows_full = barriers + C::kWarps * C::kStages, *const rows_free = rows_full + C::kRowsStages;
-  int* blocks = reinterpret_cast<int*>(barriers + C::kBarriers);
-  int* rows = blocks + p.experts + 1;
+  Barrier* const shares_there = rows_free + C::kRowsStages;
+  int* const blocks = reinterpret_cast<int*>(barriers + C::kBarriers);
+  int *const rows = blocks + p.experts + 1, *const weights = rows + p.experts + 1;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {  // one lane after another would take microseconds
     for (int i = 0; i < C::kStages; ++i) barriers[warp * C::kStages + i].init(1);
     if (warp < C::kRowsStages) rows_full[warp].init(CCQ_BULK ? 1 : 32), rows_free[warp].init(C::kWarps);
+    if (warp == C::kRowsStages) shares_there->init(C::kWarps);
     publish_barriers();
   }
-  scan_offsets<C::kTileTokens>(p.offsets, p.experts, p.rows, blocks, rows);
+  scan_offsets<C>(p.offsets, p.experts, p.rows, blocks, rows, weights);
 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
-  const Routing routing{blocks, rows, (tiles_n + C::kTiles - 1) / C::kTiles};
-  const int tiles = blocks[p.experts] * routing.column_tiles;
-  const int parts = parts_of(tiles, blocks_k, gridDim.x);
-  // With less than one part a block the rest stays out, so that every block of a tile's stretch has a share in it.
-  const int total = tiles * parts;
-  const int grid = min(static_cast<int>(gridDim.x), total);
-  if (static_cast<int>(blockIdx.x) >= grid) return;
-  const Split split(total, grid);
-  const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
-  auto kb_of = [&](int part) { return part % parts * blocks_k / parts; };
+  const Line<C> line(blocks, rows, weights, p.experts, (tiles_n + C::kTiles - 1) / C::kTiles, blocks_k);
+  if (static_cast<int>(blockIdx.x) >= line.grid) return;
+  Walk<C> walk(line);
+  if (walk.left == 0) return;
 
   char* const own = shared + warp * C::kWarpBytes;
-  const int first_tile = begin / parts, first_kb = kb_of(begin);
-  int left = (end / parts - first_tile) * blocks_k + kb_of(end) - first_kb;
-  Walk walk(routing, first_tile, p.experts, first_kb, left);
-  Part part{first_tile, walk.expert, first_kb, 0, parts, split};
-  Warp<C> w{p, routing, own + Ring<C::kR, C::kStages>::kBytes, all_rows, rows_full, rows_free, lane, warp, blocks_k,
+  Warp<C> w{p, line, own + Ring<C::kR, C::kStages>::kBytes, all_rows, rows_full, rows_free, lane, warp, blocks_k,
             tiles_n, Ring<C::kR, C::kStages>(own, barriers + warp * C::kStages), walk};
 #pragma unroll
   for (int i = 0; i < C::kStages; ++i) w.request(i, true);
   // Weights and offsets do not depend on the kernel before this one, activations and tickets do.
   wait_for_prerequisites();
-  for (int i = 0; i < C::kStages && walk.left > 0; ++i, walk.next(routing, blocks_k))
-    if (i == warp) w.request_rows(walk, i);
+  Walk<C> first = walk;
+  for (int i = 0; i < C::kStages && first.left > 0; ++i, first.next(line))
+    if (i == warp) w.request_rows(first, i);
 
-  int slot = 0, unit = 0, pending = -1;
-  while (left > 0) {
-    const Tile tile = routing.find(part.tile, part.expert, C::kTileTokens);
-    part.expert = tile.expert;
-    part.kb_end = min(blocks_k, part.kb + left);
-    auto run = [&](auto rows) { run_part<C, decltype(rows)::value>(w, part, unit, slot, pending); };
-    if (tile.rows <= 4) run(Rows<4>{});
-    else if (tile.rows <= 8) run(Rows<8>{});
-    else if (C::kNT == 2 || tile.rows <= 16) run(Rows<16>{});
+  Shares<C> shares{shares_there};
+  int slot = 0, unit = 0;
+  while (walk.left > 0) {
+    const int kb_end = min(blocks_k, walk.kb + walk.left), count = line.rows_of(walk.expert, walk.block);
+    auto run = [&](auto rows) { run_part<C, decltype(rows)::value>(w, walk, kb_end, unit, slot, shares); };
+    if (count <= 4) run(Rows<4>{});
+    else if (count <= 8) run(Rows<8>{});
+    else if (C::kNT == 2 || count <= 16) run(Rows<16>{});
     else run(Rows<C::kTileTokens>{});  // the same again where a tile has 16 rows
     slot = Warp<C>::next_slot(slot);
-    unit += part.kb_end - part.kb, left -= part.kb_end - part.kb;
-    part.kb = 0, ++part.tile;
+    unit += kb_end - walk.kb;
+    walk.skip(line, kb_end);
   }
-  if (pending >= 0) publish_share<C>(w, pending);
+  shares.publish(w);
 }
 
 }  // namespace ccq

@@ -27,8 +27,11 @@ struct WideConfig {
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
   static constexpr int kRingBytes = kStages * kStageBytes, kWarpBytes = kRingBytes + kColumnSlots * kColumnBytes;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
+  // Half-full tiles cost as much as full ones.
+  static constexpr int kMostWeight = 1;
+  __host__ __device__ static constexpr int weight(int) { return 1; }
   static size_t shared_bytes(int experts) {
-    return 1024 + kStages * kRowsBytes + kWarps * kWarpBytes + 2 * sizeof(int) * (experts + 1);
+    return 1024 + kStages * kRowsBytes + kWarps * kWarpBytes + 16 + 3 * sizeof(int) * (experts + 1);
   }
 };
 
@@ -116,13 +119,14 @@ template <typename C>
 struct WideWarp {
   static constexpr int kR = C::kR;
   const GemmParams& p;
-  const Routing routing;
+  const Line<C>& line;
   char* const rows;       // shared: the activations' ring
   char* const ring;
   char* const ring_lane;  // ring + 16 * lane
   const int lane, warp, blocks_k, tiles_n;
 
-  int ahead_tile, ahead_kb, ahead_left, ahead_expert, ahead_stage, ahead_columns, ahead_rows_stage;
+  Walk<C> ahead;
+  int ahead_stage, ahead_columns, ahead_rows_stage;
   int ahead_count, ahead_first, ahead_rows;
   const uint8_t* ahead_quant;
   const uint8_t* ahead_scales;
@@ -135,16 +139,16 @@ struct WideWarp {
   __device__ static int next_rows(int at) { return at + C::kRowsBytes == C::kStages * C::kRowsBytes ? 0 : at + C::kRowsBytes; }
   __device__ int tile16(int column_tile) const { return column_tile * C::kTiles + warp * kR; }
 
-  __device__ void aim() {  // at the tile ahead_tile, row block ahead_kb
-    Tile t = routing.find(ahead_tile, ahead_expert, C::kTileTokens);
-    ahead_expert = t.expert, ahead_rows = t.rows;
+  __device__ void aim() {  // at the place `ahead`
+    const Tile t = ahead.tile(line);
+    ahead_rows = t.rows;
     const int t16 = min(tile16(t.column_tile), (tiles_n - 1) / kR * kR);
     ahead_first = t16 % 4, ahead_count = min(4, tiles_n - t16 / 4 * 4);
-    const size_t unit = ccq_unit_index(t.expert, t16, ahead_kb, tiles_n, blocks_k);
+    const size_t unit = ccq_unit_index(ahead.expert, t16, ahead.kb, tiles_n, blocks_k);
     ahead_quant = p.quant + unit * 512 + lane * 16;
     ahead_scales = p.scales + unit * 16 + lane * 16;
-    ahead_x = p.prepared.rows + (static_cast<size_t>(t.row) * p.k + ahead_kb * 128) * 2 + threadIdx.x % 16 * 16;
-    const uint32_t* column = p.columns + (static_cast<size_t>(t.expert) * tiles_n + t16) * 32 + lane * 4;
+    ahead_x = p.prepared.rows + (static_cast<size_t>(t.row) * p.k + ahead.kb * 128) * 2 + threadIdx.x % 16 * 16;
+    const uint32_t* column = p.columns + (static_cast<size_t>(ahead.expert) * tiles_n + t16) * 32 + lane * 4;
     const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
 #pragma unroll
     for (int j = 0; j < C::kPlanes; ++j)
@@ -152,7 +156,7 @@ struct WideWarp {
         copy16(ring_lane + ahead_columns + j * (kR * kPlaneBytes), column + j * plane);
   }
   __device__ void request() {  // the next unit of the line, or nothing
-    if (ahead_left > 0) {
+    if (ahead.left > 0) {
       char* to = ring_lane + ahead_stage;
 #pragma unroll
       for (int r = 0; r < kR; ++r)
@@ -168,12 +172,8 @@ struct WideWarp {
         copy16(x_to + row * 128 + ((piece ^ row) & 7) * 16, ahead_x + static_cast<size_t>(min(row, ahead_rows - 1)) * p.k * 2);
       ahead_x += 256;
       ahead_rows_stage = next_rows(ahead_rows_stage);
-      --ahead_left;
-      if (++ahead_kb == blocks_k && ahead_left > 0) {
-        ahead_kb = 0, ++ahead_tile;
-        ahead_columns = next_columns(ahead_columns);
-        aim();
-      }
+      ahead.next(line);
+      if (ahead.kb == 0 && ahead.left > 0) ahead_columns = next_columns(ahead_columns), aim();
     }
     copy_commit();
   }
@@ -239,18 +239,18 @@ __device__ void multiply_wide(WideWarp<C>& w, int kb, int kb_end, int& stage, in
 }
 
 template <typename C>
-__device__ void run_wide_tile(WideWarp<C>& w, const Tile& tile, int kb, int kb_end, int& stage, int& rows_stage,
-                              int columns_at, int first_block, int last_block, int& pending) {
+__device__ void run_wide_part(WideWarp<C>& w, const Walk<C>& at, int kb_end, int& stage, int& rows_stage, int columns_at,
+                              Shares<C>& shares) {
   constexpr int kNT = C::kNT;
   Accumulator<C, kNT> acc;
-  multiply_wide<C>(w, kb, kb_end, stage, rows_stage, columns_at, acc);
+  multiply_wide<C>(w, at.kb, kb_end, stage, rows_stage, columns_at, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
     const float2 s = load_supers(w.ring + columns_at + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * 16777216.f, super[r][1] = s.y * 16777216.f;
   }
-  finish_part<C, kNT>(w, tile, super, first_block, last_block, pending, acc);
+  finish_part<C, kNT>(w, at, kb_end, super, shares, acc);
 }
 
 template <typename C>
@@ -258,50 +258,35 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
   extern __shared__ char unaligned[];
   char* const shared = unaligned + (-static_cast<int>(__cvta_generic_to_shared(unaligned)) & 1023);
   char* const rings = shared + C::kStages * C::kRowsBytes;
-  int* blocks = reinterpret_cast<int*>(rings + C::kWarps * C::kWarpBytes);
-  int* rows = blocks + p.experts + 1;
-  scan_offsets<C::kTileTokens>(p.offsets, p.experts, p.rows, blocks, rows);
+  Barrier* const shares_there = reinterpret_cast<Barrier*>(rings + C::kWarps * C::kWarpBytes);
+  int* const blocks = reinterpret_cast<int*>(shares_there + 2);
+  int *const rows = blocks + p.experts + 1, *const weights = rows + p.experts + 1;
+  if (threadIdx.x == 0) shares_there->init(C::kWarps);
+  scan_offsets<C>(p.offsets, p.experts, p.rows, blocks, rows, weights);
   wait_for_prerequisites();
 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
-  const Routing routing{blocks, rows, (tiles_n + C::kTiles - 1) / C::kTiles};
-  const int tiles = blocks[p.experts] * routing.column_tiles;
-  const int parts = parts_of(tiles, blocks_k, gridDim.x);
-  const int total = tiles * parts;
-  const int grid = min(static_cast<int>(gridDim.x), total);
-  if (static_cast<int>(blockIdx.x) >= grid) return;
-  const Split split(total, grid);
-  const int begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
-  auto kb_of = [&](int part) { return part % parts * blocks_k / parts; };
+  const Line<C> line(blocks, rows, weights, p.experts, (tiles_n + C::kTiles - 1) / C::kTiles, blocks_k);
+  if (static_cast<int>(blockIdx.x) >= line.grid) return;
+  Walk<C> walk(line);
+  if (walk.left == 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char* const ring = rings + warp * C::kWarpBytes;
-  WideWarp<C> w{p, routing, shared, ring, ring + lane * 16, lane, warp, blocks_k, tiles_n};
-  int tile_index = begin / parts, kb = kb_of(begin);
-  int left = (end / parts - tile_index) * blocks_k + kb_of(end) - kb;
-  int expert = routing.expert_of(tile_index, p.experts);
-  w.ahead_tile = tile_index, w.ahead_kb = kb, w.ahead_left = left, w.ahead_expert = expert;
-  w.ahead_stage = 0, w.ahead_columns = C::kRingBytes, w.ahead_rows_stage = 0;
+  WideWarp<C> w{p, line, shared, ring, ring + lane * 16, lane, warp, blocks_k, tiles_n, walk, 0, C::kRingBytes, 0};
   w.aim();
 #pragma unroll
   for (int i = 0; i < C::kAhead; ++i) w.request();
 
-  int stage = 0, rows_stage = 0, columns_at = C::kRingBytes, pending = -1;
-  while (left > 0) {
-    const Tile tile = routing.find(tile_index, expert, C::kTileTokens);
-    expert = tile.expert;
-    const int kb_end = min(blocks_k, kb + left);
-    int first_block = blockIdx.x, last_block = blockIdx.x;
-    if (kb > 0 || kb_end < blocks_k) {
-      first_block = split.owner(tile_index * parts);
-      last_block = split.owner(tile_index * parts + parts - 1);
-    }
-    run_wide_tile<C>(w, tile, kb, kb_end, stage, rows_stage, columns_at, first_block, last_block, pending);
+  Shares<C> shares{shares_there};
+  int stage = 0, rows_stage = 0, columns_at = C::kRingBytes;
+  while (walk.left > 0) {
+    const int kb_end = min(blocks_k, walk.kb + walk.left);
+    run_wide_part<C>(w, walk, kb_end, stage, rows_stage, columns_at, shares);
     columns_at = WideWarp<C>::next_columns(columns_at);
-    left -= kb_end - kb;
-    kb = 0, ++tile_index;
+    walk.skip(line, kb_end);
   }
-  if (pending >= 0) publish_share<C>(w, pending);
+  shares.publish(w);
 }
 
 }  // namespace ccq

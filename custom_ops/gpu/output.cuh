@@ -4,6 +4,7 @@
 
 #include "decode.cuh"
 #include "prepare.cuh"
+#include "ring.cuh"
 #include "schedule.cuh"
 
 namespace ccq {
@@ -72,18 +73,28 @@ __device__ void leave_share(const W& w, int rows, const Accumulator<C, kNT>& acc
     }
 }
 
-// Tells `owner` that this warp's share is there. Waits for the writes, so it is called when they have had time.
-template <typename C, typename W>
-__device__ void publish_share(const W& w, int owner) {
-  __threadfence();
-  __syncwarp();
-  if (w.lane == 0) atomicAdd(w.p.prepared.tickets + owner * C::kWarps + w.warp, 1);
-}
+// A block's own share, until its owner is told. Telling waits for the writes, microseconds on a busy memory system; so one
+// warp does it for all, and late.
+template <typename C>
+struct Shares {
+  Barrier* there;  // one arrival a warp
+  int owner = -1;  // of the block's first tile: nobody to be told
+
+  template <typename W>
+  __device__ void publish(const W& w) {
+    if (owner >= 0 && w.warp == 0) {
+      there->wait(0);
+      __threadfence();
+      if (w.lane == 0) atomicAdd(w.p.prepared.tickets + owner, 1);
+    }
+    owner = -1;
+  }
+};
 
 // Adds the shares of the blocks after this one, up to `last`.
 template <typename C, int kNT, typename W>
 __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kNT>& acc) {
-  const int* const ticket = w.p.prepared.tickets + blockIdx.x * C::kWarps + w.warp;
+  const int* const ticket = w.p.prepared.tickets + blockIdx.x;
   int there;
   do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(there) : "l"(ticket) : "memory");
   while (there < last - static_cast<int>(blockIdx.x));
@@ -108,18 +119,21 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   }
 }
 
-// What a block does with its part of a tile: `first` and `last` are the blocks that have parts of it. `pending`: the owner
-// of this block's first tile, to be told once; -1: nobody.
+// What a warp does with its part of a tile, which begins at `at` and ends before `kb_end`.
 template <typename C, int kNT, typename W>
-__device__ void finish_part(const W& w, const Tile& tile, const float (&super)[C::kR][2], int first, int last, int& pending,
+__device__ void finish_part(const W& w, const Walk<C>& at, int kb_end, const float (&super)[C::kR][2], Shares<C>& shares,
                             Accumulator<C, kNT>& acc) {
-  if (pending >= 0) publish_share<C>(w, pending), pending = -1;
-  if (static_cast<int>(blockIdx.x) != first) {
+  shares.publish(w);
+  const Tile tile = at.tile(w.line);
+  if (at.kb > 0) {
     leave_share<C, kNT>(w, tile.rows, acc);
-    pending = first;
+    __syncwarp();
+    if (w.lane == 0) shares.there->arrive();
+    shares.owner = w.line.owner(at.expert, at.column, at.block, 0);
     return;
   }
-  if (last != first) collect_shares<C, kNT>(w, tile.rows, last, acc);
+  if (kb_end < w.blocks_k)
+    collect_shares<C, kNT>(w, tile.rows, w.line.owner(at.expert, at.column, at.block, w.blocks_k - 1), acc);
   write_out<C, kNT>(w, tile, super, acc);
 }
 

@@ -74,7 +74,24 @@ __device__ inline void publish_barriers() {
 #endif
 }
 
+// Weights are read once: they leave the cache before activations, partial results and code do.
+__device__ inline uint64_t streaming_policy() {
+  uint64_t policy = 0;
+#if CCQ_BULK
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+#endif
+  return policy;
+}
+
 // Global to shared memory: multiples of 16 bytes, announced to the barrier.
+__device__ inline void bulk_copy(void* to, const void* from, int bytes, Barrier* barrier, uint64_t policy) {
+#if CCQ_BULK
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
+#endif
+}
 __device__ inline void bulk_copy(void* to, const void* from, int bytes, Barrier* barrier) {
 #if CCQ_BULK
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
@@ -101,8 +118,14 @@ struct Ring {
 #if CCQ_BULK
     if (threadIdx.x % 32 == 0) {
       full[ahead].arrive_and_expect(tiles * 528);
+#ifdef CCQ_NOHINT
       bulk_copy(to, quant, tiles * 512, full + ahead);
       bulk_copy(to + kR * 512, scales, tiles * 16, full + ahead);
+#else
+      const uint64_t policy = streaming_policy();
+      bulk_copy(to, quant, tiles * 512, full + ahead, policy);
+      bulk_copy(to + kR * 512, scales, tiles * 16, full + ahead, policy);
+#endif
     }
 #else
     const int lane = threadIdx.x % 32;

@@ -2,44 +2,15 @@
 // Who computes what in the grouped GEMM: tiles over experts, and the line of units that blocks share.
 //
 // A tile is (expert, a block's columns, a block's rows); a unit is a tile's next 128 input rows. All units of all tiles
-// form one line, tile after tile, and each block takes an equal stretch of it, so that all SMs end together whatever the
-// routing. A tile that lies in several stretches is summed from partial results (moe_gemm.cuh).
+// form one line: experts, then columns, then blocks of rows (so that blocks reading the same weights stand next to each
+// other), then K. Each block takes a stretch of it. A unit with more rows takes longer; so units have weights, and
+// stretches have equal weight: all SMs end together whatever the routing. A tile that lies in several stretches is summed
+// from partial results (output.cuh).
 #pragma once
 
 #include "prepare.cuh"
 
 namespace ccq {
-
-// Where a tile lies. Tiles run over experts, then columns, then blocks of rows, so that blocks reading the same weights
-// stand next to each other.
-struct Tile {
-  int expert, column_tile, row, rows;
-  int block;  // its first block of 8 prepared rows
-};
-
-// Prefix sums over experts, in shared memory.
-struct Routing {
-  const int* blocks;  // [experts + 1] row blocks before an expert
-  const int* rows;    // [experts + 1] rows before an expert
-  int column_tiles;
-
-  __device__ Tile find(int tile, int expert, int tile_tokens) const {
-    while (tile >= blocks[expert + 1] * column_tiles) ++expert;
-    int local = tile - blocks[expert] * column_tiles, count = blocks[expert + 1] - blocks[expert];
-    int column = local / count, block = local - column * count;
-    int row = rows[expert] + block * tile_tokens;
-    return {expert, column, row, min(tile_tokens, rows[expert + 1] - row),
-            first_prepared_block(rows[expert], expert) + block * (tile_tokens / 8)};
-  }
-  __device__ int expert_of(int tile, int experts) const {
-    int low = 0, high = experts - 1;
-    while (low < high) {
-      int mid = (low + high) / 2;
-      if (tile < blocks[mid + 1] * column_tiles) high = mid; else low = mid + 1;
-    }
-    return low;
-  }
-};
 
 // The expert of a block of rows: as many as end at or before it. All lanes of a warp together.
 __device__ inline int expert_of_block(const int* blocks, int experts, int block) {
@@ -51,59 +22,141 @@ __device__ inline int expert_of_block(const int* blocks, int experts, int block)
   return expert;
 }
 
-// Prefix sums of row blocks (of kTileRows) and rows, by the first warp for all threads. Each lane takes a run of experts.
-template <int kTileRows>
-__device__ void scan_offsets(const int64_t* offsets, int experts, int all_rows, int* blocks, int* rows) {
+// Prefix sums over experts in shared memory: of row blocks (of C::kTileTokens rows), rows, and the weights of one unit of
+// each row block. By the first warp for all threads; each lane takes a run of experts.
+template <typename C>
+__device__ void scan_offsets(const int64_t* offsets, int experts, int all_rows, int* blocks, int* rows, int* weights = nullptr) {
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x, run = (experts + 31) / 32, first = lane * run, last = min(first + run, experts);
     auto end_of = [&](int e) { return e < 0 ? 0 : offsets ? static_cast<int>(offsets[e]) : all_rows; };
-    auto blocks_of = [](int count) { return (count + kTileRows - 1) / kTileRows; };
     const int start = first < experts ? end_of(first - 1) : 0;
-    int sum = 0, before = start;
+    int count = 0, weight = 0, before = start;
+    auto add = [&](int end) {
+      const int full = (end - before) / C::kTileTokens, rest = (end - before) % C::kTileTokens;
+      count += full + (rest > 0), weight += full * C::weight(C::kTileTokens) + (rest > 0 ? C::weight(rest) : 0);
+      before = end;
+    };
 #pragma unroll 8
-    for (int e = first; e < last; ++e) {
-      const int end = end_of(e);
-      sum += blocks_of(end - before), before = end;
-    }
-    int after = sum;
+    for (int e = first; e < last; ++e) add(end_of(e));
+    int counts = count, all_weights = weight;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, after, d);
-      if (lane >= d) after += other;
+      const int other = __shfl_up_sync(~0u, counts, d), others = __shfl_up_sync(~0u, all_weights, d);
+      if (lane >= d) counts += other, all_weights += others;
     }
     if (lane == 0) blocks[0] = rows[0] = 0;
-    sum = after - sum, before = start;
+    if (lane == 0 && weights) weights[0] = 0;
+    count = counts - count, weight = all_weights - weight, before = start;
 #pragma unroll 8
     for (int e = first; e < last; ++e) {
-      const int end = end_of(e);
-      sum += blocks_of(end - before), before = end;
-      blocks[e + 1] = sum, rows[e + 1] = end;
+      add(end_of(e));
+      blocks[e + 1] = count, rows[e + 1] = before;
+      if (weights) weights[e + 1] = weight;
     }
   }
   __syncthreads();
 }
 
-// Parts that a tile's K may be cut into. Cutting anywhere balances best and costs two partial results a block: right for
-// long runs. When there are few tiles, up to 8 parts that give (nearly) every block an equal number, so that a tile's
-// last block has few partial results to fetch. Short columns are never cut.
-__device__ inline int parts_of(int tiles, int blocks_k, int grid) {
-  if (blocks_k <= 8 && tiles >= grid / 2) return 1;
-  if (tiles > grid) return blocks_k <= 8 ? 1 : blocks_k;
-  for (int parts = 1; parts <= min(blocks_k, 8); ++parts) {
-    const int work = tiles * parts, waves = (work + grid - 1) / grid;
-    if (work * 100 >= waves * grid * 93) return parts;
-  }
-  return tiles * 8 <= grid ? min(blocks_k, 8) : blocks_k;
-}
+// A tile's rows.
+struct Tile {
+  int row, rows, column_tile;
+  int block;  // its first block of 8 prepared rows
+};
 
-// The stretches: of `total` parts each of `grid` blocks takes the same number, the first ones one more.
-struct Split {
-  int each, longer;
-  __device__ Split(int total, int grid) : each(total / grid), longer(total - each * grid) {}
-  __device__ int begin(int block) const { return block * each + min(block, longer); }
-  __device__ int owner(int part) const {
-    const int border = longer * (each + 1);
-    return part < border ? part / (each + 1) : longer + (part - border) / each;
+// The line of units; see the head of this file.
+template <typename C>
+struct Line {
+  const int *blocks, *rows, *weights;  // scan_offsets
+  int column_tiles, blocks_k, experts, grid;  // grid: blocks that have a stretch
+  bool whole;                                 // tiles are not cut: short columns
+  int64_t total;
+
+  __device__ Line(const int* blocks_, const int* rows_, const int* weights_, int experts_, int column_tiles_, int blocks_k_)
+      : blocks(blocks_), rows(rows_), weights(weights_), column_tiles(column_tiles_), blocks_k(blocks_k_), experts(experts_) {
+    total = static_cast<int64_t>(weights[experts]) * column_tiles * blocks_k;
+    // At least a unit for each block that takes part, for a tile's owner waits for all that lie between.
+    grid = static_cast<int>(min(static_cast<int64_t>(gridDim.x), total / C::kMostWeight));
+    grid = total > 0 ? max(grid, 1) : 0;
+    whole = blocks_k <= 8 && blocks[experts] * column_tiles >= grid / 2;
+  }
+  __device__ int rows_of(int expert, int block) const {
+    return min(C::kTileTokens, rows[expert + 1] - rows[expert] - block * C::kTileTokens);
+  }
+  // Position of a unit: the weight of all before it.
+  __device__ int64_t position(int expert, int column, int block, int kb) const {
+    const int64_t units = static_cast<int64_t>(weights[expert]) * column_tiles + column * (weights[expert + 1] - weights[expert]) +
+                          block * C::weight(C::kTileTokens);
+    return units * blocks_k + kb * C::weight(rows_of(expert, block));
+  }
+  // The block in whose stretch a unit lies: the last one that does not begin behind it.
+  __device__ int owner(int expert, int column, int block, int kb) const {
+    return static_cast<int>(position(expert, column, block, kb) * grid / total);
+  }
+};
+
+// A place on the line, and how many units are to come from there.
+template <typename C>
+struct Walk {
+  int expert, column, block, count, kb, left;  // count: the expert's blocks of rows
+
+  // The beginning of a block's stretch: the first unit whose position is not before the block's share. In lanes 0 and 1
+  // of each warp for this block and the next one.
+  __device__ explicit Walk(const Line<C>& line) {
+    const int of = static_cast<int>(blockIdx.x + threadIdx.x % 2);
+    const int64_t at = (of * line.total + line.grid - 1) / line.grid;
+    const int per_weight = line.column_tiles * line.blocks_k, weight = static_cast<int>(at / per_weight);
+    int low = 0, high = line.experts;  // the first expert that ends behind `at`
+    while (low < high) {
+      const int mid = (low + high) / 2;
+      if (line.weights[mid + 1] > weight) high = mid; else low = mid + 1;
+    }
+    expert = low, column = block = count = kb = left = 0;
+    int unit;
+    if (expert < line.experts) {
+      count = line.blocks[expert + 1] - line.blocks[expert];
+      const int of_column = (line.weights[expert + 1] - line.weights[expert]) * line.blocks_k;
+      int rest = static_cast<int>(at - static_cast<int64_t>(line.weights[expert]) * per_weight);
+      column = rest / of_column, rest -= column * of_column;
+      const int of_block = C::weight(C::kTileTokens) * line.blocks_k;
+      block = min(rest / of_block, count - 1), rest -= block * of_block;
+      const int own = C::weight(line.rows_of(expert, block));
+      kb = (rest + own - 1) / own;
+      if (line.whole && kb > 0) kb = line.blocks_k;
+      left = 2, --kb, next(line);  // through the end of a tile, where it has come to that
+      unit = ((line.blocks[expert] * line.column_tiles) + column * count + block) * line.blocks_k + kb;
+    } else {
+      unit = line.blocks[line.experts] * per_weight;
+    }
+    expert = __shfl_sync(~0u, expert, 0), column = __shfl_sync(~0u, column, 0), block = __shfl_sync(~0u, block, 0);
+    count = __shfl_sync(~0u, count, 0), kb = __shfl_sync(~0u, kb, 0);
+    left = __shfl_sync(~0u, unit, 1) - __shfl_sync(~0u, unit, 0);
+  }
+
+  // To the next unit.
+  __device__ void next(const Line<C>& line) {
+    --left;
+    if (++kb >= line.blocks_k) next_tile(line);
+  }
+  __device__ void next_tile(const Line<C>& line) {
+    kb = 0;
+    if (++block < count) return;
+    block = 0;
+    if (++column < line.column_tiles || left <= 0) return;
+    column = 0;
+    do {
+      if (++expert >= line.experts) return;
+      count = line.blocks[expert + 1] - line.blocks[expert];
+    } while (count == 0);
+  }
+  // Over a tile's units up to `kb_end`.
+  __device__ void skip(const Line<C>& line, int kb_end) {
+    left -= kb_end - kb;
+    if (kb_end == line.blocks_k) next_tile(line); else kb = kb_end;
+  }
+  __device__ Tile tile(const Line<C>& line) const {
+    const int start = line.rows[expert];
+    return {start + block * C::kTileTokens, line.rows_of(expert, block), column,
+            first_prepared_block(start, expert) + block * (C::kTileTokens / 8)};
   }
 };
 
