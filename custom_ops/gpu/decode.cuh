@@ -7,9 +7,8 @@
 // - A code's windows are read as fp16 SUBNORMALS. Two 15-bit codes stand in one register (16x2); `c & 0x003F003F` is
 //   window 3 as w * 2^-24, `c & 0x01F801F8` window 2 as 8 w * 2^-24; after one `c >> 6` the same masks give windows 1
 //   and 0. Tensor cores take subnormals at full speed, so there is no exponent to OR in and nothing to subtract. The
-//   factor 8 is divided out of the activations and 2^24 multiplied into the super scale. The offset of -32 becomes one
-//   more tensor-core step a group: -32 times the sum of the group's activations, which stands ready in fp16 as a high
-//   and a low part (22 bits). A step costs one instruction where presetting the accumulators costs four.
+//   factor 8 is divided out of the activations and 2^24 multiplied into the super scale. The offset of -32 times the sum of
+//   a group's activations, which stands ready, is what the group's accumulators begin with.
 // - An integer pair decodes two bytes with one multiply-add: (q0 | q1 << 16) * scale + (zp | zp << 16). Both codes lie
 //   in [0, 2^15) (checked when repacking), so no carry crosses.
 // - The scale of a group multiplies the fp32 accumulator of 16 columns x 8 tokens, never a weight.
@@ -126,10 +125,8 @@ __device__ inline void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t
 // (odd groups) are divided out of the activations, that of the upper two (columns g + 8) out of the super scale.
 constexpr uint32_t kMagic = 0x4B000000u;
 constexpr float kOddGroup = 1.f / 16.f, kUpperColumns = 1.f / 256.f;
-// A group's sum is at most 64 * 2^15, times this 2^15. The weight that meets it must then be -32 * 2^-24 / kSumScale,
-// which is fp16's -2^-13.
-constexpr float kSumScale = 1.f / 64.f;
-constexpr uint32_t kSumWeights = 0x88008800u;
+// Windows are 32 less than they are stored, and read as subnormals.
+constexpr float kOffset = -32.f / 16777216.f;
 template <int i>
 __device__ inline float nibble(uint32_t word, uint32_t magic) {
   return __uint_as_float((word & (0xFu << (4 * i))) | magic) - 8388608.f;
@@ -148,13 +145,12 @@ __device__ inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// 16x8 = -32 * (sum of a group's activations) of each of 8 tokens. Volatile, so that it runs for each accumulator: the
-// compiler would compute it once and copy four registers.
-__device__ inline void mma_sums(float (&d)[4], uint32_t weights, uint32_t sums) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%4,%5,%5}, {%6,%5}, {%7,%7,%7,%7};\n"
+// 16x8 = 16x16 * 16x8 + c.
+__device__ inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                           const float4& c) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(weights), "r"(0), "r"(sums), "f"(0.f));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
 }
 
 __device__ inline void copy16(void* shared, const void* global) {

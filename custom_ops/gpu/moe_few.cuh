@@ -35,6 +35,12 @@ struct FewParams {
   const float* row_scale;
   void* out;
   int rows, k, n, experts, dtype, fastdeploy;
+  int column_tiles;  // tiles side by side
+};
+
+// Where a block begins: its run of tiles, and the first one's expert, block of rows and column.
+struct FewStart {
+  int begin, end, expert, block, column;
 };
 
 template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kRows_, int kStages_>
@@ -42,8 +48,7 @@ struct FewConfig {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = kR_, kWK = kWK_, kWN = kWN_, kRows = kRows_, kStages = kStages_;
   static constexpr int kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = kR * kWN;
-  static constexpr int kTileTokens = kRows, kColumnSlots = 3, kSumsSlots = 3;
-  __host__ __device__ static constexpr int weight(int) { return 1; }
+  static constexpr int kColumnSlots = 3, kSumsSlots = 3;
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots;
@@ -55,7 +60,7 @@ struct FewConfig {
     const int blocks_k = k / 128;
     return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
            activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + (kWarps + 1) * kRows * 4 +
-           2 * sizeof(int) * (experts + 1);
+           sizeof(FewStart) + 2 * sizeof(int) * (experts + 1);
   }
 };
 
@@ -68,7 +73,8 @@ struct FewShared {
   Barrier *full, *columns_full, *sums_ready, *sums_free;
   float* back;            // [kRows]: undoes a row's scale, times the caller's row scale
   uint32_t* largest;      // [kWarps][kRows]
-  int *blocks, *rows;     // prefix sums over experts (schedule.cuh)
+  FewStart* start;
+  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
@@ -83,10 +89,47 @@ struct FewShared {
     sums_free = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
     back = reinterpret_cast<float*>(take(C::kRows * 4));
     largest = reinterpret_cast<uint32_t*>(take(C::kWarps * C::kRows * 4));
+    start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
     blocks = reinterpret_cast<int*>(take(4 * (experts + 1)));
     rows = reinterpret_cast<int*>(take(4 * (experts + 1)));
   }
 };
+
+// Fills s.start, s.blocks and s.rows. One warp; each lane takes a run of experts.
+template <typename C>
+__device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
+  const int lane = threadIdx.x % 32, run = (p.experts + 31) / 32, first = lane * run, last = min(first + run, p.experts);
+  auto end_of = [&](int e) { return e < 0 ? 0 : p.offsets ? static_cast<int>(p.offsets[e]) : p.rows; };
+  const int start = first < p.experts ? end_of(first - 1) : 0;
+  int count = 0, before = start;
+#pragma unroll 8
+  for (int e = first; e < last; ++e) {
+    const int end = end_of(e);
+    count += (end - before + C::kRows - 1) / C::kRows, before = end;
+  }
+  int counts = count;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(~0u, counts, d);
+    if (lane >= d) counts += other;
+  }
+  const int tiles = __shfl_sync(~0u, counts, 31) * p.column_tiles, grid = gridDim.x, own = blockIdx.x;
+  const int each = tiles / grid, longer = tiles - each * grid, begin = own * each + min(own, longer);
+  const int block = begin / p.column_tiles;
+  if (lane == 0) {
+    s.blocks[0] = s.rows[0] = 0;
+    s.start->begin = begin, s.start->end = begin + each + (own < longer);
+    s.start->block = block, s.start->column = begin - block * p.column_tiles;
+  }
+  count = counts - count, before = start;
+#pragma unroll 8
+  for (int e = first; e < last; ++e) {
+    const int end = end_of(e), after = count + (end - before + C::kRows - 1) / C::kRows;
+    if (count <= block && block < after) s.start->expert = e;
+    count = after, before = end;
+    s.blocks[e + 1] = count, s.rows[e + 1] = end;
+  }
+}
 
 // A warp's walk over the units of its tiles, at the end of the ring where they are ordered.
 template <typename C>
@@ -230,7 +273,8 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         q[r] = *reinterpret_cast<const uint4*>(unit + r * 512 + lane * 16);
-        if (R > 1 || u == 0 || t >= 2) scale[r] = *reinterpret_cast<const uint16_t*>(unit + kR * 512 + r * 16 + g * 2);
+        const uint32_t word = *reinterpret_cast<const uint16_t*>(unit + kR * 512 + r * 16 + g * 2);
+        scale[r] = R > 1 || u == 0 || t >= 2 ? word : scale[r];
       }
       __syncwarp();  // every lane has what it needs of the stage
       fetch.request(ring);
@@ -322,29 +366,25 @@ template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) {
   extern __shared__ __align__(128) char shared[];
   constexpr int kR = C::kR;
-  const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = (tiles_n + C::kTiles - 1) / C::kTiles;
+  const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles;
   const FewShared<C> s(shared, blocks_k, p.experts);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  if (lane == 0) {  // one lane after another would take microseconds
-    for (int i = 0; i < C::kStages; ++i) s.full[warp * C::kStages + i].init(1);
-    for (int i = warp; i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
-    for (int i = warp; i < C::kSumsSlots; i += C::kWarps) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
+  if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
+    for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
+      for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
+    for (int i = warp - 2; i >= 0 && i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
+    for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
-  scan_offsets<C>(p.offsets, p.experts, p.rows, s.blocks, s.rows);
-
-  const int tiles = s.blocks[p.experts] * column_tiles, grid = gridDim.x, own = blockIdx.x;
-  const int each = tiles / grid, longer = tiles % grid;
-  const int begin = own * each + min(own, longer), end = begin + each + (own < longer);
+  if (warp == 0) scan_offsets<C>(p, s);
+  __syncthreads();
+  const int begin = s.start->begin, end = s.start->end, expert = s.start->expert, first_block = s.start->block;
   if (begin == end) return;
-  const int expert = expert_of_block(s.blocks, p.experts, begin / column_tiles);
 
   const int wk = warp % C::kWK, wn = warp / C::kWK;
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  const int first_block = begin / column_tiles;
-  FewFetch<C> fetch{p, s.blocks, end, column_tiles, tiles_n, blocks_k, wk, wn,
-                    begin, first_block, begin - first_block * column_tiles, wk, expert};
+  FewFetch<C> fetch{p, s.blocks, end, column_tiles, tiles_n, blocks_k, wk, wn, begin, first_block, s.start->column, wk, expert};
   FewRows rows{expert, first_block, 0, 0};
   Chunk kept[C::kRows] = {};
   auto load_rows = [&] {

@@ -151,12 +151,13 @@ int resident_blocks(const Device& device, void (*kernel)(GemmParams), cudaError_
 }
 
 template <typename C>
-cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), const GemmParams& p, size_t partial_float4,
+cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), GemmParams p, size_t partial_float4,
                         cudaStream_t stream) {
   static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
                 "the workspace is laid out for less");
   if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
   cudaError_t error = cudaSuccess;
+  p.column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
   const int blocks = resident_blocks<C>(device, kernel, &error);
   if (blocks == 0) return error;
   return launch_early(kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), stream, p);
@@ -181,7 +182,7 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
 }
 
 template <typename C>
-cudaError_t launch_few(const Device& device, const FewParams& p, cudaStream_t stream) {
+cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
   const size_t shared = C::shared_bytes(p.k, p.experts);
   static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
   if (device.id >= kMaxDevices || raised[device.id].load() < shared) {
@@ -189,8 +190,8 @@ cudaError_t launch_few(const Device& device, const FewParams& p, cudaStream_t st
     if (error != cudaSuccess) return error;
     if (device.id < kMaxDevices) raised[device.id].store(shared);
   }
-  const int column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
-  const double tiles = static_cast<double>(p.rows) * column_tiles;  // at most
+  p.column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
+  const double tiles = static_cast<double>(p.rows) * p.column_tiles;  // at most
   return launch_early(few_kernel<C>, static_cast<int>(std::min<double>(tiles, device.sms)), C::kThreads, shared, stream, p);
 }
 

@@ -31,7 +31,7 @@ struct WideConfig {
   static constexpr int kMostWeight = 1;
   __host__ __device__ static constexpr int weight(int) { return 1; }
   static size_t shared_bytes(int experts) {
-    return 1024 + kStages * kRowsBytes + kWarps * kWarpBytes + 16 + 3 * sizeof(int) * (experts + 1);
+    return 1024 + kStages * kRowsBytes + kWarps * kWarpBytes + 16 + Line<WideConfig>::shared_bytes(experts);
   }
 };
 
@@ -119,7 +119,7 @@ template <typename C>
 struct WideWarp {
   static constexpr int kR = C::kR;
   const GemmParams& p;
-  const Line<C>& line;
+  const Line<C> own_line;
   char* const rows;       // shared: the activations' ring
   char* const ring;
   char* const ring_lane;  // ring + 16 * lane
@@ -137,12 +137,13 @@ struct WideWarp {
     return at + C::kColumnBytes == C::kWarpBytes ? C::kRingBytes : at + C::kColumnBytes;
   }
   __device__ static int next_rows(int at) { return at + C::kRowsBytes == C::kStages * C::kRowsBytes ? 0 : at + C::kRowsBytes; }
+  __device__ Line<C> line() const { return own_line; }
   __device__ int tile16(int column_tile) const { return column_tile * C::kTiles + warp * kR; }
 
   __device__ void aim() {  // at the place `ahead`
-    const Tile t = ahead.tile(line);
+    const Part t = ahead.part(own_line);
     ahead_rows = t.rows;
-    const int t16 = min(tile16(t.column_tile), (tiles_n - 1) / kR * kR);
+    const int t16 = min(tile16(t.column), (tiles_n - 1) / kR * kR);
     ahead_first = t16 % 4, ahead_count = min(4, tiles_n - t16 / 4 * 4);
     const size_t unit = ccq_unit_index(ahead.expert, t16, ahead.kb, tiles_n, blocks_k);
     ahead_quant = p.quant + unit * 512 + lane * 16;
@@ -172,7 +173,7 @@ struct WideWarp {
         copy16(x_to + row * 128 + ((piece ^ row) & 7) * 16, ahead_x + static_cast<size_t>(min(row, ahead_rows - 1)) * p.k * 2);
       ahead_x += 256;
       ahead_rows_stage = next_rows(ahead_rows_stage);
-      ahead.next(line);
+      ahead.next(own_line);
       if (ahead.kb == 0 && ahead.left > 0) ahead_columns = next_columns(ahead_columns), aim();
     }
     copy_commit();
@@ -239,18 +240,18 @@ __device__ void multiply_wide(WideWarp<C>& w, int kb, int kb_end, int& stage, in
 }
 
 template <typename C>
-__device__ void run_wide_part(WideWarp<C>& w, const Walk<C>& at, int kb_end, int& stage, int& rows_stage, int columns_at,
+__device__ void run_wide_part(WideWarp<C>& w, const Part& part, int& stage, int& rows_stage, int columns_at,
                               Shares<C>& shares) {
   constexpr int kNT = C::kNT;
   Accumulator<C, kNT> acc;
-  multiply_wide<C>(w, at.kb, kb_end, stage, rows_stage, columns_at, acc);
+  multiply_wide<C>(w, part.kb, part.kb_end, stage, rows_stage, columns_at, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
     const float2 s = load_supers(w.ring + columns_at + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * 16777216.f, super[r][1] = s.y * 16777216.f;
   }
-  finish_part<C, kNT>(w, at, kb_end, super, shares, acc);
+  finish_part<C, kNT>(w, part, super, shares, acc);
 }
 
 template <typename C>
@@ -259,15 +260,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
   char* const shared = unaligned + (-static_cast<int>(__cvta_generic_to_shared(unaligned)) & 1023);
   char* const rings = shared + C::kStages * C::kRowsBytes;
   Barrier* const shares_there = reinterpret_cast<Barrier*>(rings + C::kWarps * C::kWarpBytes);
-  int* const blocks = reinterpret_cast<int*>(shares_there + 2);
-  int *const rows = blocks + p.experts + 1, *const weights = rows + p.experts + 1;
-  if (threadIdx.x == 0) shares_there->init(C::kWarps);
-  scan_offsets<C>(p.offsets, p.experts, p.rows, blocks, rows, weights);
-  wait_for_prerequisites();
-
   const int blocks_k = p.k / 128, tiles_n = p.n / 16;
-  const Line<C> line(blocks, rows, weights, p.experts, (tiles_n + C::kTiles - 1) / C::kTiles, blocks_k);
-  if (static_cast<int>(blockIdx.x) >= line.grid) return;
+  const Line<C> line{reinterpret_cast<char*>(shares_there + 2), p.experts, p.column_tiles, blocks_k};
+  if (threadIdx.x == 0) shares_there->init(C::kWarps);
+  line.prepare(p.offsets, p.rows);
+  wait_for_prerequisites();
+  if (static_cast<int>(blockIdx.x) >= line.header().grid) return;
   Walk<C> walk(line);
   if (walk.left == 0) return;
 
@@ -281,10 +279,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
   Shares<C> shares{shares_there};
   int stage = 0, rows_stage = 0, columns_at = C::kRingBytes;
   while (walk.left > 0) {
-    const int kb_end = min(blocks_k, walk.kb + walk.left);
-    run_wide_part<C>(w, walk, kb_end, stage, rows_stage, columns_at, shares);
+    const Part part = walk.part(line);
+    run_wide_part<C>(w, part, stage, rows_stage, columns_at, shares);
     columns_at = WideWarp<C>::next_columns(columns_at);
-    walk.skip(line, kb_end);
+    walk.left -= part.kb_end - part.kb, walk.next_tile(line);
   }
   shares.publish(w);
 }

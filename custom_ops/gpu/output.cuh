@@ -18,6 +18,7 @@ struct GemmParams {
   float4* partial;
   void* out;
   int rows, k, n, experts, dtype;
+  int column_tiles;  // of the kernel's tiles
 };
 
 template <typename C, int kNT>
@@ -27,7 +28,7 @@ struct Accumulator {
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
 template <typename C, int kNT, typename W>
-__device__ void write_out(const W& w, const Tile& tile, const float (&super)[C::kR][2],
+__device__ void write_out(const W& w, const Part& part, const float (&super)[C::kR][2],
                           const Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4;
@@ -36,13 +37,13 @@ __device__ void write_out(const W& w, const Tile& tile, const float (&super)[C::
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = nt * 8 + 2 * t + i;
-      if (token >= tile.rows) continue;
-      const float row_scale = p.prepared.row_scale[tile.row + token];
-      const size_t base = static_cast<size_t>(tile.row + token) * p.n;
+      if (token >= part.rows) continue;
+      const float row_scale = p.prepared.row_scale[part.row + token];
+      const size_t base = static_cast<size_t>(part.row + token) * p.n;
 #pragma unroll
       for (int r = 0; r < C::kR; ++r) {
-        const int t16 = w.tile16(tile.column_tile) + r;
-        if (t16 >= w.tiles_n) continue;
+        const int t16 = w.tile16(part.column) + r;
+        if (t16 >= p.n / 16) continue;
         store(p.out, p.dtype, base + t16 * 16 + g, acc.o[r][nt][i] * super[r][0] * row_scale);
         store(p.out, p.dtype, base + t16 * 16 + g + 8, acc.o[r][nt][2 + i] * super[r][1] * row_scale);
       }
@@ -97,8 +98,7 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   const int* const ticket = w.p.prepared.tickets + blockIdx.x;
   int there;
   do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(there) : "l"(ticket) : "memory");
-  while (there < last - static_cast<int>(blockIdx.x));
-  __syncwarp();
+  while (!__all_sync(~0u, there >= last - static_cast<int>(blockIdx.x)));  // a vote: lanes stay together, and the compiler knows
   // Several blocks' shares on their way at once; added in order.
   constexpr int kBatch = kNT == 1 ? 4 : 1;
   for (int base = blockIdx.x + 1; base <= last; base += kBatch) {
@@ -119,22 +119,22 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   }
 }
 
-// What a warp does with its part of a tile, which begins at `at` and ends before `kb_end`.
+// What a warp does with its part of a tile.
 template <typename C, int kNT, typename W>
-__device__ void finish_part(const W& w, const Walk<C>& at, int kb_end, const float (&super)[C::kR][2], Shares<C>& shares,
+__device__ void finish_part(const W& w, const Part& part, const float (&super)[C::kR][2], Shares<C>& shares,
                             Accumulator<C, kNT>& acc) {
   shares.publish(w);
-  const Tile tile = at.tile(w.line);
-  if (at.kb > 0) {
-    leave_share<C, kNT>(w, tile.rows, acc);
+  const Line<C> line = w.line();
+  if (part.kb > 0) {
+    leave_share<C, kNT>(w, part.rows, acc);
     __syncwarp();
     if (w.lane == 0) shares.there->arrive();
-    shares.owner = w.line.owner(at.expert, at.column, at.block, 0);
+    shares.owner = line.owner(part.expert, part.column, part.block, 0);
     return;
   }
-  if (kb_end < w.blocks_k)
-    collect_shares<C, kNT>(w, tile.rows, w.line.owner(at.expert, at.column, at.block, w.blocks_k - 1), acc);
-  write_out<C, kNT>(w, tile, super, acc);
+  if (part.kb_end < line.blocks_k)
+    collect_shares<C, kNT>(w, part.rows, line.owner(part.expert, part.column, part.block, line.blocks_k - 1), acc);
+  write_out<C, kNT>(w, part, super, acc);
 }
 
 }  // namespace ccq

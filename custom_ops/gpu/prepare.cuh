@@ -17,12 +17,12 @@ namespace ccq {
 
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
-// What moe_gemm.cuh copies at a stretch: 128 values of each of 8 rows. Tiles of more than 8 rows: fp16, for each of two
-// groups both halves p of a warp's 16-byte pieces (decode.cuh; lane 4 * row + t), then the groups' sums [2][8], each as two
-// halfs (sum_parts). Tiles of up to 8 rows: integers, first the offsets [2 groups][2][8 columns], then for each step's
-// columns (rows 0 to 3, or the even and the odd of up to 8 rows) and both groups a warp's pieces of 16 bytes.
-constexpr int kRowsUnitBytes = 2048 + 128, kFourRowsBytes = 1024 + 128;
-constexpr int kMostIntegerRows = 8;
+// What moe_gemm.cuh copies at a stretch: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
+// accumulators begin with in each group (windows are 32 less than they are stored), as a lane t wants it; then the pieces.
+//   Tiles of up to 4 rows: integers; int [2 groups][4 t][2 digits], then 64 bytes of nothing, [2][4 rows][2 digits][4 t].
+//   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
+constexpr int kRowsUnitBytes = 128 + 2048, kFourRowsBytes = 128 + 1024;
+constexpr int kMostIntegerRows = 4;
 
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
@@ -78,13 +78,6 @@ struct RowScale {
     back = finite ? __uint_as_float(static_cast<uint32_t>(127 + exponent - 14) << 23) : __uint_as_float(~0u);
   }
 };
-
-// A group's sum of scaled values as the tensor cores take it: kSumScale times it, as high and low part.
-__device__ inline __half2 sum_parts(float sum, float odd) {
-  const float scaled = sum * odd * kSumScale;
-  const __half high = __float2half_rn(scaled);
-  return __halves2half2(high, __float2half_rn(scaled - __half2float(high)));
-}
 
 // Half p of a chunk's sixteen scaled values, in the order of the fragments.
 __device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd) {
@@ -219,14 +212,13 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     if (c0 > 0 && c < chunks) first.load(from, c, fastdeploy);
     char* const unit = to + static_cast<size_t>(group / 2) * kRowsUnitBytes;
     if (integers) {
-      const int step = count > 4 ? in_tile % 2 : 0, column = count > 4 ? in_tile / 2 * 2 : in_tile * 2;
       const Digits digits(first, dtype, integer_scale.scale);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
-        const int offset = quad_sum(digits.offset[d]);
+        const int offset = quad_sum(digits.offset[d]), column = 2 * in_tile + d;
         if (c >= chunks) continue;
-        if (t == 0) *reinterpret_cast<int*>(unit + group % 2 * 64 + step * 32 + (column + d) * 4) = offset;
-        *reinterpret_cast<uint4*>(unit + 128 + step * 1024 + group % 2 * 512 + (column + d) * 64 + t * 16) = digits.bytes[d];
+        if (t == 0) reinterpret_cast<int*>(unit)[group % 2 * 8 + column] = offset;
+        *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 512 + column * 64 + t * 16) = digits.bytes[d];
       }
       continue;
     }
@@ -244,10 +236,11 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
       continue;
     }
     const float odd = group % 2 ? kOddGroup : 1.f;
-    if (t == 0) *reinterpret_cast<__half2*>(unit + 2048 + group % 2 * 32 + place % 8 * 4) = sum_parts(sum, odd);
+    const int own = place % 8;
+    if (t < 2) reinterpret_cast<float*>(unit)[group % 2 * 16 + own / 2 * 4 + t * 2 + own % 2] = sum * odd * kOffset;
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-      *reinterpret_cast<uint4*>(unit + group % 2 * 1024 + p * 512 + place % 8 * 64 + t * 16) = fragment_half(v, p, odd);
+      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd);
   }
 }
 
