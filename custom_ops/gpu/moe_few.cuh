@@ -38,11 +38,6 @@ struct FewParams {
   int column_tiles;  // tiles side by side
 };
 
-// Where a block begins: its run of tiles, and the first one's expert, block of rows and column.
-struct FewStart {
-  int begin, end, expert, block, column;
-};
-
 template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kRows_, int kStages_>
 struct FewConfig {
   static constexpr Pairs kPairs = kPairs_;
@@ -60,7 +55,7 @@ struct FewConfig {
     const int blocks_k = k / 128;
     return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
            activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + (kWarps + 1) * kRows * 4 +
-           sizeof(FewStart) + 2 * sizeof(int) * (experts + 1);
+           (2 * experts + 3) * sizeof(int);
   }
 };
 
@@ -73,8 +68,7 @@ struct FewShared {
   Barrier *full, *columns_full, *sums_ready, *sums_free;
   float* back;            // [kRows]: undoes a row's scale, times the caller's row scale
   uint32_t* largest;      // [kWarps][kRows]
-  FewStart* start;
-  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows
+  int *first, *blocks, *rows;  // the first tile's expert; prefix sums over experts: blocks of kRows rows, rows
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
@@ -89,13 +83,41 @@ struct FewShared {
     sums_free = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
     back = reinterpret_cast<float*>(take(C::kRows * 4));
     largest = reinterpret_cast<uint32_t*>(take(C::kWarps * C::kRows * 4));
-    start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
+    first = reinterpret_cast<int*>(take(4));
     blocks = reinterpret_cast<int*>(take(4 * (experts + 1)));
     rows = reinterpret_cast<int*>(take(4 * (experts + 1)));
   }
 };
 
-// Fills s.start, s.blocks and s.rows. One warp; each lane takes a run of experts.
+// The expert of a row: as many as end at or before it. All lanes of a warp together. A call, for it is rare.
+__device__ __noinline__ int expert_of_row(const int64_t* offsets, int experts, int row) {
+  int expert = 0;
+#pragma unroll 4
+  for (int base = 0; base < experts; base += 32) {
+    const int e = base + static_cast<int>(threadIdx.x % 32);
+    expert += __popc(__ballot_sync(~0u, e < experts && offsets[e] <= row));
+  }
+  return min(expert, experts - 1);
+}
+// `from`: an expert that is not behind it.
+template <typename C>
+__device__ int expert_of(const FewParams& p, const FewShared<C>& s, int block, int from) {
+  if constexpr (C::kRows == 1) {
+    return p.offsets ? expert_of_row(p.offsets, p.experts, block) : 0;
+  } else {
+    while (block >= s.blocks[from + 1]) ++from;
+    return from;
+  }
+}
+
+// Where the run of tiles of a block of the grid begins.
+__device__ inline int run_begin(int tiles, int of) {
+  const int grid = gridDim.x, each = tiles / grid, longer = tiles - each * grid;
+  return of * each + min(of, longer);
+}
+
+// Prefix sums over experts, of blocks of kRows rows and of rows, and the first tile's expert. One warp; each lane takes a run
+// of experts. (With one row a block there is nothing to work out.)
 template <typename C>
 __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
   const int lane = threadIdx.x % 32, run = (p.experts + 31) / 32, first = lane * run, last = min(first + run, p.experts);
@@ -113,19 +135,13 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
     const int other = __shfl_up_sync(~0u, counts, d);
     if (lane >= d) counts += other;
   }
-  const int tiles = __shfl_sync(~0u, counts, 31) * p.column_tiles, grid = gridDim.x, own = blockIdx.x;
-  const int each = tiles / grid, longer = tiles - each * grid, begin = own * each + min(own, longer);
-  const int block = begin / p.column_tiles;
-  if (lane == 0) {
-    s.blocks[0] = s.rows[0] = 0;
-    s.start->begin = begin, s.start->end = begin + each + (own < longer);
-    s.start->block = block, s.start->column = begin - block * p.column_tiles;
-  }
+  if (lane == 0) s.blocks[0] = s.rows[0] = 0;
+  const int block = run_begin(__shfl_sync(~0u, counts, 31) * p.column_tiles, blockIdx.x) / p.column_tiles;
   count = counts - count, before = start;
 #pragma unroll 8
   for (int e = first; e < last; ++e) {
     const int end = end_of(e), after = count + (end - before + C::kRows - 1) / C::kRows;
-    if (count <= block && block < after) s.start->expert = e;
+    if (count <= block && block < after) *s.first = e;
     count = after, before = end;
     s.blocks[e + 1] = count, s.rows[e + 1] = end;
   }
@@ -135,9 +151,10 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
 template <typename C>
 struct FewFetch {
   const FewParams& p;
-  const int* blocks;  // FewShared
+  const FewShared<C>& s;
   const int end, column_tiles, tiles_n, blocks_k, wk, wn;
-  int tile, block, column, pair, expert;  // pair: the first one that this warp has in the tile
+  int tile, block, column, pair;  // pair: the first one that this warp has in the tile
+  int expert_block, expert;
   int kb = 0, stride = 0, tiles = 0;      // stride: units from one block of 128 rows to the next
   uint32_t unit = 0;
 
@@ -147,7 +164,8 @@ struct FewFetch {
     static_assert(4 % C::kR == 0, "a warp's tiles lie in one group of four");
     while (tile < end && 2 * pair >= blocks_k) advance();
     kb = tile < end ? 2 * pair : blocks_k;
-    while (block >= blocks[expert + 1] && expert + 1 < p.experts) ++expert;
+    if (tile == end) return;
+    if (block != expert_block) expert_block = block, expert = expert_of<C>(p, s, block, expert);
     // A warp right of the last column reads the last tiles and writes nothing.
     const int t16 = min(column * C::kTiles + wn * C::kR, (tiles_n - 1) / C::kR * C::kR);
     stride = min(4, tiles_n - t16 / 4 * 4), tiles = min(C::kR, stride - t16 % 4);
@@ -177,14 +195,24 @@ struct Slots {
 
 // Rows that are in shared memory.
 struct FewRows {
-  int expert, block, row, count;
-};
+  int expert, block, row, count;  // count: 0 for rows behind the last expert's
 
-template <typename C>
-__device__ const char* row_of(const FewParams& p, const FewRows& rows, int r) {
-  // A row that is not there: the last one again, whose results are not stored.
-  return static_cast<const char*>(p.x) + static_cast<size_t>(rows.row + min(r, rows.count - 1)) * p.k * 2;
-}
+  template <typename C>
+  __device__ void set(const FewParams& p, const FewShared<C>& s, int block_, int expert_) {
+    block = block_, expert = expert_;
+    if (C::kRows == 1) {
+      row = block, count = !p.offsets || row < static_cast<int>(p.offsets[p.experts - 1]);
+    } else {
+      row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
+      count = min(C::kRows, s.rows[expert + 1] - row);
+    }
+  }
+  // Where a row lies in memory, or the last one in its place.
+  __device__ int place(int r) const { return row + min(r, max(count, 1) - 1); }
+  __device__ const char* in(const FewParams& p, int r) const {
+    return static_cast<const char*>(p.x) + static_cast<size_t>(place(r)) * p.k * 2;
+  }
+};
 
 // Rows become integers in shared memory, laid out for R rows a tile. `kept`: the first chunk of each row that this thread
 // reads. `meanwhile` runs before the threads first meet. All threads of the block.
@@ -198,7 +226,7 @@ __device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const Fe
     uint32_t largest = kept[r].largest(p.dtype);
     for (int c = threadIdx.x + C::kThreads; c < chunks; c += C::kThreads) {
       Chunk other;
-      other.load(row_of<C>(p, rows, r), c, p.fastdeploy);
+      other.load(rows.in(p, r), c, p.fastdeploy);
       largest = max(largest, other.largest(p.dtype));
     }
     largest = __reduce_max_sync(~0u, largest);
@@ -217,7 +245,7 @@ __device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const Fe
     const IntegerScale own(__reduce_max_sync(~0u, lane < C::kWarps ? s.largest[lane * R + r] : 0));
     scale[r] = own.scale;
     if (static_cast<int>(threadIdx.x) == r)
-      s.back[r] = p.row_scale ? own.back * p.row_scale[rows.row + min(r, rows.count - 1)] : own.back;
+      s.back[r] = p.row_scale ? own.back * p.row_scale[rows.place(r)] : own.back;
   }
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += C::kThreads) {
@@ -225,7 +253,7 @@ __device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const Fe
     char* const to = s.activations + c / 8 * Slots<R>::kUnit + group % 2 * (128 * R) + t * 16;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if (c0 > 0 && c < chunks) kept[r].load(row_of<C>(p, rows, r), c, p.fastdeploy);
+      if (c0 > 0 && c < chunks) kept[r].load(rows.in(p, r), c, p.fastdeploy);
       const Digits digits(kept[r], p.dtype, scale[r]);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
@@ -318,12 +346,11 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
   }
 }
 
-// A tile's columns into a slot; `expert` goes along with the tiles. All lanes of one warp.
+// A tile's columns into a slot. All lanes of one warp.
 template <typename C>
-__device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, int& expert, int tile, int slot,
-                              int column_tiles, int tiles_n) {
-  const int block = tile / column_tiles;
-  while (block >= s.blocks[expert + 1]) ++expert;
+__device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int tile, int slot) {
+  const int tiles_n = p.n / 16, column_tiles = p.column_tiles, block = tile / column_tiles;
+  const int expert = block == rows.block ? rows.expert : expert_of<C>(p, s, block, rows.expert);
   const int t16 = (tile - block * column_tiles) * C::kTiles;
   const size_t first = (static_cast<size_t>(expert) * tiles_n + t16) * 32;
   const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
@@ -337,8 +364,8 @@ __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, int& ex
 
 // One warp adds up all warps' shares of a tile, in the order of the warps, and writes the result.
 template <typename C>
-__device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows,
-                            int column_tiles, int tiles_n) {
+__device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
+  const int tiles_n = p.n / 16, column_tiles = p.column_tiles;
   const int i = tile - begin, slot = i % C::kSumsSlots;
   const int t16 = (tile - tile / column_tiles * column_tiles) * C::kTiles;
   const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes;
@@ -377,27 +404,27 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
-  if (warp == 0) scan_offsets<C>(p, s);
+  if (C::kRows > 1 && warp == 0) scan_offsets<C>(p, s);
   __syncthreads();
-  const int begin = s.start->begin, end = s.start->end, expert = s.start->expert, first_block = s.start->block;
+  const int tiles = (C::kRows == 1 ? p.rows : s.blocks[p.experts]) * column_tiles;
+  const int begin = run_begin(tiles, blockIdx.x), end = run_begin(tiles, blockIdx.x + 1), first_block = begin / column_tiles;
   if (begin == end) return;
 
   const int wk = warp % C::kWK, wn = warp / C::kWK;
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  FewFetch<C> fetch{p, s.blocks, end, column_tiles, tiles_n, blocks_k, wk, wn, begin, first_block, s.start->column, wk, expert};
-  FewRows rows{expert, first_block, 0, 0};
+  FewRows rows;
+  rows.set<C>(p, s, first_block, C::kRows == 1 ? expert_of<C>(p, s, first_block, 0) : *s.first);
+  FewFetch<C> fetch{p, s, end, column_tiles, tiles_n, blocks_k, wk, wn,
+                    begin, first_block, begin - first_block * column_tiles, wk, first_block, rows.expert};
   Chunk kept[C::kRows] = {};
   auto load_rows = [&] {
-    rows.row = s.rows[rows.expert] + (rows.block - s.blocks[rows.expert]) * C::kRows;
-    rows.count = min(C::kRows, s.rows[rows.expert + 1] - rows.row);
     if (static_cast<int>(threadIdx.x) < p.k / 16)
 #pragma unroll
-      for (int r = 0; r < C::kRows; ++r) kept[r].load(row_of<C>(p, rows, r), threadIdx.x, p.fastdeploy);
+      for (int r = 0; r < C::kRows; ++r) kept[r].load(rows.in(p, r), threadIdx.x, p.fastdeploy);
   };
   // Columns and activations come first, or they would wait behind all the weights that are ordered. Orders beyond what the
   // memory system takes hold up their warp, so at the beginning they come bit by bit.
-  int ahead = expert;  // of the tile whose columns are fetched
-  if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, ahead, begin + warp, warp, column_tiles, tiles_n);
+  if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
   load_rows();
   fetch.aim();
   fetch.request(ring, 0);
@@ -408,8 +435,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
     const int i = tile - begin, block = tile / column_tiles, column_tile = tile - block * column_tiles;
     if (block != rows.block) {  // all tiles before are finished (below)
-      rows.block = block;
-      while (block >= s.blocks[rows.expert + 1]) ++rows.expert;
+      rows.set<C>(p, s, block, expert_of<C>(p, s, block, rows.expert));
       load_rows();
       __syncthreads();  // the activations there are no longer read
       convert_rows<C>(p, s, rows, kept, [] {});
@@ -436,9 +462,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     const int until = column_tile + 1 == column_tiles || tile + 1 == end ? tile : tile - 1;
     for (; finished <= until; ++finished)
       if ((finished - begin) % C::kWarps == warp) {
-        finish_tile<C>(p, s, finished, begin, rows, column_tiles, tiles_n);
+        finish_tile<C>(p, s, finished, begin, rows);
         const int next = finished + C::kColumnSlots;
-        if (next < end) fetch_columns<C>(p, s, ahead, next, (finished - begin) % C::kColumnSlots, column_tiles, tiles_n);
+        if (next < end) fetch_columns<C>(p, s, rows, next, (finished - begin) % C::kColumnSlots);
       }
   }
 }

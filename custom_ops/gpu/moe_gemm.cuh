@@ -40,8 +40,8 @@ struct Config {
   static_assert(sizeof(Part) == 32 && kBarriers % 2 == 1);
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block
   // Time of a unit by its tile's rows, roughly (schedule.cuh).
-  static constexpr int kMostWeight = kNT == 2 ? 4 : 6;
-  __host__ __device__ static constexpr int weight(int rows) { return rows <= 8 ? 3 : rows <= 16 ? 4 : 6; }
+  static constexpr int kMostWeight = kNT == 2 ? 11 : 18;
+  __host__ __device__ static constexpr int weight(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 11 : 18; }
   static size_t shared_bytes(int experts) { return kLineAt + Line<Config>::shared_bytes(experts); }
 };
 
