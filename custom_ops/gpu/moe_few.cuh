@@ -26,6 +26,19 @@
 
 namespace ccq {
 
+// Division by a number that the host knows.
+struct Divider {
+  int by;
+  uint32_t inverse;
+
+  Divider() = default;
+  explicit Divider(int by_) : by(by_), inverse(by_ == 1 ? ~0u : static_cast<uint32_t>((uint64_t{1} << 32) / by_)) {}
+  __device__ int divide(int n) const {  // n >= 0; rounded down, the product is one less at most
+    const int q = static_cast<int>(__umulhi(static_cast<uint32_t>(n), inverse));
+    return q + (n - q * by >= by);
+  }
+};
+
 struct FewParams {
   const void* x;
   const int64_t* offsets;
@@ -35,7 +48,13 @@ struct FewParams {
   const float* row_scale;
   void* out;
   int rows, k, n, experts, dtype, fastdeploy;
-  int column_tiles;  // tiles side by side
+  Divider column_tiles;  // tiles side by side
+  int each, longer;      // tiles a block, and how many blocks take one more; where a block of rows is one row
+};
+
+// A block's run of tiles, and the first one's expert.
+struct FewStart {
+  int begin, end, expert;
 };
 
 template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kRows_, int kStages_>
@@ -55,7 +74,7 @@ struct FewConfig {
     const int blocks_k = k / 128;
     return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
            activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + (kWarps + 1) * kRows * 4 +
-           (2 * experts + 3) * sizeof(int);
+           sizeof(FewStart) + (2 * experts + 2) * sizeof(int);
   }
 };
 
@@ -68,7 +87,8 @@ struct FewShared {
   Barrier *full, *columns_full, *sums_ready, *sums_free;
   float* back;            // [kRows]: undoes a row's scale, times the caller's row scale
   uint32_t* largest;      // [kWarps][kRows]
-  int *first, *blocks, *rows;  // the first tile's expert; prefix sums over experts: blocks of kRows rows, rows
+  FewStart* start;
+  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
@@ -83,7 +103,7 @@ struct FewShared {
     sums_free = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
     back = reinterpret_cast<float*>(take(C::kRows * 4));
     largest = reinterpret_cast<uint32_t*>(take(C::kWarps * C::kRows * 4));
-    first = reinterpret_cast<int*>(take(4));
+    start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
     blocks = reinterpret_cast<int*>(take(4 * (experts + 1)));
     rows = reinterpret_cast<int*>(take(4 * (experts + 1)));
   }
@@ -97,9 +117,9 @@ __device__ __noinline__ int expert_of_row(const int64_t* offsets, int experts, i
     const int e = base + static_cast<int>(threadIdx.x % 32);
     expert += __popc(__ballot_sync(~0u, e < experts && offsets[e] <= row));
   }
-  return min(expert, experts - 1);
+  return expert;
 }
-// `from`: an expert that is not behind it.
+// `from`: an expert that is not behind it. As many as there are: a row behind the last one's.
 template <typename C>
 __device__ int expert_of(const FewParams& p, const FewShared<C>& s, int block, int from) {
   if constexpr (C::kRows == 1) {
@@ -110,14 +130,8 @@ __device__ int expert_of(const FewParams& p, const FewShared<C>& s, int block, i
   }
 }
 
-// Where the run of tiles of a block of the grid begins.
-__device__ inline int run_begin(int tiles, int of) {
-  const int grid = gridDim.x, each = tiles / grid, longer = tiles - each * grid;
-  return of * each + min(of, longer);
-}
-
-// Prefix sums over experts, of blocks of kRows rows and of rows, and the first tile's expert. One warp; each lane takes a run
-// of experts. (With one row a block there is nothing to work out.)
+// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's run of tiles. One warp; each lane takes a
+// run of experts. (With one row a block there is nothing to work out.)
 template <typename C>
 __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
   const int lane = threadIdx.x % 32, run = (p.experts + 31) / 32, first = lane * run, last = min(first + run, p.experts);
@@ -136,12 +150,15 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
     if (lane >= d) counts += other;
   }
   if (lane == 0) s.blocks[0] = s.rows[0] = 0;
-  const int block = run_begin(__shfl_sync(~0u, counts, 31) * p.column_tiles, blockIdx.x) / p.column_tiles;
+  const int tiles = __shfl_sync(~0u, counts, 31) * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
+  const int each = tiles / grid, longer = tiles - each * grid, begin = own * each + min(own, longer);
+  const int block = p.column_tiles.divide(begin);
+  if (lane == 0) s.start->begin = begin, s.start->end = begin + each + (own < longer);
   count = counts - count, before = start;
 #pragma unroll 8
   for (int e = first; e < last; ++e) {
     const int end = end_of(e), after = count + (end - before + C::kRows - 1) / C::kRows;
-    if (count <= block && block < after) *s.first = e;
+    if (count <= block && block < after) s.start->expert = e;
     count = after, before = end;
     s.blocks[e + 1] = count, s.rows[e + 1] = end;
   }
@@ -165,7 +182,7 @@ struct FewFetch {
     while (tile < end && 2 * pair >= blocks_k) advance();
     kb = tile < end ? 2 * pair : blocks_k;
     if (tile == end) return;
-    if (block != expert_block) expert_block = block, expert = expert_of<C>(p, s, block, expert);
+    if (block != expert_block) expert_block = block, expert = min(expert_of<C>(p, s, block, expert), p.experts - 1);
     // A warp right of the last column reads the last tiles and writes nothing.
     const int t16 = min(column * C::kTiles + wn * C::kR, (tiles_n - 1) / C::kR * C::kR);
     stride = min(4, tiles_n - t16 / 4 * 4), tiles = min(C::kR, stride - t16 % 4);
@@ -199,9 +216,9 @@ struct FewRows {
 
   template <typename C>
   __device__ void set(const FewParams& p, const FewShared<C>& s, int block_, int expert_) {
-    block = block_, expert = expert_;
+    block = block_, expert = min(expert_, p.experts - 1);
     if (C::kRows == 1) {
-      row = block, count = !p.offsets || row < static_cast<int>(p.offsets[p.experts - 1]);
+      row = block, count = expert_ < p.experts;
     } else {
       row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
       count = min(C::kRows, s.rows[expert + 1] - row);
@@ -349,8 +366,8 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
 // A tile's columns into a slot. All lanes of one warp.
 template <typename C>
 __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int tile, int slot) {
-  const int tiles_n = p.n / 16, column_tiles = p.column_tiles, block = tile / column_tiles;
-  const int expert = block == rows.block ? rows.expert : expert_of<C>(p, s, block, rows.expert);
+  const int tiles_n = p.n / 16, column_tiles = p.column_tiles.by, block = p.column_tiles.divide(tile);
+  const int expert = block == rows.block ? rows.expert : min(expert_of<C>(p, s, block, rows.expert), p.experts - 1);
   const int t16 = (tile - block * column_tiles) * C::kTiles;
   const size_t first = (static_cast<size_t>(expert) * tiles_n + t16) * 32;
   const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
@@ -365,9 +382,9 @@ __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const F
 // One warp adds up all warps' shares of a tile, in the order of the warps, and writes the result.
 template <typename C>
 __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
-  const int tiles_n = p.n / 16, column_tiles = p.column_tiles;
+  const int tiles_n = p.n / 16;
   const int i = tile - begin, slot = i % C::kSumsSlots;
-  const int t16 = (tile - tile / column_tiles * column_tiles) * C::kTiles;
+  const int t16 = (tile - p.column_tiles.divide(tile) * p.column_tiles.by) * C::kTiles;
   const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes;
   const float2* const from = s.sums + slot * (C::kWK * C::kEntries);
   s.sums_ready[slot].wait((i / C::kSumsSlots) & 1);
@@ -393,9 +410,26 @@ template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) {
   extern __shared__ __align__(128) char shared[];
   constexpr int kR = C::kR;
-  const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles;
+  const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
   const FewShared<C> s(shared, blocks_k, p.experts);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  FewRows rows;
+  Chunk kept[C::kRows] = {};
+  auto load_rows = [&] {
+    if (static_cast<int>(threadIdx.x) < p.k / 16)
+#pragma unroll
+      for (int r = 0; r < C::kRows; ++r) kept[r].load(rows.in(p, r), threadIdx.x, p.fastdeploy);
+  };
+  wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
+  // Activations come first, then offsets and columns: they would wait behind the weights.
+  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer), first_expert = 0;
+  int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer);
+  if (C::kRows == 1) {
+    if (begin == end) return;
+    rows.row = p.column_tiles.divide(begin), rows.count = 1;
+    load_rows();
+    first_expert = expert_of<C>(p, s, rows.row, 0);
+  }
   if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
     for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
       for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
@@ -403,29 +437,22 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
     publish_barriers();
   }
-  wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   if (C::kRows > 1 && warp == 0) scan_offsets<C>(p, s);
   __syncthreads();
-  const int tiles = (C::kRows == 1 ? p.rows : s.blocks[p.experts]) * column_tiles;
-  const int begin = run_begin(tiles, blockIdx.x), end = run_begin(tiles, blockIdx.x + 1), first_block = begin / column_tiles;
-  if (begin == end) return;
+  if (C::kRows > 1) {
+    begin = s.start->begin, end = s.start->end;
+    if (begin == end) return;
+    first_expert = s.start->expert;
+  }
 
-  const int wk = warp % C::kWK, wn = warp / C::kWK;
+  const int wk = warp % C::kWK, wn = warp / C::kWK, first_block = p.column_tiles.divide(begin);
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  FewRows rows;
-  rows.set<C>(p, s, first_block, C::kRows == 1 ? expert_of<C>(p, s, first_block, 0) : *s.first);
+  rows.set<C>(p, s, first_block, first_expert);
   FewFetch<C> fetch{p, s, end, column_tiles, tiles_n, blocks_k, wk, wn,
                     begin, first_block, begin - first_block * column_tiles, wk, first_block, rows.expert};
-  Chunk kept[C::kRows] = {};
-  auto load_rows = [&] {
-    if (static_cast<int>(threadIdx.x) < p.k / 16)
-#pragma unroll
-      for (int r = 0; r < C::kRows; ++r) kept[r].load(rows.in(p, r), threadIdx.x, p.fastdeploy);
-  };
-  // Columns and activations come first, or they would wait behind all the weights that are ordered. Orders beyond what the
-  // memory system takes hold up their warp, so at the beginning they come bit by bit.
   if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
-  load_rows();
+  if (C::kRows > 1) load_rows();
+  // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
   fetch.aim();
   fetch.request(ring, 0);
   convert_rows<C>(p, s, rows, kept, [&] { fetch.request(ring, 1); });
@@ -433,7 +460,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   for (int i = 2; i < C::kStages; ++i) fetch.request(ring, i);
   int finished = begin, pair = wk;
   for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
-    const int i = tile - begin, block = tile / column_tiles, column_tile = tile - block * column_tiles;
+    const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
     if (block != rows.block) {  // all tiles before are finished (below)
       rows.set<C>(p, s, block, expert_of<C>(p, s, block, rows.expert));
       load_rows();

@@ -190,9 +190,12 @@ cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     if (device.id < kMaxDevices) raised[device.id].store(shared);
   }
-  p.column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
-  const double tiles = static_cast<double>(p.rows) * p.column_tiles;  // at most
-  return launch_early(few_kernel<C>, static_cast<int>(std::min<double>(tiles, device.sms)), C::kThreads, shared, stream, p);
+  p.column_tiles = Divider((p.n / 16 + C::kTiles - 1) / C::kTiles);
+  const int64_t tiles = static_cast<int64_t>(p.rows) * p.column_tiles.by;  // at most; with one row a block, exactly
+  if (tiles > 2147483647) return cudaErrorInvalidValue;
+  const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
+  p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
+  return launch_early(few_kernel<C>, grid, C::kThreads, shared, stream, p);
 }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
