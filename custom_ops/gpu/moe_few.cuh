@@ -408,6 +408,7 @@ __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile,
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) {
+  dependents_may_start();
   extern __shared__ __align__(128) char shared[];
   constexpr int kR = C::kR;
   const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
@@ -420,6 +421,13 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
 #pragma unroll
       for (int r = 0; r < C::kRows; ++r) kept[r].load(rows.in(p, r), threadIdx.x, p.fastdeploy);
   };
+  if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
+    for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
+      for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
+    for (int i = warp - 2; i >= 0 && i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
+    for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
+    publish_barriers();
+  }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   // Activations come first, then offsets and columns: they would wait behind the weights.
   int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer), first_expert = 0;
@@ -429,13 +437,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     rows.row = p.column_tiles.divide(begin), rows.count = 1;
     load_rows();
     first_expert = expert_of<C>(p, s, rows.row, 0);
-  }
-  if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
-    for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
-      for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
-    for (int i = warp - 2; i >= 0 && i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
-    for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps) s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
-    publish_barriers();
   }
   if (C::kRows > 1 && warp == 0) scan_offsets<C>(p, s);
   __syncthreads();

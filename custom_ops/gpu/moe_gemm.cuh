@@ -71,6 +71,7 @@ struct Warp {
   __device__ static int next_slot(int slot) { return slot + 1 == C::kSlots ? 0 : slot + 1; }
   __device__ static Line<C> line(const GemmParams& p) { return {shared() + C::kLineAt, p.experts, p.column_tiles, p.k / 128}; }
   __device__ Line<C> line() const { return line(p); }
+  __device__ int owner(const Part& part, int kb) const { return line().owner(part.expert, part.column, part.block, kb); }
   __device__ char* slot(int number) const {
     return shared() + warp * C::kWarpBytes + Ring<kR, C::kStages>::kBytes + number * C::kSlotBytes;
   }
@@ -325,6 +326,7 @@ __device__ void run_part(Warp<C>& w, int units, int number, int slot, Shares<C>&
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmParams p) {
+  dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   Barrier *const barriers = Warp<C>::barriers(), *const shares_there = barriers + C::kBarriers - 1;
   if (lane == 0) {  // one lane after another would take microseconds

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "output.cuh"
+#include "waves.cuh"
 
 namespace ccq {
 
@@ -119,13 +120,13 @@ template <typename C>
 struct WideWarp {
   static constexpr int kR = C::kR;
   const GemmParams& p;
-  const Line<C> own_line;
+  const Line<C> line;
   char* const rows;       // shared: the activations' ring
   char* const ring;
   char* const ring_lane;  // ring + 16 * lane
   const int lane, warp, blocks_k, tiles_n;
 
-  Walk<C> ahead;
+  Waves<C> ahead;
   int ahead_stage, ahead_columns, ahead_rows_stage;
   int ahead_count, ahead_first, ahead_rows;
   const uint8_t* ahead_quant;
@@ -137,11 +138,11 @@ struct WideWarp {
     return at + C::kColumnBytes == C::kWarpBytes ? C::kRingBytes : at + C::kColumnBytes;
   }
   __device__ static int next_rows(int at) { return at + C::kRowsBytes == C::kStages * C::kRowsBytes ? 0 : at + C::kRowsBytes; }
-  __device__ Line<C> line() const { return own_line; }
+  __device__ int owner(const Part& part, int kb) const { return Waves<C>::owner(line, part, kb); }
   __device__ int tile16(int column_tile) const { return column_tile * C::kTiles + warp * kR; }
 
   __device__ void aim() {  // at the place `ahead`
-    const Part t = ahead.part(own_line);
+    const Part t = ahead.part(line);
     ahead_rows = t.rows;
     const int t16 = min(tile16(t.column), (tiles_n - 1) / kR * kR);
     ahead_first = t16 % 4, ahead_count = min(4, tiles_n - t16 / 4 * 4);
@@ -173,8 +174,9 @@ struct WideWarp {
         copy16(x_to + row * 128 + ((piece ^ row) & 7) * 16, ahead_x + static_cast<size_t>(min(row, ahead_rows - 1)) * p.k * 2);
       ahead_x += 256;
       ahead_rows_stage = next_rows(ahead_rows_stage);
-      ahead.next(own_line);
-      if (ahead.kb == 0 && ahead.left > 0) ahead_columns = next_columns(ahead_columns), aim();
+      const int before = ahead.tile;
+      ahead.next(line);
+      if (ahead.left > 0 && ahead.tile != before) ahead_columns = next_columns(ahead_columns), aim();
     }
     copy_commit();
   }
@@ -256,6 +258,7 @@ __device__ void run_wide_part(WideWarp<C>& w, const Part& part, int& stage, int&
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const GemmParams p) {
+  dependents_may_start();
   extern __shared__ char unaligned[];
   char* const shared = unaligned + (-static_cast<int>(__cvta_generic_to_shared(unaligned)) & 1023);
   char* const rings = shared + C::kStages * C::kRowsBytes;
@@ -265,8 +268,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const 
   if (threadIdx.x == 0) shares_there->init(C::kWarps);
   line.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
-  if (static_cast<int>(blockIdx.x) >= line.header().grid) return;
-  Walk<C> walk(line);
+  Waves<C> walk(line);
   if (walk.left == 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -124,16 +124,15 @@ template <typename C, int kNT, typename W>
 __device__ void finish_part(const W& w, const Part& part, const float (&super)[C::kR][2], Shares<C>& shares,
                             Accumulator<C, kNT>& acc) {
   shares.publish(w);
-  const Line<C> line = w.line();
   if (part.kb > 0) {
     leave_share<C, kNT>(w, part.rows, acc);
     __syncwarp();
     if (w.lane == 0) shares.there->arrive();
-    shares.owner = line.owner(part.expert, part.column, part.block, 0);
+    shares.owner = w.owner(part, 0);
     return;
   }
-  if (part.kb_end < line.blocks_k)
-    collect_shares<C, kNT>(w, part.rows, line.owner(part.expert, part.column, part.block, line.blocks_k - 1), acc);
+  const int blocks_k = w.p.k / 128;
+  if (part.kb_end < blocks_k) collect_shares<C, kNT>(w, part.rows, w.owner(part, blocks_k - 1), acc);
   write_out<C, kNT>(w, part, super, acc);
 }
 
