@@ -173,9 +173,9 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
   switch (variant) {
     case 0: return narrow(Config<kPairs, 4, 2, 3>{});
 #ifdef CCQ_SM90A
-    case kWide: return wide(WideConfig<kPairs, 2, 16, 5, 2>{});
-    case kWide + 1: return wide(WideConfig<kPairs, 4, 32, 4, 1>{});
-    case kWide + 2: return wide(WideConfig<kPairs, 4, 64, 4, 1>{});
+    case kWide: return wide(WideConfig<kPairs, 4, 32, 6>{});
+    case kWide + 1: return wide(WideConfig<kPairs, 4, 64, 5>{});
+    case kWide + 2: return wide(WideConfig<kPairs, 2, 128, 4>{});
 #endif
     default: return narrow(Config<kPairs, 2, 4, 4>{});
   }

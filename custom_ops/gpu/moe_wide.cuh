@@ -1,99 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM for many rows an expert, on Hopper's warpgroup tensor instructions (sm_90a).
 //
-// Decoding costs the same for 8 rows and for 64, so here a tile has up to kN rows and the weights, decoded once, meet
-// all of them: `wgmma` takes A (weights) from the registers that decode.cuh fills, in the same layout as mma.sync, and B
+// Decoding costs the same for 8 rows and for 128, so here a tile has up to kN rows and the weights, decoded once, meet all
+// of them: `wgmma` takes A (weights) from the registers that decode.cuh fills, in the same layout as mma.sync, and B
 // (activations) from shared memory. Scaling accumulators group by group, as moe_gemm.cuh does, would cost per row; so the
 // weights become exact fp16 integers instead: (window - 32) * scale nibble, at most 480 in magnitude, times a power of
 // two. One half-precision multiply-add makes two of them, nothing is rounded, and accumulators run through all of K.
 //
-// Tiles, stretches and partial results are moe_gemm.cuh's. Activations go through the same ring as the weights,
-// fetched by all warps together; one block barrier a unit makes them common. A unit's stage is reused two rounds later,
-// so that the barrier need not wait for the tensor cores.
+// A ninth warp orders everything, weights and activations, by bulk copies into a ring of stages, and does nothing else (it
+// and three idle ones make a warpgroup, so that it can hand its registers over); the other eight, two warpgroups, wait for
+// stages and give them back, each at its own pace. Tiles go in waves (waves.cuh).
 #pragma once
 
 #include "output.cuh"
 #include "waves.cuh"
+#include "wgmma.cuh"
 
 namespace ccq {
 
-template <Pairs kPairs_, int kR_, int kN_, int kStages_, int kMinBlocks_>
+template <Pairs kPairs_, int kR_, int kN_, int kStages_>
 struct WideConfig {
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kMinBlocks = kMinBlocks_;
-  static constexpr int kWarps = 8, kThreads = kWarps * 32, kTileTokens = kN, kTiles = kR * kWarps;
-  static constexpr int kAhead = kStages - 2;  // units on their way
-  static constexpr int kRowsBytes = kN * 256;  // a stage's activations: two groups of [kN][64], 128-byte swizzle
-  static constexpr int kStageBytes = kR * 528, kColumnSlots = kStages + 1;
-  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
-  static constexpr int kRingBytes = kStages * kStageBytes, kWarpBytes = kRingBytes + kColumnSlots * kColumnBytes;
+  static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kMinBlocks = 1;
+  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32, kTileTokens = kN, kTiles = kR * kWarps;
+  // A stage: the activations as tensor cores want them (kWideRowsBytes a block of 8 rows), then each warp's weights.
+  static constexpr int kRowsBytes = kNT * kWideRowsBytes, kUnitBytes = kR * 528;
+  static constexpr int kStageBytes = kRowsBytes + (kWarps * kUnitBytes + 1023) / 1024 * 1024;
+  // Tiles on their way or in work: a Part and the columns of each.
+  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kPlane = kTiles * kPlaneBytes;
+  static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kPlane * kPlanes;
+  static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kLineAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
-  // Half-full tiles cost as much as full ones.
   static constexpr int kMostWeight = 1;
   __host__ __device__ static constexpr int weight(int) { return 1; }
-  static size_t shared_bytes(int experts) {
-    return 1024 + kStages * kRowsBytes + kWarps * kWarpBytes + 16 + Line<WideConfig>::shared_bytes(experts);
-  }
+  static size_t shared_bytes(int experts) { return 1024 + kLineAt + Line<WideConfig>::shared_bytes(experts); }
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define CCQ_WGMMA 1
-#else
-#define CCQ_WGMMA 0
-#endif
-
-__device__ inline void wgmma_fence() {
-#if CCQ_WGMMA
-  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
-#endif
-}
-__device__ inline void wgmma_commit() {
-#if CCQ_WGMMA
-  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-#endif
-}
-template <int kPending>
-__device__ inline void wgmma_wait() {
-#if CCQ_WGMMA
-  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
-#endif
-}
-
-// B's descriptor: rows of 128 bytes (64 values along K), 128-byte swizzle, 1024 bytes from 8 rows to the next 8.
-__device__ inline uint64_t descriptor(uint32_t shared) {
-  return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-#define CCQ_F4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define CCQ_F16(d, i) CCQ_F4(d, i), CCQ_F4(d, i + 1), CCQ_F4(d, i + 2), CCQ_F4(d, i + 3)
-
-// d[64 x kN] = (add ? d : 0) + a[64 x 16] * b[16 x kN]; of the 64 rows a warp has 16.
-__device__ inline void wgmma(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b, int add) {
-#if CCQ_WGMMA
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0; }\n"
-      : CCQ_F4(d, 0), CCQ_F4(d, 1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#endif
-}
-__device__ inline void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, int add) {
-#if CCQ_WGMMA
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-      "{%16,%17,%18,%19}, %20, p, 1, 1, 0; }\n"
-      : CCQ_F16(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#endif
-}
-__device__ inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int add) {
-#if CCQ_WGMMA
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
-      "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }\n"
-      : CCQ_F16(d, 0), CCQ_F16(d, 4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#endif
-}
 __device__ inline uint32_t half2_bits(__half2 v) { return *reinterpret_cast<uint32_t*>(&v); }
 __device__ inline __half2 bits_half2(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
 
@@ -116,103 +59,108 @@ struct Scale {
   __device__ uint32_t odd_window(uint32_t w) const { return half2_bits(__hfma2(bits_half2(w), n, odd)); }
 };
 
+// Shared memory, by whoever needs it: its addresses are known, so nothing of it stays in registers.
+template <typename C>
+struct WideShared {
+  __device__ static char* memory() {  // swizzled stages lie on borders of 1024 bytes
+    extern __shared__ __align__(128) char shared[];
+    return shared + (-static_cast<int>(shared_address(shared)) & 1023);
+  }
+  __device__ static char* stage(int i) { return memory() + i * C::kStageBytes; }
+  __device__ static char* slot(int i) { return memory() + C::kSlotsAt + i * C::kSlotBytes; }
+  __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
+  __device__ static Barrier* free() { return full() + C::kStages; }
+  __device__ static Barrier* shares_there() { return free() + C::kStages; }
+  __device__ static Line<C> line(const GemmParams& p) { return {memory() + C::kLineAt, p.experts, p.column_tiles, p.k / 128}; }
+};
+
+// The ninth warp.
+template <typename C>
+__device__ void order_stages(const GemmParams& p) {
+  using S = WideShared<C>;
+  const Line<C> line = S::line(p);
+  const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
+  int stage = 0, slot = 0, last_tile = -1;
+  uint32_t parity = 1;  // of the round before: passed at once in the first
+  for (Waves<C> at(line); at.left > 0; at.next(line)) {
+    const Part part = at.part(line);
+    const int first = part.column * C::kTiles, there = min(C::kTiles, tiles_n - first), row_blocks = (part.rows + 7) / 8;
+    const bool new_tile = at.tile != last_tile;
+    last_tile = at.tile;
+    S::free()[stage].wait(parity);
+    Barrier* const full = S::full() + stage;
+    if (lane == 0) {
+      if (new_tile) *reinterpret_cast<Part*>(S::slot(slot)) = part;
+      full->arrive_and_expect(row_blocks * kWideRowsBytes + there * 528 + (new_tile ? there * kPlaneBytes * C::kPlanes : 0));
+    }
+    __syncwarp();
+    char* const to = S::stage(stage);
+    if (lane < row_blocks)
+      bulk_copy(to + lane * kWideRowsBytes,
+                p.prepared.rows + (static_cast<size_t>(part.prepared_block + lane) * blocks_k + part.kb) * kWideRowsBytes,
+                kWideRowsBytes, full);
+    // A warp's tiles lie in one group of four (repack.h).
+    const int t16 = first + lane * C::kR, mine = min(C::kR, tiles_n - t16);
+    if (lane < C::kWarps && mine > 0) {
+      const size_t unit = ccq_unit_index(part.expert, t16, part.kb, tiles_n, blocks_k);
+      char* const weights = to + C::kRowsBytes + lane * C::kUnitBytes;
+      bulk_copy(weights, p.quant + unit * 512, mine * 512, full);
+      bulk_copy(weights + C::kR * 512, p.scales + unit * 16, mine * 16, full);
+    }
+    if (new_tile) {
+      if (lane < C::kPlanes) {
+        const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
+        bulk_copy(S::slot(slot) + 128 + lane * C::kPlane,
+                  p.columns + lane * plane + (static_cast<size_t>(part.expert) * tiles_n + first) * 32, there * kPlaneBytes, full);
+      }
+      if (++slot == C::kSlots) slot = 0;
+    }
+    if (++stage == C::kStages) stage = 0, parity ^= 1;
+  }
+}
+
+// One of the other eight.
 template <typename C>
 struct WideWarp {
-  static constexpr int kR = C::kR;
   const GemmParams& p;
-  const Line<C> line;
-  char* const rows;       // shared: the activations' ring
-  char* const ring;
-  char* const ring_lane;  // ring + 16 * lane
-  const int lane, warp, blocks_k, tiles_n;
+  const int lane, warp;
+  int stage = 0;
+  uint32_t parity = 0;
 
-  Waves<C> ahead;
-  int ahead_stage, ahead_columns, ahead_rows_stage;
-  int ahead_count, ahead_first, ahead_rows;
-  const uint8_t* ahead_quant;
-  const uint8_t* ahead_scales;
-  const char* ahead_x;  // this thread's 16 bytes of the tile's first row
-
-  __device__ static int next_stage(int at) { return at + C::kStageBytes == C::kRingBytes ? 0 : at + C::kStageBytes; }
-  __device__ static int next_columns(int at) {
-    return at + C::kColumnBytes == C::kWarpBytes ? C::kRingBytes : at + C::kColumnBytes;
-  }
-  __device__ static int next_rows(int at) { return at + C::kRowsBytes == C::kStages * C::kRowsBytes ? 0 : at + C::kRowsBytes; }
-  __device__ int owner(const Part& part, int kb) const { return Waves<C>::owner(line, part, kb); }
-  __device__ int tile16(int column_tile) const { return column_tile * C::kTiles + warp * kR; }
-
-  __device__ void aim() {  // at the place `ahead`
-    const Part t = ahead.part(line);
-    ahead_rows = t.rows;
-    const int t16 = min(tile16(t.column), (tiles_n - 1) / kR * kR);
-    ahead_first = t16 % 4, ahead_count = min(4, tiles_n - t16 / 4 * 4);
-    const size_t unit = ccq_unit_index(ahead.expert, t16, ahead.kb, tiles_n, blocks_k);
-    ahead_quant = p.quant + unit * 512 + lane * 16;
-    ahead_scales = p.scales + unit * 16 + lane * 16;
-    ahead_x = p.prepared.rows + (static_cast<size_t>(t.row) * p.k + ahead.kb * 128) * 2 + threadIdx.x % 16 * 16;
-    const uint32_t* column = p.columns + (static_cast<size_t>(ahead.expert) * tiles_n + t16) * 32 + lane * 4;
-    const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
-#pragma unroll
-    for (int j = 0; j < C::kPlanes; ++j)
-      if (lane < kR * 8 && ahead_first + lane / 8 < ahead_count)
-        copy16(ring_lane + ahead_columns + j * (kR * kPlaneBytes), column + j * plane);
-  }
-  __device__ void request() {  // the next unit of the line, or nothing
-    if (ahead.left > 0) {
-      char* to = ring_lane + ahead_stage;
-#pragma unroll
-      for (int r = 0; r < kR; ++r)
-        if (r == 0 || ahead_first + r < ahead_count) copy16(to + r * 512, ahead_quant + r * 512);
-      if (lane < kR && ahead_first + lane < ahead_count) copy16(to + kR * 512, ahead_scales);
-      ahead_quant += ahead_count * 512, ahead_scales += ahead_count * 16;
-      ahead_stage = next_stage(ahead_stage);
-      // Rows past the tile's last repeat it: their results are not stored.
-      const int piece = threadIdx.x % 16;
-      char* const x_to = rows + ahead_rows_stage + piece / 8 * (C::kN * 128);
-#pragma unroll
-      for (int row = threadIdx.x / 16; row < C::kN; row += 16)
-        copy16(x_to + row * 128 + ((piece ^ row) & 7) * 16, ahead_x + static_cast<size_t>(min(row, ahead_rows - 1)) * p.k * 2);
-      ahead_x += 256;
-      ahead_rows_stage = next_rows(ahead_rows_stage);
-      const int before = ahead.tile;
-      ahead.next(line);
-      if (ahead.left > 0 && ahead.tile != before) ahead_columns = next_columns(ahead_columns), aim();
-    }
-    copy_commit();
+  __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
+  __device__ int owner(const Part& part, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), part, kb); }
+  __device__ void leave(int which) const {
+    __syncwarp();
+    if (lane == 0) WideShared<C>::free()[which].arrive();
   }
 };
 
-// Units kb..kb_end of one tile into `acc`.
-template <typename C>
-__device__ void multiply_wide(WideWarp<C>& w, int kb, int kb_end, int& stage, int& rows_stage, int columns_at,
-                              Accumulator<C, C::kNT>& acc) {
+// `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
+template <typename C, int kNT>
+__device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
+  using S = WideShared<C>;
   constexpr int kR = C::kR;
   const int g = w.lane / 4;
   Column<C::kPairs> column[kR][2];
-  bool first = true;
   int add = 0;  // the first step of all overwrites the accumulators: set to zero by moves they would serialize the rest
+  int before = -1, last = -1;  // the stages of the two units before: the later one the tensor cores may still read
   uint32_t a[2][4][4];  // two steps' weights: one is multiplied while the other is decoded
-  for (; kb < kb_end; ++kb) {
-    copy_wait<C::kAhead - 1>();
-#if CCQ_WGMMA
-    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");  // the tensor cores read what copies wrote
-#endif
-    __syncthreads();  // all warps' copies are there, and the stage requested now was left by the tensor cores
-    if (first) {
-      first = false;
-      const char* c = w.ring + columns_at;
+  for (int i = 0; i < units; ++i) {
+    if (before >= 0) w.leave(before);
+    S::full()[w.stage].wait(w.parity);
+    if (i == 0) {
 #pragma unroll
-      for (int r = 0; r < kR; ++r) load_columns<C::kPairs>(c + r * kPlaneBytes, c + (kR + r) * kPlaneBytes, g, column[r]);
+      for (int r = 0; r < kR; ++r) {
+        const char* c = columns + (w.warp * kR + r) * kPlaneBytes;
+        load_columns<C::kPairs>(c, c + C::kPlane, g, column[r]);
+      }
     }
-    w.request();
-    const char* const at = w.ring_lane + stage;
-    const char* const scales_at = w.ring + stage + kR * 512 + g * 2;
-    const uint64_t b = descriptor(static_cast<uint32_t>(__cvta_generic_to_shared(w.rows + rows_stage)));
-    stage = WideWarp<C>::next_stage(stage), rows_stage = WideWarp<C>::next_rows(rows_stage);
+    const char* const weights = S::stage(w.stage) + C::kRowsBytes + w.warp * C::kUnitBytes;
+    const uint64_t b = descriptor(shared_address(S::stage(w.stage)), kWideRowsBytes);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      const uint4 q = *reinterpret_cast<const uint4*>(at + r * 512);
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(scales_at + r * 16);
+      const uint4 q = *reinterpret_cast<const uint4*>(weights + r * 512 + w.lane * 16);
+      const uint32_t scale = *reinterpret_cast<const uint16_t*>(weights + kR * 512 + r * 16 + g * 2);
       const uint32_t left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -225,68 +173,70 @@ __device__ void multiply_wide(WideWarp<C>& w, int kb, int kb_end, int& stage, in
           const Windows x(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low));
           const Windows y(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high));
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            v[pair * 2 + i][0] = s.even_window(x.w[i * 2]), v[pair * 2 + i][1] = u.even_window(y.w[i * 2]);
-            v[pair * 2 + i][2] = s.odd_window(x.w[i * 2 + 1]), v[pair * 2 + i][3] = u.odd_window(y.w[i * 2 + 1]);
+          for (int j = 0; j < 2; ++j) {
+            v[pair * 2 + j][0] = s.even_window(x.w[j * 2]), v[pair * 2 + j][1] = u.even_window(y.w[j * 2]);
+            v[pair * 2 + j][2] = s.odd_window(x.w[j * 2 + 1]), v[pair * 2 + j][3] = u.odd_window(y.w[j * 2 + 1]);
           }
         }
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) wgmma(acc.o[r], v[i], b + half * (C::kN * 128 / 16) + i * 2, half + i > 0 ? 1 : add);
+        for (int j = 0; j < 4; ++j) wgmma(acc.o[r], v[j], b + half * (1024 / 16) + j * 2, half + j > 0 ? 1 : add);
         wgmma_commit();
       }
     }
-    add = 1;
+    add = 1, before = last, last = w.stage;
+    if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
   }
   wgmma_wait<0>();
+  if (before >= 0) w.leave(before);
+  w.leave(last);
 }
 
-template <typename C>
-__device__ void run_wide_part(WideWarp<C>& w, const Part& part, int& stage, int& rows_stage, int columns_at,
-                              Shares<C>& shares) {
-  constexpr int kNT = C::kNT;
+template <typename C, int kNT>
+__device__ void run_wide_part(WideWarp<C>& w, const char* slot, Shares<C>& shares) {
+  const Part& part = *reinterpret_cast<const Part*>(slot);
   Accumulator<C, kNT> acc;
-  multiply_wide<C>(w, part.kb, part.kb_end, stage, rows_stage, columns_at, acc);
+  multiply_wide<C, kNT>(w, part.kb_end - part.kb, slot + 128, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
-    const float2 s = load_supers(w.ring + columns_at + r * kPlaneBytes, w.lane / 4);
+    const float2 s = load_supers(slot + 128 + (w.warp * C::kR + r) * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * 16777216.f, super[r][1] = s.y * 16777216.f;
   }
   finish_part<C, kNT>(w, part, super, shares, acc);
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) wide_kernel(const GemmParams p) {
+__global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const GemmParams p) {
+  using S = WideShared<C>;
   dependents_may_start();
-  extern __shared__ char unaligned[];
-  char* const shared = unaligned + (-static_cast<int>(__cvta_generic_to_shared(unaligned)) & 1023);
-  char* const rings = shared + C::kStages * C::kRowsBytes;
-  Barrier* const shares_there = reinterpret_cast<Barrier*>(rings + C::kWarps * C::kWarpBytes);
-  const int blocks_k = p.k / 128, tiles_n = p.n / 16;
-  const Line<C> line{reinterpret_cast<char*>(shares_there + 2), p.experts, p.column_tiles, blocks_k};
-  if (threadIdx.x == 0) shares_there->init(C::kWarps);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (lane == 0) {
+    if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps);
+    if (warp == C::kWarps) S::shares_there()->init(C::kWarps);
+    publish_barriers();
+  }
+  const Line<C> line = S::line(p);
   line.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
-  Waves<C> walk(line);
-  if (walk.left == 0) return;
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  char* const ring = rings + warp * C::kWarpBytes;
-  WideWarp<C> w{p, line, shared, ring, ring + lane * 16, lane, warp, blocks_k, tiles_n, walk, 0, C::kRingBytes, 0};
-  w.aim();
-#pragma unroll
-  for (int i = 0; i < C::kAhead; ++i) w.request();
-
-  Shares<C> shares{shares_there};
-  int stage = 0, rows_stage = 0, columns_at = C::kRingBytes;
-  while (walk.left > 0) {
-    const Part part = walk.part(line);
-    run_wide_part<C>(w, part, stage, rows_stage, columns_at, shares);
-    columns_at = WideWarp<C>::next_columns(columns_at);
-    walk.left -= part.kb_end - part.kb, walk.next_tile(line);
+  if (warp >= C::kWarps) {
+    give_registers<40>();
+    if (warp == C::kWarps) order_stages<C>(p);
+  } else {
+    take_registers<232>();  // 2 x 232 + 40 = 3 x 168, which a thread begins with
+    WideWarp<C> w{p, lane, warp};
+    Shares<C> shares{S::shares_there()};
+    int left = Waves<C>(line).left, slot = 0;
+    while (left > 0) {
+      S::full()[w.stage].wait(w.parity);  // the part's description comes with its first unit
+      const char* const at = S::slot(slot);
+      const Part& part = *reinterpret_cast<const Part*>(at);
+      left -= part.kb_end - part.kb;
+      run_wide_part<C, C::kNT>(w, at, shares);
+      if (++slot == C::kSlots) slot = 0;
+    }
+    shares.publish(w);
   }
-  shares.publish(w);
 }
 
 }  // namespace ccq

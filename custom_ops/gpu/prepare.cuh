@@ -24,9 +24,13 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 constexpr int kRowsUnitBytes = 128 + 2048, kFourRowsBytes = 128 + 1024;
 constexpr int kMostIntegerRows = 4;
 
+// What moe_wide.cuh copies: 128 values of each of 8 rows as wgmma wants them, [2 groups][8 rows][128 bytes] with the 16-byte
+// pieces of row r at r ^ their place (the 128-byte swizzle).
+constexpr int kWideRowsBytes = 2048;
+
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
-  char* rows;        // for moe_wide.cuh instead of x: [rows, K] halfs, in the order of the fragments along K
+  char* rows;        // for moe_wide.cuh instead of x: [blocks of 8 rows, K/128, kWideRowsBytes]
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
   int* tickets;      // set to zero here, for the split of K
 };
@@ -147,16 +151,14 @@ __device__ inline int quad_sum(int v) {
 
 // Sixteen values of one row in the order that wgmma's fragments have along K: step 2p + i / 2 of 16 values, in it registers
 // i even (the first 8) and odd (the last 8, with the factor 1/8), two values a lane.
-__device__ inline void store_wide(const float (&v)[16], int chunk, __half* row) {
-  const int group = chunk / 4, t = chunk % 4;
-  const float odd = group % 2 ? kOddGroup : 1.f;
-  __half2* to = reinterpret_cast<__half2*>(row + group * 64) + t;
+__device__ inline void store_wide(const float (&v)[16], int t, float odd, int row, char* group) {
 #pragma unroll
   for (int p = 0; p < 2; ++p)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float f = i % 2 ? 0.125f * odd : odd;
-      to[p * 16 + i * 4] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
+      const __half2 two = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
+      *reinterpret_cast<__half2*>(group + row * 128 + ((p * 4 + i) ^ row) * 16 + t * 4) = two;
     }
 }
 
@@ -232,12 +234,13 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
-    if (out.rows) {
-      store_wide(v, c, reinterpret_cast<__half*>(out.rows) + static_cast<size_t>(row) * k);
-      continue;
-    }
     const float odd = group % 2 ? kOddGroup : 1.f;
     const int own = place % 8;
+    if (out.rows) {
+      const size_t block = static_cast<size_t>(place / 8) * (k / 128) + group / 2;
+      store_wide(v, t, odd, own, out.rows + block * kWideRowsBytes + group % 2 * 1024);
+      continue;
+    }
     if (t < 2) reinterpret_cast<float*>(unit)[group % 2 * 16 + own / 2 * 4 + t * 2 + own % 2] = sum * odd * kOffset;
 #pragma unroll
     for (int p = 0; p < 2; ++p)
