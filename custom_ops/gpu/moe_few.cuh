@@ -70,7 +70,7 @@ struct FewConfig {
   __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * (256 * kRows + 16); }
   // Offsets of the sums: 8 columns a unit or two with slots, a group without.
   __host__ __device__ static constexpr int offset_bytes(int blocks_k) { return blocks_k * (kRows == 4 ? 64 : 32); }
-  static size_t shared_bytes(int k, int experts) {
+  static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
     return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
            activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + (kWarps + 1) * kRows * 4 +

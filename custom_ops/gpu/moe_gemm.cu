@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
@@ -49,55 +50,118 @@ cudaError_t current_device(Device* device) {
 int g_variant = -1;  // forced by benchmarks
 #endif
 
-// Kernels by number: 0-3 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh. By the mean number of rows an
-// expert and the size of the problem; the borders are measured (docs/kernels.md).
+// Kernels by number: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh.
 constexpr int kWide = 10, kFew = 20;
+#ifdef CCQ_SM90A
+constexpr int kWideFrom = 24;  // rows an expert on average
+#endif
 
-// The configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
+// Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
 template <Pairs kPairs, typename F>
 auto with_few(int variant, F&& use) {
-  switch (variant - kFew) {
-    case 0: return use(FewConfig<kPairs, 1, 16, 1, 1, 8>{});
-    case 1: return use(FewConfig<kPairs, 2, 16, 1, 1, 6>{});
-    case 2: return use(FewConfig<kPairs, 4, 16, 1, 1, 4>{});
-    case 3: return use(FewConfig<kPairs, 4, 8, 2, 1, 4>{});
-    case 4: return use(FewConfig<kPairs, 4, 4, 4, 1, 4>{});
-    case 5: return use(FewConfig<kPairs, 4, 2, 8, 1, 4>{});
-    case 6: return use(FewConfig<kPairs, 4, 16, 1, 2, 4>{});
-    case 7: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
-    case 8: return use(FewConfig<kPairs, 4, 4, 4, 2, 4>{});
-    case 9: return use(FewConfig<kPairs, 4, 2, 8, 2, 4>{});
-    case 10: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
-    case 11: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
-    case 12: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
-    case 13: return use(FewConfig<kPairs, 4, 8, 2, 4, 3>{});
-    case 14: return use(FewConfig<kPairs, 4, 4, 4, 4, 3>{});
-    default: return use(FewConfig<kPairs, 4, 2, 8, 4, 3>{});
+  switch (variant) {
+    case kFew: return use(FewConfig<kPairs, 1, 16, 1, 1, 8>{});
+    case kFew + 1: return use(FewConfig<kPairs, 2, 16, 1, 1, 6>{});
+    case kFew + 2: return use(FewConfig<kPairs, 4, 16, 1, 1, 4>{});
+    case kFew + 3: return use(FewConfig<kPairs, 4, 4, 4, 1, 4>{});
+    case kFew + 4: return use(FewConfig<kPairs, 4, 2, 8, 1, 4>{});
+    case kFew + 5: return use(FewConfig<kPairs, 4, 16, 1, 2, 4>{});
+    case kFew + 6: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
+    case kFew + 7: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
+    case kFew + 8: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
+    case kFew + 9: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
+    default: return use(FewConfig<kPairs, 4, 8, 2, 4, 3>{});
   }
 }
 
-size_t few_shared(int variant, int k, int experts) {
-  return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
+// Of moe_gemm.cuh: 16-column tiles a warp, blocks of 8 rows, stages. The last two are for less shared memory than Hopper's.
+template <Pairs kPairs, typename F>
+auto with_some(int variant, F&& use) {
+  switch (variant) {
+    case 0: return use(Config<kPairs, 4, 2, 3>{});
+    case 1: return use(Config<kPairs, 2, 4, 4>{});
+    case 2: return use(Config<kPairs, 2, 2, 4>{});
+    default: return use(Config<kPairs, 1, 2, 3>{});
+  }
+}
+constexpr int kLeastShared = 99 * 1024;  // of the GPUs we compile for: 8.6, 8.9 and 12.0
+static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLeastShared, "one configuration must fit everywhere");
+
+#ifdef CCQ_SM90A
+// Of moe_wide.cuh: 16-column tiles a warp, rows, stages.
+template <Pairs kPairs, typename F>
+auto with_wide(int variant, F&& use) {
+  switch (variant) {
+    case kWide: return use(WideConfig<kPairs, 4, 32, 6>{});
+    case kWide + 1: return use(WideConfig<kPairs, 4, 48, 5>{});
+    case kWide + 2: return use(WideConfig<kPairs, 4, 64, 5>{});
+    case kWide + 3: return use(WideConfig<kPairs, 2, 80, 6>{});
+    case kWide + 4: return use(WideConfig<kPairs, 2, 96, 5>{});
+    default: return use(WideConfig<kPairs, 2, 128, 4>{});
+  }
+}
+#endif
+
+// Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
+size_t shared_of(int variant, int k, int experts) {
+  if (variant >= kFew) return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
+  return with_some<Pairs::kGeneral>(variant, [](auto c) { return decltype(c)::shared_bytes(kMaxExperts); });
+}
+
+// The choice. Borders are measured (docs/kernels.md), on an H100; what does not fit a smaller GPU is passed over.
+
+// Up to four rows an expert. -1: another kernel.
+int few_variant(const Device& device, int rows, int k, int n, int experts) {
+  const double mean = static_cast<double>(rows) / experts;
+  const int pairs = k / 256;  // of units, which warps along K share
+  if (experts == 1 ? rows > 8 : mean > (pairs < 4 ? 0.3 : 2.5)) return -1;
+  // Tiles of 64 columns, or narrower ones where there would not be about one for every multiprocessor.
+  const int enough = device.sms * 3 / 4;
+  const int of_mean = experts == 1 ? (rows > 2 ? 4 : rows) : mean <= 0.3 ? 1 : mean <= 0.75 ? 2 : 4;
+  int choices[4], count = 0;
+  for (int tile_rows : {of_mean, 1}) {
+    const int blocks = experts == 1 ? (rows + tile_rows - 1) / tile_rows : std::min(rows, experts);
+    auto tiles = [&](int columns) { return blocks * ((n + columns - 1) / columns); };
+    if (tiles(64) >= enough) {
+      const bool long_k = pairs >= 16 || tiles(tile_rows == 1 ? 256 : 128) < enough;
+      if (tile_rows == 1) choices[count++] = long_k ? kFew + 2 : pairs >= 4 || tiles(512) < enough ? kFew + 3 : kFew + 4;
+      else if (tile_rows == 2) choices[count++] = long_k ? kFew + 5 : kFew + 6;
+      else choices[count++] = long_k ? kFew + 9 : kFew + 10;
+    } else if (tile_rows != 2 && tiles(32) >= enough) {
+      choices[count++] = tile_rows == 1 ? kFew + 1 : kFew + 8;
+    } else if (tile_rows == 1 || (tile_rows == 4 && tiles(16) >= enough)) {
+      choices[count++] = tile_rows == 1 ? kFew : kFew + 7;
+    }
+  }
+  for (int i = 0; i < count; ++i)
+    if (shared_of(choices[i], k, experts) <= static_cast<size_t>(device.shared)) return choices[i];
+  return -1;
 }
 
 int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
 #ifdef CCQ_TUNING
   if (g_variant >= 0) return g_variant;
 #endif
-  const double mean = static_cast<double>(a.rows) / a.experts;
-  if (a.experts == 1 ? a.rows <= 8 : mean <= 2.5) {
-    // Narrower tiles where there would not be one for every multiprocessor; wider ones where K is short.
-    const int experts = std::min(a.rows, a.experts), groups = experts * ((a.n + 63) / 64);
-    int variant = 2 * groups <= device.sms ? 0 : groups < 3 * device.sms / 4 ? 1 : a.k > 4096 ? 2 : a.k > 1024 ? 3 : 4;
-    if (a.experts == 1 ? a.rows > 2 : mean > 0.6) variant += 5;
-    if (few_shared(kFew + variant, a.k, a.experts) <= static_cast<size_t>(device.shared)) return kFew + variant;
-  }
-  const int rows = a.rows / a.experts;
+  const int few = few_variant(device, a.rows, a.k, a.n, a.experts);
+  if (few >= 0) return few;
+  const int mean = a.rows / a.experts;
 #ifdef CCQ_SM90A
-  const int from = 24;
-  if (device.major == 9 && rows >= from) return rows < 12 ? kWide : rows < 24 ? kWide + 1 : kWide + 2;
+  if (device.major == 9 && mean >= kWideFrom) {
+    // Rows a tile: what an expert's rows, one standard deviation more than the mean, need; decoding costs a tile as much
+    // as kDecoding rows.
+    constexpr int kRows[] = {32, 48, 64, 80, 96, 128};
+    constexpr double kDecoding = 24;
+    const double rows = mean + std::sqrt(static_cast<double>(mean));
+    int best = 0;
+    auto cost = [&](int i) { return std::ceil(rows / kRows[i]) * (kRows[i] + kDecoding); };
+    for (int i = 1; i < 6; ++i)
+      if (cost(i) < cost(best)) best = i;
+    return kWide + best;
+  }
 #endif
-  return rows <= 16 ? 0 : 1;
+  for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
+    if (shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared)) return variant;
+  return 3;
 }
 
 // The workspace's parts, each on a 256-byte border. Partial results: for each SM what one tile of each of its blocks has,
@@ -165,20 +229,15 @@ cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), GemmPa
 
 template <Pairs kPairs>
 cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, size_t partial, cudaStream_t stream) {
-  // 16-column tiles a warp, blocks of 8 rows (wide: rows), stages (wide: and blocks an SM).
-  auto narrow = [&](auto config) { return launch_gemm<decltype(config)>(device, gemm_kernel<decltype(config)>, p, partial, stream); };
 #ifdef CCQ_SM90A
-  auto wide = [&](auto config) { return launch_gemm<decltype(config)>(device, wide_kernel<decltype(config)>, p, partial, stream); };
+  if (variant >= kWide)
+    return with_wide<kPairs>(variant, [&](auto config) {
+      return launch_gemm<decltype(config)>(device, wide_kernel<decltype(config)>, p, partial, stream);
+    });
 #endif
-  switch (variant) {
-    case 0: return narrow(Config<kPairs, 4, 2, 3>{});
-#ifdef CCQ_SM90A
-    case kWide: return wide(WideConfig<kPairs, 4, 32, 6>{});
-    case kWide + 1: return wide(WideConfig<kPairs, 4, 64, 5>{});
-    case kWide + 2: return wide(WideConfig<kPairs, 2, 128, 4>{});
-#endif
-    default: return narrow(Config<kPairs, 2, 4, 4>{});
-  }
+  return with_some<kPairs>(variant, [&](auto config) {
+    return launch_gemm<decltype(config)>(device, gemm_kernel<decltype(config)>, p, partial, stream);
+  });
 }
 
 template <typename C>
@@ -259,7 +318,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
                 reinterpret_cast<int*>(base + l.tickets)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
-  error = launch_prepare(*a, device, variant == 0 ? 16 : 32, p.prepared, stream);
+  error = launch_prepare(*a, device, variant == 1 ? 32 : 16, p.prepared, stream);
   if (error != cudaSuccess) return error;
   return a->pairs == CCQ_PAIRS_INTEGER ? choose_gemm<Pairs::kInteger>(variant, device, p, l.partial_float4, stream)
                                        : choose_gemm<Pairs::kGeneral>(variant, device, p, l.partial_float4, stream);

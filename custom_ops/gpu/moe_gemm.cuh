@@ -42,7 +42,7 @@ struct Config {
   // Time of a unit by its tile's rows, roughly (schedule.cuh).
   static constexpr int kMostWeight = kNT == 2 ? 11 : 18;
   __host__ __device__ static constexpr int weight(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 11 : 18; }
-  static size_t shared_bytes(int experts) { return kLineAt + Line<Config>::shared_bytes(experts); }
+  static constexpr size_t shared_bytes(int experts) { return kLineAt + Line<Config>::shared_bytes(experts); }
 };
 
 template <typename C>

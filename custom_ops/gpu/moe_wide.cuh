@@ -22,7 +22,10 @@ template <Pairs kPairs_, int kR_, int kN_, int kStages_>
 struct WideConfig {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kMinBlocks = 1;
-  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32, kTileTokens = kN, kTiles = kR * kWarps;
+  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // that multiply; with the ordering one and three idle ones
+  static constexpr int kTileTokens = kN, kTiles = kR * kWarps;
+  // Registers of a thread: 168 at the beginning; then the ordering warp's (and the idle ones'), and the others'.
+  static constexpr int kOrdering = 40, kMultiplying = 232;
   // A stage: the activations as tensor cores want them (kWideRowsBytes a block of 8 rows), then each warp's weights.
   static constexpr int kRowsBytes = kNT * kWideRowsBytes, kUnitBytes = kR * 528;
   static constexpr int kStageBytes = kRowsBytes + (kWarps * kUnitBytes + 1023) / 1024 * 1024;
@@ -34,7 +37,7 @@ struct WideConfig {
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
   static constexpr int kMostWeight = 1;
   __host__ __device__ static constexpr int weight(int) { return 1; }
-  static size_t shared_bytes(int experts) { return 1024 + kLineAt + Line<WideConfig>::shared_bytes(experts); }
+  static constexpr size_t shared_bytes(int experts) { return 1024 + kLineAt + Line<WideConfig>::shared_bytes(experts); }
 };
 
 __device__ inline uint32_t half2_bits(__half2 v) { return *reinterpret_cast<uint32_t*>(&v); }
@@ -220,10 +223,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const GemmParams p
   line.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
-    give_registers<40>();
+    give_registers<C::kOrdering>();
     if (warp == C::kWarps) order_stages<C>(p);
   } else {
-    take_registers<232>();  // 2 x 232 + 40 = 3 x 168, which a thread begins with
+    take_registers<C::kMultiplying>();
     WideWarp<C> w{p, lane, warp};
     Shares<C> shares{S::shares_there()};
     int left = Waves<C>(line).left, slot = 0;

@@ -99,23 +99,27 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   int there;
   do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(there) : "l"(ticket) : "memory");
   while (!__all_sync(~0u, there >= last - static_cast<int>(blockIdx.x)));  // a vote: lanes stay together, and the compiler knows
-  // Several blocks' shares on their way at once; added in order.
-  constexpr int kBatch = kNT == 1 ? 4 : 1;
+  // Shares on their way at once, added in order: several blocks' where each is small, parts of one where it is large.
+  constexpr int kAll = C::kR * kNT, kBatch = kNT == 1 ? 4 : 1, kSpan = kAll % 8 ? kAll : 8;
   for (int base = blockIdx.x + 1; base <= last; base += kBatch) {
-    float4 v[kBatch][C::kR * kNT];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float4* from = share_of<C, kNT>(w, min(base + i, last));
+    for (int j0 = 0; j0 < kAll; j0 += kSpan) {
+      float4 v[kBatch][kSpan];
 #pragma unroll
-      for (int j = 0; j < C::kR * kNT; ++j) v[i][j] = __ldcg(from + j * 32);
-    }
+      for (int i = 0; i < kBatch; ++i) {
+        const float4* from = share_of<C, kNT>(w, min(base + i, last));
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-      for (int j = 0; j < C::kR * kNT; ++j) {
-        float* o = acc.o[j / kNT][j % kNT];
-        if (base + i <= last) o[0] += v[i][j].x, o[1] += v[i][j].y, o[2] += v[i][j].z, o[3] += v[i][j].w;
+        for (int j = 0; j < kSpan; ++j) v[i][j] = __ldcg(from + (j0 + j) * 32);
       }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+          float* o = acc.o[(j0 + j) / kNT][(j0 + j) % kNT];
+          if (base + i <= last) o[0] += v[i][j].x, o[1] += v[i][j].y, o[2] += v[i][j].z, o[3] += v[i][j].w;
+        }
+      if (kSpan < kAll) asm volatile("" ::: "memory");  // the next ones after these: registers
+    }
   }
 }
 

@@ -13,10 +13,12 @@
 
 namespace ccq {
 
+#ifndef CCQ_BULK  // 0 when given: what older GPUs run, tried on a newer one
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define CCQ_BULK 1
 #else
 #define CCQ_BULK 0
+#endif
 #endif
 
 __device__ inline uint32_t shared_address(const void* p) {
@@ -118,14 +120,9 @@ struct Ring {
 #if CCQ_BULK
     if (threadIdx.x % 32 == 0) {
       full[ahead].arrive_and_expect(tiles * 528);
-#ifdef CCQ_NOHINT
-      bulk_copy(to, quant, tiles * 512, full + ahead);
-      bulk_copy(to + kR * 512, scales, tiles * 16, full + ahead);
-#else
       const uint64_t policy = streaming_policy();
       bulk_copy(to, quant, tiles * 512, full + ahead, policy);
       bulk_copy(to + kR * 512, scales, tiles * 16, full + ahead, policy);
-#endif
     }
 #else
     const int lane = threadIdx.x % 32;
