@@ -5,7 +5,8 @@
 // `launch_early` begins before its predecessor's end and must call wait_for_prerequisites before it reads or writes
 // anything that an earlier kernel may touch; all of ours do so before they end, so that the end of one is the end of all
 // before it. It begins when every block of its predecessor has called dependents_may_start or ended and there is room: our
-// products call it first of all, so that a block's place is taken over as soon as it ends. Before Hopper kernels run one after another and the device functions are empty.
+// products call it first of all, so that a block's place is taken over as soon as it ends. Before Hopper kernels run one after
+// another and the device functions are empty.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Three kernels: moe_few.cuh for up to four rows an expert, moe_gemm.cuh for some, moe_wide.cuh for many (compiled with
+// Three kernels: moe_few.cuh for one or two rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more (compiled with
 // -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, moe_gemm.cuh serves them too).
 
 #include "moe_gemm.h"
@@ -52,10 +52,6 @@ int g_variant = -1;  // forced by benchmarks
 
 // Kernels by number: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh.
 constexpr int kWide = 10, kFew = 20;
-#ifdef CCQ_SM90A
-constexpr int kWideFrom = 24;  // rows an expert on average
-#endif
-
 // Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
 template <Pairs kPairs, typename F>
 auto with_few(int variant, F&& use) {
@@ -85,7 +81,7 @@ auto with_some(int variant, F&& use) {
   }
 }
 constexpr int kLeastShared = 99 * 1024;  // of the GPUs we compile for: 8.6, 8.9 and 12.0
-static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLeastShared, "one configuration must fit everywhere");
+static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLeastShared, "one must fit everywhere");
 
 #ifdef CCQ_SM90A
 // Of moe_wide.cuh: 16-column tiles a warp, rows, stages.
@@ -95,8 +91,7 @@ auto with_wide(int variant, F&& use) {
     case kWide: return use(WideConfig<kPairs, 4, 32, 6>{});
     case kWide + 1: return use(WideConfig<kPairs, 4, 48, 5>{});
     case kWide + 2: return use(WideConfig<kPairs, 4, 64, 5>{});
-    case kWide + 3: return use(WideConfig<kPairs, 2, 80, 6>{});
-    case kWide + 4: return use(WideConfig<kPairs, 2, 96, 5>{});
+    case kWide + 3: return use(WideConfig<kPairs, 2, 96, 5>{});
     default: return use(WideConfig<kPairs, 2, 128, 4>{});
   }
 }
@@ -104,7 +99,8 @@ auto with_wide(int variant, F&& use) {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
-  if (variant >= kFew) return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
+  if (variant >= kFew)
+    return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
   return with_some<Pairs::kGeneral>(variant, [](auto c) { return decltype(c)::shared_bytes(kMaxExperts); });
 }
 
@@ -114,7 +110,8 @@ size_t shared_of(int variant, int k, int experts) {
 int few_variant(const Device& device, int rows, int k, int n, int experts) {
   const double mean = static_cast<double>(rows) / experts;
   const int pairs = k / 256;  // of units, which warps along K share
-  if (experts == 1 ? rows > 8 : mean > (pairs < 4 ? 0.3 : 2.5)) return -1;
+  const int most_of_one = static_cast<int64_t>(k) * n <= 1 << 25 ? 16 : 8;  // small matrices: too little to cut along K
+  if (experts == 1 ? rows > most_of_one : mean > (pairs < 4 ? 0.3 : 2.5)) return -1;
   // Tiles of 64 columns, or narrower ones where there would not be about one for every multiprocessor.
   const int enough = device.sms * 3 / 4;
   const int of_mean = experts == 1 ? (rows > 2 ? 4 : rows) : mean <= 0.3 ? 1 : mean <= 0.75 ? 2 : 4;
@@ -138,6 +135,20 @@ int few_variant(const Device& device, int rows, int k, int n, int experts) {
   return -1;
 }
 
+#ifdef CCQ_SM90A
+int wide_variant(int mean) {
+  // Rows of a tile, and its time in some unit (ERNIE-4.5-300B's up_gate_proj).
+  constexpr int kConfigs = 5;
+  constexpr double kRows[kConfigs] = {32, 48, 64, 96, 128}, kTime[kConfigs] = {68, 80, 91, 139, 170};
+  // Tiles of an expert: one if its rows, and a deviation more than the mean, fit; else half of the last one is empty.
+  auto cost = [&](int i) { return (mean + std::sqrt(mean * 1.) <= kRows[i] ? 1 : mean / kRows[i] + 0.5) * kTime[i]; };
+  int best = 0;
+  for (int i = 1; i < kConfigs; ++i)
+    if (cost(i) < cost(best)) best = i;
+  return kWide + best;
+}
+#endif
+
 int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
 #ifdef CCQ_TUNING
   if (g_variant >= 0) return g_variant;
@@ -146,18 +157,7 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   if (few >= 0) return few;
   const int mean = a.rows / a.experts;
 #ifdef CCQ_SM90A
-  if (device.major == 9 && mean >= kWideFrom) {
-    // Rows a tile: what an expert's rows, one standard deviation more than the mean, need; decoding costs a tile as much
-    // as kDecoding rows.
-    constexpr int kRows[] = {32, 48, 64, 80, 96, 128};
-    constexpr double kDecoding = 24;
-    const double rows = mean + std::sqrt(static_cast<double>(mean));
-    int best = 0;
-    auto cost = [&](int i) { return std::ceil(rows / kRows[i]) * (kRows[i] + kDecoding); };
-    for (int i = 1; i < 6; ++i)
-      if (cost(i) < cost(best)) best = i;
-    return kWide + best;
-  }
+  if (device.major == 9 && mean >= 18) return wide_variant(mean);
 #endif
   for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
     if (shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared)) return variant;
@@ -165,7 +165,7 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
 }
 
 // The workspace's parts, each on a 256-byte border. Partial results: for each SM what one tile of each of its blocks has,
-// which grows with the rows a tile may have (the bands of variant_of).
+// which grows with the rows a tile may have.
 struct Layout {
   size_t x, row_scale, tickets, partial, partial_float4, bytes;
 };
@@ -245,7 +245,8 @@ cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
   const size_t shared = C::shared_bytes(p.k, p.experts);
   static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
   if (device.id >= kMaxDevices || raised[device.id].load() < shared) {
-    cudaError_t error = cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    cudaError_t error =
+        cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
     if (device.id < kMaxDevices) raised[device.id].store(shared);
   }
@@ -308,7 +309,8 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
     auto launch = [&](auto config) { return launch_few<decltype(config)>(device, p, stream); };
-    return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch) : with_few<Pairs::kGeneral>(variant, launch);
+    return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
+                                         : with_few<Pairs::kGeneral>(variant, launch);
   }
   const Layout l = layout_of(a->rows, a->k, a->experts, device.sms);
   char* base = static_cast<char*>(a->workspace);

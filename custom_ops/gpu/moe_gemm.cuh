@@ -69,7 +69,9 @@ struct Warp {
   __device__ static Barrier* rows_free() { return rows_full() + C::kRowsStages; }
   __device__ static char* rows(int stage) { return shared() + C::kRowsAt + stage * C::kRowsBytes; }
   __device__ static int next_slot(int slot) { return slot + 1 == C::kSlots ? 0 : slot + 1; }
-  __device__ static Line<C> line(const GemmParams& p) { return {shared() + C::kLineAt, p.experts, p.column_tiles, p.k / 128}; }
+  __device__ static Line<C> line(const GemmParams& p) {
+    return {shared() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
+  }
   __device__ Line<C> line() const { return line(p); }
   __device__ int owner(const Part& part, int kb) const { return line().owner(part.expert, part.column, part.block, kb); }
   __device__ char* slot(int number) const {
@@ -214,7 +216,8 @@ __device__ void multiply(Warp<C>& w, int units, int number, int slot, Accumulato
 #pragma unroll
       for (int nt = 0; nt < kNT; ++nt) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) b[nt][i] = *reinterpret_cast<const uint4*>(x + nt * kRowsUnitBytes + half * 1024 + i * 512);
+        for (int i = 0; i < 2; ++i)
+          b[nt][i] = *reinterpret_cast<const uint4*>(x + nt * kRowsUnitBytes + half * 1024 + i * 512);
         s[nt] = *reinterpret_cast<const float4*>(offsets + nt * kRowsUnitBytes + half * 64);
       }
       if (half == 1) unit.leave(w);
@@ -331,7 +334,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   Barrier *const barriers = Warp<C>::barriers(), *const shares_there = barriers + C::kBarriers - 1;
   if (lane == 0) {  // one lane after another would take microseconds
     for (int i = 0; i < C::kStages; ++i) barriers[warp * C::kStages + i].init(1);
-    if (warp < C::kRowsStages) Warp<C>::rows_full()[warp].init(CCQ_BULK ? 1 : 32), Warp<C>::rows_free()[warp].init(C::kWarps);
+    if (warp < C::kRowsStages) {
+      Warp<C>::rows_full()[warp].init(CCQ_BULK ? 1 : 32);
+      Warp<C>::rows_free()[warp].init(C::kWarps);
+    }
     if (warp == C::kRowsStages) shares_there->init(C::kWarps);
     publish_barriers();
   }

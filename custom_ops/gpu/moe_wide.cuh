@@ -74,7 +74,9 @@ struct WideShared {
   __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
   __device__ static Barrier* free() { return full() + C::kStages; }
   __device__ static Barrier* shares_there() { return free() + C::kStages; }
-  __device__ static Line<C> line(const GemmParams& p) { return {memory() + C::kLineAt, p.experts, p.column_tiles, p.k / 128}; }
+  __device__ static Line<C> line(const GemmParams& p) {
+    return {memory() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
+  }
 };
 
 // The ninth warp.
@@ -113,8 +115,8 @@ __device__ void order_stages(const GemmParams& p) {
     if (new_tile) {
       if (lane < C::kPlanes) {
         const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
-        bulk_copy(S::slot(slot) + 128 + lane * C::kPlane,
-                  p.columns + lane * plane + (static_cast<size_t>(part.expert) * tiles_n + first) * 32, there * kPlaneBytes, full);
+        const size_t own = (static_cast<size_t>(part.expert) * tiles_n + first) * 32;
+        bulk_copy(S::slot(slot) + 128 + lane * C::kPlane, p.columns + lane * plane + own, there * kPlaneBytes, full);
       }
       if (++slot == C::kSlots) slot = 0;
     }

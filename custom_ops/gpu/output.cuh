@@ -98,7 +98,8 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   const int* const ticket = w.p.prepared.tickets + blockIdx.x;
   int there;
   do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(there) : "l"(ticket) : "memory");
-  while (!__all_sync(~0u, there >= last - static_cast<int>(blockIdx.x)));  // a vote: lanes stay together, and the compiler knows
+  // A vote: lanes stay together, and the compiler knows.
+  while (!__all_sync(~0u, there >= last - static_cast<int>(blockIdx.x)));
   // Shares on their way at once, added in order: several blocks' where each is small, parts of one where it is large.
   constexpr int kAll = C::kR * kNT, kBatch = kNT == 1 ? 4 : 1, kSpan = kAll % 8 ? kAll : 8;
   for (int base = blockIdx.x + 1; base <= last; base += kBatch) {

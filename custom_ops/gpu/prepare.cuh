@@ -130,7 +130,8 @@ struct Digits {
     for (int h = 0; h < 2; ++h) {  // the weights' bytes h and h + 2 of a lane's four
       const int a = 4 * h, b = a + 8;
       const uint32_t outer[2] = {both(a + 3, a), both(b + 3, b)}, inner[2] = {both(a + 1, b + 1), both(a + 2, b + 2)};
-      words[0][2 * h] = __byte_perm(outer[0], outer[1], 0x5410), words[0][2 * h + 1] = __byte_perm(inner[0], inner[1], 0x5410);
+      words[0][2 * h] = __byte_perm(outer[0], outer[1], 0x5410);
+      words[0][2 * h + 1] = __byte_perm(inner[0], inner[1], 0x5410);
       words[1][2 * h] = __byte_perm(outer[0], outer[1], 0x7632) ^ 0x80808080u;
       words[1][2 * h + 1] = __byte_perm(inner[0], inner[1], 0x7632) ^ 0x80808080u;
 #pragma unroll

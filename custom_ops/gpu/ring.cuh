@@ -47,7 +47,8 @@ struct Barrier {
   // Bytes of bulk copies on top of those of the arrival to come.
   __device__ void expect(int bytes) {
 #if CCQ_BULK
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(this)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(this)), "r"(bytes)
+                 : "memory");
 #endif
   }
   // One arrival once all earlier cp.async of this thread are there.
@@ -88,10 +89,11 @@ __device__ inline uint64_t streaming_policy() {
 // Global to shared memory: multiples of 16 bytes, announced to the barrier.
 __device__ inline void bulk_copy(void* to, const void* from, int bytes, Barrier* barrier, uint64_t policy) {
 #if CCQ_BULK
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
 #endif
 }
 __device__ inline void bulk_copy(void* to, const void* from, int bytes, Barrier* barrier) {

@@ -12,6 +12,9 @@
 
 namespace ccq {
 
+// Blocks that share a tile, about: its owner reads all their sums.
+constexpr int kMostShares = 16;
+
 // The line of units, see the head of this file. What it needs to know lies in shared memory and in the kernel's parameters,
 // so that a Line costs no registers where it is not used.
 template <typename C>
@@ -55,7 +58,8 @@ struct Line {
         Header& h = header();
         h.total = static_cast<int64_t>(all_weights) * column_tiles * blocks_k;
         // At least a unit for each block that takes part, for a tile's owner waits for all that lie between.
-        h.grid = static_cast<int>(min(static_cast<int64_t>(gridDim.x), h.total / C::kMostWeight));
+        const int64_t most = min(static_cast<int64_t>(gridDim.x), static_cast<int64_t>(counts) * column_tiles * kMostShares);
+        h.grid = static_cast<int>(min(most, h.total / C::kMostWeight));
         h.grid = h.total > 0 ? max(h.grid, 1) : 0;
         h.whole = blocks_k <= 8 && counts * column_tiles >= h.grid / 2;
       }

@@ -18,9 +18,13 @@ struct Waves {
 
   __device__ static int tiles(const Line<C>& line) { return line.blocks()[line.experts] * line.column_tiles; }
   // Tiles after the last full wave. Short columns are not cut: the first blocks take one more.
-  __device__ static int rest(const Line<C>& line) { return line.blocks_k <= 8 ? 0 : tiles(line) % static_cast<int>(gridDim.x); }
+  __device__ static int rest(const Line<C>& line) {
+    return line.blocks_k <= 8 ? 0 : tiles(line) % static_cast<int>(gridDim.x);
+  }
   // Blocks that share them: each has a unit at least, a tile's owner waits for them, and not more than 8 a tile.
-  __device__ static int sharers(const Line<C>& line) { return min(static_cast<int>(gridDim.x), rest(line) * min(8, line.blocks_k)); }
+  __device__ static int sharers(const Line<C>& line) {
+    return min(static_cast<int>(gridDim.x), rest(line) * min(8, line.blocks_k));
+  }
   // Where a sharer's stretch begins, in units.
   __device__ static int stretch(const Line<C>& line, int of) {
     return static_cast<int>(static_cast<int64_t>(of) * rest(line) * line.blocks_k / sharers(line));

@@ -84,17 +84,6 @@ __device__ inline void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t 
       : CCQ_F16(d, 0), CCQ_F16(d, 4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 #endif
 }
-__device__ inline void wgmma(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, int add) {
-#if CCQ_WGMMA
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %45, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-      "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39}, "
-      "{%40,%41,%42,%43}, %44, p, 1, 1, 0; }\n"
-      : CCQ_F16(d, 0), CCQ_F16(d, 4), CCQ_F4(d, 8), CCQ_F4(d, 9) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#endif
-}
 __device__ inline void wgmma(float (&d)[12][4], const uint32_t (&a)[4], uint64_t b, int add) {
 #if CCQ_WGMMA
   asm volatile(

@@ -123,12 +123,14 @@ def test_repack_round_trip(lib):
 
 # Each kernel with shapes that the choice gives it on an H100, not divisible by its tiles.
 KERNELS = [
-    (20, 1, 4224, 1040, 1), (21, 1, 4096, 4112, 1), (22, 8, 2176, 4112, 5),
-    (22, 64, 1152, 1040, 13), (23, 1, 1024, 528, 1), (24, 1, 1152, 3200, 1),
-    (0, 64, 512, 272, 100), (1, 16, 2176, 8208, 20), (2, 8, 512, 272, 40),
-    (10, 8, 1152, 528, 40), (10, 64, 2176, 1040, 300), (11, 8, 2048, 1040, 120),
-    (11, 1, 2048, 528, 20), (12, 8, 1152, 528, 300), (12, 3, 4096, 1040, 129),
-    (12, 64, 2048, 272, 3000),
+    (20, 1, 4224, 1040, 1), (21, 1, 4096, 4112, 1), (22, 1, 4096, 8208, 1),
+    (23, 16, 1152, 8208, 4), (24, 64, 640, 7184, 15), (25, 8, 4224, 2064, 5),
+    (26, 8, 2176, 8208, 5), (27, 1, 4224, 1616, 4), (28, 1, 4224, 3216, 4),
+    (29, 1, 4096, 8208, 3), (29, 2, 4096, 8208, 5), (30, 64, 2176, 1040, 130),
+    (0, 64, 512, 272, 100), (0, 3, 8192, 1040, 30), (10, 1, 2176, 8208, 20),
+    (10, 8, 1152, 528, 200), (11, 16, 2176, 1040, 600), (12, 8, 4096, 2064, 400),
+    (12, 3, 4096, 1040, 177), (13, 8, 1152, 528, 640), (14, 8, 4096, 1040, 880),
+    (14, 64, 512, 272, 7000), (14, 4, 2048, 4112, 2200),
 ]  # fmt: skip
 
 
@@ -142,6 +144,26 @@ def test_every_kernel(lib, case, pairs):
         device = torch.cuda.get_device_properties(0)
         if device.major == 9 and device.multi_processor_count == 132:
             assert lib.variant == variant
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+def test_kernels_that_other_gpus_choose(lib, variant):
+    """Wider tiles without Hopper's instructions, and narrower ones for less shared memory."""
+    if not hasattr(lib.lib, "ccq_moe_gemm_force_variant"):
+        pytest.skip("not a tuning build (-DCCQ_TUNING)")
+    lib.force_variant(variant)
+    try:
+        for rows in (1, 12, 100, 700):
+            for pairs, shape in (("integer", (8, 2176, 1040)), ("general", (3, 640, 304))):
+                run(lib, ccqlib.random_weights(torch, *shape, pairs), rows, torch.bfloat16)
+    finally:
+        lib.force_variant(-1)
+
+
+@pytest.mark.parametrize(("k", "n", "rows"), [(16384, 8208, 3), (32768, 1040, 1), (65536, 272, 2)])
+def test_rows_too_long_for_shared_memory(lib, k, n, rows):
+    weights = ccqlib.random_weights(torch, 1, k, n)
+    run(lib, weights, rows, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("k", "rows"), [(2048, 1), (1024, 1), (1024, 30), (1024, 100)])
