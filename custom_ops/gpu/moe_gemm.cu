@@ -104,21 +104,23 @@ size_t shared_of(int variant, int k, int experts) {
   return with_some<Pairs::kGeneral>(variant, [](auto c) { return decltype(c)::shared_bytes(kMaxExperts); });
 }
 
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 // The choice. Borders are measured (docs/kernels.md), on an H100; what does not fit a smaller GPU is passed over.
 
 // Up to four rows an expert. -1: another kernel.
 int few_variant(const Device& device, int rows, int k, int n, int experts) {
   const double mean = static_cast<double>(rows) / experts;
   const int pairs = k / 256;  // of units, which warps along K share
-  const int most_of_one = static_cast<int64_t>(k) * n <= 1 << 25 ? 16 : 8;  // small matrices: too little to cut along K
+  const int most_of_one = static_cast<int64_t>(k) * n <= 1 << 23 ? 16 : 8;  // a small matrix is not worth two launches
   if (experts == 1 ? rows > most_of_one : mean > (pairs < 4 ? 0.3 : 2.5)) return -1;
   // Tiles of 64 columns, or narrower ones where there would not be about one for every multiprocessor.
   const int enough = device.sms * 3 / 4;
   const int of_mean = experts == 1 ? (rows > 2 ? 4 : rows) : mean <= 0.3 ? 1 : mean <= 0.75 ? 2 : 4;
   int choices[4], count = 0;
   for (int tile_rows : {of_mean, 1}) {
-    const int blocks = experts == 1 ? (rows + tile_rows - 1) / tile_rows : std::min(rows, experts);
-    auto tiles = [&](int columns) { return blocks * ((n + columns - 1) / columns); };
+    const int blocks = experts == 1 ? ceil_div(rows, tile_rows) : std::min(rows, experts);
+    auto tiles = [&](int columns) { return blocks * ceil_div(n, columns); };
     if (tiles(64) >= enough) {
       const bool long_k = pairs >= 16 || tiles(tile_rows == 1 ? 256 : 128) < enough;
       if (tile_rows == 1) choices[count++] = long_k ? kFew + 2 : pairs >= 4 || tiles(512) < enough ? kFew + 3 : kFew + 4;
@@ -136,16 +138,21 @@ int few_variant(const Device& device, int rows, int k, int n, int experts) {
 }
 
 #ifdef CCQ_SM90A
-int wide_variant(int mean) {
-  // Rows of a tile, and its time in some unit (ERNIE-4.5-300B's up_gate_proj).
-  constexpr int kConfigs = 5;
-  constexpr double kRows[kConfigs] = {32, 48, 64, 96, 128}, kTime[kConfigs] = {68, 80, 91, 139, 170};
+int wide_variant(const Device& device, const ccq_moe_gemm_args& a) {
+  // Rows and columns of a tile, and its time in some unit (ERNIE-4.5-300B's up_gate_proj).
+  constexpr struct { int rows, columns; double time; } kConfigs[] = {
+      {32, 512, 68}, {48, 512, 80}, {64, 512, 91}, {96, 256, 139}, {128, 256, 170}};
+  const double mean = static_cast<double>(a.rows) / a.experts;
   // Tiles of an expert: one if its rows, and a deviation more than the mean, fit; else half of the last one is empty.
-  auto cost = [&](int i) { return (mean + std::sqrt(mean * 1.) <= kRows[i] ? 1 : mean / kRows[i] + 0.5) * kTime[i]; };
+  auto cost = [&](int i) {
+    return (mean + std::sqrt(mean) <= kConfigs[i].rows ? 1 : mean / kConfigs[i].rows + 0.5) * kConfigs[i].time;
+  };
   int best = 0;
-  for (int i = 1; i < kConfigs; ++i)
+  for (int i = 1; i < 5; ++i)
     if (cost(i) < cost(best)) best = i;
-  return kWide + best;
+  // A matrix of few tiles: smaller ones occupy more multiprocessors.
+  const int tiles = a.experts * ceil_div(a.rows / a.experts, kConfigs[best].rows) * ceil_div(a.n, kConfigs[best].columns);
+  return kWide + (tiles < device.sms / 5 ? 0 : best);
 }
 #endif
 
@@ -156,8 +163,11 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   const int few = few_variant(device, a.rows, a.k, a.n, a.experts);
   if (few >= 0) return few;
   const int mean = a.rows / a.experts;
+  // A matrix of few tiles: narrow ones, so that not too many blocks share each.
+  const int blocks = std::min(a.rows, a.experts * ceil_div(ceil_div(a.rows, a.experts), 16));
+  if (static_cast<int64_t>(blocks) * ceil_div(a.n, 256) <= device.sms / 2) return 3;
 #ifdef CCQ_SM90A
-  if (device.major == 9 && mean >= 18) return wide_variant(mean);
+  if (device.major == 9 && mean >= 18) return wide_variant(device, a);
 #endif
   for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
     if (shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared)) return variant;
