@@ -4,6 +4,9 @@
     python benchmarks/gpu/ccqlib.py /tmp/libccq.so
     python benchmarks/gpu/check.py --library /tmp/libccq.so [--steps tests,sanitize,quantize]
 
+A library built with -DCCQ_TUNING can be told which kernel to run: with it the tests, and the
+sanitizers, also see those that this GPU would not choose for small shapes.
+
 Paddle's ops need a Paddle for this GPU and the ops compiled for it: --paddle-ops names them,
 --paddle the folder of a Paddle outside the environment. Logs go to --logs; exit code 1 if a step
 fails. The compiled core (`python setup.py build_ext --inplace`) must be there.
@@ -20,22 +23,27 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "ernie-45-moe-3m"
 # The files whose kernels come from the library; small cases of each for the sanitizers.
 SUITES = {
-    "test_moe_gemm.py": "test_row_counts and (17-dtype0 or 3-dtype1 or 65-dtype0) or test_repack "
-    "or test_all_codes and pair4 or test_shapes and (5-shape3 or 5-shape1) or tail_rows",
-    "test_moe_block.py": "dispatch or swiglu or (block and integer and 9)",
-    "test_linear_ccq.py": "rows_of_nobody and counts0 or refused",
-    "test_encode.py": "test_gpu_equals_cpu and gaussian and fast",
-    "test_dequant.py": "bfloat16",
-    "test_ldlq.py": "bit_for_bit and fast and smooth or equal_entries",
-}
+    "test_moe_gemm.py": (
+        "test_row_counts and (17-dtype0 or 3-dtype1 or 65-dtype0) or test_repack or tail_rows "
+        "or test_all_codes and pair4 or test_shapes and (5-shape3 or 5-shape1)",
+        *(f"test_forced and ({' or '.join(f'[{v}]' for v in some)})"
+          for some in (range(4), range(10, 15), range(20, 26), range(26, 31))),
+    ),
+    "test_moe_block.py": ("dispatch or swiglu or (block and integer and 9)",),
+    "test_linear_ccq.py": ("rows_of_nobody and counts0 or refused",),
+    "test_encode.py": ("test_gpu_equals_cpu and gaussian and fast",),
+    "test_dequant.py": ("bfloat16",),
+    "test_ldlq.py": ("bit_for_bit and fast and smooth or equal_entries",),
+}  # fmt: skip
 TOOLS = ("memcheck", "racecheck")
-SIDE_BY_SIDE = 5
+SIDE_BY_SIDE = 8
 FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
 SECONDS = {
     "tests": 400, "paddle": 200, "sanitize": 250, "quantize": 60, "encode": 100, "ldlq": 120,
@@ -107,13 +115,14 @@ def sanitize(runner: Runner) -> None:
     """compute-sanitizer on small cases of every kernel, some of them side by side."""
     only = runner.args.only
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for name, selected in SUITES.items():
+        for name, selections in SUITES.items():
             if only and only not in name:
                 continue
-            for tool in TOOLS:
+            for tool, (i, selected) in product(TOOLS, enumerate(selections)):
                 command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
                 command += pytest(f"tests/gpu/{name}", "-k", selected)
-                pool.submit(runner.run, f"{tool}-{Path(name).stem}", command, SECONDS["sanitize"])
+                title = f"{tool}-{Path(name).stem}{f'-{i}' if i else ''}"
+                pool.submit(runner.run, title, command, SECONDS["sanitize"])
 
 
 def hashes(folder: Path) -> dict[str, str]:
