@@ -223,8 +223,7 @@ __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile,
     store(p.out, p.dtype, to, sum.x * super.x * back);
     store(p.out, p.dtype, to + 8, sum.y * super.y * back);
   }
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) s.sums_free[slot].arrive();
+  s.sums_free[slot].arrive_together();
 }
 
 template <typename C>
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
       for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
     for (int i = warp - 2; i >= 0 && i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
     for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps)
-      s.sums_ready[i].init(C::kWarps), s.sums_free[i].init(1);
+      s.sums_ready[i].init(C::kWarps * kWarpArrivals), s.sums_free[i].init(kWarpArrivals);
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
@@ -306,8 +305,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     if (t < C::kRows)
 #pragma unroll
       for (int r = 0; r < kR; ++r) to[(r * 8 + lane / 4) * C::kRows + t] = out[r];
-    __syncwarp();
-    if (lane == 0) s.sums_ready[slot].arrive();
+    s.sums_ready[slot].arrive_together();
     // The tile before, which all warps have left by now; at the end of these rows this one too.
     const int until = column_tile + 1 == column_tiles || tile + 1 == end ? tile : tile - 1;
     for (; finished <= until; ++finished)

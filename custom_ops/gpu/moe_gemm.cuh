@@ -173,8 +173,7 @@ struct Unit {
     }
   }
   __device__ void leave(const Warp<C>& w) const {  // when nothing more is read of the activations
-    __syncwarp();
-    if (w.lane == 0) Warp<C>::rows_free()[stage].arrive();
+    Warp<C>::rows_free()[stage].arrive_together();
   }
 };
 
@@ -336,9 +335,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     for (int i = 0; i < C::kStages; ++i) barriers[warp * C::kStages + i].init(1);
     if (warp < C::kRowsStages) {
       Warp<C>::rows_full()[warp].init(CCQ_BULK ? 1 : 32);
-      Warp<C>::rows_free()[warp].init(C::kWarps);
+      Warp<C>::rows_free()[warp].init(C::kWarps * kWarpArrivals);
     }
-    if (warp == C::kRowsStages) shares_there->init(C::kWarps);
+    if (warp == C::kRowsStages) shares_there->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
   const Line<C> line = Warp<C>::line(p);

@@ -134,10 +134,7 @@ struct WideWarp {
 
   __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
   __device__ int owner(const Part& part, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), part, kb); }
-  __device__ void leave(int which) const {
-    __syncwarp();
-    if (lane == 0) WideShared<C>::free()[which].arrive();
-  }
+  __device__ void leave(int which) const { WideShared<C>::free()[which].arrive_together(); }
 };
 
 // `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
@@ -217,8 +214,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const GemmParams p
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {
-    if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps);
-    if (warp == C::kWarps) S::shares_there()->init(C::kWarps);
+    if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps * kWarpArrivals);
+    if (warp == C::kWarps) S::shares_there()->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
   const Line<C> line = S::line(p);

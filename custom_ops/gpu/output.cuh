@@ -131,8 +131,7 @@ __device__ void finish_part(const W& w, const Part& part, const float (&super)[C
   shares.publish(w);
   if (part.kb > 0) {
     leave_share<C, kNT>(w, part.rows, acc);
-    __syncwarp();
-    if (w.lane == 0) shares.there->arrive();
+    shares.there->arrive_together();
     shares.owner = w.owner(part, 0);
     return;
   }

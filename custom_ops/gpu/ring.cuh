@@ -25,6 +25,14 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// A lane arrives for its warp after __syncwarp. compute-sanitizer's racecheck takes that for a race of the other lanes, so
+// in builds for it (-DCCQ_SANITIZE) each lane arrives for itself.
+#ifdef CCQ_SANITIZE
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
 // A barrier in shared memory (mbarrier). It is passed when `count` arrivals, and all bytes that were announced, are there;
 // then it begins anew. Waiting names the parity of the round: 0, 1, 0, ...
 struct Barrier {
@@ -35,6 +43,11 @@ struct Barrier {
   }
   __device__ void arrive() {
     asm volatile("{ .reg .b64 s; mbarrier.arrive.shared.b64 s, [%0]; }\n" ::"r"(shared_address(this)) : "memory");
+  }
+  // A warp's arrival (kWarpArrivals), after all that its lanes did. All lanes together.
+  __device__ void arrive_together() {
+    __syncwarp();
+    if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) arrive();
   }
   // One arrival that also announces bytes of bulk copies.
   __device__ void arrive_and_expect(int bytes) {
