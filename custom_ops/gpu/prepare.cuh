@@ -40,26 +40,55 @@ __device__ inline void store(void* to, int dtype, size_t at, float v) {
   else static_cast<__half*>(to)[at] = __float2half_rn(v);
 }
 
-// Sixteen stored rows 16t..16t+15 of a 64-group, as they lie in memory. In FastDeploy's order stored row 16a + 2b + c is
-// input row 8b + 2a + c.
+// Sixteen values of a row: of a 64-group, which a quad of lanes has, those that meet stored rows 16t..16t+15 of the weights.
 struct Chunk {
   uint32_t words[8];
 
-  __device__ void load(const void* row, int chunk, bool fastdeploy) {
-    if (!fastdeploy) {
-      const uint4* from = static_cast<const uint4*>(row) + 2 * chunk;
-      const uint4 a = from[0], b = from[1];
-      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
-      words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
-    } else {
-      const uint32_t* from = static_cast<const uint32_t*>(row) + chunk / 4 * 32 + chunk % 4;
-#pragma unroll
-      for (int b = 0; b < 8; ++b) words[b] = from[4 * b];
-    }
+  // As they lie in memory, in two pieces of 16 bytes.
+  __device__ void load(const void* row, int chunk) {
+    const uint4* from = static_cast<const uint4*>(row) + 2 * chunk;
+    load(from, from + 1);
   }
-  __device__ float value(int i, int dtype) const {
-    const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
-    return dtype == CCQ_BF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
+  __device__ void load(const void* first, const void* second) {
+    const uint4 a = *static_cast<const uint4*>(first), b = *static_cast<const uint4*>(second);
+    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+    words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+  }
+  // From input order to FastDeploy's, whose stored row 16a + 2b + c is input row 8b + 2a + c: lane s of the quad has the
+  // words (b, a) of b = 2s and 2s + 1, lane t wants those of a = t. So the quad transposes 4 x 4 pairs of words. (Loading
+  // them where they are wanted would take eight loads that each touch every line.) All lanes of a warp together.
+  __device__ void arrange() {
+    uint32_t e[4][2];  // [a], afterwards [s]
+#pragma unroll
+    for (int a = 0; a < 4; ++a) e[a][0] = words[a], e[a][1] = words[4 + a];
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = threadIdx.x & bit;
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        if (a & bit) continue;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint32_t got = __shfl_xor_sync(~0u, upper ? e[a][j] : e[a + bit][j], bit);
+          if (upper) e[a][j] = got; else e[a + bit][j] = got;
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < 4; ++s) words[2 * s] = e[s][0], words[2 * s + 1] = e[s][1];
+  }
+  __device__ void values(float (&v)[16], int dtype) const {
+    if (dtype == CCQ_BF16) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        v[2 * i] = __uint_as_float(words[i] << 16), v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float2 two = __half22float2(*reinterpret_cast<const __half2*>(words + i));
+        v[2 * i] = two.x, v[2 * i + 1] = two.y;
+      }
+    }
   }
   // Bits of the largest magnitude, as float32. Those of 16-bit values sort like the values.
   __device__ uint32_t largest(int dtype) const {
@@ -120,10 +149,12 @@ struct Digits {
   __device__ Digits(const Chunk& chunk, int dtype, float scale) {
     offset[0] = offset[1] = 0;
     uint32_t words[2][4];
+    float v[16];
+    chunk.values(v, dtype);
     // To the nearest integer, in the low bits of 1.5 * 2^23 (conversions run at a quarter of the rate); 128 more, so that
     // the upper byte is the upper digit and the lower one, less 128, the lower digit.
     auto rounded = [&](int i) {
-      return __float_as_uint(__fmaf_rn(chunk.value(i, dtype), i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
+      return __float_as_uint(__fmaf_rn(v[i], i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
     };
     auto both = [&](int i, int j) { return __byte_perm(rounded(i), rounded(j), 0x4051); };  // upper digits, lower digits
 #pragma unroll
@@ -175,7 +206,7 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) out.tickets[i] = 0;
   const char* from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
   Chunk first{};
-  if (static_cast<int>(threadIdx.x) < chunks) first.load(from, threadIdx.x, fastdeploy);
+  if (static_cast<int>(threadIdx.x) < chunks) first.load(from, threadIdx.x);
   int expert = 0;  // experts that end at or before this row
   for (int base = 0; offsets && base < experts; base += kPrepareThreads) {
     const int e = base + threadIdx.x;
@@ -188,7 +219,7 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   uint32_t largest = first.largest(dtype);
   for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
     Chunk other;
-    other.load(from, c, fastdeploy);
+    other.load(from, c);
     largest = max(largest, other.largest(dtype));
   }
   largest = __reduce_max_sync(~0u, largest);
@@ -213,7 +244,8 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
     const int c = c0 + threadIdx.x, group = c / 4, t = c % 4;
-    if (c0 > 0 && c < chunks) first.load(from, c, fastdeploy);
+    if (c0 > 0 && c < chunks) first.load(from, c);
+    if (fastdeploy) first.arrange();
     char* const unit = to + static_cast<size_t>(group / 2) * kRowsUnitBytes;
     if (integers) {
       const Digits digits(first, dtype, integer_scale.scale);
@@ -227,11 +259,9 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
       continue;
     }
     float v[16], sum = 0.f;
+    first.values(v, dtype);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      v[i] = c < chunks ? first.value(i, dtype) * half_scale.scale : 0.f;
-      sum += v[i];
-    }
+    for (int i = 0; i < 16; ++i) v[i] *= half_scale.scale, sum += v[i];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
