@@ -52,87 +52,59 @@ struct FewRows {
   }
 };
 
-// Where chunk c of row r lies in shared memory, in two pieces 64 bytes apart: first as 16 values, then as their upper and
-// their lower digits.
-template <typename C>
-__device__ char* chunk_at(const FewShared<C>& s, int c, int r) {
-  constexpr int R = C::kRows;
-  return s.activations + c / 8 * Slots<R>::kUnit + c / 4 % 2 * (128 * R) + r * 128 + c % 4 * 16;
-}
-
-template <typename C>
-constexpr int kNextChunk = C::kThreads / 8 * Slots<C::kRows>::kUnit;  // bytes from a thread's chunk of a row to its next
-
-// Orders the rows. Each thread copies what it will itself convert.
-template <typename C>
-__device__ void copy_rows(const FewParams& p, const FewShared<C>& s, const FewRows& rows) {
-#pragma unroll
-  for (int r = 0; r < C::kRows; ++r) {
-    const char* from = rows.in(p, r) + threadIdx.x * 32;
-    char* to = chunk_at<C>(s, threadIdx.x, r);
-#pragma unroll 1
-    for (int c = threadIdx.x; c < p.k / 16; c += C::kThreads, from += C::kThreads * 32, to += kNextChunk<C>)
-      copy16(to, from), copy16(to + 64, from + 16);
-  }
-  copy_commit();
-}
-
-// The rows that copy_rows ordered become integers. `meanwhile` runs three times: while they are on their way, when they are
-// there, at the end. All threads of the block.
+// Rows become integers in shared memory, laid out for R rows a tile. `kept`: the first chunk of each row that this thread
+// reads. `meanwhile` runs before the threads first meet. All threads of the block.
 template <typename C, typename F>
-__device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const FewRows& rows, F&& meanwhile) {
-  constexpr int R = C::kRows, kGroups = Slots<R>::kGroups;
+__device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const FewRows& rows, Chunk (&kept)[C::kRows],
+                             F&& meanwhile) {
+  constexpr int R = C::kRows;
   const int chunks = p.k / 16, blocks_k = p.k / 128;
-#pragma unroll 1  // `meanwhile` is large: one copy of it (the instruction cache is small)
-  for (int pass = 0; pass < 3; ++pass) {
-    if (pass == 1) {
-      copy_wait<0>();
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        uint32_t largest = 0;
-        const char* at = chunk_at<C>(s, threadIdx.x, r);
-#pragma unroll 1
-        for (int c = threadIdx.x; c < chunks; c += C::kThreads, at += kNextChunk<C>) {
-          Chunk chunk;
-          chunk.load(at, at + 64);
-          largest = max(largest, chunk.largest(p.dtype));
-        }
-        largest = __reduce_max_sync(~0u, largest);
-        if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32 * R + r] = largest;
-      }
-      // Zeros of each unit, and the offsets of groups that are not there (an odd number of units, two units an accumulator).
-#pragma unroll 1
-      for (int i = threadIdx.x; i < blocks_k; i += C::kThreads)
-        *reinterpret_cast<uint4*>(s.activations + i * Slots<R>::kUnit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
-      if (R == 1 && blocks_k % 2 && threadIdx.x < 4) s.offsets[blocks_k / 2 * 8 + 4 + threadIdx.x] = 0;
-    } else if (pass == 2) {
-#pragma unroll 1
-      for (int r = 0; r < R; ++r) {
-        const int lane = threadIdx.x % 32;
-        const IntegerScale scale(__reduce_max_sync(~0u, lane < C::kWarps ? s.largest[lane * R + r] : 0));
-        if (threadIdx.x == 0) s.back[r] = p.row_scale ? scale.back * p.row_scale[rows.place(r)] : scale.back;
-        // Quads share a group, so whole warps walk the loop together and guard inside it.
-        char* at = chunk_at<C>(s, threadIdx.x, r);
-#pragma unroll 1
-        for (int c0 = 0; c0 < chunks; c0 += C::kThreads, at += kNextChunk<C>) {
-          const int c = c0 + threadIdx.x, group = c / 4;
-          const bool there = c < chunks;
-          Chunk chunk{};
-          if (there) chunk.load(at, at + 64);
-          if (p.fastdeploy) chunk.arrange();
-          const Digits digits(chunk, p.dtype, scale.scale);
+  for (int r = 0; r < R; ++r) {
+    uint32_t largest = kept[r].largest(p.dtype);
+    for (int c = threadIdx.x + C::kThreads; c < chunks; c += C::kThreads) {
+      Chunk other;
+      other.load(rows.in(p, r), c);
+      largest = max(largest, other.largest(p.dtype));
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32 * R + r] = largest;
+  }
+  // Zeros of each unit, and the offsets of groups that are not there (an odd number of units, two units an accumulator).
+  for (int i = threadIdx.x; i < blocks_k; i += C::kThreads)
+    *reinterpret_cast<uint4*>(s.activations + i * Slots<R>::kUnit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
+  if (R == 1 && blocks_k % 2 && threadIdx.x < 4) s.offsets[blocks_k / 2 * 8 + 4 + threadIdx.x] = 0;
+  meanwhile();
+  __syncthreads();
+  float scale[R];
 #pragma unroll
-          for (int d = 0; d < 2; ++d) {
-            const int offset = quad_sum(digits.offset[d]);
-            if (there && c % 4 == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset;
-            if (there) *reinterpret_cast<uint4*>(at + d * 64) = digits.bytes[d];
-          }
-        }
+  for (int r = 0; r < R; ++r) {
+    const int lane = threadIdx.x % 32;
+    const IntegerScale own(__reduce_max_sync(~0u, lane < C::kWarps ? s.largest[lane * R + r] : 0));
+    scale[r] = own.scale;
+    if (static_cast<int>(threadIdx.x) == r)
+      s.back[r] = p.row_scale ? own.back * p.row_scale[rows.place(r)] : own.back;
+  }
+  // Quads share a group, so whole warps walk the loop together and guard inside it.
+  for (int c0 = 0; c0 < chunks; c0 += C::kThreads) {
+    const int c = c0 + threadIdx.x, group = c / 4, t = c % 4;
+    char* const to = s.activations + c / 8 * Slots<R>::kUnit + group % 2 * (128 * R) + t * 16;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (c0 > 0 && c < chunks) kept[r].load(rows.in(p, r), c);
+      if (p.fastdeploy) kept[r].arrange();
+      const Digits digits(kept[r], p.dtype, scale[r]);
+#pragma unroll
+      for (int d = 0; d < 2; ++d) {
+        const int offset = quad_sum(digits.offset[d]);
+        if (c >= chunks) continue;
+        constexpr int kGroups = Slots<R>::kGroups;
+        if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset;
+        *reinterpret_cast<uint4*>(to + (2 * r + d) * 64) = digits.bytes[d];
       }
     }
-    meanwhile(pass);
-    if (pass > 0) __syncthreads();
   }
+  __syncthreads();
 }
 
 // This warp's units of a tile: columns g and g + 8 of each of kR tiles, row t % R, all groups, into `out`.
@@ -264,6 +236,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   const FewShared<C> s(shared, blocks_k, p.experts);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   FewRows rows;
+  Chunk kept[C::kRows] = {};
+  auto load_rows = [&] {
+    if (static_cast<int>(threadIdx.x) < p.k / 16)
+#pragma unroll
+      for (int r = 0; r < C::kRows; ++r) kept[r].load(rows.in(p, r), threadIdx.x);
+  };
   if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
     for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
       for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
@@ -279,7 +257,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   if (C::kRows == 1) {
     if (begin == end) return;
     rows.row = p.column_tiles.divide(begin), rows.count = 1;
-    copy_rows<C>(p, s, rows);
+    load_rows();
     first_expert = expert_of<C>(p, s, rows.row, 0);
   }
   if (C::kRows > 1 && warp == 0) scan_offsets<C>(p, s);
@@ -296,23 +274,21 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   FewFetch<C> fetch{p, s, end, column_tiles, tiles_n, blocks_k, wk, wn,
                     begin, first_block, begin - first_block * column_tiles, wk, first_block, rows.expert};
   if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
-  if (C::kRows > 1) copy_rows<C>(p, s, rows);
+  if (C::kRows > 1) load_rows();
+  // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
   fetch.aim();
-  int finished = begin, pair = wk, ahead = 0;  // ahead: stages ordered, at the beginning
-  auto order = [&](int until) {
-#pragma unroll 1
-    for (; ahead < until; ++ahead) fetch.request(ring, ahead);
-  };
+  fetch.request(ring, 0);
+  convert_rows<C>(p, s, rows, kept, [&] { fetch.request(ring, 1); });
+#pragma unroll
+  for (int i = 2; i < C::kStages; ++i) fetch.request(ring, i);
+  int finished = begin, pair = wk;
   for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
     const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
-    if (i == 0 || block != rows.block) {
-      if (i > 0) {  // all tiles before are finished (below)
-        rows.set<C>(p, s, block, expert_of<C>(p, s, block, rows.expert));
-        __syncthreads();  // the activations there are no longer read
-        copy_rows<C>(p, s, rows);
-      }
-      // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
-      convert_rows<C>(p, s, rows, [&](int pass) { order(pass < 2 ? pass + 1 : C::kStages); });
+    if (block != rows.block) {  // all tiles before are finished (below)
+      rows.set<C>(p, s, block, expert_of<C>(p, s, block, rows.expert));
+      load_rows();
+      __syncthreads();  // the activations there are no longer read
+      convert_rows<C>(p, s, rows, kept, [] {});
     }
     Column<C::kPairs> column[kR][2];
     const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes + wn * kR * kPlaneBytes;

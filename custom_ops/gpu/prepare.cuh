@@ -44,13 +44,10 @@ __device__ inline void store(void* to, int dtype, size_t at, float v) {
 struct Chunk {
   uint32_t words[8];
 
-  // As they lie in memory, in two pieces of 16 bytes.
+  // As they lie in memory.
   __device__ void load(const void* row, int chunk) {
     const uint4* from = static_cast<const uint4*>(row) + 2 * chunk;
-    load(from, from + 1);
-  }
-  __device__ void load(const void* first, const void* second) {
-    const uint4 a = *static_cast<const uint4*>(first), b = *static_cast<const uint4*>(second);
+    const uint4 a = from[0], b = from[1];
     words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
     words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
   }
@@ -77,18 +74,9 @@ struct Chunk {
 #pragma unroll
     for (int s = 0; s < 4; ++s) words[2 * s] = e[s][0], words[2 * s + 1] = e[s][1];
   }
-  __device__ void values(float (&v)[16], int dtype) const {
-    if (dtype == CCQ_BF16) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        v[2 * i] = __uint_as_float(words[i] << 16), v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float2 two = __half22float2(*reinterpret_cast<const __half2*>(words + i));
-        v[2 * i] = two.x, v[2 * i + 1] = two.y;
-      }
-    }
+  __device__ float value(int i, int dtype) const {
+    const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+    return dtype == CCQ_BF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
   }
   // Bits of the largest magnitude, as float32. Those of 16-bit values sort like the values.
   __device__ uint32_t largest(int dtype) const {
@@ -149,12 +137,10 @@ struct Digits {
   __device__ Digits(const Chunk& chunk, int dtype, float scale) {
     offset[0] = offset[1] = 0;
     uint32_t words[2][4];
-    float v[16];
-    chunk.values(v, dtype);
     // To the nearest integer, in the low bits of 1.5 * 2^23 (conversions run at a quarter of the rate); 128 more, so that
     // the upper byte is the upper digit and the lower one, less 128, the lower digit.
     auto rounded = [&](int i) {
-      return __float_as_uint(__fmaf_rn(v[i], i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
+      return __float_as_uint(__fmaf_rn(chunk.value(i, dtype), i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
     };
     auto both = [&](int i, int j) { return __byte_perm(rounded(i), rounded(j), 0x4051); };  // upper digits, lower digits
 #pragma unroll
@@ -259,9 +245,11 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
       continue;
     }
     float v[16], sum = 0.f;
-    first.values(v, dtype);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) v[i] *= half_scale.scale, sum += v[i];
+    for (int i = 0; i < 16; ++i) {
+      v[i] = c < chunks ? first.value(i, dtype) * half_scale.scale : 0.f;
+      sum += v[i];
+    }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
