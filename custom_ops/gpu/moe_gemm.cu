@@ -65,8 +65,7 @@ auto with_few(int variant, F&& use) {
     case kFew + 6: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
     case kFew + 7: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
     case kFew + 8: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
-    case kFew + 9: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
-    default: return use(FewConfig<kPairs, 4, 8, 2, 4, 3>{});
+    default: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
   }
 }
 
@@ -125,7 +124,8 @@ int few_variant(const Device& device, int rows, int k, int n, int experts) {
       const bool long_k = pairs >= 16 || tiles(tile_rows == 1 ? 256 : 128) < enough;
       if (tile_rows == 1) choices[count++] = long_k ? kFew + 2 : pairs >= 4 || tiles(512) < enough ? kFew + 3 : kFew + 4;
       else if (tile_rows == 2) choices[count++] = long_k ? kFew + 5 : kFew + 6;
-      else choices[count++] = long_k ? kFew + 9 : kFew + 10;
+      // Two projections that run different kernels of four rows push each other out of the instruction cache: one for both.
+      else choices[count++] = kFew + 9;
     } else if (tile_rows != 2 && tiles(32) >= enough) {
       choices[count++] = tile_rows == 1 ? kFew + 1 : kFew + 8;
     } else if (tile_rows == 1 || (tile_rows == 4 && tiles(16) >= enough)) {
