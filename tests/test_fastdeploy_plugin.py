@@ -107,7 +107,7 @@ def test_weights_are_not_held_twice(install, weights) -> None:
     assert list(layer.parameters()) == []
     held = layer.ccq_weights
     assert held.up_gate.quant.shape == [EXPERTS, 2 * WIDTH // 16, HIDDEN // 128, 512]
-    assert held.down.columns.shape == [EXPERTS, HIDDEN // 16, 48]
+    assert held.down.columns.shape == [2, EXPERTS, HIDDEN // 16, 32]
 
 
 def test_loading_a_second_time(install, weights) -> None:
