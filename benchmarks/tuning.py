@@ -192,7 +192,7 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
     )
     header = ["checkpoint", "nll - bf16", "KL", "top-1", *names]
     paired = markdown([f"same windows, less {CALIBRATED}", "nll", "KL"], pairs)
-    save_result(f"tuning_{name}", summary)
+    save_result(f"{args.marker}_{name}", summary)
     put_into_doc("docs/tuning.md", args.marker, f"{markdown(header, table)}\n\n{paired}\n\n{note}")
 
 
