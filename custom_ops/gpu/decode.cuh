@@ -44,19 +44,21 @@ struct Column<Pairs::kInteger> {
 
 template <>
 struct Column<Pairs::kGeneral> {
+  static constexpr float kUp = 2596148429267413814265248164610048.f, kDown = 1.f / (1 << 30);  // 2^111, 2^-30
   float scale, offset;
   __device__ Column() {}
   __device__ Column(float code_scale, float code_zp) {
-    scale = code_scale;
-    offset = __fadd_rn(code_zp, 0.5f);
+    scale = code_scale * kUp;
+    offset = __fadd_rn(code_zp, 0.5f) * kDown;
   }
-  // floor(fma(q, scale, offset)), low 16 bits: FastDeploy's rounding. The byte becomes a float as the mantissa of 2^23;
-  // the floor is an addition of 1.5 * 2^23 rounded down, which leaves the integer in the low mantissa bits. Both run at
-  // the full float rate, where float-to-int conversions run at an eighth of it.
+  // floor(fma(q, scale, offset)), low 16 bits: FastDeploy's rounding, all of it divided by 2^30, which rounds alike. The byte,
+  // in bits 8 to 15 of a word, is a subnormal float: q * 2^-141, so that it need not be converted (2^111 stand in the scale).
+  // The floor is an addition of 1.5 * 2^23 rounded down, which leaves the integer in the low mantissa bits. Both run at the
+  // full float rate, where float-to-int conversions run at an eighth of it.
   template <int kByte>
   __device__ uint32_t code(uint32_t word) const {
-    float q = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7540 | kByte)) - 8388608.f;
-    return __float_as_uint(__fadd_rd(__fmaf_rn(q, scale, offset), 12582912.f));
+    const float q = __uint_as_float(__byte_perm(word, 0, 0x4404 | kByte << 4));
+    return __float_as_uint(__fadd_rd(__fmaf_rn(q, scale, offset), 12582912.f * kDown));
   }
   template <int kPair>
   __device__ uint32_t codes(uint32_t word) const {

@@ -30,12 +30,12 @@ struct FewParams {
   void* out;
   int rows, k, n, experts, dtype, fastdeploy;
   Divider column_tiles;  // tiles side by side
-  int each, longer;      // tiles a block, and how many blocks take one more; where a block of rows is one row
+  int each, longer;      // tiles a block, and how many blocks take one more; where the host knows how many tiles there are
 };
 
-// A block's run of tiles, and the first one's expert.
+// A block's run of tiles, and the first one's expert, or with one row a block which block of rows that is.
 struct FewStart {
-  int begin, end, expert;
+  int begin, end, expert, block;
 };
 
 template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kRows_, int kStages_>
@@ -44,18 +44,22 @@ struct FewConfig {
   static constexpr int kR = kR_, kWK = kWK_, kWN = kWN_, kRows = kRows_, kStages = kStages_;
   static constexpr int kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = kR * kWN;
   static constexpr int kColumnSlots = 3, kSumsSlots = 3;
+  static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
+  static constexpr int kFirst = kR == 4 ? 2 : 4;       // units that are ordered before activations are there
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
-  static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots;
+  static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
   // 256 bytes a row and unit of 128 rows; 16 bytes of zeros a unit.
   __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * (256 * kRows + 16); }
   // Offsets of the sums: 8 columns a unit or two with slots, a group without.
   __host__ __device__ static constexpr int offset_bytes(int blocks_k) { return blocks_k * (kRows == 4 ? 64 : 32); }
+  // Of prefix sums; with one row a block, half of the most rows that a run may touch.
+  __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
     return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
-           activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + (kWarps + 1) * kRows * 4 +
-           sizeof(FewStart) + (2 * experts + 2) * sizeof(int);
+           activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + kWK * kRows * 4 +
+           sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
   }
 };
 
@@ -65,11 +69,10 @@ struct FewShared {
   char *rings, *columns, *activations;
   float2* sums;           // [kSumsSlots][kWK][kEntries]
   int* offsets;           // what accumulators begin with, for windows are 32 less than they are stored: [..][8 columns]
-  Barrier *full, *columns_full, *sums_ready, *sums_free;
-  float* back;            // [kRows]: undoes a row's scale, times the caller's row scale
-  uint32_t* largest;      // [kWarps][kRows]
+  Barrier *full, *columns_full, *sums_ready, *sums_free, *rows_ready;
+  float* back;            // [kWK][kRows]: undoes the scale of a row's share, times the caller's row scale
   FewStart* start;
-  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows
+  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows. kRows 1: a run's experts
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
@@ -82,67 +85,90 @@ struct FewShared {
     columns_full = reinterpret_cast<Barrier*>(take(C::kColumnSlots * 8));
     sums_ready = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
     sums_free = reinterpret_cast<Barrier*>(take(C::kSumsSlots * 8));
-    back = reinterpret_cast<float*>(take(C::kRows * 4));
-    largest = reinterpret_cast<uint32_t*>(take(C::kWarps * C::kRows * 4));
+    rows_ready = reinterpret_cast<Barrier*>(take(8));
+    back = reinterpret_cast<float*>(take(C::kWK * C::kRows * 4));
     start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
-    blocks = reinterpret_cast<int*>(take(4 * (experts + 1)));
-    rows = reinterpret_cast<int*>(take(4 * (experts + 1)));
+    blocks = reinterpret_cast<int*>(take(4 * C::entries(experts)));
+    rows = reinterpret_cast<int*>(take(4 * C::entries(experts)));
   }
 };
 
 // The expert of a row: as many as end at or before it. All lanes of a warp together. A call, for it is rare.
 __device__ __noinline__ int expert_of_row(const int64_t* offsets, int experts, int row) {
   int expert = 0;
-#pragma unroll 4
-  for (int base = 0; base < experts; base += 32) {
-    const int e = base + static_cast<int>(threadIdx.x % 32);
-    expert += __popc(__ballot_sync(~0u, e < experts && offsets[e] <= row));
+  for (int base = threadIdx.x % 32; __any_sync(~0u, base < experts); base += 256) {
+    bool before[8];  // all on their way at once
+#pragma unroll
+    for (int j = 0; j < 8; ++j) before[j] = base + 32 * j < experts && offsets[base + 32 * j] <= row;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) expert += __popc(__ballot_sync(~0u, before[j]));
   }
   return expert;
 }
 // `from`: an expert that is not behind it. As many as there are: a row behind the last one's.
 template <typename C>
-__device__ int expert_of(const FewParams& p, const FewShared<C>& s, int block, int from) {
+__device__ int expert_of(const FewShared<C>& s, int block, int from) {
   if constexpr (C::kRows == 1) {
-    return p.offsets ? expert_of_row(p.offsets, p.experts, block) : 0;
+    return s.blocks[block - s.start->block];
   } else {
     while (block >= s.blocks[from + 1]) ++from;
     return from;
   }
 }
 
-// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's run of tiles. One warp; each lane takes a
-// run of experts. (With one row a block there is nothing to work out.)
+// With one row a block: the experts of a run's blocks, each by one warp, for every read of the offsets costs all
+// multiprocessors the same few lines of L2.
+template <typename C>
+__device__ void find_experts(const FewParams& p, const FewShared<C>& s, int first_block, int last_block) {
+  if (threadIdx.x == 0) s.start->block = first_block;
+  for (int i = threadIdx.x / 32; first_block + i <= last_block; i += C::kWarps) {
+    const int expert = p.offsets ? expert_of_row(p.offsets, p.experts, first_block + i) : 0;
+    if (threadIdx.x % 32 == 0) s.blocks[i] = expert;
+  }
+}
+
+// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's run of tiles. One warp. (With one row a
+// block there is nothing to work out.)
 template <typename C>
 __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
-  const int lane = threadIdx.x % 32, run = (p.experts + 31) / 32, first = lane * run, last = min(first + run, p.experts);
-  auto end_of = [&](int e) { return e < 0 ? 0 : p.offsets ? static_cast<int>(p.offsets[e]) : p.rows; };
-  const int start = first < p.experts ? end_of(first - 1) : 0;
-  int count = 0, before = start;
-#pragma unroll 8
-  for (int e = first; e < last; ++e) {
-    const int end = end_of(e);
-    count += (end - before + C::kRows - 1) / C::kRows, before = end;
-  }
-  int counts = count;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, counts, d);
-    if (lane >= d) counts += other;
-  }
+  const int lane = threadIdx.x % 32;
+  int rows = 0, blocks = 0;  // of the experts so far
   if (lane == 0) s.blocks[0] = s.rows[0] = 0;
-  const int tiles = __shfl_sync(~0u, counts, 31) * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
+  for (int base = 0; base < p.experts; base += 256) {
+    int end[8];  // all on their way at once
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (base + j * 32 + lane < p.experts) end[j] = static_cast<int>(p.offsets[base + j * 32 + lane]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int e = base + j * 32 + lane;
+      if (e - lane >= p.experts) break;
+      int before = __shfl_up_sync(~0u, end[j], 1);
+      if (lane == 0) before = rows;
+      int counts = e < p.experts ? (end[j] - before + C::kRows - 1) / C::kRows : 0;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, counts, d);
+        if (lane >= d) counts += other;
+      }
+      if (e < p.experts) s.blocks[e + 1] = blocks + counts, s.rows[e + 1] = end[j];
+      rows = __shfl_sync(~0u, end[j], 31), blocks += __shfl_sync(~0u, counts, 31);
+    }
+  }
+  const int tiles = blocks * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
   const int each = tiles / grid, longer = tiles - each * grid, begin = own * each + min(own, longer);
   const int block = p.column_tiles.divide(begin);
   if (lane == 0) s.start->begin = begin, s.start->end = begin + each + (own < longer);
-  count = counts - count, before = start;
-#pragma unroll 8
-  for (int e = first; e < last; ++e) {
-    const int end = end_of(e), after = count + (end - before + C::kRows - 1) / C::kRows;
-    if (count <= block && block < after) s.start->expert = e;
-    count = after, before = end;
-    s.blocks[e + 1] = count, s.rows[e + 1] = end;
-  }
+  __syncwarp();
+  for (int e = lane; e < p.experts; e += 32)
+    if (s.blocks[e] <= block && block < s.blocks[e + 1]) s.start->expert = e;
+}
+
+// The prefix sums of one matrix, of which the host knows all else.
+template <typename C>
+__device__ void one_expert(const FewParams& p, const FewShared<C>& s) {
+  if (threadIdx.x % 32 == 0)
+    s.blocks[0] = s.rows[0] = 0, s.rows[1] = p.rows, s.blocks[1] = (p.rows + C::kRows - 1) / C::kRows;
 }
 
 // A warp's walk over the units of its tiles, at the end of the ring where they are ordered.
@@ -163,7 +189,7 @@ struct FewFetch {
     while (tile < end && 2 * pair >= blocks_k) advance();
     kb = tile < end ? 2 * pair : blocks_k;
     if (tile == end) return;
-    if (block != expert_block) expert_block = block, expert = min(expert_of<C>(p, s, block, expert), p.experts - 1);
+    if (block != expert_block) expert_block = block, expert = min(expert_of<C>(s, block, expert), p.experts - 1);
     // A warp right of the last column reads the last tiles and writes nothing.
     const int t16 = min(column * C::kTiles + wn * C::kR, (tiles_n - 1) / C::kR * C::kR);
     stride = min(4, tiles_n - t16 / 4 * 4), tiles = min(C::kR, stride - t16 % 4);

@@ -52,59 +52,89 @@ struct FewRows {
   }
 };
 
-// Rows become integers in shared memory, laid out for R rows a tile. `kept`: the first chunk of each row that this thread
-// reads. `meanwhile` runs before the threads first meet. All threads of the block.
+// Rows of a block before `rows`: worked out anew, for registers are scarce where they would be kept.
+template <typename C>
+__device__ void rows_before(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int block, int* row, int* count) {
+  if (C::kRows == 1) {
+    *row = block, *count = expert_of<C>(s, block, 0) < p.experts;
+  } else {
+    int expert = rows.expert;
+    while (block < s.blocks[expert]) --expert;
+    *row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
+    *count = min(C::kRows, s.rows[expert + 1] - *row);
+  }
+}
+
+// A warp's share of K: pairs of units `pair`, `pair + kWK`, ... of a tile. In chunks of 16 values a lane: two pairs a step.
+template <typename C>
+__device__ int chunk_of_share(int pair, int step) {
+  const int lane = threadIdx.x % 32;
+  return (pair + (2 * step + lane / 16) * C::kWK) * 16 + lane % 16;
+}
+
+// The first chunks of each row that this lane converts.
+template <typename C>
+__device__ void load_share(const FewParams& p, const FewRows& rows, int pair, Chunk (&kept)[C::kRows][C::kKept]) {
+#pragma unroll
+  for (int j = 0; j < C::kKept; ++j)
+#pragma unroll
+    for (int r = 0; r < C::kRows; ++r) {
+      const int c = chunk_of_share<C>(pair, j);
+      kept[r][j] = Chunk{};
+      if (c < p.k / 16) kept[r][j].load(rows.in(p, r), c);
+    }
+}
+
+// A share of the rows becomes integers in shared memory, laid out for R rows a tile, with a scale of its own: no warp waits
+// for the largest value of another one. Warps with the same share (kWN > 1) take its steps in turn.
 template <typename C, typename F>
-__device__ void convert_rows(const FewParams& p, const FewShared<C>& s, const FewRows& rows, Chunk (&kept)[C::kRows],
-                             F&& meanwhile) {
-  constexpr int R = C::kRows;
-  const int chunks = p.k / 16, blocks_k = p.k / 128;
+__device__ void convert_share(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wn,
+                              const Chunk (&kept)[C::kRows][C::kKept], F&& meanwhile) {
+  constexpr int R = C::kRows, kUnit = Slots<R>::kUnit, kGroups = Slots<R>::kGroups;
+  const int chunks = p.k / 16, blocks_k = p.k / 128, lane = threadIdx.x % 32;
+  const int steps = ((blocks_k + 1) / 2 - pair + 2 * C::kWK - 1) / (2 * C::kWK);  // 0 for a warp that has none
+  float scale[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    uint32_t largest = kept[r].largest(p.dtype);
-    for (int c = threadIdx.x + C::kThreads; c < chunks; c += C::kThreads) {
+    uint32_t largest = kept[r][0].largest(p.dtype);
+    if (C::kKept > 1) largest = max(largest, kept[r][C::kKept - 1].largest(p.dtype));
+#pragma unroll 1
+    for (int i = C::kKept; i < steps; ++i) {
+      const int c = chunk_of_share<C>(pair, i);
+      if (c >= chunks) continue;
       Chunk other;
       other.load(rows.in(p, r), c);
       largest = max(largest, other.largest(p.dtype));
     }
-    largest = __reduce_max_sync(~0u, largest);
-    if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32 * R + r] = largest;
-  }
-  // Zeros of each unit, and the offsets of groups that are not there (an odd number of units, two units an accumulator).
-  for (int i = threadIdx.x; i < blocks_k; i += C::kThreads)
-    *reinterpret_cast<uint4*>(s.activations + i * Slots<R>::kUnit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
-  if (R == 1 && blocks_k % 2 && threadIdx.x < 4) s.offsets[blocks_k / 2 * 8 + 4 + threadIdx.x] = 0;
-  meanwhile();
-  __syncthreads();
-  float scale[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int lane = threadIdx.x % 32;
-    const IntegerScale own(__reduce_max_sync(~0u, lane < C::kWarps ? s.largest[lane * R + r] : 0));
+    const IntegerScale own(__reduce_max_sync(~0u, largest));
     scale[r] = own.scale;
-    if (static_cast<int>(threadIdx.x) == r)
-      s.back[r] = p.row_scale ? own.back * p.row_scale[rows.place(r)] : own.back;
+    if (lane == r && wn == 0) s.back[pair * R + r] = p.row_scale ? own.back * p.row_scale[rows.place(r)] : own.back;
   }
-  // Quads share a group, so whole warps walk the loop together and guard inside it.
-  for (int c0 = 0; c0 < chunks; c0 += C::kThreads) {
-    const int c = c0 + threadIdx.x, group = c / 4, t = c % 4;
-    char* const to = s.activations + c / 8 * Slots<R>::kUnit + group % 2 * (128 * R) + t * 16;
+  meanwhile();
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {  // whole warps walk the loop together and guard inside it, for quads share a group
+    if (C::kWN > 1 && i % C::kWN != wn) continue;
+    const int c = chunk_of_share<C>(pair, i), group = c / 4, t = c % 4;
+    char* const unit = s.activations + c / 8 * kUnit;
+    if (R < 4 && c < chunks && c % 8 == 0) *reinterpret_cast<uint4*>(unit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
+    // Groups that are not there: an odd number of units, two units an accumulator.
+    if (R == 1 && blocks_k % 2 && c == chunks - 8) *reinterpret_cast<int4*>(s.offsets + blocks_k / 2 * 8 + 4) = int4{};
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if (c0 > 0 && c < chunks) kept[r].load(rows.in(p, r), c);
-      if (p.fastdeploy) kept[r].arrange();
-      const Digits digits(kept[r], p.dtype, scale[r]);
+      Chunk chunk = kept[r][0];
+      if (C::kKept > 1 && i == 1) chunk = kept[r][C::kKept - 1];
+      if (i >= C::kKept && c < chunks) chunk.load(rows.in(p, r), c);
+      if (p.fastdeploy) chunk.arrange();
+      const Digits digits(chunk, p.dtype, scale[r]);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
         const int offset = quad_sum(digits.offset[d]);
         if (c >= chunks) continue;
-        constexpr int kGroups = Slots<R>::kGroups;
         if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset;
-        *reinterpret_cast<uint4*>(to + (2 * r + d) * 64) = digits.bytes[d];
+        *reinterpret_cast<uint4*>(unit + group % 2 * (128 * R) + t * 16 + (2 * r + (d ^ group % 2)) * 64) = digits.bytes[d];
       }
     }
   }
-  __syncthreads();
 }
 
 // This warp's units of a tile: columns g and g + 8 of each of kR tiles, row t % R, all groups, into `out`.
@@ -113,11 +143,13 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
                              const Column<C::kPairs> (&column)[C::kR][2], float2 (&out)[C::kR]) {
   constexpr int kR = C::kR, R = C::kRows, kUnit = Slots<R>::kUnit, kZeros = Slots<R>::kZeros;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks_k = fetch.blocks_k;
-  const int slot = g / (2 * R), mine = g % (2 * R) * 64 + t * 16;  // of this lane's column of B
+  // Of this lane's column of B. In odd groups the digits change places, so that quads side by side write to other banks.
+  const int slot = g / (2 * R), mine = g % (2 * R) * 64 + t * 16;
   // Nibbles of this lane's accumulators: their slot's group is even or odd, in the first or the second unit (R = 1).
   const int shift = R == 1 ? t % 2 * 4 : R == 2 ? t / 2 * 4 : 0;
   uint32_t four = 4, thirty_two = 32;
   asm volatile("" : "+r"(four), "+r"(thirty_two));
+  const float* const back = s.back + pair * R + t % R;
   int o[kR][4] = {};  // [..][2]: digits, of column g and of column g + 8
 
   for (; 2 * pair < blocks_k; pair += C::kWK) {
@@ -153,7 +185,7 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
         int2 c;
         if (first) c = *reinterpret_cast<const int2*>(s.offsets + (R == 1 ? pair : R == 2 ? kb : 2 * kb + half) * 8 + t * 2);
         const bool active = R == 4 || slot == (R == 1 ? 2 * u + half : half);
-        const uint4 b = *reinterpret_cast<const uint4*>(x + (active ? half * (128 * R) + mine : kZeros));
+        const uint4 b = *reinterpret_cast<const uint4*>(x + (active ? half * (128 * R) + (mine ^ half * 64) : kZeros));
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
           const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
@@ -177,7 +209,7 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
     float v[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      v[i] = fmaf(static_cast<float>(o[r][2 * i]), 256.f, static_cast<float>(o[r][2 * i + 1]));
+      v[i] = fmaf(static_cast<float>(o[r][2 * i]), 256.f, static_cast<float>(o[r][2 * i + 1])) * *back;
       if (R < 4) v[i] += __shfl_xor_sync(~0u, v[i], 2);
       if (R < 2) v[i] += __shfl_xor_sync(~0u, v[i], 1);
     }
@@ -189,7 +221,7 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
 template <typename C>
 __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int tile, int slot) {
   const int tiles_n = p.n / 16, column_tiles = p.column_tiles.by, block = p.column_tiles.divide(tile);
-  const int expert = block == rows.block ? rows.expert : min(expert_of<C>(p, s, block, rows.expert), p.experts - 1);
+  const int expert = block == rows.block ? rows.expert : min(expert_of<C>(s, block, rows.expert), p.experts - 1);
   const int t16 = (tile - block * column_tiles) * C::kTiles;
   const size_t first = (static_cast<size_t>(expert) * tiles_n + t16) * 32;
   const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
@@ -201,12 +233,15 @@ __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const F
   s.columns_full[slot].arrive_after_copies();
 }
 
-// One warp adds up all warps' shares of a tile, in the order of the warps, and writes the result.
+// One warp adds up all warps' shares of a tile, in the order of the warps, and writes the result. `rows`: its rows or the
+// next ones.
 template <typename C>
 __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
-  const int tiles_n = p.n / 16;
+  const int tiles_n = p.n / 16, block = p.column_tiles.divide(tile);
+  int first_row = rows.row, count = rows.count;
+  if (block != rows.block) rows_before<C>(p, s, rows, block, &first_row, &count);
   const int i = tile - begin, slot = i % C::kSumsSlots;
-  const int t16 = (tile - p.column_tiles.divide(tile) * p.column_tiles.by) * C::kTiles;
+  const int t16 = (tile - block * p.column_tiles.by) * C::kTiles;
   const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes;
   const float2* const from = s.sums + slot * (C::kWK * C::kEntries);
   s.sums_ready[slot].wait((i / C::kSumsSlots) & 1);
@@ -217,12 +252,11 @@ __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile,
       sum.x += v.x, sum.y += v.y;
     }
     const int row = e % C::kRows, g = e / C::kRows % 8, r = e / C::kRows / 8;
-    if (t16 + r >= tiles_n || row >= rows.count) continue;
+    if (t16 + r >= tiles_n || row >= count) continue;
     const float2 super = load_supers(columns + r * kPlaneBytes, g);
-    const float back = s.back[row];
-    const size_t to = static_cast<size_t>(rows.row + row) * p.n + (t16 + r) * 16 + g;
-    store(p.out, p.dtype, to, sum.x * super.x * back);
-    store(p.out, p.dtype, to + 8, sum.y * super.y * back);
+    const size_t to = static_cast<size_t>(first_row + row) * p.n + (t16 + r) * 16 + g;
+    store(p.out, p.dtype, to, sum.x * super.x);
+    store(p.out, p.dtype, to + 8, sum.y * super.y);
   }
   s.sums_free[slot].arrive_together();
 }
@@ -235,61 +269,64 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   const int blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
   const FewShared<C> s(shared, blocks_k, p.experts);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int wk = warp % C::kWK, wn = warp / C::kWK;
   FewRows rows;
-  Chunk kept[C::kRows] = {};
-  auto load_rows = [&] {
-    if (static_cast<int>(threadIdx.x) < p.k / 16)
-#pragma unroll
-      for (int r = 0; r < C::kRows; ++r) kept[r].load(rows.in(p, r), threadIdx.x);
-  };
+  Chunk kept[C::kRows][C::kKept];
   if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
     for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
       for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
     for (int i = warp - 2; i >= 0 && i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
     for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps)
       s.sums_ready[i].init(C::kWarps * kWarpArrivals), s.sums_free[i].init(kWarpArrivals);
+    if (warp == 15) s.rows_ready->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   // Activations come first, then offsets and columns: they would wait behind the weights.
-  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer), first_expert = 0;
+  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
   int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer);
-  if (C::kRows == 1) {
-    if (begin == end) return;
-    rows.row = p.column_tiles.divide(begin), rows.count = 1;
-    load_rows();
-    first_expert = expert_of<C>(p, s, rows.row, 0);
-  }
-  if (C::kRows > 1 && warp == 0) scan_offsets<C>(p, s);
-  __syncthreads();
-  if (C::kRows > 1) {
+  if (C::kRows > 1 && p.offsets) {
+    if (warp == 0) scan_offsets<C>(p, s);
+    __syncthreads();
     begin = s.start->begin, end = s.start->end;
-    if (begin == end) return;
-    first_expert = s.start->expert;
   }
+  if (begin == end) return;
+  const int first_block = p.column_tiles.divide(begin);
+  if (C::kRows > 1 && p.offsets) rows.set<C>(p, s, first_block, s.start->expert);
+  else rows = FewRows{0, first_block, first_block * C::kRows, min(C::kRows, p.rows - first_block * C::kRows)};
+  load_share<C>(p, rows, wk, kept);
+  if (C::kRows == 1) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
+  else if (!p.offsets && warp == 0) one_expert<C>(p, s);
+  __syncthreads();  // barriers stand, and no weights are ordered before all activations are: those would wait behind them
+  if (C::kRows == 1) rows.set<C>(p, s, first_block, expert_of<C>(s, first_block, 0));
 
-  const int wk = warp % C::kWK, wn = warp / C::kWK, first_block = p.column_tiles.divide(begin);
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  rows.set<C>(p, s, first_block, first_expert);
   FewFetch<C> fetch{p, s, end, column_tiles, tiles_n, blocks_k, wk, wn,
                     begin, first_block, begin - first_block * column_tiles, wk, first_block, rows.expert};
   if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
-  if (C::kRows > 1) load_rows();
   // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
   fetch.aim();
-  fetch.request(ring, 0);
-  convert_rows<C>(p, s, rows, kept, [&] { fetch.request(ring, 1); });
-#pragma unroll
-  for (int i = 2; i < C::kStages; ++i) fetch.request(ring, i);
+#pragma unroll 1
+  for (int i = 0; i < C::kFirst - 1; ++i) fetch.request(ring, i);
   int finished = begin, pair = wk;
   for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
     const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
-    if (block != rows.block) {  // all tiles before are finished (below)
-      rows.set<C>(p, s, block, expert_of<C>(p, s, block, rows.expert));
-      load_rows();
-      __syncthreads();  // the activations there are no longer read
-      convert_rows<C>(p, s, rows, kept, [] {});
+    const bool change = i > 0 && column_tile == 0;
+    if (change) {
+      rows.set<C>(p, s, block, expert_of<C>(s, block, rows.expert));
+      load_share<C>(p, rows, pair, kept);
     }
+    if (change) __syncthreads();  // the activations there are no longer read
+    if (change || i == 0) {
+      convert_share<C>(p, s, rows, pair, wn, kept, [&] { if (i == 0) fetch.request(ring, C::kFirst - 1); });
+      s.rows_ready->arrive_together();
+      if (i == 0)
+#pragma unroll 1
+        for (int j = C::kFirst; j < C::kStages; ++j) fetch.request(ring, j);
+    }
+    // Shares of other warps are first read in the tile after, or in this one by warps with the same share.
+    const bool after = C::kWN > 1 ? change || i == 0 : !change && (column_tile == 1 || i == 1);
+    if (after) s.rows_ready->wait((block - first_block) & 1);
     Column<C::kPairs> column[kR][2];
     const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes + wn * kR * kPlaneBytes;
     s.columns_full[i % C::kColumnSlots].wait((i / C::kColumnSlots) & 1);
@@ -307,9 +344,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
 #pragma unroll
       for (int r = 0; r < kR; ++r) to[(r * 8 + lane / 4) * C::kRows + t] = out[r];
     s.sums_ready[slot].arrive_together();
-    // The tile before, which all warps have left by now; at the end of these rows this one too.
-    const int until = column_tile + 1 == column_tiles || tile + 1 == end ? tile : tile - 1;
-    for (; finished <= until; ++finished)
+    // The tile before, which all warps have left by now; at the end this one too.
+#pragma unroll 1
+    for (; finished <= (tile + 1 == end ? tile : tile - 1); ++finished)
       if ((finished - begin) % C::kWarps == warp) {
         finish_tile<C>(p, s, finished, begin, rows);
         const int next = finished + C::kColumnSlots;

@@ -261,10 +261,12 @@ cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
     if (device.id < kMaxDevices) raised[device.id].store(shared);
   }
   p.column_tiles = Divider((p.n / 16 + C::kTiles - 1) / C::kTiles);
-  const int64_t tiles = static_cast<int64_t>(p.rows) * p.column_tiles.by;  // at most; with one row a block, exactly
+  // At most; with one row a block, or one matrix, exactly.
+  const int64_t tiles = static_cast<int64_t>(p.offsets ? p.rows : ceil_div(p.rows, C::kRows)) * p.column_tiles.by;
   if (tiles > 2147483647) return cudaErrorInvalidValue;
   const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
   p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
+  if (C::kRows == 1 && p.each / p.column_tiles.by + 2 > 2 * C::entries(p.experts)) return cudaErrorInvalidConfiguration;
   return launch_early(few_kernel<C>, grid, C::kThreads, shared, stream, p);
 }
 

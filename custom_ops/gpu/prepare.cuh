@@ -74,6 +74,16 @@ struct Chunk {
 #pragma unroll
     for (int s = 0; s < 4; ++s) words[2 * s] = e[s][0], words[2 * s + 1] = e[s][1];
   }
+  // All values. One branch: choosing for each of them would cost more than the conversion.
+  __device__ void values(int dtype, float (&v)[16]) const {
+    if (dtype == CCQ_BF16) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) v[i] = value(i, dtype);
+    }
+  }
   __device__ float value(int i, int dtype) const {
     const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
     return dtype == CCQ_BF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
@@ -122,8 +132,10 @@ struct IntegerScale {
     constexpr float kLargest = 32512.f;  // of two signed digits it leaves the upper one at most 127
     const float top = fmaxf(__uint_as_float(largest), 1e-30f);
     const bool finite = largest < 0x7F800000u;
-    scale = finite ? kLargest / top : 0.f;
-    back = finite ? top / kLargest : __uint_as_float(~0u);
+    float inverse;  // near enough: a row may be multiplied by any number
+    asm("rcp.approx.f32 %0, %1;\n" : "=f"(inverse) : "f"(top));
+    scale = finite ? kLargest * inverse : 0.f;
+    back = finite ? top * (1.f / kLargest) : __uint_as_float(~0u);
   }
 };
 
@@ -137,10 +149,12 @@ struct Digits {
   __device__ Digits(const Chunk& chunk, int dtype, float scale) {
     offset[0] = offset[1] = 0;
     uint32_t words[2][4];
+    float v[16];
+    chunk.values(dtype, v);
     // To the nearest integer, in the low bits of 1.5 * 2^23 (conversions run at a quarter of the rate); 128 more, so that
     // the upper byte is the upper digit and the lower one, less 128, the lower digit.
     auto rounded = [&](int i) {
-      return __float_as_uint(__fmaf_rn(chunk.value(i, dtype), i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
+      return __float_as_uint(__fmaf_rn(v[i], i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
     };
     auto both = [&](int i, int j) { return __byte_perm(rounded(i), rounded(j), 0x4051); };  // upper digits, lower digits
 #pragma unroll
