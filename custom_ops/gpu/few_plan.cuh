@@ -7,6 +7,8 @@
 
 namespace ccq {
 
+constexpr int kMaxExperts = 1024;
+
 // Division by a number that the host knows.
 struct Divider {
   int by;
@@ -33,9 +35,9 @@ struct FewParams {
   int each, longer;      // tiles a block, and how many blocks take one more; where the host knows how many tiles there are
 };
 
-// A block's run of tiles, and the first one's expert, or with one row a block which block of rows that is.
+// The expert of a run's first tile, or with one row a block which block of rows that is; blocks of rows of each warp's experts.
 struct FewStart {
-  int begin, end, expert, block;
+  int expert, block, of_warp[16];
 };
 
 template <Pairs kPairs_, int kR_, int kWK_, int kWN_, int kRows_, int kStages_>
@@ -93,18 +95,6 @@ struct FewShared {
   }
 };
 
-// The expert of a row: as many as end at or before it. All lanes of a warp together. A call, for it is rare.
-__device__ __noinline__ int expert_of_row(const int64_t* offsets, int experts, int row) {
-  int expert = 0;
-  for (int base = threadIdx.x % 32; __any_sync(~0u, base < experts); base += 256) {
-    bool before[8];  // all on their way at once
-#pragma unroll
-    for (int j = 0; j < 8; ++j) before[j] = base + 32 * j < experts && offsets[base + 32 * j] <= row;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) expert += __popc(__ballot_sync(~0u, before[j]));
-  }
-  return expert;
-}
 // `from`: an expert that is not behind it. As many as there are: a row behind the last one's.
 template <typename C>
 __device__ int expert_of(const FewShared<C>& s, int block, int from) {
@@ -116,59 +106,80 @@ __device__ int expert_of(const FewShared<C>& s, int block, int from) {
   }
 }
 
-// With one row a block: the experts of a run's blocks, each by one warp, for every read of the offsets costs all
-// multiprocessors the same few lines of L2.
+// With one row a block: the experts of a run's blocks, as many as end at or before each. All threads, which meet in here; each
+// has few offsets, since a warp that reads them all, or all warps, take a microsecond longer.
 template <typename C>
 __device__ void find_experts(const FewParams& p, const FewShared<C>& s, int first_block, int last_block) {
-  if (threadIdx.x == 0) s.start->block = first_block;
-  for (int i = threadIdx.x / 32; first_block + i <= last_block; i += C::kWarps) {
-    const int expert = p.offsets ? expert_of_row(p.offsets, p.experts, first_block + i) : 0;
-    if (threadIdx.x % 32 == 0) s.blocks[i] = expert;
+  const int e = threadIdx.x;
+  constexpr int kEach = kMaxExperts / C::kThreads;
+  int64_t end[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) end[j] = e + j * C::kThreads < p.experts ? p.offsets[e + j * C::kThreads] : p.rows;
+  if (e == 0) s.start->block = first_block;
+#pragma unroll 1
+  for (int block = first_block; block <= last_block; ++block) {
+    int expert = __syncthreads_count(end[0] <= block);
+#pragma unroll
+    for (int j = 1; j < kEach; ++j)
+      if (j * C::kThreads < p.experts) expert += __syncthreads_count(end[j] <= block);
+    if (e == 0) s.blocks[block - first_block] = expert;
   }
 }
 
-// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's run of tiles. One warp. (With one row a
-// block there is nothing to work out.)
+// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's run of tiles. All threads, which meet in here.
+// (With one row a block there is nothing to work out.)
 template <typename C>
-__device__ void scan_offsets(const FewParams& p, const FewShared<C>& s) {
+__device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* begin, int* end) {
+  constexpr int kEach = kMaxExperts / C::kThreads;  // experts side by side are a thread's: their sum goes through the scan
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = p.experts > C::kThreads ? kEach : 1;
+  const int first = threadIdx.x * each;
+  int ends[kEach], count = 0, before = first > 0 && first <= p.experts ? static_cast<int>(p.offsets[first - 1]) : 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    ends[j] = j < each && first + j < p.experts ? static_cast<int>(p.offsets[first + j]) : before;
+    count += (ends[j] - before + C::kRows - 1) / C::kRows, before = ends[j];
+  }
+  int counts = count;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(~0u, counts, d);
+    if (lane >= d) counts += other;
+  }
+  if (lane == 31) s.start->of_warp[warp] = counts;
+  __syncthreads();
+  int blocks = counts - count, all = 0;
+#pragma unroll
+  for (int w = 0; w < C::kWarps; ++w) {
+    const int of_warp = s.start->of_warp[w];
+    all += of_warp, blocks += w < warp ? of_warp : 0;
+  }
+  const int tiles = all * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
+  const int run = tiles / grid, longer = tiles - run * grid;
+  *begin = own * run + min(own, longer), *end = *begin + run + (own < longer);
+  const int block = p.column_tiles.divide(*begin);
+  before = first > 0 && first <= p.experts ? static_cast<int>(p.offsets[first - 1]) : 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (j >= each || first + j >= p.experts) break;
+    const int after = blocks + (ends[j] - before + C::kRows - 1) / C::kRows;
+    if (blocks <= block && block < after) s.start->expert = first + j;
+    s.blocks[first + j + 1] = after, s.rows[first + j + 1] = ends[j];
+    blocks = after, before = ends[j];
+  }
+  if (threadIdx.x == 0) s.blocks[0] = s.rows[0] = 0;
+  __syncthreads();
+}
+
+// The same for one matrix, of which the host knows all else. One warp.
+template <typename C>
+__device__ void one_expert(const FewParams& p, const FewShared<C>& s, int first_block, int end) {
   const int lane = threadIdx.x % 32;
-  int rows = 0, blocks = 0;  // of the experts so far
-  if (lane == 0) s.blocks[0] = s.rows[0] = 0;
-  for (int base = 0; base < p.experts; base += 256) {
-    int end[8];  // all on their way at once
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (base + j * 32 + lane < p.experts) end[j] = static_cast<int>(p.offsets[base + j * 32 + lane]);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int e = base + j * 32 + lane;
-      if (e - lane >= p.experts) break;
-      int before = __shfl_up_sync(~0u, end[j], 1);
-      if (lane == 0) before = rows;
-      int counts = e < p.experts ? (end[j] - before + C::kRows - 1) / C::kRows : 0;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, counts, d);
-        if (lane >= d) counts += other;
-      }
-      if (e < p.experts) s.blocks[e + 1] = blocks + counts, s.rows[e + 1] = end[j];
-      rows = __shfl_sync(~0u, end[j], 31), blocks += __shfl_sync(~0u, counts, 31);
-    }
-  }
-  const int tiles = blocks * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
-  const int each = tiles / grid, longer = tiles - each * grid, begin = own * each + min(own, longer);
-  const int block = p.column_tiles.divide(begin);
-  if (lane == 0) s.start->begin = begin, s.start->end = begin + each + (own < longer);
-  __syncwarp();
-  for (int e = lane; e < p.experts; e += 32)
-    if (s.blocks[e] <= block && block < s.blocks[e + 1]) s.start->expert = e;
-}
-
-// The prefix sums of one matrix, of which the host knows all else.
-template <typename C>
-__device__ void one_expert(const FewParams& p, const FewShared<C>& s) {
-  if (threadIdx.x % 32 == 0)
+  if (C::kRows == 1) {
+    s.start->block = first_block;
+    for (int i = lane; first_block + i <= p.column_tiles.divide(end - 1); i += 32) s.blocks[i] = 0;
+  } else if (lane == 0) {
     s.blocks[0] = s.rows[0] = 0, s.rows[1] = p.rows, s.blocks[1] = (p.rows + C::kRows - 1) / C::kRows;
+  }
 }
 
 // A warp's walk over the units of its tiles, at the end of the ring where they are ordered.

@@ -72,6 +72,17 @@ __device__ int chunk_of_share(int pair, int step) {
   return (pair + (2 * step + lane / 16) * C::kWK) * 16 + lane % 16;
 }
 
+// The next row's to the front, for loops that stay loops.
+template <typename T, int kCount>
+__device__ void rotate(T (&of_rows)[kCount]) {
+  if (kCount == 1) return;
+  T first[1];
+  memcpy(first, of_rows, sizeof(T));
+#pragma unroll
+  for (int r = 0; r + 1 < kCount; ++r) memcpy(of_rows + r, of_rows + r + 1, sizeof(T));
+  memcpy(of_rows + kCount - 1, first, sizeof(T));
+}
+
 // The first chunks of each row that this lane converts.
 template <typename C>
 __device__ void load_share(const FewParams& p, const FewRows& rows, int pair, Chunk (&kept)[C::kRows][C::kKept]) {
@@ -89,7 +100,7 @@ __device__ void load_share(const FewParams& p, const FewRows& rows, int pair, Ch
 // for the largest value of another one. Warps with the same share (kWN > 1) take its steps in turn.
 template <typename C, typename F>
 __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wn,
-                              const Chunk (&kept)[C::kRows][C::kKept], F&& meanwhile) {
+                              Chunk (&kept)[C::kRows][C::kKept], F&& meanwhile) {
   constexpr int R = C::kRows, kUnit = Slots<R>::kUnit, kGroups = Slots<R>::kGroups;
   const int chunks = p.k / 16, blocks_k = p.k / 128, lane = threadIdx.x % 32;
   const int steps = ((blocks_k + 1) / 2 - pair + 2 * C::kWK - 1) / (2 * C::kWK);  // 0 for a warp that has none
@@ -119,13 +130,14 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
     if (R < 4 && c < chunks && c % 8 == 0) *reinterpret_cast<uint4*>(unit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
     // Groups that are not there: an odd number of units, two units an accumulator.
     if (R == 1 && blocks_k % 2 && c == chunks - 8) *reinterpret_cast<int4*>(s.offsets + blocks_k / 2 * 8 + 4) = int4{};
-#pragma unroll
+    // One row after another through the same instructions: they run once a block, so fetching them takes longer than they do.
+#pragma unroll 1
     for (int r = 0; r < R; ++r) {
-      Chunk chunk = kept[r][0];
-      if (C::kKept > 1 && i == 1) chunk = kept[r][C::kKept - 1];
+      Chunk chunk = kept[0][0];
+      if (C::kKept > 1 && i == 1) chunk = kept[0][C::kKept - 1];
       if (i >= C::kKept && c < chunks) chunk.load(rows.in(p, r), c);
       if (p.fastdeploy) chunk.arrange();
-      const Digits digits(chunk, p.dtype, scale[r]);
+      const Digits digits(chunk, p.dtype, scale[0]);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
         const int offset = quad_sum(digits.offset[d]);
@@ -133,6 +145,7 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
         if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset;
         *reinterpret_cast<uint4*>(unit + group % 2 * (128 * R) + t * 16 + (2 * r + (d ^ group % 2)) * 64) = digits.bytes[d];
       }
+      rotate(kept), rotate(scale);
     }
   }
 }
@@ -149,7 +162,6 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
   const int shift = R == 1 ? t % 2 * 4 : R == 2 ? t / 2 * 4 : 0;
   uint32_t four = 4, thirty_two = 32;
   asm volatile("" : "+r"(four), "+r"(thirty_two));
-  const float* const back = s.back + pair * R + t % R;
   int o[kR][4] = {};  // [..][2]: digits, of column g and of column g + 8
 
   for (; 2 * pair < blocks_k; pair += C::kWK) {
@@ -203,13 +215,14 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
     }
     if (R == 1) scaled(shift);
   }
+  const float back = s.back[(pair & (C::kWK - 1)) * R + t % R];
   // Digits together, and slots: lanes t and t ^ 2 have the same row, with R = 1 all four lanes of a quad.
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
     float v[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      v[i] = fmaf(static_cast<float>(o[r][2 * i]), 256.f, static_cast<float>(o[r][2 * i + 1])) * *back;
+      v[i] = fmaf(static_cast<float>(o[r][2 * i]), 256.f, static_cast<float>(o[r][2 * i + 1])) * back;
       if (R < 4) v[i] += __shfl_xor_sync(~0u, v[i], 2);
       if (R < 2) v[i] += __shfl_xor_sync(~0u, v[i], 1);
     }
@@ -272,32 +285,29 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   const int wk = warp % C::kWK, wn = warp / C::kWK;
   FewRows rows;
   Chunk kept[C::kRows][C::kKept];
-  if (warp > 0 && lane == 0) {  // one lane after another would take microseconds
-    for (int w = warp == 1 ? 0 : warp; w <= warp; ++w)
-      for (int i = 0; i < C::kStages; ++i) s.full[w * C::kStages + i].init(1);
-    for (int i = warp - 2; i >= 0 && i < C::kColumnSlots; i += C::kWarps) s.columns_full[i].init(32);
-    for (int i = warp - 8; i >= 0 && i < C::kSumsSlots; i += C::kWarps)
-      s.sums_ready[i].init(C::kWarps * kWarpArrivals), s.sums_free[i].init(kWarpArrivals);
-    if (warp == 15) s.rows_ready->init(C::kWarps * kWarpArrivals);
+  if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
+#pragma unroll
+    for (int i = 0; i < C::kStages; ++i) s.full[warp * C::kStages + i].init(1);
+    if (warp < C::kColumnSlots) s.columns_full[warp].init(32);
+    if (warp < C::kSumsSlots) s.sums_ready[warp].init(C::kWarps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
+    if (warp == C::kWarps - 1) s.rows_ready->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
+  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
+  if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   // Activations come first, then offsets and columns: they would wait behind the weights.
-  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
   int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer);
-  if (C::kRows > 1 && p.offsets) {
-    if (warp == 0) scan_offsets<C>(p, s);
-    __syncthreads();
-    begin = s.start->begin, end = s.start->end;
-  }
+  if (C::kRows > 1 && p.offsets) scan_offsets<C>(p, s, &begin, &end);
   if (begin == end) return;
   const int first_block = p.column_tiles.divide(begin);
   if (C::kRows > 1 && p.offsets) rows.set<C>(p, s, first_block, s.start->expert);
   else rows = FewRows{0, first_block, first_block * C::kRows, min(C::kRows, p.rows - first_block * C::kRows)};
   load_share<C>(p, rows, wk, kept);
-  if (C::kRows == 1) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
-  else if (!p.offsets && warp == 0) one_expert<C>(p, s);
-  __syncthreads();  // barriers stand, and no weights are ordered before all activations are: those would wait behind them
+  if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
+  else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
+  // Barriers stand, and no weights are ordered before all activations are: those would wait behind them.
+  if (C::kRows == 1 || !p.offsets) __syncthreads();
   if (C::kRows == 1) rows.set<C>(p, s, first_block, expert_of<C>(s, first_block, 0));
 
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);

@@ -20,7 +20,6 @@ namespace ccq {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kMaxExperts = 1024;
 
 struct Device {
   int id, sms, major, shared;  // shared: bytes of shared memory that a block may have
@@ -123,7 +122,7 @@ int few_variant(const Device& device, int rows, int k, int n, int experts) {
     if (tiles(64) >= enough) {
       const bool long_k = pairs >= 16 || tiles(tile_rows == 1 ? 256 : 128) < enough;
       if (tile_rows == 1) choices[count++] = long_k ? kFew + 2 : pairs >= 4 || tiles(512) < enough ? kFew + 3 : kFew + 4;
-      else if (tile_rows == 2) choices[count++] = long_k ? kFew + 5 : kFew + 6;
+      else if (tile_rows == 2) choices[count++] = pairs >= 8 ? kFew + 5 : kFew + 6;
       // Two projections that run different kernels of four rows push each other out of the instruction cache: one for both.
       else choices[count++] = kFew + 9;
     } else if (tile_rows != 2 && tiles(32) >= enough) {
@@ -253,12 +252,15 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
 template <typename C>
 cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
   const size_t shared = C::shared_bytes(p.k, p.experts);
+  // More than half of what there is: of two blocks that share a multiprocessor because the next kernel starts early, one would
+  // have to wait while other multiprocessors are idle.
+  const size_t at_least = std::max<size_t>(shared, device.shared / 2 + 1024);
   static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
-  if (device.id >= kMaxDevices || raised[device.id].load() < shared) {
+  if (device.id >= kMaxDevices || raised[device.id].load() < at_least) {
     cudaError_t error =
-        cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
     if (error != cudaSuccess) return error;
-    if (device.id < kMaxDevices) raised[device.id].store(shared);
+    if (device.id < kMaxDevices) raised[device.id].store(at_least);
   }
   p.column_tiles = Divider((p.n / 16 + C::kTiles - 1) / C::kTiles);
   // At most; with one row a block, or one matrix, exactly.
@@ -267,7 +269,7 @@ cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
   const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
   p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
   if (C::kRows == 1 && p.each / p.column_tiles.by + 2 > 2 * C::entries(p.experts)) return cudaErrorInvalidConfiguration;
-  return launch_early(few_kernel<C>, grid, C::kThreads, shared, stream, p);
+  return launch_early(few_kernel<C>, grid, C::kThreads, at_least, stream, p);
 }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }

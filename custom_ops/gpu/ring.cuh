@@ -118,6 +118,9 @@ __device__ inline void bulk_copy(void* to, const void* from, int bytes, Barrier*
 #endif
 }
 
+// Towards L2. Allowed before an earlier kernel has ended, for nothing is read: what that kernel still writes is in L2 too.
+__device__ inline void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from)); }
+
 // kStages units of kR tiles: [r][512] codes, [r][16] scales.
 template <int kR, int kStages>
 struct Ring {
