@@ -9,6 +9,9 @@ namespace ccq {
 
 constexpr int kMaxExperts = 1024;
 
+// What all lanes agree on, in a register that they share: else all that is derived from it takes one of each lane.
+__device__ inline int uniform(int v) { return __reduce_max_sync(~0u, v); }
+
 // Division by a number that the host knows.
 struct Divider {
   int by;
@@ -155,7 +158,7 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* beg
   }
   const int tiles = all * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
   const int run = tiles / grid, longer = tiles - run * grid;
-  *begin = own * run + min(own, longer), *end = *begin + run + (own < longer);
+  *begin = uniform(own * run + min(own, longer)), *end = *begin + run + uniform(own < longer);
   const int block = p.column_tiles.divide(*begin);
   before = first > 0 && first <= p.experts ? static_cast<int>(p.offsets[first - 1]) : 0;
 #pragma unroll
@@ -187,20 +190,33 @@ template <typename C>
 struct FewFetch {
   const FewParams& p;
   const FewShared<C>& s;
-  const int end, column_tiles, tiles_n, blocks_k, wk, wn;
-  int tile, block, column, pair;  // pair: the first one that this warp has in the tile
+  const int column_tiles, tiles_n, blocks_k, wk, wn;
+  int end, tile, block, column, pair;     // pair: the first one that this warp has in the tile
   int expert_block, expert;
-  int kb = 0, stride = 0, tiles = 0;      // stride: units from one block of 128 rows to the next
+  int kb, stride = 0, tiles = 0;          // stride: units from one block of 128 rows to the next
   uint32_t unit = 0;
 
   __device__ int next_pair(int pair_) const { return (pair_ - (blocks_k + 1) / 2) & (C::kWK - 1); }
 
+  // At the beginning of a run, when experts need not be known.
+  __device__ void start(int begin, int end_, int first_block) {
+    end = end_, tile = begin, block = first_block, column = begin - first_block * column_tiles, pair = wk;
+    expert = 0;
+    aim<false>();
+  }
+  // Then: `from` is the first block's.
+  __device__ void find_expert(int from) {
+    expert_block = block, expert = tile < end ? uniform(min(expert_of<C>(s, block, from), p.experts - 1)) : from;
+    unit += static_cast<uint32_t>(expert * tiles_n * blocks_k);
+  }
+  template <bool kExperts>
   __device__ void aim() {  // at the first unit of `tile`, or of a later one where this warp has any
     static_assert(4 % C::kR == 0, "a warp's tiles lie in one group of four");
     while (tile < end && 2 * pair >= blocks_k) advance();
     kb = tile < end ? 2 * pair : blocks_k;
     if (tile == end) return;
-    if (block != expert_block) expert_block = block, expert = min(expert_of<C>(s, block, expert), p.experts - 1);
+    if (kExperts && block != expert_block)
+      expert_block = block, expert = uniform(min(expert_of<C>(s, block, expert), p.experts - 1));
     // A warp right of the last column reads the last tiles and writes nothing.
     const int t16 = min(column * C::kTiles + wn * C::kR, (tiles_n - 1) / C::kR * C::kR);
     stride = min(4, tiles_n - t16 / 4 * 4), tiles = min(C::kR, stride - t16 % 4);
@@ -215,7 +231,7 @@ struct FewFetch {
       ring.fetch(p.quant + static_cast<size_t>(unit) * 512, p.scales + static_cast<size_t>(unit) * 16, tiles, ahead);
       const int step = kb % 2 ? 2 * C::kWK - 1 : 1;
       kb += step, unit += step * stride;
-      if (kb >= blocks_k) advance(), aim();
+      if (kb >= blocks_k) advance(), aim<true>();
     }
     ring.commit();
   }

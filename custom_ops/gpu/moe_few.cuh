@@ -31,38 +31,25 @@ struct Slots {
   static constexpr int kUnit = 256 * R + 16, kZeros = 256 * R;
 };
 
-// Rows that are in shared memory.
+// A block of rows and its expert, the same for all lanes and known to be.
 struct FewRows {
-  int expert, block, row, count;  // count: 0 for rows behind the last expert's
+  int expert, block;
 
+  // Its first row and how many rows it has; none if it lies behind the last expert's.
   template <typename C>
-  __device__ void set(const FewParams& p, const FewShared<C>& s, int block_, int expert_) {
-    block = block_, expert = min(expert_, p.experts - 1);
+  __device__ void place(const FewParams& p, const FewShared<C>& s, int* row, int* count) const {
+    *row = block * C::kRows, *count = min(C::kRows, p.rows - *row);
     if (C::kRows == 1) {
-      row = block, count = expert_ < p.experts;
-    } else {
-      row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
-      count = min(C::kRows, s.rows[expert + 1] - row);
+      *count = expert < p.experts;
+    } else if (p.offsets) {
+      *row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
+      *count = min(C::kRows, s.rows[expert + 1] - *row);
     }
   }
-  // Where a row lies in memory, or the last one in its place.
-  __device__ int place(int r) const { return row + min(r, max(count, 1) - 1); }
-  __device__ const char* in(const FewParams& p, int r) const {
-    return static_cast<const char*>(p.x) + static_cast<size_t>(place(r)) * p.k * 2;
-  }
 };
-
-// Rows of a block before `rows`: worked out anew, for registers are scarce where they would be kept.
-template <typename C>
-__device__ void rows_before(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int block, int* row, int* count) {
-  if (C::kRows == 1) {
-    *row = block, *count = expert_of<C>(s, block, 0) < p.experts;
-  } else {
-    int expert = rows.expert;
-    while (block < s.blocks[expert]) --expert;
-    *row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
-    *count = min(C::kRows, s.rows[expert + 1] - *row);
-  }
+// Row r of them in memory, or the last one in its place.
+__device__ inline const char* row_in(const FewParams& p, int row, int count, int r) {
+  return static_cast<const char*>(p.x) + static_cast<size_t>(row + min(r, max(count, 1) - 1)) * p.k * 2;
 }
 
 // A warp's share of K: pairs of units `pair`, `pair + kWK`, ... of a tile. In chunks of 16 values a lane: two pairs a step.
@@ -72,27 +59,19 @@ __device__ int chunk_of_share(int pair, int step) {
   return (pair + (2 * step + lane / 16) * C::kWK) * 16 + lane % 16;
 }
 
-// The next row's to the front, for loops that stay loops.
-template <typename T, int kCount>
-__device__ void rotate(T (&of_rows)[kCount]) {
-  if (kCount == 1) return;
-  T first[1];
-  memcpy(first, of_rows, sizeof(T));
-#pragma unroll
-  for (int r = 0; r + 1 < kCount; ++r) memcpy(of_rows + r, of_rows + r + 1, sizeof(T));
-  memcpy(of_rows + kCount - 1, first, sizeof(T));
-}
-
 // The first chunks of each row that this lane converts.
 template <typename C>
-__device__ void load_share(const FewParams& p, const FewRows& rows, int pair, Chunk (&kept)[C::kRows][C::kKept]) {
+__device__ void load_share(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair,
+                           Chunk (&kept)[C::kRows][C::kKept]) {
+  int row, count;
+  rows.place<C>(p, s, &row, &count);
 #pragma unroll
   for (int j = 0; j < C::kKept; ++j)
 #pragma unroll
     for (int r = 0; r < C::kRows; ++r) {
       const int c = chunk_of_share<C>(pair, j);
       kept[r][j] = Chunk{};
-      if (c < p.k / 16) kept[r][j].load(rows.in(p, r), c);
+      if (c < p.k / 16) kept[r][j].load(row_in(p, row, count, r), c);
     }
 }
 
@@ -100,10 +79,12 @@ __device__ void load_share(const FewParams& p, const FewRows& rows, int pair, Ch
 // for the largest value of another one. Warps with the same share (kWN > 1) take its steps in turn.
 template <typename C, typename F>
 __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wn,
-                              Chunk (&kept)[C::kRows][C::kKept], F&& meanwhile) {
+                              const Chunk (&kept)[C::kRows][C::kKept], F&& meanwhile) {
   constexpr int R = C::kRows, kUnit = Slots<R>::kUnit, kGroups = Slots<R>::kGroups;
   const int chunks = p.k / 16, blocks_k = p.k / 128, lane = threadIdx.x % 32;
   const int steps = ((blocks_k + 1) / 2 - pair + 2 * C::kWK - 1) / (2 * C::kWK);  // 0 for a warp that has none
+  int row, count;
+  rows.place<C>(p, s, &row, &count);
   float scale[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -114,12 +95,12 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
       const int c = chunk_of_share<C>(pair, i);
       if (c >= chunks) continue;
       Chunk other;
-      other.load(rows.in(p, r), c);
+      other.load(row_in(p, row, count, r), c);
       largest = max(largest, other.largest(p.dtype));
     }
     const IntegerScale own(__reduce_max_sync(~0u, largest));
     scale[r] = own.scale;
-    if (lane == r && wn == 0) s.back[pair * R + r] = p.row_scale ? own.back * p.row_scale[rows.place(r)] : own.back;
+    if (lane == r && wn == 0) s.back[pair * R + r] = p.row_scale && count > 0 ? own.back * p.row_scale[row + min(r, count - 1)] : own.back;
   }
   meanwhile();
 #pragma unroll 1
@@ -130,14 +111,13 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
     if (R < 4 && c < chunks && c % 8 == 0) *reinterpret_cast<uint4*>(unit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
     // Groups that are not there: an odd number of units, two units an accumulator.
     if (R == 1 && blocks_k % 2 && c == chunks - 8) *reinterpret_cast<int4*>(s.offsets + blocks_k / 2 * 8 + 4) = int4{};
-    // One row after another through the same instructions: they run once a block, so fetching them takes longer than they do.
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < R; ++r) {
-      Chunk chunk = kept[0][0];
-      if (C::kKept > 1 && i == 1) chunk = kept[0][C::kKept - 1];
-      if (i >= C::kKept && c < chunks) chunk.load(rows.in(p, r), c);
+      Chunk chunk = kept[r][0];
+      if (C::kKept > 1 && i == 1) chunk = kept[r][C::kKept - 1];
+      if (i >= C::kKept && c < chunks) chunk.load(row_in(p, row, count, r), c);
       if (p.fastdeploy) chunk.arrange();
-      const Digits digits(chunk, p.dtype, scale[0]);
+      const Digits digits(chunk, p.dtype, scale[r]);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
         const int offset = quad_sum(digits.offset[d]);
@@ -145,7 +125,6 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
         if (t == 0) s.offsets[group / kGroups * 8 + group % kGroups * 2 * R + 2 * r + d] = offset;
         *reinterpret_cast<uint4*>(unit + group % 2 * (128 * R) + t * 16 + (2 * r + (d ^ group % 2)) * 64) = digits.bytes[d];
       }
-      rotate(kept), rotate(scale);
     }
   }
 }
@@ -251,8 +230,11 @@ __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const F
 template <typename C>
 __device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
   const int tiles_n = p.n / 16, block = p.column_tiles.divide(tile);
-  int first_row = rows.row, count = rows.count;
-  if (block != rows.block) rows_before<C>(p, s, rows, block, &first_row, &count);
+  FewRows own{rows.expert, block};
+  if (C::kRows == 1) own.expert = expert_of<C>(s, block, 0);
+  else while (block < s.blocks[own.expert]) --own.expert;
+  int first_row, count;
+  own.place<C>(p, s, &first_row, &count);
   const int i = tile - begin, slot = i % C::kSumsSlots;
   const int t16 = (tile - block * p.column_tiles.by) * C::kTiles;
   const char* const columns = s.columns + i % C::kColumnSlots * C::kColumnBytes;
@@ -293,29 +275,32 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     if (warp == C::kWarps - 1) s.rows_ready->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
+  // What the host knows of the run: all, but with several matrices and rows a block.
+  const bool known = C::kRows == 1 || !p.offsets;
   int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
+  int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer), first_block = p.column_tiles.divide(begin);
+  Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
+  FewFetch<C> fetch{p, s, column_tiles, tiles_n, blocks_k, wk, wn};
+  if (known) fetch.start(begin, end, first_block);
   if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   // Activations come first, then offsets and columns: they would wait behind the weights.
-  int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer);
-  if (C::kRows > 1 && p.offsets) scan_offsets<C>(p, s, &begin, &end);
+  if (!known) {
+    scan_offsets<C>(p, s, &begin, &end);
+    first_block = p.column_tiles.divide(begin);
+  }
   if (begin == end) return;
-  const int first_block = p.column_tiles.divide(begin);
-  if (C::kRows > 1 && p.offsets) rows.set<C>(p, s, first_block, s.start->expert);
-  else rows = FewRows{0, first_block, first_block * C::kRows, min(C::kRows, p.rows - first_block * C::kRows)};
-  load_share<C>(p, rows, wk, kept);
+  rows = FewRows{known ? 0 : uniform(s.start->expert), first_block};
+  load_share<C>(p, s, rows, wk, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
   // Barriers stand, and no weights are ordered before all activations are: those would wait behind them.
-  if (C::kRows == 1 || !p.offsets) __syncthreads();
-  if (C::kRows == 1) rows.set<C>(p, s, first_block, expert_of<C>(s, first_block, 0));
-
-  Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  FewFetch<C> fetch{p, s, end, column_tiles, tiles_n, blocks_k, wk, wn,
-                    begin, first_block, begin - first_block * column_tiles, wk, first_block, rows.expert};
+  if (known) __syncthreads();
+  if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
+  if (!known) fetch.start(begin, end, first_block);
+  fetch.find_expert(rows.expert);
   if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
   // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
-  fetch.aim();
 #pragma unroll 1
   for (int i = 0; i < C::kFirst - 1; ++i) fetch.request(ring, i);
   int finished = begin, pair = wk;
@@ -323,8 +308,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
     const bool change = i > 0 && column_tile == 0;
     if (change) {
-      rows.set<C>(p, s, block, expert_of<C>(s, block, rows.expert));
-      load_share<C>(p, rows, pair, kept);
+      rows = FewRows{uniform(expert_of<C>(s, block, rows.expert)), block};
+      load_share<C>(p, s, rows, pair, kept);
     }
     if (change) __syncthreads();  // the activations there are no longer read
     if (change || i == 0) {
