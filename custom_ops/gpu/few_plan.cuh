@@ -50,7 +50,7 @@ struct FewConfig {
   static constexpr int kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = kR * kWN;
   static constexpr int kColumnSlots = 3, kSumsSlots = 3;
   static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
-  static constexpr int kFirst = kR == 4 ? 2 : 4;       // units that are ordered before activations are there
+  static constexpr int kFirst = kStages - kStages / 4;  // units that are ordered before activations are there
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;

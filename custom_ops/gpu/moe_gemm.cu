@@ -55,16 +55,17 @@ constexpr int kWide = 10, kFew = 20;
 template <Pairs kPairs, typename F>
 auto with_few(int variant, F&& use) {
   switch (variant) {
-    case kFew: return use(FewConfig<kPairs, 1, 16, 1, 1, 8>{});
-    case kFew + 1: return use(FewConfig<kPairs, 2, 16, 1, 1, 6>{});
-    case kFew + 2: return use(FewConfig<kPairs, 4, 16, 1, 1, 4>{});
-    case kFew + 3: return use(FewConfig<kPairs, 4, 4, 4, 1, 4>{});
-    case kFew + 4: return use(FewConfig<kPairs, 4, 2, 8, 1, 4>{});
-    case kFew + 5: return use(FewConfig<kPairs, 4, 16, 1, 2, 4>{});
-    case kFew + 6: return use(FewConfig<kPairs, 4, 8, 2, 2, 4>{});
-    case kFew + 7: return use(FewConfig<kPairs, 1, 16, 1, 4, 8>{});
-    case kFew + 8: return use(FewConfig<kPairs, 2, 16, 1, 4, 5>{});
-    default: return use(FewConfig<kPairs, 4, 16, 1, 4, 3>{});
+    case kFew: return use(FewConfig<kPairs, 1, 16, 1, 1, 4>{});
+    case kFew + 1: return use(FewConfig<kPairs, 2, 16, 1, 1, 3>{});
+    case kFew + 2: return use(FewConfig<kPairs, 4, 16, 1, 1, 2>{});
+    case kFew + 3: return use(FewConfig<kPairs, 4, 4, 4, 1, 2>{});
+    case kFew + 4: return use(FewConfig<kPairs, 4, 2, 8, 1, 2>{});
+    case kFew + 5: return use(FewConfig<kPairs, 4, 16, 1, 2, 2>{});
+    case kFew + 6: return use(FewConfig<kPairs, 4, 8, 2, 2, 2>{});
+    case kFew + 7: return use(FewConfig<kPairs, 1, 16, 1, 4, 4>{});
+    case kFew + 8: return use(FewConfig<kPairs, 2, 16, 1, 4, 3>{});
+    case kFew + 9: return use(FewConfig<kPairs, 4, 16, 1, 4, 2>{});
+    default: return use(FewConfig<kPairs, 4, 8, 2, 4, 2>{});
   }
 }
 
