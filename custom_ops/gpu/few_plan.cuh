@@ -195,6 +195,7 @@ struct FewFetch {
   int expert_block, expert;
   int kb, stride = 0, tiles = 0;          // stride: units from one block of 128 rows to the next
   uint32_t unit = 0;
+  bool again = false;                     // the expert has more than one block of rows
 
   __device__ int next_pair(int pair_) const { return (pair_ - (blocks_k + 1) / 2) & (C::kWK - 1); }
 
@@ -208,6 +209,10 @@ struct FewFetch {
   __device__ void find_expert(int from) {
     expert_block = block, expert = tile < end ? uniform(min(expert_of<C>(s, block, from), p.experts - 1)) : from;
     unit += static_cast<uint32_t>(expert * tiles_n * blocks_k);
+    look();
+  }
+  __device__ void look() {
+    if (C::kRows == 2) again = uniform(s.blocks[expert + 1] - s.blocks[expert]) > 1;
   }
   template <bool kExperts>
   __device__ void aim() {  // at the first unit of `tile`, or of a later one where this warp has any
@@ -215,8 +220,10 @@ struct FewFetch {
     while (tile < end && 2 * pair >= blocks_k) advance();
     kb = tile < end ? 2 * pair : blocks_k;
     if (tile == end) return;
-    if (kExperts && block != expert_block)
+    if (kExperts && block != expert_block) {
       expert_block = block, expert = uniform(min(expert_of<C>(s, block, expert), p.experts - 1));
+      look();
+    }
     // A warp right of the last column reads the last tiles and writes nothing.
     const int t16 = min(column * C::kTiles + wn * C::kR, (tiles_n - 1) / C::kR * C::kR);
     stride = min(4, tiles_n - t16 / 4 * 4), tiles = min(C::kR, stride - t16 % 4);
@@ -228,7 +235,8 @@ struct FewFetch {
   }
   __device__ void request(Ring<C::kR, C::kStages>& ring, int ahead = 0) {  // the next unit, or nothing
     if (kb < blocks_k) {
-      ring.fetch(p.quant + static_cast<size_t>(unit) * 512, p.scales + static_cast<size_t>(unit) * 16, tiles, ahead);
+      ring.fetch(p.quant + static_cast<size_t>(unit) * 512, p.scales + static_cast<size_t>(unit) * 16, tiles, ahead,
+                 C::kRows == 2 && again);
       const int step = kb % 2 ? 2 * C::kWK - 1 : 1;
       kb += step, unit += step * stride;
       if (kb >= blocks_k) advance(), aim<true>();

@@ -64,8 +64,7 @@ auto with_few(int variant, F&& use) {
     case kFew + 6: return use(FewConfig<kPairs, 4, 8, 2, 2, 2>{});
     case kFew + 7: return use(FewConfig<kPairs, 1, 16, 1, 4, 4>{});
     case kFew + 8: return use(FewConfig<kPairs, 2, 16, 1, 4, 3>{});
-    case kFew + 9: return use(FewConfig<kPairs, 4, 16, 1, 4, 2>{});
-    default: return use(FewConfig<kPairs, 4, 8, 2, 4, 2>{});
+    default: return use(FewConfig<kPairs, 4, 16, 1, 4, 2>{});
   }
 }
 
@@ -112,10 +111,10 @@ int few_variant(const Device& device, int rows, int k, int n, int experts) {
   const double mean = static_cast<double>(rows) / experts;
   const int pairs = k / 256;  // of units, which warps along K share
   const int most_of_one = static_cast<int64_t>(k) * n <= 1 << 23 ? 16 : 8;  // a small matrix is not worth two launches
-  if (experts == 1 ? rows > most_of_one : mean > (pairs < 4 ? 0.3 : 2.5)) return -1;
+  if (experts == 1 ? rows > most_of_one : mean > (pairs < 4 ? 0.6 : 2.4)) return -1;
   // Tiles of 64 columns, or narrower ones where there would not be about one for every multiprocessor.
   const int enough = device.sms * 3 / 4;
-  const int of_mean = experts == 1 ? (rows > 2 ? 4 : rows) : mean <= 0.3 ? 1 : mean <= 0.75 ? 2 : 4;
+  const int of_mean = experts == 1 ? (rows > 2 ? 4 : rows) : mean <= (pairs < 4 ? 0.6 : 0.3) ? 1 : mean <= 0.75 ? 2 : 4;
   int choices[4], count = 0;
   for (int tile_rows : {of_mean, 1}) {
     const int blocks = experts == 1 ? ceil_div(rows, tile_rows) : std::min(rows, experts);

@@ -90,11 +90,13 @@ __device__ inline void publish_barriers() {
 #endif
 }
 
-// Weights are read once: they leave the cache before activations, partial results and code do.
-__device__ inline uint64_t streaming_policy() {
+// Weights that are read once leave the cache before activations, partial results and code do. `again`: other rows of the
+// same expert will read them on another multiprocessor, soon but not at once.
+__device__ inline uint64_t streaming_policy(bool again = false) {
   uint64_t policy = 0;
 #if CCQ_BULK
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  if (again) asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
+  else asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
 #endif
   return policy;
 }
@@ -133,12 +135,12 @@ struct Ring {
   __device__ Ring(char* memory, Barrier* barriers) : unit(memory), full(barriers) {}
 
   // `tiles` <= kR tiles that lie side by side, into the stage that all lanes have left (`ahead` stages after it).
-  __device__ void fetch(const uint8_t* quant, const uint8_t* scales, int tiles, int ahead = 0) {
+  __device__ void fetch(const uint8_t* quant, const uint8_t* scales, int tiles, int ahead = 0, bool again = false) {
     char* const to = unit + ahead * kUnitBytes;
 #if CCQ_BULK
     if (threadIdx.x % 32 == 0) {
       full[ahead].arrive_and_expect(tiles * 528);
-      const uint64_t policy = streaming_policy();
+      const uint64_t policy = streaming_policy(again);
       bulk_copy(to, quant, tiles * 512, full + ahead, policy);
       bulk_copy(to + kR * 512, scales, tiles * 16, full + ahead, policy);
     }

@@ -57,7 +57,7 @@ def test_swiglu(lib, dtype, shape) -> None:
     lib.swiglu(x, out)
     gate, up = x.double().chunk(2, 1)
     want = gate * gate.sigmoid() * up
-    assert error(out, want) <= (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
+    assert error(out, want) <= (4e-3 if dtype == torch.bfloat16 else 5e-4)
     wide = torch.tensor([[-200.0, -90, 90, 200, 0, 1, -1, 5, *[1.0] * 8]], device="cuda").to(dtype)
     out = torch.empty(1, 8, device="cuda", dtype=dtype)
     lib.swiglu(wide, out)
