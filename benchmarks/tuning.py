@@ -191,9 +191,11 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
         " 0.021."
     )
     header = ["checkpoint", "nll - bf16", "KL", "top-1", *names]
-    paired = markdown([f"same windows, less {CALIBRATED}", "nll", "KL"], pairs)
+    parts = [markdown(header, table), note]
+    if pairs:
+        parts.insert(1, markdown([f"same windows, less {CALIBRATED}", "nll", "KL"], pairs))
     save_result(f"{args.marker}_{name}", summary)
-    put_into_doc("docs/tuning.md", args.marker, f"{markdown(header, table)}\n\n{paired}\n\n{note}")
+    put_into_doc("docs/tuning.md", args.marker, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ struct FewConfig {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = kR_, kWK = kWK_, kWN = kWN_, kRows = kRows_, kStages = kStages_;
   static constexpr int kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = kR * kWN;
+  static_assert(kWarps == 16 && kMaxExperts % kThreads == 0, "FewStart and the scans of offsets are made for that");
   static constexpr int kColumnSlots = 3, kSumsSlots = 3;
   static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
   static constexpr int kFirst = kStages - kStages / 4;  // units that are ordered before activations are there

@@ -2,17 +2,23 @@
 // The grouped GEMM for one to four rows an expert: what a decoding step needs, in a single launch.
 //
 // Work. A tile is (expert, kRows of its rows or fewer, 16 * kTiles columns) and all of K. Blocks take equal runs of tiles,
-// columns fastest, so that a block converts activations to fp16 (in shared memory, all of K) once or twice in its life.
+// columns fastest, so that a block converts activations to integers (in shared memory, all of K) once or twice in its life.
 // No kernel runs before, no tile is cut across blocks.
 //
 // Warps. A tile's K is dealt out to kWK warps in pairs of units (2 x 128 rows); the deal goes on from tile to tile, so
-// that over a few tiles all warps get the same. Each warp fetches its own weights through its own ring (ring.cuh), which
+// that over a few tiles all warps get the same. A warp converts the rows of its own share and begins with it; other shares it
+// meets from the second tile on, when they are long ready. Each warp fetches its own weights through its own ring (ring.cuh), which
 // runs on across tiles: the memory never waits for a tile's end. Nothing but the sums of a tile ties warps together, and
 // those go through kSumsSlots buffers: a warp leaves its share and goes on, another one adds up the tile before.
 //
+// Under way are 67 KB a multiprocessor (kStages). Twice as much is slower, by 3 to 5 % (docs/kernels.md, version 30).
+//
+// Registers. 16 warps leave 128. What all lanes share must be known to be shared (`uniform`), and what is rarely needed is
+// worked out anew: else the compiler reads the thread's number in the inner loop, which costs more than any of this.
+//
 // Activations are integers of 16 bits, two signed digits of 8; weights unsigned bytes (decode.cuh). The integer tensor
 // cores multiply exactly, and so do the group scales: all of a warp's share is one integer, whatever the order. Against
-// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a row's largest value (2^-15
+// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a share's largest value (2^-15
 // where window 0 meets them, which is stored twice), below 1e-3 of the row's norm for any row and 4e-5 for a Gaussian one.
 //
 // Few rows leave most of a step's 8 columns (B's) empty. They carry other groups instead: with R rows a tile's 8 columns
