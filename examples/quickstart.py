@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def run(output: Path) -> int:
-    print(f"1. Quantize {MODEL.name}: experts to 2.06 bits, other linear layers to 8\n")
+    print(f"1. Quantize {MODEL.name}: experts to wint2, other linear layers to wint8\n")
     result = quantize(MODEL, output)
     print_summary(result)
 
@@ -63,7 +63,7 @@ def run(output: Path) -> int:
     print("\n3. Evaluate before and after: perplexity, KL divergence, tasks\n")
     measured = evaluate(output, reference=MODEL, text=TEXT, tasks=TASKS)
     scores = measured["results"]
-    named = {"before, bf16": scores["reference"], "after, 2.06 bits": scores["model"]}
+    named = {"before, bf16": scores["reference"], "after, wint2": scores["model"]}
     console().print(detail_table(named))
     print(f"Tasks are in parts of 1, 200 items each; the text is examples/data/{TEXT.name}.")
     print("So small a model pays far more than a larger one: docs/accuracy.md measures one.")
