@@ -28,6 +28,22 @@ def available_memory() -> int | None:
     return None
 
 
+def use_fast_products(cpuinfo: str = "/proc/cpuinfo") -> None:
+    """Let the math library of Paddle's CPU build use AVX2 where it would not.
+
+    That library (MKL 2019) takes its slowest path on processors of other makers than its own: on
+    an AMD EPYC a product runs at 38 GFLOP/s a core, and at 90 with the variable that names the
+    AVX2 path. It is read at the library's first product; who has set it keeps their choice.
+    """
+    try:
+        with open(cpuinfo, encoding="ascii", errors="replace") as file:
+            first = file.read(8192)
+    except OSError:
+        return
+    if "AuthenticAMD" in first and " avx2 " in first and " fma " in first:
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+
+
 def require_paddle(purpose: str) -> None:
     """Import Paddle, which only some commands need and which is therefore an extra.
 
