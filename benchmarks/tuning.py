@@ -30,6 +30,8 @@ from paddle_ccq.sample import sample
 from paddle_ccq.tune import tune
 
 CALIBRATED = "calibrated"
+CALIBRATED_ALL = "calibrated on all"
+GRADIENTS = "calibrated on all, tokens weighed by gradients"
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,16 @@ class Work:
             joined.write_bytes(self.calibration.read_bytes() + self.made().read_bytes())
         return joined
 
-    def calibrated(self, text: Path | None = None) -> Path:
-        out = self.folder / f"calibrated-{(text or self.calibration).stem}"
+    def calibrated(self, text: Path | None = None, weights: str = "router") -> Path:
+        name = f"calibrated-{(text or self.calibration).stem}"
+        out = self.folder / (name if weights == "router" else f"{name}-{weights}")
         if not out.exists():
             quantize(
                 self.model,
                 out,
                 calibration=text or self.calibration,
                 calibration_tokens=self.tokens,
+                calibration_weights=weights,
                 wint4_end_layer=-1,
                 quiet=True,
             )
@@ -105,6 +109,12 @@ def rows(work: Work) -> dict[str, Callable[[], Path]]:
         "calibrated and tuned on both": tuned("tuned-both-both", work.both, True),
         "calibrated on all and made-up text, tuned on both": lambda: work.tuned(
             "tuned-all-both", work.calibrated(work.all()), work.both()
+        ),
+        # Everything there is: the calibration text and what the model makes up.
+        CALIBRATED_ALL: lambda: work.calibrated(work.all()),
+        GRADIENTS: lambda: work.calibrated(work.all(), "gradient"),
+        "the same, tuned on all": lambda: work.tuned(
+            "tuned-all-gradient", work.calibrated(work.all(), "gradient"), work.all()
         ),
     }
 
@@ -174,17 +184,18 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
             ]
         )
     pairs = []
+    base = next((label for label in (CALIBRATED, CALIBRATED_ALL) if label in scores), None)
     for label in scores:
-        if label in ("bf16", CALIBRATED) or CALIBRATED not in scores:
+        if label in ("bf16", base) or base is None:
             continue
-        found = {q: paired_difference(scores[label], scores[CALIBRATED], q) for q in ("nll", "kl")}
+        found = {q: paired_difference(scores[label], scores[base], q) for q in ("nll", "kl")}
         pairs.append([label, *(f"{d.mean:+.4f} ({d.error:.4f})" for d in found.values())])
-        summary[label]["paired"] = {CALIBRATED: {q: [d.mean, d.error] for q, d in found.items()}}
+        summary[label]["paired"] = {base: {q: [d.mean, d.error] for q, d in found.items()}}
     first = next(iter(summary.values()))
     note = (
         f"`{name}`, all MoE layers wint2; at most {args.tokens} tokens (k = 1024) for codes and"
         f" {args.tune_tokens or args.tokens} for tuning; {args.made_tokens} were made up, and"
-        " *both* is as much of either;"
+        " *both* is as much of either, *all* the whole of them;"
         f" {first['text']['predicted_tokens']:,} predicted tokens in"
         f" {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task."
         " Standard errors over windows in brackets; that of a task accuracy of 0.9 on 200 items is"
@@ -193,7 +204,7 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
     header = ["checkpoint", "nll - bf16", "KL", "top-1", *names]
     parts = [markdown(header, table), note]
     if pairs:
-        parts.insert(1, markdown([f"same windows, less {CALIBRATED}", "nll", "KL"], pairs))
+        parts.insert(1, markdown([f"same windows, less {base}", "nll", "KL"], pairs))
     save_result(f"{args.marker}_{name}", summary)
     put_into_doc("docs/tuning.md", args.marker, "\n\n".join(parts))
 

@@ -20,6 +20,7 @@ from .allocation.session import comparison_table
 from .allocation.session import make_request as make_allocation
 from .calibration.session import Request as Calibration
 from .calibration.session import coverage, make_request
+from .calibration.settings import TOKEN_WEIGHTS
 from .checkpoint.config import ErnieConfig
 from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Layout, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
@@ -43,6 +44,7 @@ def quantize(
     encoder: str = "search",
     calibration: str | os.PathLike[str] | None = None,
     calibration_tokens: str | int | None = None,
+    calibration_weights: str | None = None,
     wint4_end_layer: int | None = None,
     fastdeploy_layout: str = "2.1",
     tensor_parallel_size: int = 1,
@@ -80,7 +82,7 @@ def quantize(
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
     options = Options(preset, encoder, threads, allow_nonfinite, restart, quiet, device)
-    request = make_request(calibration, calibration_tokens, fetch=not dry_run)
+    request = make_request(calibration, calibration_tokens, calibration_weights, fetch=not dry_run)
     say: Callable[[str], object] = (lambda _: None) if quiet else _to_stderr
     loaded = load_rules(rules) if rules is not None else ()
 
@@ -276,6 +278,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="text to choose wint2 codes by: .jsonl, .txt, or a data set's hub id",
     )
     add("--calibration-tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
+    add(
+        "--calibration-weights",
+        choices=TOKEN_WEIGHTS,
+        help="what a token's inputs are weighed by (default: router)",
+    )
     add(
         "--wint4-end-layer",
         type=int,

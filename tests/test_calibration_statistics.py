@@ -70,11 +70,11 @@ def recorded(folder, text) -> dict[str, list[tuple[np.ndarray, np.ndarray, float
     return found
 
 
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("weighted", ["router", "equal"])
 @pytest.mark.parametrize("shrinkage", [0, 256])
 def test_moments_are_those_of_an_independent_forward(folder, text, recorded, weighted, shrinkage):
     found = statistics(
-        open_checkpoint(folder), text, router_weighted=weighted, shrinkage_tokens=shrinkage
+        open_checkpoint(folder), text, token_weights=weighted, shrinkage_tokens=shrinkage
     )
     for layer in (1, 2):
         for expert in range(4):
@@ -82,7 +82,7 @@ def test_moments_are_those_of_an_independent_forward(folder, text, recorded, wei
                 sums, counts = [], []
                 for e in range(4):
                     seen = recorded[f"ernie.layers.{layer}.mlp.experts.{e}"]
-                    x = np.stack([s[part] * (s[2] if weighted else 1) for s in seen])
+                    x = np.stack([s[part] * (s[2] if weighted == "router" else 1) for s in seen])
                     sums.append(x.T @ x)
                     counts.append(len(seen))
                 pooled = sum(sums) / sum(counts) * shrinkage

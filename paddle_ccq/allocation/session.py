@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .. import reporting
 from ..calibration.session import Request as Calibration
+from ..calibration.settings import ROUTER
 from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan, gigabytes, rule_forced_layers
 from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
@@ -91,7 +92,8 @@ class Request:
         from .measure import measure
 
         fewer = min(calibration.settings.tokens, self.probing.statistics)
-        settings = replace(calibration.settings, tokens=fewer)
+        # Costs are always measured with router weights, which take no other walk.
+        settings = replace(calibration.settings, tokens=fewer, token_weights=ROUTER)
         text = read_calibration_text(calibration.path, checkpoint, settings)
         kept = folder / SENSITIVITY_FILE
         if kept.exists():

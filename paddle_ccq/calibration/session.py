@@ -16,7 +16,7 @@ from ..checkpoint.plan import Plan, gigabytes
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..host import default_threads, require_paddle
-from .settings import Settings
+from .settings import GRADIENT, TOKEN_WEIGHTS, Settings
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Request:
 
 def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str]]:
     """What a calibration will need, for the plan."""
+    from .token_weights import layer_input_bytes
     from .walk import MEMORY_FOR_STATES, state_bytes
 
     states = state_bytes(settings.tokens, config.hidden_size)
@@ -66,8 +67,10 @@ def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str
     # Float64 statistics of every down projection of a layer; and of one up projection, with its
     # pool, its factors and their float32 copies.
     moments = 8 * (config.moe_num_experts + 1) * inner**2 + 8 * 6 * hidden**2
-    memory = max(layers.values()) + moments + (states if states <= MEMORY_FOR_STATES else 0)
-    return [
+    # Walking back takes a third array of states.
+    arrays = states * 3 // 2 if settings.token_weights == GRADIENT else states
+    memory = max(layers.values()) + moments + (arrays if states <= MEMORY_FOR_STATES else 0)
+    facts = [
         (
             "calibration",
             f"at most {settings.tokens:,} tokens in windows of {settings.window}; hidden states"
@@ -75,6 +78,16 @@ def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str
             f" {gigabytes(memory)} of memory in all (estimate)",
         )
     ]
+    if settings.token_weights == GRADIENT:
+        inputs = layer_input_bytes(config, settings.tokens)
+        facts.append(
+            (
+                "token weights",
+                "gradients: the model is walked two times more, and the inputs of its layers take"
+                f" {gigabytes(inputs)} of the disk meanwhile",
+            )
+        )
+    return facts
 
 
 def coverage(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
@@ -127,7 +140,10 @@ def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, di
 
 
 def make_request(
-    path: str | os.PathLike[str] | None, tokens: str | int | None, fetch: bool = True
+    path: str | os.PathLike[str] | None,
+    tokens: str | int | None,
+    weights: str | None = None,
+    fetch: bool = True,
 ) -> Request | None:
     """The request of a command line, or None without --calibration.
 
@@ -139,8 +155,15 @@ def make_request(
     if path is None:
         if tokens is not None:
             raise CcqError("--calibration-tokens needs --calibration FILE")
+        if weights is not None:
+            raise CcqError("--calibration-weights needs --calibration FILE")
         return None
-    settings = Settings() if tokens is None else Settings(tokens=parse_tokens(tokens))
+    if weights is not None and weights not in TOKEN_WEIGHTS:
+        raise CcqError(f"--calibration-weights {weights}: not one of {', '.join(TOKEN_WEIGHTS)}")
+    settings = Settings(
+        tokens=Settings.tokens if tokens is None else parse_tokens(tokens),
+        token_weights=weights or Settings.token_weights,
+    )
     if not fetch:
         return Request(Path(path), settings, pending=names_data_set(path))
     return Request(local_text(path), settings)

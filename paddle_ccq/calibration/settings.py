@@ -13,6 +13,10 @@ DEFAULT_TOKENS = 256 * 1024
 # Long enough for attention to see real contexts; a common length of calibration sequences is 2048,
 # but what counts here is how many different documents are seen.
 DEFAULT_WINDOW = 1024
+# What each token's x is weighed by. ROUTER: its router weight for the expert. GRADIENT: the size of
+# the gradient that comes back to the matrix' outputs (token_weights.py). EQUAL: nothing.
+ROUTER, GRADIENT, EQUAL = "router", "gradient", "equal"
+TOKEN_WEIGHTS = (ROUTER, GRADIENT, EQUAL)
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
@@ -23,9 +27,10 @@ class Settings:
     Attributes:
         tokens: at most this many tokens of the text, in windows spread evenly over it.
         window: tokens that attend to each other.
-        router_weighted: weigh each token's x x^T by its squared router weight for the expert. The
-            expert's output, and so its error, is multiplied by that weight; to first order this is
-            the error that reaches the residual stream.
+        token_weights: one of TOKEN_WEIGHTS. An expert's output, and so its error, is multiplied by
+            its router weight: to first order that is the error that reaches the residual stream.
+            The gradient says how much of it reaches the model's answer, and costs another two walks
+            through the model.
         shrinkage_tokens: an expert's statistics are mixed with the layer's pooled ones as if these
             were that many more tokens. 256 is small against the thousands that an expert normally
             gets and decides only where there are few; it was set beforehand and not fitted.
@@ -33,7 +38,7 @@ class Settings:
 
     tokens: int = DEFAULT_TOKENS
     window: int = DEFAULT_WINDOW
-    router_weighted: bool = True
+    token_weights: str = ROUTER
     shrinkage_tokens: int = 256
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from ..encoder.ldlq_metric import InputMoments
 from ..errors import CcqError
 from ..models.weights import WeightSource
 from .moments import second_moments, shrink
-from .settings import Settings
+from .settings import EQUAL, GRADIENT, Settings
 from .text import CalibrationText
+from .token_weights import PROJECTIONS, LayerWeights, kept_token_weights
 from .walk import LayerWalk
 
 _EXPERT = re.compile(r"ernie\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(up_gate_proj|down_proj)\.weight")
@@ -46,6 +47,10 @@ class Statistics:
         self._spill_folder = spill_folder
         self._walk: LayerWalk | None = None
         self._last: tuple[str, InputMoments] | None = None
+        # Gradients by layer, if tokens are weighed by them.
+        self._gradients: dict[int, LayerWeights] | None = None
+        # What the present layer's tokens are weighed by [tokens, k], by projection.
+        self._factors: dict[str, np.ndarray] = {}
         self._pooled_up: np.ndarray | None = None
         self._down: tuple[list[np.ndarray], np.ndarray] | None = None
 
@@ -82,6 +87,10 @@ class Statistics:
     def _go_to(self, layer: int) -> None:
         if self._walk is None:
             windows = self.text.windows
+            if self.settings.token_weights == GRADIENT:
+                self._gradients = kept_token_weights(
+                    self._weights, self.text, self.settings, self._threads, self._spill_folder
+                )
             self._walk = LayerWalk(self._weights, windows, self._threads, self._spill_folder)
         walk = self._walk
         if layer < walk.layer:
@@ -94,24 +103,29 @@ class Statistics:
             if walk.chosen is not None:
                 experts = walk.config.moe_num_experts
                 self.counts[walk.layer] = np.bincount(walk.chosen.reshape(-1), minlength=experts)
+                self._factors = self._factors_of(walk)
 
-    def _routed(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+    def _factors_of(self, walk: LayerWalk) -> dict[str, np.ndarray]:
+        if self._gradients is not None:
+            return self._gradients[walk.layer].factors(walk.chosen)
+        weights = walk.router_weights
+        if self.settings.token_weights == EQUAL:
+            weights = np.ones_like(weights)
+        return dict.fromkeys(PROJECTIONS, weights)
+
+    def _routed(self, expert: int, projection: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the inputs that go to an expert, and the factor that each row gets."""
-        walk = self._walk
-        rows, slots = np.nonzero(walk.chosen == expert)
-        weights = walk.router_weights[rows, slots]
-        return rows, weights if self.settings.router_weighted else np.ones_like(weights)
+        rows, slots = np.nonzero(self._walk.chosen == expert)
+        return rows, self._factors[projection][rows, slots]
 
     def _up(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
         walk = self._walk
         if self._pooled_up is None:
             # Every token counts once for each of its experts.
-            weights = walk.router_weights
-            if not self.settings.router_weighted:
-                weights = np.ones_like(weights)
+            weights = self._factors["up_gate_proj"]
             scale = np.sqrt(np.square(weights).sum(axis=1, keepdims=True))
             self._pooled_up = second_moments(walk.inputs * scale, walk.pool)
-        rows, weights = self._routed(expert)
+        rows, weights = self._routed(expert, "up_gate_proj")
         own = second_moments(walk.inputs[rows] * weights[:, None], walk.pool)
         return own, self._pooled_up
 
@@ -121,7 +135,7 @@ class Statistics:
 
             @paddle.no_grad()
             def one(expert: int) -> np.ndarray:
-                rows, weights = self._routed(expert)
+                rows, weights = self._routed(expert, "down_proj")
                 if not rows.size:
                     inner = walk.config.moe_intermediate_size
                     return np.zeros((inner, inner))

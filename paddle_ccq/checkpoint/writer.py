@@ -33,6 +33,8 @@ CHECKPOINT_FOLDER = "checkpoint"
 LOCK_FILE = "lock"
 # Costs of layers that an allocation was made from, so that a run that goes on makes the same.
 SENSITIVITY_FILE = "sensitivity.json"
+# Gradients that calibration weighs tokens by, so that a run that goes on has them.
+TOKEN_WEIGHTS_FILE = "token-weights.npz"
 # Room for the index, configuration, tokenizer and journal, on top of the tensors.
 SMALL_FILES_BYTES = 64_000_000
 
@@ -117,7 +119,7 @@ class Workplace:
         self._lock = None
 
     def _remove(self) -> None:
-        for name in (JOURNAL_FILE, LOCK_FILE, SENSITIVITY_FILE):
+        for name in (JOURNAL_FILE, LOCK_FILE, SENSITIVITY_FILE, TOKEN_WEIGHTS_FILE):
             (self.folder / name).unlink(missing_ok=True)
         # Not empty if somebody put a file there, or if another run is waiting already.
         with contextlib.suppress(OSError):
@@ -126,7 +128,8 @@ class Workplace:
     def discard(self) -> None:
         """Throw away what an earlier run left (--restart)."""
         shutil.rmtree(self.checkpoint, ignore_errors=True)
-        (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
+        for name in (JOURNAL_FILE, TOKEN_WEIGHTS_FILE):
+            (self.folder / name).unlink(missing_ok=True)
 
     def open_journal(self, fingerprint: dict[str, Any]) -> Journal:
         """The journal to go on with, or a new one; refuses one of another job."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CcqError
 from ..models.ernie import Ernie
-from .gradients import Pass, loss_of
+from ..models.gradients import Pass, loss_of
 from .optimizer import Adam, schedule
 from .parameters import Parameter
 from .settings import Settings

@@ -20,7 +20,7 @@ from ..checkpoint.naming import is_linear
 from ..checkpoint.reader import Checkpoint
 from ..codec.weight_only import quantize_wint8, round_wint8
 from ..models.ernie import Ernie
-from .gradients import FACTORS, WHOLE
+from ..models.gradients import FACTORS, WHOLE
 
 # The tensor that holds a column's factor, by format.
 SCALE_SUFFIXES = {

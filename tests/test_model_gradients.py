@@ -13,7 +13,7 @@ from synthetic import tiny_config, write_checkpoint
 
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.models.ernie import Ernie
-from paddle_ccq.tuning.gradients import FACTORS, WHOLE, Pass, loss_of
+from paddle_ccq.models.gradients import FACTORS, WHOLE, Pass, loss_of
 
 LENGTH = 9
 SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32}

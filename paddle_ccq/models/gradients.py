@@ -20,7 +20,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
-from ..models.ernie import MLP, Attention, Block, Ernie, MoE, Rope, Span, positions_of
+from .ernie import MLP, Attention, Block, Ernie, MoE, Rope, Span, positions_of
 
 # Logits computed at once, as in evaluation.
 CHUNK_LOGITS = 1 << 22
@@ -32,33 +32,13 @@ FACTORS, WHOLE = "factors", "whole"
 Wanted = dict[str, str]
 
 
-class Pass:
-    """One window's way through the model and back. Gradients are added to `gradients`."""
+class LayerPass:
+    """One window's way through layers and back. Gradients are added to `gradients`."""
 
-    def __init__(self, model: Ernie, wanted: Wanted) -> None:
-        self.model = model
+    def __init__(self, config: Any, wanted: Wanted) -> None:
+        self.config = config
         self.wanted = wanted
         self.gradients: dict[str, np.ndarray] = {}
-
-    @paddle.no_grad()
-    def run(self, window: np.ndarray, teacher: np.ndarray) -> float:
-        """Sum over the window's tokens of KL(teacher || model); gradients of the sum.
-
-        `teacher` holds the float model's final hidden states of the window [length, hidden].
-        """
-        model = self.model
-        rope, spans = positions_of(model.config, 0, window.size)
-        x = F.embedding(paddle.to_tensor(window), model.embed)
-        ways_back = []
-        for layer, block in enumerate(model.blocks):
-            x, back = self._block(f"ernie.layers.{layer}", block, x, rope, spans)
-            ways_back.append(back)
-        hidden, back_of_norm = self._norm("ernie.norm.weight", x, model.norm)
-        loss, change = head_loss(model, hidden, teacher)
-        change = back_of_norm(change)
-        while ways_back:
-            change = ways_back.pop()(change)
-        return loss
 
     def _add(self, name: str, gradient: Tensor) -> None:
         value = gradient.numpy()
@@ -81,11 +61,10 @@ class Pass:
 
         return y, back
 
-    def _norm(
-        self, name: str, x: Tensor, gain: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def norm(self, name: str, x: Tensor, gain: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """RMSNorm of x [tokens, hidden], and the way back."""
         scale = paddle.rsqrt(
-            paddle.square(x).mean(axis=-1, keepdim=True) + self.model.config.rms_norm_eps
+            paddle.square(x).mean(axis=-1, keepdim=True) + self.config.rms_norm_eps
         )
         normed = x * scale
 
@@ -98,15 +77,16 @@ class Pass:
 
         return normed * gain, back
 
-    def _block(
+    def block(
         self, name: str, block: Block, x: Tensor, rope: Rope, spans: list[Span]
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        normed, back_norm = self._norm(f"{name}.input_layernorm.weight", x, block.attention_norm)
+        """A decoder layer on x [tokens, hidden] of one window, and the way back."""
+        normed, back_norm = self.norm(f"{name}.input_layernorm.weight", x, block.attention_norm)
         mixed, back_attention = self._attention(
             f"{name}.self_attn", block.attention, normed, rope, spans
         )
         middle = x + mixed
-        normed, back_mlp_norm = self._norm(
+        normed, back_mlp_norm = self.norm(
             f"{name}.post_attention_layernorm.weight", middle, block.mlp_norm
         )
         layer = self._moe if isinstance(block.mlp, MoE) else self._mlp
@@ -193,8 +173,12 @@ class Pass:
 
         return y, back
 
+    def routed(self, name: str, chosen: Tensor) -> None:
+        """Told of the experts [tokens, k] that an MoE layer chose; for subclasses."""
+
     def _moe(self, name: str, moe: MoE, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         chosen, weights = moe.route(x)
+        self.routed(name, chosen)
         flat = chosen.numpy().reshape(-1)
         order = np.argsort(flat, kind="stable")
         inverse = np.empty_like(order)
@@ -237,6 +221,34 @@ class Pass:
             return d_x if back_shared is None else d_x + back_shared(change)
 
         return y, back
+
+
+class Pass(LayerPass):
+    """One window's way through the whole model and back."""
+
+    def __init__(self, model: Ernie, wanted: Wanted) -> None:
+        super().__init__(model.config, wanted)
+        self.model = model
+
+    @paddle.no_grad()
+    def run(self, window: np.ndarray, teacher: np.ndarray) -> float:
+        """Sum over the window's tokens of KL(teacher || model); gradients of the sum.
+
+        `teacher` holds the float model's final hidden states of the window [length, hidden].
+        """
+        model = self.model
+        rope, spans = positions_of(model.config, 0, window.size)
+        x = F.embedding(paddle.to_tensor(window), model.embed)
+        ways_back = []
+        for layer, block in enumerate(model.blocks):
+            x, back = self.block(f"ernie.layers.{layer}", block, x, rope, spans)
+            ways_back.append(back)
+        hidden, back_of_norm = self.norm("ernie.norm.weight", x, model.norm)
+        loss, change = head_loss(model, hidden, teacher)
+        change = back_of_norm(change)
+        while ways_back:
+            change = ways_back.pop()(change)
+        return loss
 
 
 @paddle.no_grad()

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each token counts for an expert: the gradient that comes back to its outputs.
+
+To second order an error d of a matrix' output on a token changes the model's answer by half of
+d F d^T, F being the Fisher information of that output: the mean of g g^T over gradients g of
+-log p(label), with labels drawn from the model's own p. Its diagonal, taken alike for all channels,
+weighs the token: s^2 = mean over channels of g^2 (docs/calibration.md).
+
+The model is walked forward with the inputs of its layers kept in a file, then backward with one
+layer's weights in memory at a time, each layer computed anew from its inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from ..checkpoint.plan import gigabytes
+from ..checkpoint.writer import TOKEN_WEIGHTS_FILE
+from ..errors import CcqError
+from ..models.ernie import Block, positions_of
+from ..models.gradients import CHUNK_LOGITS, LayerPass
+from ..models.weights import WeightSource
+from .settings import Settings
+from .text import CalibrationText
+from .walk import MEMORY_FOR_STATES, LayerWalk, state_array
+
+# Of the labels; a fixed one, so that the same text gives the same statistics.
+SEED = 0
+PROJECTIONS = ("up_gate_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One MoE layer's weights of all tokens.
+
+    Attributes:
+        chosen: int16 [tokens, k], the experts of each token.
+        up_gate_proj, down_proj: float32 [tokens, k], root mean square over the output channels of
+            the gradient at the expert's matrix. It holds the router weight already.
+    """
+
+    chosen: np.ndarray
+    up_gate_proj: np.ndarray
+    down_proj: np.ndarray
+
+    def factors(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """The weights in the order of `chosen` [tokens, k], by projection.
+
+        The layers were computed from inputs rounded to bfloat16, so here and there another expert
+        may have been chosen; a token counts nothing for one that was not.
+        """
+        same = chosen[:, :, None] == self.chosen[:, None, :]
+        return {name: np.einsum("tij,tj->ti", same, getattr(self, name)) for name in PROJECTIONS}
+
+
+def layer_input_bytes(config: Any, tokens: int) -> int:
+    """What the file with the layers' inputs takes."""
+    layers = config.num_hidden_layers - min(config.moe_layers(), default=0)
+    return 2 * layers * tokens * config.hidden_size
+
+
+def kept_token_weights(
+    source: WeightSource,
+    text: CalibrationText,
+    settings: Settings,
+    threads: int,
+    folder: Path | None,
+) -> dict[int, LayerWeights]:
+    """The weights by layer: those that an interrupted run left in `folder`, or computed now."""
+    said = json.dumps(text.as_dict(settings), sort_keys=True)
+    path = folder / TOKEN_WEIGHTS_FILE if folder else None
+    if path and path.exists():
+        try:
+            return _load(path, said)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            path.unlink()  # of another text, or cut off by a full disk
+    found = token_weights(source, text.windows, threads, folder)
+    if path:
+        _save(path, said, found)
+    return found
+
+
+def token_weights(
+    source: WeightSource, windows: Sequence[np.ndarray], threads: int, folder: Path | None = None
+) -> dict[int, LayerWeights]:
+    """The weights of all MoE layers.
+
+    Each window is computed by one thread: the numbers don't depend on how many there are.
+
+    Raises:
+        CcqError: if the disk has no room for the layers' inputs, or the weights are damaged.
+    """
+    config = source.config
+    first = min(config.moe_layers())
+    tokens = sum(window.size for window in windows)
+    needed = layer_input_bytes(config, tokens)
+    free = shutil.disk_usage(folder or tempfile.gettempdir()).free
+    if free < needed:
+        raise CcqError(
+            f"--calibration-weights gradient: keeping the inputs of {config.num_hidden_layers}"
+            f" layers needs {gigabytes(needed)}, the disk has {gigabytes(free)} free; make room,"
+            " use fewer --calibration-tokens, or --calibration-weights router"
+        )
+    walk = LayerWalk(source, windows, threads, folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            shape = (config.num_hidden_layers - first, *walk.states.shape)
+            inputs = np.memmap(file, ml_dtypes.bfloat16, "w+", shape=shape)
+            for layer in range(config.num_hidden_layers):
+                if layer >= first:
+                    inputs[layer - first] = walk.states.astype(ml_dtypes.bfloat16)
+                walk.enter()
+                walk.leave()
+            spilled = walk.states.nbytes > MEMORY_FOR_STATES
+            changes = state_array(walk.states.shape, folder if spilled else None)
+            _changes_at_the_end(source, windows, walk, changes)
+            walk.states = walk.inputs = None
+            found = {}
+            for layer in reversed(range(first, config.num_hidden_layers)):
+                weights = _go_back(source, layer, walk, inputs[layer - first], changes)
+                if weights is not None:
+                    found[layer] = weights
+            del inputs
+    finally:
+        walk.close()
+    return found
+
+
+def _changes_at_the_end(
+    source: WeightSource, windows: Sequence[np.ndarray], walk: LayerWalk, changes: np.ndarray
+) -> None:
+    """Gradients of -log p(label), summed over a window's tokens, at the last layer's outputs."""
+    config = source.config
+    norm = paddle.to_tensor(source.read("ernie.norm.weight"))
+    name = "ernie.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    head = paddle.to_tensor(np.ascontiguousarray(source.read(name), np.float32))
+    tied = config.tie_word_embeddings
+
+    @paddle.no_grad()
+    def one(index: int) -> None:
+        rng = np.random.default_rng([SEED, index])
+        first, last = walk.spans[index]
+        states = paddle.to_tensor(walk.states[first:last])
+        hidden, back = LayerPass(config, {}).norm("ernie.norm.weight", states, norm)
+        at_once = max(1, CHUNK_LOGITS // config.vocab_size)
+        parts = []
+        for row in range(0, last - first, at_once):
+            logits = paddle.matmul(hidden[row : row + at_once], head, transpose_y=tied)
+            p = paddle.nn.functional.softmax(logits, axis=-1).numpy()
+            p[np.arange(len(p)), draw(p, rng)] -= 1
+            parts.append(paddle.matmul(paddle.to_tensor(p), head, transpose_y=not tied))
+        changes[first:last] = back(paddle.concat(parts)).numpy()
+        if not np.isfinite(changes[first:last]).all():
+            raise CcqError(
+                "--calibration: the model's gradients are not finite; its weights are damaged"
+            )
+
+    walk.map(one, len(windows))
+
+
+def draw(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One index for each row of probabilities [rows, count]."""
+    sums = np.cumsum(p, axis=1)
+    at = rng.random(len(p), dtype=np.float32)[:, None] * sums[:, -1:]
+    return np.minimum((sums <= at).sum(axis=1), p.shape[1] - 1)
+
+
+def _go_back(
+    source: WeightSource, layer: int, walk: LayerWalk, inputs: np.ndarray, changes: np.ndarray
+) -> LayerWeights | None:
+    """Take `changes` from a layer's outputs to its inputs; its experts' weights on the way."""
+    config = source.config
+    block = Block(source, layer)
+    lengths = {last - first for first, last in walk.spans}
+    positions = {n: positions_of(config, 0, n) for n in lengths}
+    moe = config.is_moe_layer(layer)
+    shape = (len(changes), config.moe_k)
+    chosen = np.zeros(shape, np.int16)
+    found = {name: np.zeros(shape, np.float32) for name in PROJECTIONS}
+
+    @paddle.no_grad()
+    def one(index: int) -> None:
+        first, last = walk.spans[index]
+        way = _Recording(config)
+        x = paddle.to_tensor(inputs[first:last].astype(np.float32))
+        _, back = way.block(f"ernie.layers.{layer}", block, x, *positions[last - first])
+        changes[first:last] = back(paddle.to_tensor(changes[first:last])).numpy()
+        if moe:
+            chosen[first:last] = way.chosen
+            for name, into in found.items():
+                way.put(name, into[first:last])
+
+    walk.map(one, len(walk.spans))
+    return LayerWeights(chosen, **found) if moe else None
+
+
+class _Recording(LayerPass):
+    """Keeps the size of what comes back to every expert's matrix."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, {})
+        self.chosen: np.ndarray | None = None
+        self.sizes: dict[str, np.ndarray] = {}
+
+    def routed(self, name: str, chosen: Tensor) -> None:
+        self.chosen = chosen.numpy()
+
+    def _product(
+        self, name: str, x: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        y, back = super()._product(name, x, weight)
+        if ".mlp.experts." not in name:
+            return y, back
+
+        def recorded(change: Tensor) -> Tensor:
+            self.sizes[name] = paddle.square(change).mean(axis=-1).sqrt().numpy()
+            return back(change)
+
+        return y, recorded
+
+    def put(self, projection: str, into: np.ndarray) -> None:
+        """The sizes of a projection, at [token, slot]; an expert's tokens are in order."""
+        for name, sizes in self.sizes.items():
+            parts = name.split(".")
+            if parts[-2] == projection:
+                into[np.nonzero(self.chosen == int(parts[-3]))] = sizes
+
+
+def _save(path: Path, said: str, found: dict[int, LayerWeights]) -> None:
+    arrays = {f"{layer}.{k}": v for layer, w in found.items() for k, v in vars(w).items()}
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, of=np.array(said), **arrays)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load(path: Path, said: str) -> dict[int, LayerWeights]:
+    with np.load(path) as file:
+        if str(file["of"]) != said:
+            raise ValueError("of another calibration")
+        layers = sorted({int(name.split(".")[0]) for name in file.files if name != "of"})
+        parts = ("chosen", *PROJECTIONS)
+        return {n: LayerWeights(*(file[f"{n}.{part}"] for part in parts)) for n in layers}
