@@ -25,7 +25,8 @@ SERIES = (
     (r"calibrated, allocated", "calibrated, allocated layers"),
     (r"calibrated, wint4 prefix", "calibrated, wint4 prefix"),
     (r"CCQ 2\.06, calibrated$", "calibrated"),
-    (r".*tuned", "tuned"),
+    (r".*tuned", "calibrated by gradients and tuned"),
+    (r"calibrated by gradients", "calibrated by gradients"),
     (r"CCQ 2\.06, paper's encoder", "paper's encoder"),
     (r"CCQ [\d.]+, default$", "data-free"),
     (r"CCQ [\d.]+, default, first MoE layer wint4", "data-free, first MoE layer wint4"),
@@ -38,7 +39,7 @@ SERIES = (
 BETWEEN = ("calibrated, allocated layers", "calibrated, wint4 prefix")
 ENDS = ("calibrated", "wint4")
 # Variants that other tables take apart; rows at 8 bits and above would squeeze the rest.
-LEFT_OUT = re.compile(r"CCQ 2\.06, (diagonal only|feedback only)$|wint8$|bf16$")
+LEFT_OUT = re.compile(r"CCQ 2\.06, (diagonal only|feedback only)$|calibrated on all$|wint8$|bf16$")
 # Another table's name of a row that is there already.
 TWICE = ("CCQ 2.06, data-free",)
 

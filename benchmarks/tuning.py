@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from accuracy import Rows
 from common import markdown, put_into_doc, save_result
 
 from paddle_ccq.checkpoint.reader import open_checkpoint
@@ -24,14 +25,13 @@ from paddle_ccq.evaluation.metrics import paired_difference
 from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
 from paddle_ccq.evaluation.tasks import read_items
 from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
-from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.quantize import quantize
 from paddle_ccq.sample import sample
 from paddle_ccq.tune import tune
 
 CALIBRATED = "calibrated"
 CALIBRATED_ALL = "calibrated on all"
-GRADIENTS = "calibrated on all, tokens weighed by gradients"
+GRADIENTS = "calibrated by gradients on all"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def rows(work: Work) -> dict[str, Callable[[], Path]]:
         # Everything there is: the calibration text and what the model makes up.
         CALIBRATED_ALL: lambda: work.calibrated(work.all()),
         GRADIENTS: lambda: work.calibrated(work.all(), "gradient"),
-        "the same, tuned on all": lambda: work.tuned(
+        "calibrated by gradients and tuned on all": lambda: work.tuned(
             "tuned-all-gradient", work.calibrated(work.all(), "gradient"), work.all()
         ),
     }
@@ -151,14 +151,21 @@ def main() -> None:
         if args.rows is not None:
             labels = list(chosen)
             chosen = {labels[i]: chosen[labels[i]] for i in args.rows}
-        models = {"bf16": Ernie(source)}
-        models |= {label: Ernie(open_checkpoint(make())) for label, make in chosen.items()}
-        scores = score_text(models, windows, "bf16", progress=_progress)
-        tasks = score_tasks(models, tokenizer, items)
+        measured = Rows(source, folder)
+        measured.add_source()
+        for label, make in chosen.items():
+            measured.add_written(label, open_checkpoint(make()))
+        scores = score_text(measured.models, windows, "bf16", progress=_progress)
+        tasks = score_tasks(measured.models, tokenizer, items)
     finally:
         if args.work is None:
             shutil.rmtree(folder)
-    report(args, source.path.name, scores, summarize(scores, tasks, "bf16"))
+    summary = summarize(scores, tasks, "bf16")
+    for label, row in summary.items():
+        # benchmarks/figure.py puts rows of all benchmarks together by these.
+        row["nominal_bits"] = measured.nominal_bits[label]
+        row["expert_bits"] = measured.expert_bits[label]
+    report(args, source.path.name, scores, summary)
 
 
 def _progress(done: int, total: int) -> None:

@@ -15,6 +15,7 @@ from test_calibration_cli import text  # noqa: F401
 from test_journal_resume import contents, partial, stop_after
 
 from paddle_ccq.calibration import token_weights as module
+from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.settings import GRADIENT, Settings
 from paddle_ccq.calibration.statistics import Statistics
 from paddle_ccq.calibration.text import CalibrationText
@@ -110,12 +111,21 @@ def test_weights_are_the_slopes_of_the_float64_loss(case, monkeypatch):
 def test_threads_and_spilling_change_nothing(case, tmp_path, monkeypatch):
     _, _, checkpoint, windows = case
     expected = token_weights(checkpoint, windows, threads=1)
+    monkeypatch.setattr(walks, "MEMORY_FOR_STATES", 0)
     monkeypatch.setattr(module, "MEMORY_FOR_STATES", 0)
+    spilled = []
+    original = module.state_array
+    monkeypatch.setattr(
+        module,
+        "state_array",
+        lambda shape, where: spilled.append(original(shape, where)) or spilled[-1],
+    )
     got = token_weights(checkpoint, windows, threads=3, folder=tmp_path)
     for layer, w in expected.items():
         for part, array in vars(w).items():
             np.testing.assert_array_equal(getattr(got[layer], part), array)
             assert part == "chosen" or (array > 0).all()
+    assert isinstance(spilled[0], np.memmap)
     assert list(tmp_path.iterdir()) == []
 
 

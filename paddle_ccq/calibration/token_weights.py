@@ -35,7 +35,7 @@ from ..models.gradients import CHUNK_LOGITS, LayerPass
 from ..models.weights import WeightSource
 from .settings import Settings
 from .text import CalibrationText
-from .walk import MEMORY_FOR_STATES, LayerWalk, state_array
+from .walk import MEMORY_FOR_STATES, LayerWalk, state_array, state_bytes
 
 # Of the labels; a fixed one, so that the same text gives the same statistics.
 SEED = 0
@@ -106,13 +106,16 @@ def token_weights(
     config = source.config
     first = min(config.moe_layers())
     tokens = sum(window.size for window in windows)
+    states = state_bytes(tokens, config.hidden_size)
     needed = layer_input_bytes(config, tokens)
+    if states > MEMORY_FOR_STATES:
+        needed += states * 3 // 2  # the walk's two arrays and the changes lie on the disk as well
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if free < needed:
         raise CcqError(
-            f"--calibration-weights gradient: keeping the inputs of {config.num_hidden_layers}"
-            f" layers needs {gigabytes(needed)}, the disk has {gigabytes(free)} free; make room,"
-            " use fewer --calibration-tokens, or --calibration-weights router"
+            f"--calibration-weights gradient: keeping the inputs of the layers needs"
+            f" {gigabytes(needed)}, the disk has {gigabytes(free)} free; make room, use fewer"
+            " --calibration-tokens, or --calibration-weights router"
         )
     walk = LayerWalk(source, windows, threads, folder)
     try:
@@ -121,10 +124,12 @@ def token_weights(
             inputs = np.memmap(file, ml_dtypes.bfloat16, "w+", shape=shape)
             for layer in range(config.num_hidden_layers):
                 if layer >= first:
-                    inputs[layer - first] = walk.states.astype(ml_dtypes.bfloat16)
+                    for begin, end in walk.spans:
+                        part = walk.states[begin:end].astype(ml_dtypes.bfloat16)
+                        inputs[layer - first, begin:end] = part
                 walk.enter()
                 walk.leave()
-            spilled = walk.states.nbytes > MEMORY_FOR_STATES
+            spilled = isinstance(walk.states, np.memmap)
             changes = state_array(walk.states.shape, folder if spilled else None)
             _changes_at_the_end(source, windows, walk, changes)
             walk.states = walk.inputs = None
