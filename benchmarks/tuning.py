@@ -116,6 +116,9 @@ def rows(work: Work) -> dict[str, Callable[[], Path]]:
         "calibrated by gradients and tuned on all": lambda: work.tuned(
             "tuned-all-gradient", work.calibrated(work.all(), "gradient"), work.all()
         ),
+        "calibrated and tuned on all": lambda: work.tuned(
+            "tuned-all", work.calibrated(work.all()), work.all()
+        ),
     }
 
 
