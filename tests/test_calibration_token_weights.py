@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_ernie
-from synthetic import tiny_config, write_checkpoint
+from synthetic import write_checkpoint
 from test_calibration_cli import CONFIG as CLI_CONFIG
 from test_calibration_cli import text  # noqa: F401
 from test_journal_resume import contents, partial, stop_after
+from test_model_gradients import CONFIGS
 
 from paddle_ccq.calibration import token_weights as module
 from paddle_ccq.calibration import walk as walks
@@ -25,11 +26,6 @@ from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import main, quantize
 
 LENGTH = 7
-SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32}
-CONFIGS = [
-    tiny_config(**SMALL),
-    tiny_config(**SMALL, tie_word_embeddings=False, moe_num_shared_experts=0, moe_k=3),
-]
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=["tied", "untied"])
@@ -188,14 +184,19 @@ def options(text) -> dict:  # noqa: F811
     }
 
 
-def test_a_run_that_goes_on_does_not_walk_back_again(model, options, tmp_path, monkeypatch):
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    quantize(model, whole, threads=1, **options)
+def stopped(model: Path, out: Path, monkeypatch, **options) -> Path:
+    """Stop a run after some experts; the file of weights that it leaves."""
     with monkeypatch.context() as patch:
         stop_after(patch, 20)
         with pytest.raises(KeyboardInterrupt):
-            quantize(model, out, threads=2, **options)
-    kept = partial(out) / "token-weights.npz"
+            quantize(model, out, **options)
+    return partial(out) / "token-weights.npz"
+
+
+def test_a_run_that_goes_on_does_not_walk_back_again(model, options, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    quantize(model, whole, threads=1, **options)
+    kept = stopped(model, out, monkeypatch, threads=2, **options)
     assert kept.exists()
     calls = []
     with monkeypatch.context() as patch:
@@ -213,11 +214,7 @@ def test_kept_weights_of_another_text_or_cut_off_are_made_anew(
 ):
     out, whole = tmp_path / "out", tmp_path / "whole"
     quantize(model, whole, threads=1, **options)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 20)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(model, out, threads=1, **options)
-    kept = partial(out) / "token-weights.npz"
+    kept = stopped(model, out, monkeypatch, threads=1, **options)
     if damage == "cut":
         kept.write_bytes(kept.read_bytes()[:1000])
     else:
@@ -236,10 +233,7 @@ def test_codes_differ_from_those_by_router_weights(model, options, tmp_path):
 
 def test_another_kind_of_weights_is_another_job(model, options, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 9)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(model, out, **options)
+    stopped(model, out, monkeypatch, **options)
     with pytest.raises(CcqError, match="calibration"):
         quantize(model, out, **{**options, "calibration_weights": "router"})
     # --restart throws the gradients away as well.

@@ -113,7 +113,7 @@ def token_weights(
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if free < needed:
         raise CcqError(
-            f"--calibration-weights gradient: keeping the inputs of the layers needs"
+            "--calibration-weights gradient: keeping the inputs of the layers needs"
             f" {gigabytes(needed)}, the disk has {gigabytes(free)} free; make room, use fewer"
             " --calibration-tokens, or --calibration-weights router"
         )
