@@ -15,7 +15,8 @@ class Detokenizer:
     """The text of one sequence.
 
     A token's text depends on those before it (a leading space, a character's first bytes), so each
-    piece is the difference of two decodings that start at the same earlier token.
+    piece is the difference of two decodings that start at the same earlier token. `decoded` counts
+    the characters of all pieces, whether given out, held back or cut off by a stop string.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
@@ -23,20 +24,24 @@ class Detokenizer:
         self.stop = tuple(stop)
         self.longest_stop = max(map(len, self.stop), default=0)
         self.stopped = False
+        self.decoded = 0
         self._tokens: list[int] = []
         self._prefix = self._read = 0
         self._held = ""  # decoded, but perhaps the beginning of a stop string
 
-    def add(self, token: int) -> str:
-        """The text that is certain now; sets `stopped` once a stop string is complete."""
-        self._tokens.append(token)
-        return self._release(self._piece(final=False))
+    def add(self, token: int, search: bool = True) -> str:
+        """The text that is certain now; sets `stopped` once a stop string is complete.
 
-    def finish(self) -> str:
+        Text that came with search=False is given out without being searched.
+        """
+        self._tokens.append(token)
+        return self._release(self._piece(final=False), search)
+
+    def finish(self, search: bool = True) -> str:
         """What was held back."""
         if self.stopped:
             return ""
-        text = self._release(self._piece(final=True))
+        text = self._release(self._piece(final=True), search)
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
@@ -52,10 +57,12 @@ class Detokenizer:
         self._tokens = self._tokens[self._prefix :]
         self._read -= self._prefix
         self._prefix = 0
-        return whole[len(before) :]
+        piece = whole[len(before) :]
+        self.decoded += len(piece)
+        return piece
 
-    def _release(self, piece: str) -> str:
-        if not self.stop:
+    def _release(self, piece: str, search: bool) -> str:
+        if not self.stop or not search:
             return piece
         text = self._held + piece
         found = [place for place in (text.find(s) for s in self.stop) if place >= 0]
