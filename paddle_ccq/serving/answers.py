@@ -48,6 +48,10 @@ class Answer(ABC):
     def piece(self, output: Output) -> Dict:
         """One choice of a streamed event."""
 
+    def says_something(self, output: Output) -> bool:
+        """Whether an event is to be sent for it."""
+        return bool(output.text or output.reason or output.logprob)
+
     def opening(self) -> list[Dict]:
         """Choices of a first event, before there is any text."""
         return []
@@ -118,7 +122,7 @@ class Answer(ABC):
                     if output.reason == "error":
                         yield lines + _event(failed().body())
                         return
-                    if output.text or output.reason or output.logprob:
+                    if self.says_something(output):
                         lines += _event({**head, "choices": [self.piece(output)]})
                 if lines:
                     yield lines
@@ -140,6 +144,10 @@ class CompletionAnswer(Answer):
     async def prepare(self) -> None:
         if self.body.echo:
             self.echoes = await echoes(self.service, self.body, self.prompts)
+
+    def says_something(self, output: Output) -> bool:
+        repeats = self.echoes is not None and output.tokens <= 1
+        return repeats or super().says_something(output)
 
     def choice(self, index: int, outputs: list[Output]) -> Dict:
         pieces = [self.piece(output) for output in outputs]

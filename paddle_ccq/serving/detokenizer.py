@@ -16,7 +16,8 @@ class Detokenizer:
 
     A token's text depends on those before it (a leading space, a character's first bytes), so each
     piece is the difference of two decodings that start at the same earlier token. `decoded` counts
-    the characters of all pieces, whether given out, held back or cut off by a stop string.
+    the characters of all pieces, whether given out, held back or cut off by a stop string; `place`
+    is how many there are before the last token's text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
@@ -24,7 +25,8 @@ class Detokenizer:
         self.stop = tuple(stop)
         self.longest_stop = max(map(len, self.stop), default=0)
         self.stopped = False
-        self.decoded = 0
+        self.decoded = self.place = 0
+        self._unfinished = ""  # the text of tokens from `_read` on, the last one's in parts
         self._tokens: list[int] = []
         self._prefix = self._read = 0
         self._held = ""  # decoded, but perhaps the beginning of a stop string
@@ -49,15 +51,19 @@ class Detokenizer:
     def _piece(self, final: bool) -> str:
         before = self.decode(self._tokens[self._prefix : self._read])
         whole = self.decode(self._tokens[self._prefix :])
+        piece = whole[len(before) :]
+        if not final:
+            self.place = self.decoded + _settled(self._unfinished, piece)
         unfinished = whole.endswith(REPLACEMENT) and not final
         if unfinished and len(self._tokens) - self._read < MAX_UNFINISHED:
+            self._unfinished = piece
             return ""
+        self._unfinished = ""
         self._prefix, self._read = self._read, len(self._tokens)
         # Only the tail is needed again, and a long answer's tokens need not be kept twice.
         self._tokens = self._tokens[self._prefix :]
         self._read -= self._prefix
         self._prefix = 0
-        piece = whole[len(before) :]
         self.decoded += len(piece)
         return piece
 
@@ -76,3 +82,11 @@ class Detokenizer:
                 break
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _settled(before: str, after: str) -> int:
+    """Characters of the text `before` that a further token, which made it `after`, left alone."""
+    if before and before == after:
+        return len(before) - 1  # a further part of the last character
+    pairs = enumerate(zip(before, after, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(before), len(after)))

@@ -49,7 +49,7 @@ def _echo(service: Service, tokens: Sequence[int], text: str | None) -> Echo:
     detokenizer = Detokenizer(tokenizer.decode)
     parts, offsets = [], []
     for token in tokens:
-        offsets.append(detokenizer.decoded)
         parts.append(detokenizer.add(token))
+        offsets.append(detokenizer.place)
     parts.append(detokenizer.finish())
     return Echo("".join(parts) if text is None else text, offsets)

@@ -262,13 +262,13 @@ class Engine:
         self._observe(sequence, now)
         search = sequence.generated > params.min_tokens
         reason = None
-        text = ""
-        offset = detokenizer.decoded
+        text, offset = "", 0
         ended = token in sequence.ends
         if ended:
             reason = "stop"
         else:
             text = detokenizer.add(token, search)
+            offset = detokenizer.place
             if detokenizer.stopped:
                 reason = "stop"
             elif sequence.generated >= params.max_tokens:
