@@ -176,7 +176,7 @@ def test_files_that_say_nothing(tmp_path: Path) -> None:
     assert read_defaults(write(tmp_path, do_sample=True))[0] == plain
     assert read_defaults(write(tmp_path, **ERNIE))[0].describe() == "temperature 0.8, top_p 0.8"
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(CcqError, match="generation_config.json"):
+    with pytest.raises(CcqError, match="not a JSON object"):
         read_defaults(tmp_path)
 
 
