@@ -27,7 +27,7 @@ from paddle_ccq.serving.defaults import SamplingDefaults, read_defaults
 from paddle_ccq.serving.protocol import CompletionRequest
 
 PROMPT = "Q: 585 - 17 = ?\nA:"
-# ERNIE-4.5-21B-A3B-PT's, but for the numbers of its end token.
+# Every key that such a file of an ERNIE-4.5 model may have.
 ERNIE = {
     "do_sample": True,
     "top_p": 0.8,
