@@ -18,6 +18,10 @@ class CcqError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class CoreMissingError(CcqError):
+    """The compiled core was never built, or does not load here."""
+
+
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, naming the file where one is known."""
     where = f"{error.filename}: " if error.filename else ""

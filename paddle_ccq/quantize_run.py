@@ -66,12 +66,7 @@ def check_core(plan: Plan, options: Options) -> None:
     """Say at once that the compiled core is missing, where it will be needed."""
     used = {item.format for item in plan.items if item.quantized}
     if options.encoder == "search" and used & set(CCQ_FORMATS):
-        try:
-            importlib.import_module("._core", __package__)
-        except ImportError as error:
-            raise CcqError(
-                f"the compiled encoder is missing ({error}); build it with `pip install .`"
-            ) from None
+        importlib.import_module(".compiled", __package__)
     if options.device == "gpu":
         if options.encoder != "search":
             raise CcqError("--device gpu: only --encoder search runs on a GPU")
