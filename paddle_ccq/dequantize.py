@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .checkpoint import naming as names
+from .checkpoint.companions import read_companions
 from .checkpoint.reader import (
     JOURNAL_FILE,
     PARTIAL_SUFFIX,
@@ -67,7 +68,8 @@ def dequantize(
     if target.exists() or target.is_symlink():
         raise CcqError(f"{target}: already exists; give another --output or remove it")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log), row_order)
-    for message in checkpoint.messages:
+    companions = read_companions(checkpoint.path)
+    for message in (*checkpoint.messages, *companions.messages):
         log(message)
     specs = [spec for name in checkpoint.names() for spec in _specs(checkpoint, name, naming)]
     partial = _start_folder(target, sum(tensor_bytes(d, s) for _, d, s in specs))
@@ -75,8 +77,8 @@ def dequantize(
         _write_shards(checkpoint, partial, naming, split_shards(specs, limit), log)
         config = json.dumps(_config(checkpoint, naming), indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(config, encoding="utf-8")
-        for file in checkpoint.auxiliary_files():
-            shutil.copyfile(file, partial / file.name)
+        for name, data in companions.files.items():
+            (partial / name).write_bytes(data)
         sync_folder(partial)
         os.rename(partial, target)
         sync_folder(target.parent)
@@ -155,7 +157,8 @@ def _write_shards(
 
 def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
     config = dict(checkpoint.config.raw)
-    for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype"):
+    # auto_map names code, which is not copied.
+    for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
         config.pop(key, None)
     if naming == "paddle":
         # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.

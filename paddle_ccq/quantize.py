@@ -21,12 +21,13 @@ from .allocation.session import make_request as make_allocation
 from .calibration.session import Request as Calibration
 from .calibration.session import coverage, make_request
 from .calibration.settings import TOKEN_WEIGHTS
+from .checkpoint.companions import check_regular, read_companions
 from .checkpoint.config import ErnieConfig
 from .checkpoint.plan import ROW_ORDERS, Layout, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
-from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.source import HUBS, model_name, resolve_model
 from .checkpoint.writer import Workplace, partial_folder
 from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from .encoder.base import DEVICES, ENCODERS, PRESETS
@@ -118,6 +119,7 @@ def quantize(
         raise CcqError("--output is missing: name the new folder to write")
     target = Path(os.path.abspath(output))
     folder = resolve_model(model, source, revision, log=say)
+    check_regular(folder)
     plan, costs = first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
@@ -133,12 +135,13 @@ def quantize(
             raise CcqError(
                 f"{folder}: quantized already; quantize the original float checkpoint instead"
             )
-        for message in checkpoint.messages:
+        # Looked at before the work, so that what is wrong with them is not found after it.
+        for message in (*checkpoint.messages, *read_companions(folder).messages):
             say(message)
         allocation = None
         if wanted is not None:
             allocation = _allocated(
-                wanted, costs, checkpoint, _model_name(model), request, options, workplace, plan_for
+                wanted, costs, checkpoint, model_name(model), request, options, workplace, plan_for
             )
             plan = plan_for(plan.config, allocation.layout)
             say(_shown(comparison_table(allocation)))
@@ -155,7 +158,7 @@ def quantize(
             options,
             make_encoders(plan, options, statistics.moments if statistics else None),
             checkpoint,
-            _model_name(model),
+            model_name(model),
             workplace,
             log_path,
             say,
@@ -234,12 +237,6 @@ def _shown(what: Table) -> str:
 
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _model_name(model: str | os.PathLike[str]) -> str:
-    """What the output calls its source: a hub id or short name as given, or a folder's name."""
-    text = os.fspath(model)
-    return Path(text).expanduser().resolve().name if Path(text).expanduser().is_dir() else text
 
 
 def print_summary(result: QuantizeResult) -> None:

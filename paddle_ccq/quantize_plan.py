@@ -16,8 +16,10 @@ from .allocation.session import Request as Wanted
 from .allocation.session import comparison_table, measuring_facts
 from .calibration.session import Request as Calibration
 from .calibration.session import memory_facts
+from .checkpoint.companions import check_regular
 from .checkpoint.config import CONFIG_FILE, ErnieConfig
 from .checkpoint.plan import Layout, Plan, gigabytes
+from .checkpoint.source import snapshot_folder
 from .encoder.base import MatrixEncoder
 from .encoder.ldlq_metric import InputMoments
 from .errors import CcqError, CoreMissingError
@@ -54,6 +56,9 @@ def dry_run(
             f"{model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder and"
             " pass that"
         )
+    if folder.is_dir():
+        folder = snapshot_folder(folder)
+        check_regular(folder)
     config = ErnieConfig.from_json(folder)
     plan, costs = first_plan(config, plan_for, wanted)
     out = reporting.console()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import reporting
 from .calibration.session import output_errors
+from .checkpoint.companions import read_companions
 from .checkpoint.config import CONFIG_FILE
 from .checkpoint.convert import Converter
 from .checkpoint.fastdeploy import output_config, quantization_config
@@ -31,11 +32,6 @@ from .encoder.ldlq import Moments
 from .errors import CcqError
 from .ops import gpu_library
 from .version import __version__
-
-# Small files that belong to a model; weights, code, pickles and links are never copied.
-COPIED_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-NEVER_COPIED = (CONFIG_FILE, "README.md")
-MAX_COPIED_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -238,29 +234,10 @@ class QuantizeRun:
             plan.wint4_layers if plan.needs_plugin else None,
         )
         config = output_config(plan.config, quantization, provenance)
-        files = copied_files(self.checkpoint.path)
+        files = dict(read_companions(self.checkpoint.path).files)
         files[CONFIG_FILE] = json_bytes(config)
         files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")
         return files
-
-
-def copied_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer, generation and licence files of a model, by name."""
-    found = {}
-    for path in sorted({path for pattern in COPIED_PATTERNS for path in folder.glob(pattern)}):
-        name = path.name
-        skipped = name in NEVER_COPIED or name.endswith((".index.json", "-manifest.json"))
-        outside = path.resolve().parent != folder.resolve() and not _hub_cached(path, folder)
-        if skipped or outside or not path.is_file() or path.stat().st_size > MAX_COPIED_BYTES:
-            continue
-        found[name] = path.read_bytes()
-    return found
-
-
-def _hub_cached(path: Path, folder: Path) -> bool:
-    """Whether a link leads into the blobs of the hub cache that the folder itself is part of."""
-    target = path.resolve().parent
-    return target.name == "blobs" and target.parent in folder.resolve().parents
 
 
 def _log(file: TextIO, record: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from .allocation.plot import plot, require_matplotlib
 from .allocation.probing import Probing
 from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
-from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.source import HUBS, model_name, resolve_model
 from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
 from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError, run_cli
@@ -98,7 +98,7 @@ def sensitivity(
     ):
         return measure(
             checkpoint,
-            checkpoint.path.resolve().name,
+            model_name(checkpoint.path),
             text,
             settings,
             probing,

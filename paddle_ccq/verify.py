@@ -67,17 +67,17 @@ def verify(
     Raises:
         CcqError: if `folder` is no quantized checkpoint at all, or the reference can't be used.
     """
-    path = Path(folder)
-    inspection = Inspection(path)
+    inspection = Inspection(Path(folder))
     original = _reference(reference, inspection, source) if reference is not None else None
     inspection.check_config()
     inspection.check_structure()
-    manifest_problems = check_manifest(path, hashes)
-    if read_manifest(path) is None:
+    manifest = check_manifest(inspection.folder, hashes)
+    if read_manifest(inspection.folder) is None:
         inspection.messages.append(f"no {MANIFEST_FILE}: hashes can't be checked")
     # A missing or short file shows up in the structure too; one line for each is enough.
     named = {problem.split(":", 1)[0] for problem in inspection.problems}
-    inspection.problems += [p for p in manifest_problems if p.split(":", 1)[0] not in named]
+    inspection.problems += [p for p in manifest.problems if p.split(":", 1)[0] not in named]
+    inspection.messages += manifest.notes
     inspection.check_values()
     result = VerifyResult(str(folder), inspection.problems, inspection.messages)
     result.tensors = len(inspection.sound)

@@ -22,6 +22,9 @@ CACHE_VARIABLE = "FD_MODEL_CACHE"
 
 CONNECT_SECONDS = 5.0
 
+# What ModelScope's client leaves in every folder that it fills.
+_MODELSCOPE_MARKS = (".msc", ".mdl")
+
 
 @dataclass(frozen=True)
 class Hub:
@@ -120,7 +123,7 @@ def resolve_model(
         raise CcqError("model: the name is empty; give a folder, a hub id or a short name")
     path = Path(text).expanduser()
     if path.is_dir():
-        return path
+        return snapshot_folder(path)
     if path.exists():
         raise CcqError(f"{path}: not a folder; give the checkpoint's folder")
     if text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
@@ -135,6 +138,61 @@ def resolve_model(
     folder = cache / model
     log(f"{text} is {model} on {hub_name}; local folder {folder}")
     return _download(model, hub_name, hub, revision, folder, log)
+
+
+def snapshot_folder(path: Path) -> Path:
+    """The snapshot that a repository's folder in Hugging Face's cache holds; else `path` itself.
+
+    Raises:
+        CcqError: several snapshots, and refs/main names none of them.
+    """
+    snapshots = path / "snapshots"
+    if not path.resolve().name.startswith("models--") or not snapshots.is_dir():
+        return path
+    found = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
+    main = path / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    if commit not in found:
+        if len(found) != 1:
+            raise CcqError(
+                f"{path}: {len(found)} snapshots and none of them is refs/main; pass one of the"
+                f" folders in {snapshots}"
+            )
+        commit = found[0]
+    return snapshots / commit
+
+
+def model_name(model: str | os.PathLike[str]) -> str:
+    """What a model is called: a hub id or short name as given, a folder's own name, or, of a
+    folder in a hub's cache, the name of the repository.
+
+    Hugging Face's cache has models--ORGANIZATION--NAME/snapshots/COMMIT, newer ModelScope clients
+    the same, older ones modelscope/hub/(models/)ORGANIZATION/NAME with "___" for a dot.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        return text
+    # A link may lead into a cache, or lie in one and lead to a disk elsewhere.
+    for place in (path.resolve(), Path(os.path.abspath(path))):
+        found = _cached_name(place)
+        if found:
+            return found
+    return path.resolve().name
+
+
+def _cached_name(place: Path) -> str | None:
+    if place.parent.name == "snapshots":
+        place = place.parent.parent
+    if place.name.startswith("models--"):
+        return place.name.removeprefix("models--").replace("--", "/") or None
+    organization = place.parent
+    cached = "modelscope" in organization.parts or any(
+        (place / mark).is_file() for mark in _MODELSCOPE_MARKS
+    )
+    if cached and organization.parent.name in ("models", "hub"):
+        return f"{organization.name}/{place.name}".replace("___", ".")
+    return None
 
 
 def _hub(source: str | None) -> tuple[str, Hub]:
