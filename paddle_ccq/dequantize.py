@@ -37,6 +37,7 @@ from .checkpoint.safetensors_io import (
     tensor_bytes,
 )
 from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.values import count_nonfinite
 from .codec.row_order import ROW_ORDERS
 from .errors import CcqError, run_cli
 
@@ -99,7 +100,9 @@ def _target_dtype(checkpoint: Checkpoint, name: str) -> str:
     return "F32" if router and checkpoint.stored_dtype(name) == "F32" else "BF16"
 
 
-def _tensors(checkpoint: Checkpoint, naming: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    checkpoint: Checkpoint, naming: str, log: Callable[[str], object]
+) -> Iterator[tuple[str, np.ndarray]]:
     """The on-disk tensors of the output, in the order of the specs."""
     for name in checkpoint.names():
         storage = names.storage(checkpoint.config, name, checkpoint.shape(name), naming)
@@ -109,9 +112,32 @@ def _tensors(checkpoint: Checkpoint, naming: str) -> Iterator[tuple[str, np.ndar
             values = checkpoint.read_stored(name)
         else:
             values = checkpoint.read(name)
+        _check_finite(checkpoint, name, values, log)
         dtype = DTYPES[_target_dtype(checkpoint, name)]
         for part in storage.parts:
             yield part.name, values[part.columns or slice(None)].astype(dtype, copy=False)
+
+
+def _check_finite(
+    checkpoint: Checkpoint, name: str, values: np.ndarray, log: Callable[[str], object]
+) -> None:
+    """NaN and infinity of a float source are copied with a message; none may come into being."""
+    damaged = count_nonfinite(values)
+    where = f"{checkpoint.path}: {name}"
+    if damaged and checkpoint.format_of(name) != "bf16":
+        raise CcqError(
+            f"{where}: {damaged} values decode to NaN or infinity; its scales are damaged"
+            " (paddle_ccq.verify says which)"
+        )
+    beyond = count_nonfinite(values, _target_dtype(checkpoint, name)) - damaged
+    if beyond:
+        finite = values[np.isfinite(values)]
+        raise CcqError(
+            f"{where}: {beyond} values beyond bfloat16's range, up to"
+            f" {float(np.abs(finite).max()):.7g} in magnitude, would become infinite"
+        )
+    if damaged:
+        log(f"{name}: {damaged} values are NaN or infinite, as in the source")
 
 
 def _start_folder(target: Path, size: int) -> Path:
@@ -140,7 +166,7 @@ def _write_shards(
     shards: list[list[TensorSpec]],
     log: Callable[[str], object],
 ) -> None:
-    tensors = _tensors(checkpoint, naming)
+    tensors = _tensors(checkpoint, naming, log)
     files = {shard_name(i, len(shards)): specs for i, specs in enumerate(shards)}
     total = sum(map(len, shards))
     # disable=None: a bar only where stderr is a terminal.

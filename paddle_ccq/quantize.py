@@ -309,7 +309,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit on the hub")
     add("--dry-run", action="store_true", help="print the plan; config.json is enough")
     add("--restart", action="store_true", help="throw away an interrupted run's work")
-    add("--allow-nonfinite", action="store_true", help="set NaN and infinite weights to 0")
+    add(
+        "--allow-nonfinite",
+        action="store_true",
+        help="set NaN, infinity and what bfloat16 cannot hold to 0",
+    )
     add("--log", metavar="FILE", help="JSON lines, one a matrix (default: OUTPUT.log.jsonl)")
     add("--quiet", action="store_true", help="no progress, no messages, no summary")
     return parser

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from synthetic import tiny_config, write_checkpoint
 
-from paddle_ccq.checkpoint.convert import count_nonfinite
+from paddle_ccq.checkpoint.values import count_nonfinite
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import quantize
 from paddle_ccq.verify import verify

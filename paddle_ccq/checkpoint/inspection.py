@@ -18,7 +18,6 @@ from ..codec.wint2 import CODE_MAX, code_range
 from ..errors import CcqError
 from .companions import check_file
 from .config import CONFIG_FILE, ErnieConfig
-from .convert import count_nonfinite
 from .fastdeploy import (
     EXACT_SUFFIXES,
     WINT4_LAYERS,
@@ -34,6 +33,7 @@ from .rules import Rule
 from .safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from .safetensors_io import SafetensorsFile, load_json
 from .source import snapshot_folder
+from .values import count_nonfinite
 from .writer import rank_folders
 
 

@@ -147,7 +147,11 @@ def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
             )
     zeroed = sum(s.get("nonfinite_set_to_zero", 0) for s in stats)
     if zeroed:
-        lines += ["", f"{zeroed} weights of the source were NaN or infinite and were set to 0."]
+        lines += [
+            "",
+            f"{zeroed} weights of the source were NaN, infinite or beyond bfloat16's range"
+            " and were set to 0.",
+        ]
     return "\n".join(lines)
 
 

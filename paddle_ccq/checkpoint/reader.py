@@ -153,7 +153,9 @@ class Checkpoint:
 
     def _decoded(self, name: str, entry: _Entry, dtype: str) -> np.ndarray:
         try:
-            return formats.decode(entry.format, self.packed(name), dtype, self.row_order)
+            # Damaged scales give NaN, which callers look for; NumPy's warning names no tensor.
+            with np.errstate(invalid="ignore", over="ignore"):
+                return formats.decode(entry.format, self.packed(name), dtype, self.row_order)
         except ValueError as error:
             where = self.tensors.path_of(next(iter(entry.packed.values())))
             raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None

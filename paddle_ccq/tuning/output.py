@@ -15,13 +15,15 @@ from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.fastdeploy import SHARD_METADATA
 from ..checkpoint.manifest import MANIFEST_FILE, manifest_bytes
 from ..checkpoint.reader import PROVENANCE_KEY, Checkpoint
-from ..checkpoint.safetensors_format import INDEX_FILE, TensorSpec
+from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, TensorSpec
 from ..checkpoint.safetensors_writer import SafetensorsWriter, sync_folder
+from ..checkpoint.values import count_nonfinite
 from ..checkpoint.writer import SMALL_FILES_BYTES, json_bytes, write_file
 from ..errors import CcqError
 
 CARD = "README.md"
 SECTION = "## Tuning"
+_FLOATS = tuple(DTYPES[name] for name in FLOAT_DTYPES)
 
 
 def check_room(checkpoint: Checkpoint, folder: Path) -> None:
@@ -45,8 +47,13 @@ def write_tuned(
     """Write the whole checkpoint into the new folder `target`, the manifest last.
 
     Raises:
-        CcqError: if a replaced tensor is not of the stored dtype and shape.
+        CcqError: if a replaced tensor is not of the stored dtype and shape, or not finite.
     """
+    for name, array in tensors.items():
+        if array.dtype in _FLOATS and count_nonfinite(array):
+            raise CcqError(
+                f"{name}: tuning led to NaN or infinity; nothing is written (try fewer passes)"
+            )
     target.mkdir()
     hashes = {}
     for name, file in checkpoint.tensors.files.items():
