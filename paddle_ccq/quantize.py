@@ -27,7 +27,8 @@ from .checkpoint.plan import ROW_ORDERS, Layout, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
-from .checkpoint.source import HUBS, model_name, resolve_model
+from .checkpoint.source import HUBS, hub_id, model_name, resolve_model
+from .checkpoint.source_card import read_source_card
 from .checkpoint.writer import Workplace, partial_folder
 from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from .encoder.base import DEVICES, ENCODERS, PRESETS
@@ -136,7 +137,8 @@ def quantize(
                 f"{folder}: quantized already; quantize the original float checkpoint instead"
             )
         # Looked at before the work, so that what is wrong with them is not found after it.
-        for message in (*checkpoint.messages, *read_companions(folder).messages):
+        beside = (*read_companions(folder).messages, *read_source_card(folder)[1])
+        for message in (*checkpoint.messages, *beside):
             say(message)
         allocation = None
         if wanted is not None:
@@ -164,6 +166,7 @@ def quantize(
             say,
             provenance,
             allocation.as_dict() if allocation else None,
+            hub_id(model),
         )
         try:
             result = run.run()

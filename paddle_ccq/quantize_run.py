@@ -24,6 +24,7 @@ from .checkpoint.journal import make_fingerprint
 from .checkpoint.model_card import Recipe, model_card
 from .checkpoint.plan import Plan, gigabytes
 from .checkpoint.reader import Checkpoint
+from .checkpoint.source_card import read_source_card
 from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from .codec.formats import CCQ_FORMATS
 from .encoder import factory
@@ -99,12 +100,21 @@ class QuantizeRun:
         say: Callable[[str], object],
         calibration: dict[str, Any] | None = None,
         allocation: dict[str, Any] | None = None,
+        base_model: str | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
         self.encoders = encoders
         self.checkpoint = checkpoint
-        self.recipe = Recipe(model_name, options.preset, options.encoder, calibration, allocation)
+        self.recipe = Recipe(
+            model_name,
+            options.preset,
+            options.encoder,
+            calibration,
+            allocation,
+            base_model,
+            read_source_card(checkpoint.path)[0],
+        )
         self.workplace = workplace
         self.log_path = log_path
         self.say = say

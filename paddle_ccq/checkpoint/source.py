@@ -181,6 +181,14 @@ def model_name(model: str | os.PathLike[str]) -> str:
     return path.resolve().name
 
 
+def hub_id(model: str | os.PathLike[str]) -> str | None:
+    """The model's id on a hub: as given, of a short name, or of a hub's cache; else None."""
+    name = model_name(model)
+    if _HUB_ID.fullmatch(name):
+        return name
+    return None if Path(os.fspath(model)).expanduser().is_dir() else full_id(name)
+
+
 def _cached_name(place: Path) -> str | None:
     if place.parent.name == "snapshots":
         place = place.parent.parent

@@ -80,7 +80,7 @@ def write_tuned(
 
 def _card(old: Path, provenance: Mapping[str, Any]) -> str:
     """The old model card with a section on the tuning."""
-    text = old.read_text(encoding="utf-8") if old.is_file() else ""
+    text = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
     text = text.split(SECTION)[0].rstrip()
     text = text + "\n\n" if text else ""
     rows = [
