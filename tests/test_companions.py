@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic import tiny_config, write_checkpoint
 
@@ -20,6 +21,7 @@ from paddle_ccq.dequantize import main as dequantize_main
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import main as quantize_main
 from paddle_ccq.quantize import quantize
+from paddle_ccq.tuning.output import write_tuned
 from paddle_ccq.verify import verify
 
 CONFIG = tiny_config(num_hidden_layers=2, moe_num_experts=2)
@@ -292,3 +294,44 @@ def test_what_is_missing_of_the_tokenizer_is_said(model, tmp_path):
 def test_an_opened_checkpoint_needs_no_companions(model):
     (model / "LICENSE").symlink_to("nowhere")
     assert open_checkpoint(model).names()
+
+
+# --- tune ---------------------------------------------------------------------------------------
+
+TUNED = {
+    **{"text": "t", "text_sha256": "0" * 64, "tokens_learned": 1, "passes": 1},
+    **{"loss_before": 1.0, "loss_after": 0.5},
+}
+
+
+def test_tuning_copies_by_the_same_rule(model, tmp_path):
+    quantize(model, tmp_path / "out", preset="fast", quiet=True)
+    folder = linked(tmp_path / "out", tmp_path / "links")
+    (folder / ".gitattributes").write_text("x")
+    (folder / ".cache").mkdir()
+    write_tuned(open_checkpoint(folder), tmp_path / "tuned", {}, TUNED)
+    assert companions_of(tmp_path / "tuned") == set(NAMED)
+    result = verify(tmp_path / "tuned", model)
+    assert result.sound, result.problems
+    assert not any("not listed" in message for message in result.messages)
+
+
+def test_tuning_writes_no_infinity(model, tmp_path):
+    quantize(model, tmp_path / "out", preset="fast", quiet=True)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    bad = checkpoint.read_stored("ernie.norm.weight").copy()
+    bad[3] = np.inf
+    with pytest.raises(CcqError, match=r"ernie\.norm\.weight: tuning led to NaN or infinity"):
+        write_tuned(checkpoint, tmp_path / "tuned", {"ernie.norm.weight": bad}, TUNED)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_the_server_calls_a_cached_model_by_its_name(model, tmp_path):
+    pytest.importorskip("fastapi")
+    from paddle_ccq.serve import build_parser, build_service
+
+    quantize(model, tmp_path / "out", preset="fast", quiet=True)
+    snapshot = cached(tmp_path / "out", tmp_path / "models--me--tiny-wint2")
+    for given in (snapshot, tmp_path / "models--me--tiny-wint2"):
+        service = build_service(build_parser().parse_args([str(given)]))
+        assert service.settings.name == "me/tiny-wint2"
