@@ -96,6 +96,36 @@ def test_special_tokens_are_cut_out_first(folder, model):
     assert tokenizer.fast.get_vocab_size() == size + 2
 
 
+def test_where_tokens_begin(folder):
+    text = "<s>one \U0001f600<|turn|>\u4e2d two"
+    tokenizer = Tokenizer(folder, IDS)
+    encoding = tokenizer.fast.encode(text)
+    assert len(encoding.offsets) == len(encoding.ids)
+    starts = [start for start, _ in encoding.offsets]
+    assert starts == sorted(starts) and encoding.offsets[0] == (0, 3)
+    ends = [end for _, end in encoding.offsets]
+    assert ends[-1] == len(text)
+    turn = text.index("<|turn|>")
+    assert (turn, turn + 8) in encoding.offsets
+    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        piece = tokenizer.fast.id_to_token(number).replace("\u2581", " ")
+        if not piece.startswith("<0x"):
+            assert piece.strip() == text[start:end].strip()
+        else:
+            assert text[start : start + 1] in "\U0001f600\u4e2d"
+
+
+def test_the_bytes_of_single_tokens(folder):
+    from paddle_ccq.serving.token_text import TokenText
+
+    tokenizer = Tokenizer(folder, IDS)
+    texts = TokenText(tokenizer)
+    ids = tokenizer.encode("one \U0001f600 two")
+    assert b"".join(map(texts.bytes, ids)).strip() == "one \U0001f600 two".encode()
+    assert texts.bytes(1) == b"<s>"
+    assert texts.bytes(100_000) == b""
+
+
 def test_ids_outside_the_vocabulary_have_no_text(folder):
     tokenizer = Tokenizer(folder, IDS)
     assert tokenizer.decode([*tokenizer.encode("one"), 100_000, -1]) == "one"
@@ -198,6 +228,12 @@ def test_calibration_evaluation_and_server(checkpoint, tmp_path, capsys):
         prompt = [service.tokenizer.bos, *service.tokenizer.encode("one two")]
         assert answer.json()["usage"]["prompt_tokens"] == len(prompt)
         assert isinstance(answer.json()["choices"][0]["text"], str)
-        assert service.token_text(1) == "<s>"
+        asked |= {"echo": True, "logprobs": 1}
+        answer = client.post("/v1/completions", json=asked)
+        assert answer.status_code == 200, answer.text
+        choice = answer.json()["choices"][0]
+        assert choice["text"].startswith("one two")
+        offsets = choice["logprobs"]["text_offset"]
+        assert offsets == sorted(offsets) and len(offsets) == len(prompt) + 4
     finally:
         service.drain()

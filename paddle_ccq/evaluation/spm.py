@@ -7,23 +7,32 @@ piece, as transformers' and FastDeploy's Python tokenizers do.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.safetensors_io import load_json
 from ..errors import CcqError
 
+SPACE = "\u2581"  # what SentencePiece writes a space as
 _LFS = b"version https://git-lfs"
 
 
-@dataclass(frozen=True)
 class Encoding:
-    """The one field of tokenizers' Encoding that is used here."""
+    """Ids of a text, and where each begins and ends in it, in characters (worked out if asked)."""
 
-    ids: list[int]
+    def __init__(self, ids: list[int], offsets: Callable[[], list[tuple[int, int]]]) -> None:
+        self.ids = ids
+        self._offsets = offsets
+
+    @cached_property
+    def offsets(self) -> list[tuple[int, int]]:
+        return self._offsets()
 
 
 @dataclass(frozen=True)
@@ -100,15 +109,50 @@ class SentencePieceTokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
         """Ids of a text; nothing is put around it, whatever `add_special_tokens` says."""
         ids: list[int] = []
+        for begin, part in self._parts(text):
+            ids += self._model.encode(text[begin:part]) if isinstance(part, int) else [part.id]
+        return Encoding(ids, lambda: self._offsets(text))
+
+    def _parts(self, text: str) -> Iterator[tuple[int, int | AddedToken]]:
+        """Where each part begins, and its end, or the added token that it is."""
         end = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
-            ids += self._pieces(text[end : match.start()])
-            ids.append(self._ordered[match.lastindex - 1].id)
+            if match.start() > end:
+                yield end, match.start()
+            # The token itself, without white space that it swallows.
+            yield match.start(match.lastindex), self._ordered[match.lastindex - 1]
             end = match.end()
-        return Encoding(ids + self._pieces(text[end:]))
+        if end < len(text):
+            yield end, len(text)
 
-    def _pieces(self, text: str) -> list[int]:
-        return self._model.encode(text) if text else []
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for begin, part in self._parts(text):
+            if isinstance(part, AddedToken):
+                found.append((begin, begin + len(part.content)))
+                continue
+            found += [(begin + a, begin + b) for a, b in self._spans(text[begin:part])]
+        return found
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        try:
+            found = self._model.encode(text, return_type="proto")
+        except TypeError:  # before sentencepiece 0.2.2
+            found = self._model.encode(text, out_type="immutable_proto")
+        # By the texts that pieces stand for, which together are the whole text: whether begin and
+        # end count bytes or characters differs between versions of the library.
+        ends = list(accumulate(len(piece.surface) for piece in found.pieces))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The added and special tokens by id."""
+        return dict(self._by_id)
+
+    def to_str(self) -> str:
+        """The part of a tokenizer.json that says how tokens become text."""
+        space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+        decoder = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}]}
+        return json.dumps({"decoder": decoder})
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; those that are no token of this tokenizer have none."""
