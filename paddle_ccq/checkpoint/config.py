@@ -77,6 +77,38 @@ class ErnieConfig:
         config_checks.check_generation(path.with_name(GENERATION_FILE), config.raw)
         return config
 
+    def stated(self) -> dict[str, Any]:
+        """Values whose defaults differ between loaders, by key, to be spelled out in an output."""
+        values: dict[str, Any] = {
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "num_key_value_heads": self.num_key_value_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+        if self.moe_num_experts:
+            values |= {
+                "moe_num_shared_experts": self.moe_num_shared_experts,
+                "moe_layer_start_index": self.moe_layer_start_index,
+                "moe_layer_interval": self.moe_layer_interval,
+                "moe_use_aux_free": True,
+            }
+        return values
+
+    def spell_out(self, result: dict[str, Any]) -> None:
+        """Add to an output's fields what they leave open, so that all loaders build this model."""
+        for key, value in (("model_type", self.model_type), *self.stated().items()):
+            if result.get(key) is None:
+                result[key] = value
+        if not self.moe_num_experts and self.model_type == "ernie4_5_moe":
+            # transformers' class of this name always has experts.
+            result["model_type"] = "ernie4_5"
+            result["architectures"] = ["Ernie4_5_ForCausalLM"]
+        if self.num_nextn_predict_layers:
+            result["num_nextn_predict_layers"] = 0  # the tensors of that head are not written
+
     def with_tie(self, tied: bool) -> ErnieConfig:
         """The same model with its output tied to the embedding, or not; stated in `raw` too."""
         raw = {**self.raw, "tie_word_embeddings": tied}
