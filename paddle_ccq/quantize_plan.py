@@ -105,10 +105,10 @@ def dry_run(
     if wanted is not None and costs is None:
         facts += measuring_facts(plan.config, wanted.probing)
     for name, value in facts:
-        out.print(f"{name}: {value}", soft_wrap=True)
+        out.print(f"{name}: {value}", soft_wrap=True, markup=False)
     notes = (*config.notes, *assumed)
     for message in (*notes, *plan.messages, *(wanted.notes if wanted else ())):
-        out.print(f"note: {message}", soft_wrap=True)
+        out.print(f"note: {message}", soft_wrap=True, markup=False)
     return QuantizeResult(None, plan, [], {"estimate": seconds}, reporting.peak_rss())
 
 
