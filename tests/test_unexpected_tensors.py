@@ -252,3 +252,12 @@ def test_a_tensor_that_only_the_shards_know(tmp_path):
     path.write_text(json.dumps(index))
     with pytest.raises(CcqError, match=r"'lm_head.weight' is not called for"):
         open_checkpoint(tmp_path / "m")
+
+
+def test_verify_lists_a_key_that_would_make_another_model(tmp_path):
+    write(tmp_path / "m")
+    quantize(tmp_path / "m", tmp_path / "out", quiet=True, preset="fast")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "moe_gate_act": "sigmoid"}))
+    problems = verify(tmp_path / "out", hashes=False).problems
+    assert any("config.json: moe_gate_act: 'sigmoid' is not supported" in p for p in problems)

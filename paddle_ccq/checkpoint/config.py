@@ -61,10 +61,18 @@ class ErnieConfig:
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def from_json(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> ErnieConfig:
-        """Read a config.json, the folder that holds one, or an already parsed object."""
+    def from_json(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        problems: list[str] | None = None,
+    ) -> ErnieConfig:
+        """Read a config.json, the folder that holds one, or an already parsed object.
+
+        With a list of `problems`, keys that would make another model of the same tensors are
+        added to it; else they are refused like everything else that is not right.
+        """
         if isinstance(source, Mapping):
-            return _parse(Fields(dict(source), CONFIG_FILE))
+            return _parse(Fields(dict(source), CONFIG_FILE), problems)
         path = Path(source)
         if path.is_dir():
             path = path / CONFIG_FILE
@@ -73,7 +81,7 @@ class ErnieConfig:
         content = load_json(path, MAX_CONFIG_BYTES)
         if not isinstance(content, dict):
             raise CcqError(f"{path}: not a JSON object")
-        config = _parse(Fields(content, str(path)))
+        config = _parse(Fields(content, str(path)), problems)
         config_checks.check_generation(path.with_name(GENERATION_FILE), config.raw)
         return config
 
@@ -179,12 +187,12 @@ class ErnieConfig:
         return shapes
 
 
-def _parse(fields: Fields) -> ErnieConfig:
+def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:
     fields.values = config_keys.unified(fields.values, fields.fail)
     architectures = config_checks.architectures(fields)
     theta = config_checks.rope_theta(fields)
     experts = fields.integer("moe_num_experts", 0, MAX_EXPERTS, 0)
-    config_checks.refuse_unsupported(fields, experts > 0)
+    config_checks.refuse_unsupported(fields, experts > 0, problems)
     hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
     layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     heads = fields.integer("num_attention_heads", 1, 1 << 16)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CcqError
 from .config_fields import Fields
-from .config_keys import check_fixed, check_same, same, show, unknown_keys
+from .config_keys import check_same, fixed_problems, same, show, unknown_keys
 from .safetensors_io import load_json
 
 CONFIG_FILE = "config.json"
@@ -59,11 +59,17 @@ def model_type(fields: Fields, experts: bool) -> str:
     return value
 
 
-def refuse_unsupported(fields: Fields, experts: bool) -> None:
-    """Variants that would load and then compute something else."""
+def refuse_unsupported(fields: Fields, experts: bool, problems: list[str] | None) -> None:
+    """Refuse variants that would load and then compute something else.
+
+    With a list of `problems`, what leaves the tensors as they are is added to it instead.
+    """
     if fields.boolean("use_bias", False):
         raise fields.fail("use_bias", "true; models with bias terms are not supported")
-    check_fixed(fields.values, experts, fields.fail)
+    for key, problem in fixed_problems(fields.values, experts):
+        if problems is None:
+            raise fields.fail(key, problem)
+        problems.append(f"{CONFIG_FILE}: {key}: {problem}")
     use_moe = fields.boolean("use_moe", experts)
     if use_moe != experts:
         stated = fields.get("moe_num_experts", 0)

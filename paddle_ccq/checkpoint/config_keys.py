@@ -11,7 +11,7 @@ and of configs of other model families.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Builds the error for a key and what is wrong with it.
@@ -228,16 +228,17 @@ def same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
-def check_fixed(values: Mapping[str, Any], experts: bool, fail: Fail) -> None:
-    """Refuse keys that change what is computed and don't have ERNIE-4.5's value."""
+def fixed_problems(values: Mapping[str, Any], experts: bool) -> Iterator[tuple[str, str]]:
+    """Keys that change the model and don't have ERNIE-4.5's value, each with what is wrong."""
     for key, allowed in (*FIXED.items(), *(FIXED_MOE.items() if experts else ())):
         value = values.get(key)
         if value is None or any(same(value, one) for one in allowed):
             continue
         if not allowed:
-            raise fail(key, f"{show(value)} is not supported; the key must be absent")
+            yield key, f"{show(value)} is not supported; the key must be absent"
+            continue
         shown = " or ".join(show(one) for one in allowed)
-        raise fail(key, f"{show(value)} is not supported, only {shown}")
+        yield key, f"{show(value)} is not supported, only {shown}"
 
 
 def unknown_keys(values: Mapping[str, Any]) -> list[str]:

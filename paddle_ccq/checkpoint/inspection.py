@@ -40,7 +40,7 @@ class Inspection:
         self.folder = folder
         self.problems: list[str] = []
         self.messages: list[str] = []
-        self.config = _config(folder)
+        self.config = _config(folder, self.problems)
         self.messages += self.config.notes
         self.plan = _expected_plan(self.config, folder)
         self.row_order = _row_order(self.config)
@@ -199,12 +199,12 @@ class Inspection:
                 )
 
 
-def _config(folder: Path) -> ErnieConfig:
+def _config(folder: Path, problems: list[str]) -> ErnieConfig:
     if not folder.is_dir():
         raise CcqError(f"{folder}: no such folder")
     if folder.resolve().name.endswith(PARTIAL_SUFFIX) or (folder / JOURNAL_FILE).exists():
         raise CcqError(f"{folder}: an unfinished output; run the command that writes it again")
-    return ErnieConfig.from_json(folder).with_head_of(_stored_names(folder))
+    return ErnieConfig.from_json(folder, problems).with_head_of(_stored_names(folder))
 
 
 def _stored_names(folder: Path) -> Collection[str]:
