@@ -29,6 +29,7 @@ from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, hub_id, model_name, resolve_model
 from .checkpoint.source_card import read_source_card
+from .checkpoint.unexpected import config_of_folder
 from .checkpoint.writer import Workplace, partial_folder
 from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from .encoder.base import DEVICES, ENCODERS, PRESETS
@@ -121,7 +122,7 @@ def quantize(
     target = Path(os.path.abspath(output))
     folder = resolve_model(model, source, revision, log=say)
     check_regular(folder)
-    plan, costs = first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
+    plan, costs = first_plan(config_of_folder(folder)[0], plan_for, wanted)
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
     # A run that goes on writes its log anew; any other file of that name is somebody's.

@@ -60,6 +60,9 @@ def tune(
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     quantized = open_checkpoint(folder)
     original = open_checkpoint(resolve_model(model, source, log=_to_stderr))
+    for checkpoint in (quantized, original):
+        for message in checkpoint.messages:
+            _to_stderr(f"{checkpoint.path}: {message}")
     target = Path(os.path.abspath(output))
     if quantized.path.resolve() in (target.resolve(), *target.resolve().parents):
         raise CcqError(f"--output {target}: lies in the checkpoint's own folder; choose another")
