@@ -28,8 +28,9 @@ from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.writer import Workplace, partial_folder
+from .command import output_path, run_command
 from .encoder.base import DEVICES, ENCODERS, PRESETS
-from .errors import CcqError, run_cli
+from .errors import CcqError, readable
 from .quantize_plan import PlanMaker, first_plan
 from .quantize_plan import dry_run as run_dry
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
@@ -115,7 +116,11 @@ def quantize(
         return run_dry(model, plan_for, options, request, wanted)
     if output is None:
         raise CcqError("--output is missing: name the new folder to write")
-    target = Path(os.path.abspath(output))
+    target = output_path(output)
+    if log is not None:
+        output_path(log, "--log")
+    if request is not None:
+        _ = request.texts  # what is wrong with it is said before a model is fetched
     folder = resolve_model(model, source, revision, log=say)
     plan, costs = first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
     _check_separate(folder, target)
@@ -238,7 +243,8 @@ def _to_stderr(text: str) -> None:
 def _model_name(model: str | os.PathLike[str]) -> str:
     """What the output calls its source: a hub id or short name as given, or a folder's name."""
     text = os.fspath(model)
-    return Path(text).expanduser().resolve().name if Path(text).expanduser().is_dir() else text
+    folder = Path(text).expanduser()
+    return readable(folder.resolve().name if folder.is_dir() else text)
 
 
 def print_summary(result: QuantizeResult) -> None:
@@ -318,15 +324,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
-
-    def body() -> int:
-        result = quantize(**args)
-        if result.output is not None and not args["quiet"]:
+    def body(args: argparse.Namespace) -> int:
+        result = quantize(**vars(args))
+        if result.output is not None and not args.quiet:
             print_summary(result)
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
 from .codec.formats import CCQ_FORMATS
+from .command import run_command
 from .encoder.base import DEVICES, PRESETS
-from .errors import CcqError, run_cli
+from .errors import CcqError, readable
 from .host import default_threads, require_paddle
 from .ops import gpu_library
+from .texts.documents import read_texts
 
 MEASURABLE = (*CCQ_FORMATS, "wint4")
 DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
@@ -69,21 +71,19 @@ def sensitivity(
     for flag, value in (("--experts", experts), ("--threads", threads)):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
-    calibration = local_text(calibration)
-    if not calibration.is_file():
-        raise CcqError(f"--calibration {calibration}: no such file")
     require_paddle("sensitivity, which runs the model,")
     from .allocation.measure import measure
     from .calibration.settings import Settings, parse_tokens
     from .calibration.text import read_calibration_text
 
+    texts = read_texts(local_text(calibration), "--calibration")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log))
     if checkpoint.is_quantized:
         raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
     if not checkpoint.config.moe_layers():
         raise CcqError(f"{checkpoint.path}: has no MoE layer, so there is nothing to measure")
     settings = Settings(tokens=parse_tokens(calibration_tokens))
-    text = read_calibration_text(calibration, checkpoint, settings)
+    text = read_calibration_text(texts, checkpoint, settings)
     probing = Probing(
         method,
         tuple(formats),
@@ -98,7 +98,7 @@ def sensitivity(
     ):
         return measure(
             checkpoint,
-            checkpoint.path.resolve().name,
+            readable(checkpoint.path.resolve().name),
             text,
             settings,
             probing,
@@ -161,9 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         if args.json is not None:
             reporting.check_can_write(args.json, args.force)
         if args.plot is not None:
@@ -190,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         reporting.console().print(costs_table(found))
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.tensor_parallel import join
 from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1, unpermute_rows
-from .errors import CcqError, run_cli
+from .command import run_command
+from .errors import CcqError, visible
 
 # Above this relative squared error a matrix is no approximation of the reference but another one
 # (1 is what all zeros would give).
@@ -184,7 +185,7 @@ def print_result(result: VerifyResult) -> None:
     out = reporting.console()
 
     def line(text: str) -> None:
-        out.print(text, soft_wrap=True, markup=False)
+        out.print(visible(text), soft_wrap=True)
 
     for message in result.messages:
         line(f"note: {message}")
@@ -242,9 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
         result = verify(
@@ -255,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.sound else 1
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

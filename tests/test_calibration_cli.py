@@ -147,7 +147,7 @@ def test_the_plan_says_what_calibration_needs(text, capsys):
         (["--calibration", "TEXT", "--encoder", "paper"], "does not go with --encoder paper"),
         (["--calibration", "TEXT", "--format", "ccq-2.5"], "only wint2 experts"),
         (["--calibration", "TEXT", "--wint4-end-layer", "2"], "only wint2 experts"),
-        (["--calibration", "MODEL/config.json"], "must be a .jsonl or a .txt file"),
+        (["--calibration", "MODEL/config.json"], "config.json:1: none of the fields"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(model, text, tmp_path, capsys, flags, message):

@@ -34,6 +34,8 @@ def local_text(name: str | os.PathLike[str], flag: str = "--calibration") -> Pat
         CcqError: if there is neither such a file nor such a data set, or no client.
     """
     if not names_data_set(name):
+        if not os.fspath(name).strip():
+            raise CcqError(f"{flag}: the name is empty; name a file or a data set")
         return Path(name)  # whoever reads it says what is wrong with it
     cached = cache_folder() / (str(name).replace("/", "--").replace(":", "--") + ".jsonl")
     if cached.is_file():
