@@ -40,13 +40,13 @@ def json_values(file: TextFile) -> Iterator[tuple[str, Any]]:
         CcqError: naming file and line, for what is no JSON.
     """
     text = file.text
-    start = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches nothing, too
+    start = _skip(text, 0)
     if text.startswith("[", start):
         yield from _array(file, start)
     elif file.kind == JSON and _spans_lines(text[start:]):
         value, end = _decode(file, start)
         if text[end:].strip():
-            raise CcqError(f"{_where(file, end)}: something follows the JSON object")
+            raise CcqError(f"{_where(file, _skip(text, end))}: something follows the JSON object")
         yield _where(file, start), value
     else:
         for number, line in enumerate(text.split("\n"), start=1):
@@ -105,7 +105,7 @@ def _array(file: TextFile, start: int) -> Iterator[tuple[str, Any]]:
 
 
 def _skip(text: str, place: int) -> int:
-    return _SPACE.match(text, place).end()  # type: ignore[union-attr]
+    return _SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing, too
 
 
 def _decode(file: TextFile, place: int) -> tuple[Any, int]:
