@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from .streams import guarded
+from .streams import OutputLost, guarded
 
 # Control characters that are no white space, and those that reverse the direction of writing.
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -65,6 +65,8 @@ def run_cli(main: Callable[[], int]) -> int:
             return code
         except CcqError as error:
             message = str(error)
+        except OutputLost as error:
+            message = f"standard output: {error.strerror}; not all results could be printed"
         except OSError as error:
             message = str(CcqError(describe_os_error(error)))
         except MemoryError as error:

@@ -118,7 +118,7 @@ def quantize(
         raise CcqError("--output is missing: name the new folder to write")
     target = output_path(output)
     if log is not None:
-        output_path(log, "--log")
+        reporting.check_can_write(log, True, "--log")
     if request is not None:
         _ = request.texts  # what is wrong with it is said before a model is fetched
     folder = resolve_model(model, source, revision, log=say)

@@ -28,12 +28,20 @@ def _written_out(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(ERRORS, _written_out)
 
 
-class _Raw(io.FileIO):
-    """A descriptor that a reader may leave: what is written after that goes nowhere."""
+class OutputLost(OSError):
+    """Results could not be printed, for instance into a file on a full disk."""
 
-    def __init__(self, descriptor: int, name: str) -> None:
+
+class _Raw(io.FileIO):
+    """A descriptor that a reader may leave: what is written after that goes nowhere.
+
+    `results` says that what is written is wanted, so that an error of the system is one; messages
+    on their way to stderr are not worth a run.
+    """
+
+    def __init__(self, descriptor: int, results: bool) -> None:
         super().__init__(descriptor, "wb", closefd=False)
-        self._name = name
+        self._results = results
         self._gone = False
 
     def write(self, data: Any) -> int | None:
@@ -41,21 +49,19 @@ class _Raw(io.FileIO):
             return len(memoryview(data).cast("B"))
         try:
             return super().write(data)
-        except BrokenPipeError:
-            self._gone = True
-            return len(memoryview(data).cast("B"))
         except OSError as error:
             # Once is enough: what is still in the buffer must not fail again at the end.
             self._gone = True
-            error.filename = self._name
-            raise
+            if self._results and not isinstance(error, BrokenPipeError):
+                raise OutputLost(error.errno, error.strerror) from None
+            return len(memoryview(data).cast("B"))
 
 
 def _wrapped(stream: TextIO, name: str) -> TextIO:
     with contextlib.suppress(OSError, ValueError):
         stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Raw(stream.fileno(), name)),
+        io.BufferedWriter(_Raw(stream.fileno(), results=name == "stdout")),
         encoding=stream.encoding,
         errors=ERRORS,
         line_buffering=name == "stderr" or stream.isatty(),
