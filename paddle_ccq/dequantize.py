@@ -38,7 +38,7 @@ from .checkpoint.safetensors_io import (
 from .checkpoint.source import HUBS, resolve_model
 from .codec.row_order import ROW_ORDERS
 from .command import output_path, run_command
-from .errors import CcqError
+from .errors import CcqError, visible
 
 # The format tag in a shard's metadata that each family's loader accepts.
 _FORMAT_TAG = {"pt": "pt", "paddle": "np"}
@@ -60,7 +60,7 @@ def dequantize(
     Router weights and biases that are stored as float32 stay so. One tensor is in memory at a
     time; the folder gets its name only when everything is written.
     """
-    log = log or (lambda text: print(text, file=sys.stderr))
+    log = log or (lambda text: print(visible(text), file=sys.stderr))
     if naming not in names.LAYOUTS:
         raise CcqError(f"--naming: {naming!r} is not one of {', '.join(names.LAYOUTS)}")
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)

@@ -15,7 +15,7 @@ from . import reporting
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
 from .command import run_command
-from .errors import CcqError, readable
+from .errors import CcqError, readable, visible
 from .host import available_memory, require_paddle
 from .models.weights import EXACT, READINGS, weight_source
 from .texts.documents import read_documents
@@ -49,7 +49,7 @@ def evaluate(
     With a reference model, both are run on the same tokens and items, and the KL divergence, the
     top-1 agreement and the paired difference in nll are added.
     """
-    log = log or (lambda message: print(message, file=sys.stderr))
+    log = log or (lambda message: print(visible(message), file=sys.stderr))
     if text is None and not tasks:
         raise CcqError("nothing to measure: give --text, --tasks or both")
     for flag, value in (

@@ -30,7 +30,7 @@ from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.writer import Workplace, partial_folder
 from .command import output_path, run_command
 from .encoder.base import DEVICES, ENCODERS, PRESETS
-from .errors import CcqError, readable
+from .errors import CcqError, readable, visible
 from .quantize_plan import PlanMaker, first_plan
 from .quantize_plan import dry_run as run_dry
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
@@ -237,7 +237,7 @@ def _shown(what: Table) -> str:
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def _model_name(model: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .checkpoint.plan import Item, Plan, gigabytes
 from .command import output_path
-from .errors import CcqError, describe_os_error
+from .errors import CcqError, describe_os_error, visible
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
@@ -41,9 +41,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     """A plain table; all columns but the first are numbers and stand on the right."""
     result = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        result.add_column(visible(column), justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(visible, row))
     return result
 
 

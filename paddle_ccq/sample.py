@@ -14,7 +14,7 @@ from .calibration.settings import DEFAULT_WINDOW, parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
 from .command import output_path, run_command
-from .errors import CcqError
+from .errors import CcqError, visible
 from .host import default_threads, require_paddle
 
 DEFAULT_TOKENS = "128k"
@@ -75,7 +75,7 @@ def sample(
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from .checkpoint.source import HUBS, resolve_model
 from .codec.formats import CCQ_FORMATS
 from .command import run_command
 from .encoder.base import DEVICES, PRESETS
-from .errors import CcqError, readable
+from .errors import CcqError, readable, visible
 from .host import default_threads, require_paddle
 from .ops import gpu_library
 from .texts.documents import read_texts
@@ -54,7 +54,7 @@ def sensitivity(
     measures it and encodes the whole model once for each format (docs/allocation.md). `device` is
     where codes are searched; the costs are the same.
     """
-    log = log or (lambda message: print(message, file=sys.stderr))
+    log = log or (lambda message: print(visible(message), file=sys.stderr))
     if method not in METHODS:
         raise CcqError(f"--method {method}: not one of {', '.join(METHODS)}")
     for format in formats:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.reader import open_checkpoint
 from .command import run_command
-from .errors import CcqError, describe_os_error, readable
+from .errors import CcqError, describe_os_error, readable, visible
 
 if TYPE_CHECKING:
     from .ops.gpu_memory import Device
@@ -55,7 +55,7 @@ def build_service(args: argparse.Namespace) -> Service:
         ) from None
     checkpoint = open_checkpoint(args.folder, args.row_order)
     for message in checkpoint.messages:
-        print(f"{checkpoint.path.name}: {message}")
+        print(visible(f"{checkpoint.path.name}: {message}"))
     config = checkpoint.config
     longest = config.max_position_embeddings
     length = args.max_model_len or min(longest, DEFAULT_MAX_LENGTH)

@@ -13,7 +13,7 @@ from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
 from .command import output_path, run_command
-from .errors import CcqError
+from .errors import CcqError, visible
 from .host import default_threads, require_paddle
 from .texts.documents import read_texts
 
@@ -82,7 +82,7 @@ def tune(
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

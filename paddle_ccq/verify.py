@@ -102,7 +102,7 @@ def _reference(
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def _compare(
