@@ -66,7 +66,7 @@ def quantize(
 ) -> QuantizeResult:
     """Write a quantized checkpoint of `model` into the new folder `output`.
 
-    With `calibration`, a .jsonl or .txt file or a data set's hub id, wint2 experts are encoded
+    With `calibration`, a text (docs/texts.md) or a data set's hub id, wint2 experts are encoded
     for the least error of their outputs on that text (docs/calibration.md); without it no data
     is used.
     With `allocate`, a size such as "2.3bpw" or "100GB", the formats of MoE layers are chosen by
@@ -281,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--calibration",
         metavar="FILE",
-        help="text to choose wint2 codes by: .jsonl, .txt, or a data set's hub id",
+        help="text to choose wint2 codes by: .jsonl, .json, .txt, -, or a data set's hub id",
     )
     add("--calibration-tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
     add(

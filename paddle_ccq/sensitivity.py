@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         required=True,
         metavar="FILE",
-        help="text to measure on: .jsonl, .txt or a hub id",
+        help="text to measure on: .jsonl, .json, .txt, - or a hub id",
     )
     add("--calibration-tokens", default="64k", metavar="N", help="of the text to use (64k)")
     add("--probe-tokens", default="8k", metavar="N", help="of them, to measure on (8k)")

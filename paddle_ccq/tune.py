@@ -38,7 +38,7 @@ def tune(
 ) -> TuneResult:
     """Write a tuned copy of the quantized checkpoint `folder` into the new folder `output`.
 
-    `model` is the float checkpoint it was made from, `calibration` a .jsonl or .txt file or a
+    `model` is the float checkpoint it was made from, `calibration` a text (docs/texts.md) or a
     data set's hub id. The experts' codes, the format and the size stay (docs/tuning.md).
 
     Raises:
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         required=True,
         metavar="FILE",
-        help="text to tune on: .jsonl, .txt or a hub id",
+        help="text to tune on: .jsonl, .json, .txt, - or a hub id",
     )
     add("--output", required=True, help="new folder for the result")
     add("--tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
