@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -120,6 +124,41 @@ def test_a_closed_stream_is_no_place_for_the_next_file(folder, tmp_path) -> None
     assert shell(folder, f"{line} {tmp_path}/closed <&- >&- 2>&-").returncode == 0
     for path in sorted((tmp_path / "open").iterdir()):
         assert path.read_bytes() == (tmp_path / "closed" / path.name).read_bytes(), path.name
+
+
+def test_the_server_serves_without_streams(folder) -> None:
+    pytest.importorskip("fastapi")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = f'exec "$P" -m paddle_ccq.serve "äus[bold]" --port {port} <&- >&- 2>&-'
+    environment = {**os.environ, "P": sys.executable, **C_LOCALE}
+    with subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment) as server:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                with contextlib.suppress(OSError):
+                    with urllib.request.urlopen(f"{url}/health") as answer:
+                        assert answer.status == 200
+                    break
+                assert server.poll() is None
+                time.sleep(0.1)
+            with urllib.request.urlopen(f"{url}/v1/models") as answer:
+                assert json.load(answer)["data"][0]["id"] == "äus[bold]"
+        finally:
+            server.terminate()
+        assert server.wait() == 0
+
+
+def test_a_full_disk_is_named_with_the_file(folder, tmp_path, monkeypatch, capsys) -> None:
+    """The log is written a line a matrix, long after it was opened."""
+    target = tmp_path / "log"
+    target.symlink_to("/dev/full")
+    (tmp_path / "out.ccq-partial").mkdir()  # as of a run that goes on: its log exists
+    flags = ["--model", str(folder / FOREIGN), "--output", str(tmp_path / "out")]
+    assert quantize_main([*flags, "--log", str(target), "--preset", "fast"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {target}: no space left on the device")
 
 
 @pytest.mark.parametrize("name", ["a[/b]", "[bold]o[/]", ":smile:", "[red]", "a\\[b"])
