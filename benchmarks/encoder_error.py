@@ -13,7 +13,8 @@ from baselines import rtn_int2, symmetric_int2
 from common import markdown, put_into_doc, save_result
 
 from paddle_ccq.checkpoint.reader import open_checkpoint
-from paddle_ccq.encoder.base import ErrorStats, make_encoder
+from paddle_ccq.encoder.base import ErrorStats
+from paddle_ccq.encoder.factory import make_encoder
 
 K, N = 4096, 256
 # Four matrices of each distribution: one alone is uncertain by 0.1 to 0.2 %.

@@ -26,7 +26,7 @@ from ldlq_work import MODELS, PARTS, SHAPES, TERM, Device, Shape, device, predic
 
 from paddle_ccq import _core
 from paddle_ccq.encoder import ldlq
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES, Prepared
 from paddle_ccq.encoder.ldlq_metric import InputMoments, LdlqMetric
 from paddle_ccq.encoder.search_gpu import GpuLdlqEncoder

@@ -16,7 +16,7 @@ from common import markdown, put_into_doc, save_result
 from paddle_ccq.codec import wint2
 from paddle_ccq.codec.spare_scale import CCQ_2_5, CCQ_2_75, SpareScaleFormat
 from paddle_ccq.encoder import paper
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import make_encoder
 
 GROUP = paper.GROUP
 K, SEEDS = 4096, (0, 1)

@@ -22,7 +22,7 @@ from paddle_ccq.api import quantize, verify
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.command import run_command
 from paddle_ccq.evaluation.text import Tokenizer
-from paddle_ccq.models.weights import EXACT, row_order_of, stored_tensors, weight_source
+from paddle_ccq.models.weights import EXACT, weight_source
 from paddle_ccq.serving.engine import Engine, EngineSettings, Output
 from paddle_ccq.serving.engine_model import EngineModel
 from paddle_ccq.serving.sampling import SamplingParams
@@ -59,7 +59,7 @@ def look_inside(checkpoint: Checkpoint) -> None:
 def multiply(checkpoint: Checkpoint) -> None:
     """One expert's projection straight from its packed bytes, beside its floats."""
     name = next(n for n in checkpoint.names() if checkpoint.format_of(n) == "wint2")
-    packed = ops.repack("wint2", stored_tensors(checkpoint, name), row_order_of(checkpoint, name))
+    packed = ops.repack("wint2", checkpoint.packed(name), checkpoint.row_order_of(name))
     weight = weight_source(checkpoint, EXACT).read(name)
     x = np.random.default_rng(0).standard_normal((4, packed.k)).astype(np.float32)
     found, expected = ops.linear(x, packed), x @ weight

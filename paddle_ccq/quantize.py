@@ -22,12 +22,13 @@ from .calibration.session import Request as Calibration
 from .calibration.session import coverage, make_request
 from .calibration.settings import TOKEN_WEIGHTS
 from .checkpoint.config import ErnieConfig
-from .checkpoint.plan import EXPERT_FORMATS, ROW_ORDERS, Layout, Plan, build_plan, gigabytes
+from .checkpoint.plan import ROW_ORDERS, Layout, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.writer import Workplace, partial_folder
+from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from .command import output_path, run_command
 from .encoder.base import DEVICES, ENCODERS, PRESETS
 from .errors import CcqError, readable, visible
@@ -40,7 +41,7 @@ def quantize(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    format: str = "wint2",
+    format: str = DEFAULT_EXPERTS,
     preset: str = "default",
     encoder: str = "search",
     calibration: str | os.PathLike[str] | None = None,
@@ -275,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("--model", required=True, help="checkpoint folder, hub id or short name (ERNIE-4.5-21B)")
     add("--output", help="new folder for the result")
-    add("--format", choices=EXPERT_FORMATS, default="wint2", help="of routed experts")
+    add("--format", choices=EXPERT_FORMATS, default=DEFAULT_EXPERTS, help="of routed experts")
     add("--preset", choices=PRESETS, default="default", help="time against error")
     add("--encoder", choices=ENCODERS, default="search", help="search, or the paper's algorithm")
     add(

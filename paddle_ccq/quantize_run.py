@@ -26,10 +26,10 @@ from .checkpoint.plan import Plan, gigabytes
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from .codec.formats import CCQ_FORMATS
-from .encoder.base import MatrixEncoder, make_encoder
-from .encoder.ldlq import Moments, calibrated_encoder
+from .encoder import factory
+from .encoder.base import MatrixEncoder
+from .encoder.ldlq import Moments
 from .errors import CcqError
-from .host import default_threads
 from .ops import gpu_library
 from .version import __version__
 
@@ -82,25 +82,16 @@ def check_core(plan: Plan, options: Options) -> None:
 def make_encoders(
     plan: Plan, options: Options, moments: Moments | None = None
 ) -> dict[str, MatrixEncoder]:
-    """One encoder for each format that occurs in the plan; with `moments` a calibrated wint2."""
+    """One encoder for each format that occurs in the plan; see factory.make_encoders."""
     check_core(plan, options)
-    encoders = {
-        format: make_encoder(
-            format,
-            options.preset,
-            encoder=options.encoder,
-            threads=options.threads,
-            device=options.device,
-        )
-        for format in sorted({item.format for item in plan.items if item.quantized})
-    }
-    if moments is not None and "wint2" in encoders:
-        threads = options.threads or default_threads()
-        free = encoders["wint2"]
-        encoders["wint2"] = calibrated_encoder(
-            options.preset, threads, moments, free, options.device
-        )
-    return encoders
+    return factory.make_encoders(
+        (item.format for item in plan.items if item.quantized),
+        options.preset,
+        encoder=options.encoder,
+        threads=options.threads,
+        device=options.device,
+        moments=moments,
+    )
 
 
 class QuantizeRun:

@@ -20,7 +20,7 @@ from .allocation.probing import Probing
 from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
-from .codec.formats import CCQ_FORMATS
+from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
 from .command import run_command
 from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError, readable, visible
@@ -28,7 +28,7 @@ from .host import default_threads, require_paddle
 from .ops import gpu_library
 from .texts.documents import read_texts
 
-MEASURABLE = (*CCQ_FORMATS, "wint4")
+MEASURABLE = (*EXPERT_FORMATS, *WIDER_EXPERT_FORMATS)
 DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
 
 

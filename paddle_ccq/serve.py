@@ -77,10 +77,16 @@ def build_service(args: argparse.Namespace) -> Service:
         max_body_bytes=args.max_body_mib << 20,
         threads=args.threads or resources.threads_for(config),
         device=_device(args.device),
+        generation_config=args.generation_config == "auto",
     )
     if settings.api_key is None and not _is_loopback(args.host):
         print(f"warning: {args.host} can be reached by others, and there is no --api-key")
-    return Service(checkpoint, settings)
+    service = Service(checkpoint, settings)
+    if defaults := service.defaults.describe():
+        print(f"generation_config.json: {defaults}, where a request does not say")
+    if service.without_effect:
+        print(f"generation_config.json: {', '.join(service.without_effect)}: no effect here")
+    return service
 
 
 def _device(name: str) -> Device | None:
@@ -235,6 +241,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="the API's model (default: the folder's name)"
+    )
+    parser.add_argument(
+        "--generation-config",
+        choices=("auto", "none", "vllm"),
+        default="auto",
+        help="auto: the checkpoint's generation_config.json says how requests that do not are"
+        " sampled; none, or vllm as vLLM calls it: temperature 1, top_p 1, nothing else"
+        " (%(default)s)",
     )
     parser.add_argument(
         "--max-model-len",

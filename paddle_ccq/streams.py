@@ -104,7 +104,7 @@ def guarded() -> Iterator[None]:
 def _guard(name: str) -> TextIO:
     stream: TextIO | None = getattr(sys, name)
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # as long as the process
+        return open(os.devnull, "w", encoding="utf-8", errors=ERRORS)  # as long as the process
     if stream is not getattr(sys, f"__{name}__"):
         return stream
     try:

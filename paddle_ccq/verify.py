@@ -24,14 +24,13 @@ from .checkpoint.safetensors_format import DTYPES
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.tensor_parallel import join
 from .codec import formats
-from .codec.row_order import FASTDEPLOY_2_1, unpermute_rows
+from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command
 from .errors import CcqError, visible
 
-# Above this relative squared error a matrix is no approximation of the reference but another one
-# (1 is what all zeros would give).
-LARGEST_ERROR = {"wint8": 0.05}
-LARGEST_ERROR_OTHERS = 0.5
+# Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
+# what all zeros would give); of quantized matrices the format knows it.
+LARGEST_TUNED_ERROR = 0.5
 # What tuning changes beside scales and dense layers.
 TUNED = ("norm.weight", "mlp.gate.weight")
 SHOWN_WORST = 5
@@ -109,7 +108,7 @@ def _compare(
     inspection: Inspection, reference: Checkpoint, result: VerifyResult, quiet: bool
 ) -> None:
     order = inspection.row_order or FASTDEPLOY_2_1
-    if inspection.row_order is None and inspection.plan.format == "wint2":
+    if inspection.row_order is None and formats.get(inspection.plan.format).row_ordered:
         result.messages.append(f"the row order is not recorded; taking {order}")
     order_checked = False
     tuned = TUNED if (inspection.config.raw.get(PROVENANCE_KEY) or {}).get("tuning") else ()
@@ -127,7 +126,7 @@ def _compare(
             continue
         weight = reference.read(item.name)
         error = _error(item, whole, weight, order)
-        if item.format == "wint2" and not order_checked:
+        if formats.get(item.format).row_ordered and not order_checked:
             order_checked = True
             other = _error(item, whole, weight, other_order(order))
             if other["rel_mse"] < 0.5 * error["rel_mse"]:
@@ -135,7 +134,7 @@ def _compare(
                     f"{item.name}: the rows are in {other_order(order)} order, not {order};"
                     " FastDeploy would compute nonsense without complaint"
                 )
-        limit = LARGEST_ERROR.get(item.format, LARGEST_ERROR_OTHERS)
+        limit = formats.get(item.format).largest_error
         if not error["rel_mse"] <= limit:
             result.problems.append(
                 f"{item.name}: rel-MSE {error['rel_mse']:.3g} to the reference; these are other"
@@ -155,19 +154,14 @@ def _near(item: Item, parts: list[dict[str, np.ndarray]], reference: Checkpoint)
     """Whether a tuned tensor is still an approximation of the reference's."""
     whole = join([next(iter(part.values())) for part in parts], item.cut).astype(np.float32)
     expected = reference.read(item.name).reshape(whole.shape)
-    return energy(expected - whole) <= LARGEST_ERROR_OTHERS * energy(expected)
+    return energy(expected - whole) <= LARGEST_TUNED_ERROR * energy(expected)
 
 
 def _error(
     item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray, order: str
 ) -> dict[str, float]:
     """rel-MSE and cosine of a matrix, decoded exactly (float32), to the reference [K, N]."""
-    decoded = []
-    for part in parts:
-        values = formats.dequantize(item.format, part, "float32")
-        permuted = item.format == "wint2" and order == FASTDEPLOY_2_1
-        decoded.append(unpermute_rows(values) if permuted else values)
-    found = join(decoded, item.cut)
+    found = join([formats.decode(item.format, part, "float32", order) for part in parts], item.cut)
     size, found_size = energy(weight), energy(found)
     product = float(
         sum(np.dot(a, b).astype(np.float64) for a, b in zip(weight, found, strict=True))

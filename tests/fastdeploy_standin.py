@@ -33,7 +33,7 @@ def numpy_of(tensor: paddle.Tensor) -> np.ndarray:
 def decode(tensors: list[np.ndarray]) -> np.ndarray:
     """float32 [K, N] with the input rows in plain order."""
     named = dict(zip(SUFFIXES, tensors, strict=True))
-    return unpermute_rows(formats.dequantize("wint2", named, "float32"))
+    return unpermute_rows(formats.decode("wint2", named, "float32"))
 
 
 def expert_block(

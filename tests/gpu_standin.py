@@ -124,7 +124,7 @@ class Library:
             assert side.pairs == 1
             tensors = self.repacked[side.quant, side.scales, side.columns]
             one = {suffix: value[expert] for suffix, value in tensors.items()}
-            weight = formats.dequantize("wint2", one, "float32")
+            weight = formats.decode("wint2", one, "float32")
             return row_order.unpermute_rows(weight) if s.row_order == 1 else weight
 
         result = np.zeros((tokens, s.hidden), np.float32)

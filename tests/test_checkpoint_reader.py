@@ -143,7 +143,7 @@ def test_quantized_matrix_is_dequantized(tmp_path, format_name):
     assert checkpoint.stored_bytes(EXPERT) == sum(value.nbytes for value in packed.values())
     for suffix, value in checkpoint.packed(EXPERT).items():
         np.testing.assert_array_equal(value, packed[suffix])
-    expected = formats.dequantize(format_name, packed)
+    expected = formats.decode(format_name, packed, "bfloat16")
     np.testing.assert_array_equal(checkpoint.read(EXPERT), expected)
     turned = checkpoint.read_out_in(EXPERT)
     assert turned.flags.c_contiguous
@@ -155,7 +155,7 @@ def test_quantized_matrix_is_dequantized(tmp_path, format_name):
 def test_row_order_is_recorded_asked_or_assumed(tmp_path):
     write_checkpoint(tmp_path, layout="paddle")
     packed = quantize_in_place(tmp_path, EXPERT, "wint2")
-    plain = formats.dequantize("wint2", packed)
+    plain = formats.decode("wint2", packed, "bfloat16")
     restored = row_order.unpermute_rows(plain)
     edit_config(tmp_path, quantization_config={"quantization": "wint2"})
     assumed = open_checkpoint(tmp_path)
@@ -178,7 +178,9 @@ def test_row_order_concerns_wint2_only(tmp_path):
     edit_config(tmp_path, paddle_ccq={"row_order": "fastdeploy-2.1"})
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.row_order is None
-    np.testing.assert_array_equal(checkpoint.read(EXPERT), formats.dequantize("ccq-2.75", packed))
+    np.testing.assert_array_equal(
+        checkpoint.read(EXPERT), formats.decode("ccq-2.75", packed, "bfloat16")
+    )
 
 
 def test_scales_of_dense_linears_may_be_any_float(tmp_path):
@@ -187,7 +189,7 @@ def test_scales_of_dense_linears_may_be_any_float(tmp_path):
     scale = DENSE.removesuffix("weight") + "weight_scale"
     edit_tensors(tmp_path, {scale: packed["weight_scale"].astype(np.float32)})
     read = open_checkpoint(tmp_path).read(DENSE)
-    np.testing.assert_array_equal(read, formats.dequantize("wint8", packed))
+    np.testing.assert_array_equal(read, formats.decode("wint8", packed, "bfloat16"))
 
 
 def test_unconverted_linear_keeps_the_packed_name(tmp_path):

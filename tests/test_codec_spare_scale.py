@@ -113,8 +113,8 @@ def test_specs_match_the_tensors(f: ss.SpareScaleFormat) -> None:
     assert specs["quant_weight"][0] == t.quant_weight.shape
     assert formats.SAFETENSORS_DTYPES[specs["quant_weight"][1]] == f.storage
     assert formats.FORMATS[f.name].bits_per_weight == f.bits_per_weight
-    back = formats.dequantize(
-        f.name, {"quant_weight": t.quant_weight, "super_scales": t.super_scales}
+    back = formats.decode(
+        f.name, {"quant_weight": t.quant_weight, "super_scales": t.super_scales}, "bfloat16"
     )
     np.testing.assert_array_equal(back, ss.dequantize(t))
 

@@ -65,11 +65,11 @@ def test_golden_wint2_bytes(entry: dict) -> None:
 
 def check_values(format: str, tensors: dict[str, np.ndarray], golden: dict) -> np.ndarray:
     for runtime in ("float32", "bfloat16"):
-        decoded = formats.dequantize(format, tensors, runtime)
+        decoded = formats.decode(format, tensors, runtime)
         assert sha256(decoded) == golden[f"sha256_{runtime}"]
         if runtime in golden:
             assert [float(decoded[k, n]) for k, n in golden["at"]] == golden[runtime]
-    return formats.dequantize(format, tensors, "float32")
+    return formats.decode(format, tensors, "float32")
 
 
 def test_golden_wint2_tensor() -> None:

@@ -12,7 +12,7 @@ from paddle_ccq import _core
 from paddle_ccq.codec import formats, wint2
 from paddle_ccq.codec.row_order import permute_rows
 from paddle_ccq.encoder import ldlq, ldlq_reference
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.ldlq_metric import (
     InputMoments,
     blocks_of,

@@ -19,7 +19,7 @@ from test_journal_resume import contents
 
 from paddle_ccq import _core, sensitivity
 from paddle_ccq.encoder import ldlq
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import calibrated_encoder, make_encoder
 from paddle_ccq.encoder.ldlq_metric import InputMoments, make_metric
 from paddle_ccq.errors import CcqError
 from paddle_ccq.ops import gpu_ldlq, gpu_library
@@ -191,7 +191,7 @@ def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
     free = make_encoder("wint2", "fast", threads=1)
     known = InputMoments(h, 1000)
     cpu, gpu = (
-        ldlq.calibrated_encoder("fast", 1, lambda name: known, free, device).encode(w)
+        calibrated_encoder("fast", 1, lambda name: known, free, device).encode(w)
         for device in ("cpu", "gpu")
     )
     for suffix, value in cpu.tensors.items():

@@ -9,7 +9,8 @@ import pytest
 from paddle_ccq.codec import formats
 from paddle_ccq.codec.convolution import ConvolutionalCode
 from paddle_ccq.encoder import paper
-from paddle_ccq.encoder.base import ErrorStats, make_encoder
+from paddle_ccq.encoder.base import ErrorStats
+from paddle_ccq.encoder.factory import make_encoder
 
 
 @pytest.mark.parametrize("lns", [(4, 3, 2), (3, 3, 2), (3, 4, 2), (6, 4, 3), (2, 5, 1)])
@@ -49,7 +50,7 @@ def test_equation_4_minimises_the_error() -> None:
 def test_error_is_the_known_one(format: str, encoder: str, expected: float) -> None:
     w = np.random.default_rng(2).standard_normal((64, 4096)).astype(np.float32)
     encoded = make_encoder(format, encoder=encoder).encode(w)
-    back = formats.dequantize(format, encoded.tensors, runtime="float32").T
+    back = formats.decode(format, encoded.tensors, dtype="float32").T
     assert encoded.stats.rel_mse == pytest.approx(ErrorStats.between(w, back).rel_mse)
     assert encoded.stats.rel_mse == pytest.approx(expected, rel=0.03)
 
@@ -58,5 +59,7 @@ def test_error_is_the_known_one(format: str, encoder: str, expected: float) -> N
 def test_zero_channels_and_groups_stay_zero(format: str) -> None:
     w = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)
     w[0], w[1, :64] = 0, 0
-    back = formats.dequantize(format, make_encoder(format, encoder="paper").encode(w).tensors).T
+    back = formats.decode(
+        format, make_encoder(format, encoder="paper").encode(w).tensors, "bfloat16"
+    ).T
     assert not back[0].any() and not back[1, :64].any() and np.all(np.isfinite(back))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from paddle_ccq import _core
 from paddle_ccq.codec import formats, wint2
 from paddle_ccq.encoder import layouts, recipes, reference
-from paddle_ccq.encoder.base import ErrorStats, make_encoder
+from paddle_ccq.encoder.base import ErrorStats
+from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.search import SearchEncoder, pair_books
 
 FORMATS = list(formats.CCQ_FORMATS)
@@ -97,7 +98,7 @@ def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
 def test_reported_error_is_the_decoders_error(seed: int, format: str, kind: str) -> None:
     w = weights(kind, 8, 256, seed)
     encoded = make_encoder(format, "fast", threads=1).encode(w)
-    back = formats.dequantize(format, encoded.tensors, runtime="float32").T
+    back = formats.decode(format, encoded.tensors, dtype="float32").T
     assert np.all(np.isfinite(back))
     stats = ErrorStats.between(w, back)
     assert encoded.stats.rel_mse == pytest.approx(stats.rel_mse, rel=1e-6, abs=1e-12)

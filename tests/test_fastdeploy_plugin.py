@@ -19,7 +19,7 @@ import fastdeploy_standin as standin  # noqa: E402
 
 from paddle_ccq.checkpoint.fastdeploy import wint4_layers_of  # noqa: E402
 from paddle_ccq.codec.row_order import permute_rows  # noqa: E402
-from paddle_ccq.encoder.base import make_encoder  # noqa: E402
+from paddle_ccq.encoder.factory import make_encoder  # noqa: E402
 from paddle_ccq.errors import CcqError  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
 

@@ -58,7 +58,7 @@ def test_dequant_is_the_codec_bit_for_bit(kind: str, dtype: str) -> None:
     # Subnormal and overflowing float16 results must round like NumPy's.
     extreme = np.array([1e-9, 3e-8, 6e-6, 1e3, 3e4, -1e-7, 0.0, 1e30], ml_dtypes.bfloat16)
     tensors["super_scales"][: len(extreme)] = extreme
-    expected = formats.dequantize(format, tensors, dtype)
+    expected = formats.decode(format, tensors, dtype)
     found = ops.dequant(format, tensors, dtype, threads=3)
     assert str(found.dtype) == dtype
     np.testing.assert_array_equal(found.astype(np.float32), expected)
@@ -76,7 +76,7 @@ def test_every_byte_of_many_pairs_decodes_as_the_codec_says() -> None:
     }
     for name in ("code_scale", "code_zp"):
         tensors[name] = tensors[name].astype(np.float32)
-    expected = formats.dequantize("wint2", tensors, "float32")
+    expected = formats.decode("wint2", tensors, "float32")
     np.testing.assert_array_equal(ops.dequant("wint2", tensors, "float32"), expected)
     # One-hot rows read the products' decoders out, column halves with integer and general pairs.
     for half in (slice(0, n // 2), slice(n // 2, n)):
@@ -106,7 +106,7 @@ def test_repack_round_trip_is_exact_and_of_the_same_size(kind: str) -> None:
 def test_linear_equals_float64_and_no_batch_thread_or_instruction_set_matters(kind: str) -> None:
     format, tensors = stored(kind, 640, 112, seed=4)
     packed = ops.repack(format, tensors)
-    weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+    weight = formats.decode(format, tensors, "float32").astype(np.float64)
     x = np.random.default_rng(5).standard_normal((max(TOKENS), 640)).astype(np.float32)
     x[:, 7] *= 300
     x[:, 400] *= 1e5
@@ -123,7 +123,7 @@ def test_an_outlier_does_not_drown_its_neighbours() -> None:
     # Byte 0 is code 16384, whose first state is 32: row 4 is zero, and its input is huge.
     tensors["quant_weight"][1] = 0
     tensors["code_scale"][:], tensors["code_zp"][:] = 64, 16384
-    weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+    weight = formats.decode(format, tensors, "float32").astype(np.float64)
     rows = np.flatnonzero(~weight.any(axis=1))
     assert len(rows)
     x = np.random.default_rng(15).standard_normal((9, 128)).astype(np.float32)
@@ -136,7 +136,7 @@ def test_an_outlier_does_not_drown_its_neighbours() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_fine_products_are_off_by_float32_alone_and_bits_are_the_same_everywhere(kind: str) -> None:
     format, tensors = stored(kind, 640, 48, seed=4)
-    weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+    weight = formats.decode(format, tensors, "float32").astype(np.float64)
     packed = ops.repack(format, tensors)
     x = np.random.default_rng(5).standard_normal((max(TOKENS), 640)).astype(np.float32)
     x[3:40, 64:128] = 0  # groups without a rest among others with one
@@ -161,13 +161,13 @@ def test_half_precision_activations_lose_only_the_output_rounding(kind: str, dty
     x = np.random.default_rng(7).standard_normal((5, 256)).astype(dtype)
     y = ops.linear(x, ops.repack(format, tensors))
     assert y.dtype == dtype
-    weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+    weight = formats.decode(format, tensors, "float32").astype(np.float64)
     assert error(y, x.astype(np.float64) @ weight) < 2.5e-3
 
 
 def test_permuted_rows_multiply_the_right_inputs() -> None:
     _, plain = stored("wint2", 256, 32, seed=8)
-    weight = formats.dequantize("wint2", plain, "float32").astype(np.float64)
+    weight = formats.decode("wint2", plain, "float32").astype(np.float64)
     weight = row_order.unpermute_rows(weight)
     x = np.random.default_rng(9).standard_normal((3, 256)).astype(np.float32)
     y = ops.linear(x, ops.repack("wint2", plain, row_order.FASTDEPLOY_2_1))
@@ -176,7 +176,7 @@ def test_permuted_rows_multiply_the_right_inputs() -> None:
 
 def test_zeros_tiny_and_huge_rows_and_nan_stay_what_they_are() -> None:
     format, tensors = stored("wint2", 128, 16, seed=10)
-    weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+    weight = formats.decode(format, tensors, "float32").astype(np.float64)
     packed = ops.repack(format, tensors)
     x = np.random.default_rng(11).standard_normal((4, 128)).astype(np.float32)
     x[0], x[1], x[2] = 0, x[1] * np.float32(1e-20), x[2] * np.float32(1e30)
@@ -198,7 +198,7 @@ def experts_of(kind: str, count: int, hidden: int, width: int, order: str):
         tensors["super_scales"] = small.astype(ml_dtypes.bfloat16)
 
     def floats(tensors: Tensors) -> np.ndarray:
-        w = formats.dequantize(format, tensors, "float32").astype(np.float64)
+        w = formats.decode(format, tensors, "float32").astype(np.float64)
         return w if order == row_order.PLAIN else row_order.unpermute_rows(w)
 
     packed = ops.repack_experts(format, up, down, order)
@@ -242,7 +242,7 @@ def test_any_routing_gives_each_row_its_own_expert(data: st.DataObject) -> None:
     for (format, tensors), count, matrix in zip(matrices, counts, packed, strict=True):
         rows = slice(start, start + count)
         start += count
-        weight = formats.dequantize(format, tensors, "float32").astype(np.float64)
+        weight = formats.decode(format, tensors, "float32").astype(np.float64)
         assert error(y[rows], x[rows].astype(np.float64) @ weight) < BOUND
         np.testing.assert_array_equal(y[rows], ops.linear(x[rows], matrix))
 

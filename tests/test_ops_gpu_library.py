@@ -12,7 +12,7 @@ from synthetic import tiny_config, write_checkpoint
 
 from paddle_ccq import _core
 from paddle_ccq.encoder import layouts, recipes
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.search import pair_books
 from paddle_ccq.errors import CcqError
 from paddle_ccq.ops import gpu, gpu_library

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,6 +150,78 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(engine: Engine) -> None:
     assert first.done.wait(20)
     assert first.tokens(0) == together.tokens(0)
     assert len({tuple(first.tokens(i)) for i in range(3)}) == 3  # choices differ
+
+
+def test_an_answer_has_at_least_min_tokens(engine: Engine) -> None:
+    free = submit(engine, prompts(1), GREEDY)
+    assert free.done.wait(20)
+    for index in range(4):
+        tokens = free.tokens(index)
+        prompt = prompts(1)[index]
+        first, third = tokens[0], tokens[2]
+        text = tokenizer().decode(tokens)
+        ends = SamplingParams(
+            NEW, temperature=0, logprobs=0, stop_token_ids=(first,), stop=(text[0],)
+        )
+        ended = submit(engine, [prompt], ends)
+        assert ended.done.wait(20)
+        [output] = ended.outputs[0]
+        assert (output.reason, output.text) == ("stop", "")
+        for least in (1, 5, NEW):
+            params = replace(ends, min_tokens=least)
+            long = submit(engine, [prompt], params)
+            assert long.done.wait(20)
+            found = long.tokens()
+            assert len(found) >= least and first not in found[:least]
+            reason = long.outputs[0][-1].reason
+            assert reason == ("length" if len(found) == NEW and found[-1] != first else "stop")
+        # A token of its own ends the text before itself, whatever `ignore_eos` says.
+        params = replace(GREEDY, stop_token_ids=(third,))
+        ended = submit(engine, [prompt], params)
+        assert ended.done.wait(20)
+        assert ended.tokens() == tokens[: tokens.index(third) + 1]
+        said = "".join(output.text for output in ended.outputs[0])
+        assert said == tokenizer().decode(tokens[: tokens.index(third)])
+        assert ended.outputs[0][-1].reason == "stop"
+
+
+def test_a_prompt_is_scored_the_same_in_any_batch_and_without_an_answer() -> None:
+    given = prompts(2)
+    found = []
+    for settings in ((8, 4096, 512), (3, 4096, 7), (1, 4096, 64)):
+        engine = new_engine(model(), *settings)
+        for most in (0, 1, NEW):
+            params = replace(GREEDY, prompt_logprobs=2, max_tokens=most)
+            # Twice, so that some are copied.
+            asked = submit(engine, [*given, *given[:3]], params)
+            assert asked.done.wait(20)
+            scores = [asked.outputs[i][0].prompt for i in range(len(given) + 3)]
+            assert scores[len(given) :] == scores[:3]
+            assert [len(s) for s in scores[: len(given)]] == [len(p) - 1 for p in given]
+            assert all(o.prompt is None for outputs in asked.outputs.values() for o in outputs[1:])
+            assert most or all(o[0].tokens == 0 for o in asked.outputs.values())
+            found.append(scores)
+        engine.stop()
+        assert engine.cache.used == 0
+    assert all(scores == found[0] for scores in found)
+
+
+def test_scores_that_are_not_finite_end_their_request_and_no_other(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = EngineModel._logits
+
+    def broken(self: EngineModel, x: np.ndarray) -> np.ndarray:
+        found = logits(self, x)
+        return np.where(np.arange(len(found))[:, None] == 3, np.nan, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineModel, "_logits", broken)
+        asked = submit(engine, prompts(1)[:1], replace(GREEDY, prompt_logprobs=1))
+        assert asked.done.wait(10)
+    assert asked.outputs[0][-1].reason == "error"
+    fine = submit(engine, prompts(1)[:1], GREEDY)
+    assert fine.done.wait(10) and fine.outputs[0][-1].reason == "length"
 
 
 def test_equal_prompts_of_a_request_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_every_answer_is_as_documented(
     seen = set()
 
     @settings(
-        max_examples=80 if posted else 5,
+        max_examples=160 if posted else 5,
         derandomize=True,
         database=None,
         deadline=None,

@@ -16,7 +16,7 @@ from paddle_ccq.checkpoint.plan import cut_of
 from paddle_ccq.checkpoint.tensor_parallel import Cut, join, take
 from paddle_ccq.codec import formats
 from paddle_ccq.codec.row_order import permute_rows
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import main, quantize
 from paddle_ccq.verify import verify

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.row_order import FASTDEPLOY_2_1, permute_rows
+from ..codec import formats
 from ..encoder.base import ErrorStats, MatrixEncoder
 from ..errors import CcqError
 from .plan import Item, Plan
@@ -101,7 +101,6 @@ class Converter:
         self, item: Item, weight: np.ndarray
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
         size = self.plan.tensor_parallel_size
-        permuted = item.format == "wint2" and self.plan.row_order == FASTDEPLOY_2_1
         stem = item.name.removesuffix(".weight")
         parts, found = [], []
         said: list[dict[str, float]] = []
@@ -111,9 +110,9 @@ class Converter:
             rows = every_row
             if item.cut is not None and item.cut.axis == 0:
                 rows = take(every_row, item.cut, rank, size)
-            if permuted:
-                part = np.ascontiguousarray(permute_rows(part, axis=1))
-                rows = permute_rows(rows)
+            order = self.plan.row_order
+            part = np.ascontiguousarray(formats.order_rows(part, item.format, order, axis=1))
+            rows = formats.order_rows(rows, item.format, order)
             tensors, stats, measures = self._encode(item, part, rows)
             said.append(measures)
             parts.append({f"{stem}.{suffix}": array for suffix, array in tensors.items()})
@@ -130,7 +129,7 @@ class Converter:
         self, item: Item, weight: np.ndarray, rows: np.ndarray
     ) -> tuple[dict[str, np.ndarray], list[ErrorStats], dict[str, float]]:
         encoder = self.encoders[item.format]
-        if item.format not in SLICED_FORMATS:
+        if formats.get(item.format).kind is not formats.Kind.INTEGER:
             encoded = encoder.encode(weight, item.name, rows)
             return encoded.tensors, [encoded.stats], encoded.measures
         step = max(1, SLICE_WEIGHTS // weight.shape[1] // SLICE_COLUMNS) * SLICE_COLUMNS

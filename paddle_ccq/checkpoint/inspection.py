@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..codec.row_order import ROW_ORDERS
 from ..codec.wint2 import CODE_MAX, code_range
 from ..errors import CcqError
@@ -24,7 +25,7 @@ from .fastdeploy import (
     wint4_layers_of,
 )
 from .naming import is_linear, is_mtp
-from .plan import EXPERT_FORMATS, Item, Layout, Plan, build_plan
+from .plan import Item, Layout, Plan, build_plan
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from .rules import Rule
 from .safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
@@ -236,7 +237,7 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
         )
     return build_plan(
         config,
-        "wint2" if format == "wint8" else format,
+        DEFAULT_EXPERTS if format == "wint8" else format,
         None if layout else max(-1, min(end_layer, config.num_hidden_layers - 1)),
         tensor_parallel_size=size,
         rules=_kept_dense(config, quantization.get("modules_to_not_convert")),

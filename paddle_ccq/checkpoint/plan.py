@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS, stored_order
 from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
 from .config import ErnieConfig
@@ -17,7 +18,6 @@ from .rules import Candidate, Rule, forced_layers, layer_formats, matching_rules
 from .safetensors_format import TensorSpec, shard_name, tensor_bytes
 from .tensor_parallel import Cut
 
-EXPERT_FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
 # FastDeploy's name for the row order, by --fastdeploy-layout.
 ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -170,7 +170,7 @@ class Layout:
 
 def build_plan(
     config: ErnieConfig,
-    format: str = "wint2",
+    format: str = DEFAULT_EXPERTS,
     wint4_end_layer: int | None = None,
     fastdeploy_layout: str = "2.1",
     tensor_parallel_size: int = 1,
@@ -231,12 +231,11 @@ def build_plan(
         )
     elif all(item.format == "wint4" for item in items if item.role == "expert"):
         messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
-    permuted = format == "wint2" and ROW_ORDERS[fastdeploy_layout] == FASTDEPLOY_2_1
     plan = Plan(
         config=config,
         format=format,
         wint4_end_layer=wint4_end_layer,
-        row_order=FASTDEPLOY_2_1 if permuted else PLAIN,
+        row_order=stored_order(format, ROW_ORDERS[fastdeploy_layout]),
         tensor_parallel_size=tensor_parallel_size,
         items=items,
         shards=_split(items, max_shard_bytes),

@@ -38,8 +38,6 @@ AUXILIARY_PATTERNS = (
 )
 
 SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
-# The only format whose kernel wants its input rows re-ordered.
-ROW_ORDERED_FORMAT = "wint2"
 
 # Rows that are turned at a time: enough to fill cache lines on both sides of the transposition.
 _TURN_ROWS = 64
@@ -107,11 +105,18 @@ class Checkpoint:
         """Bytes on disk of a canonical tensor."""
         return sum(self.tensors.info(stored).nbytes for stored in self.stored_names(name))
 
-    def read(self, name: str) -> np.ndarray:
-        """The weight in canonical orientation, float32, input rows in plain order."""
+    def read(self, name: str, dtype: str = "bfloat16") -> np.ndarray:
+        """The weight in canonical orientation, float32, input rows in plain order.
+
+        A packed weight is rounded to `dtype`, what an engine would compute in ("float32" decodes
+        exactly); a float one is taken as it is stored.
+
+        Raises:
+            CcqError: if the stored tensors cannot be decoded.
+        """
         entry = self._entries[name]
         if entry.storage is None:
-            return self._dequantized(name, entry)
+            return self._decoded(name, entry, dtype)
         return self._assembled(entry, np.dtype(np.float32))
 
     def read_stored(self, name: str) -> np.ndarray:
@@ -127,7 +132,7 @@ class Checkpoint:
         if len(entry.shape) != 2:
             raise ValueError(f"{name} is not a matrix")
         if entry.storage is None:
-            return np.ascontiguousarray(self._dequantized(name, entry).T)
+            return np.ascontiguousarray(self._decoded(name, entry, "bfloat16").T)
         rows_in, columns = entry.shape
         result = np.empty((columns, rows_in), np.float32)
         for part, stored in zip(entry.storage.parts, self.stored_names(name), strict=True):
@@ -140,9 +145,17 @@ class Checkpoint:
         return result
 
     def packed(self, name: str) -> dict[str, np.ndarray]:
-        """The stored tensors of a quantized matrix by suffix."""
-        packed = self._entries[name].packed
-        return {suffix: self.tensors.read(stored) for suffix, stored in packed.items()}
+        """The stored tensors of a quantized matrix by suffix, in the dtypes of its format."""
+        entry = self._entries[name]
+        specs = formats.tensor_specs(entry.format, *entry.shape)
+        return {
+            suffix: self.tensors.read(stored).astype(DTYPES[specs[suffix][1]], copy=False)
+            for suffix, stored in entry.packed.items()
+        }
+
+    def row_order_of(self, name: str) -> str:
+        """The order in which a matrix's input rows are stored (codec/row_order.py)."""
+        return formats.stored_order(self.format_of(name), self.row_order)
 
     def _assembled(self, entry: _Entry, dtype: np.dtype) -> np.ndarray:
         assert entry.storage is not None
@@ -155,18 +168,12 @@ class Checkpoint:
             _turn_into(result[:, part.columns], self.tensors.read(stored_name))
         return result
 
-    def _dequantized(self, name: str, entry: _Entry) -> np.ndarray:
-        tensors = self.packed(name)
-        for suffix, (_, dtype) in formats.tensor_specs(entry.format, *entry.shape).items():
-            tensors[suffix] = tensors[suffix].astype(DTYPES[dtype], copy=False)
+    def _decoded(self, name: str, entry: _Entry, dtype: str) -> np.ndarray:
         try:
-            weight = formats.dequantize(entry.format, tensors)
+            return formats.decode(entry.format, self.packed(name), dtype, self.row_order)
         except ValueError as error:
             where = self.tensors.path_of(next(iter(entry.packed.values())))
             raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None
-        if entry.format == ROW_ORDERED_FORMAT and self.row_order == rows.FASTDEPLOY_2_1:
-            weight = rows.unpermute_rows(weight)
-        return weight
 
 
 def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None) -> Checkpoint:
@@ -343,7 +350,8 @@ def _row_order(checkpoint: Checkpoint, asked: str | None) -> str | None:
             f"{where}: {PROVENANCE_KEY}.row_order: {recorded!r} is not one of"
             f" {', '.join(rows.ROW_ORDERS)}"
         )
-    if all(checkpoint.format_of(name) != ROW_ORDERED_FORMAT for name in checkpoint.names()):
+    used = {checkpoint.format_of(name) for name in checkpoint.names()} - {"f32"}
+    if not any(formats.get(format).row_ordered for format in used):
         return None
     if recorded and asked and recorded != asked:
         raise CcqError(f"{where}: rows are recorded as {recorded}, not as the asked {asked}")

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from ..codec.formats import DENSE_FORMATS, WIDER_EXPERT_FORMATS
 from ..errors import CcqError
 
-# What a rule may ask of a dense linear layer. A layer left in bf16 is named to FastDeploy in
-# modules_to_not_convert, which it honours from release 2.5 on.
-DENSE_FORMATS = ("wint8", "bf16")
 MAX_RULES_BYTES = 1 << 20
 
 
@@ -114,7 +112,9 @@ def _check_allowed(rule: Rule, candidate: Candidate, expert_format: str) -> None
             f"{where} touches {candidate.name}: routers, correction biases, norms, embeddings and"
             " lm_head are never quantized and take no rule; make the pattern narrower"
         )
-    allowed = ("wint4", expert_format) if candidate.role == "expert" else DENSE_FORMATS
+    allowed = (
+        (*WIDER_EXPERT_FORMATS, expert_format) if candidate.role == "expert" else DENSE_FORMATS
+    )
     if rule.format not in allowed:
         kind = "a routed expert" if candidate.role == "expert" else "a dense linear layer"
         raise CcqError(

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Rows of a column that share a local scale, in every format of the paper.
+GROUP = 64
+
 
 @dataclass(frozen=True)
 class ConvolutionalCode:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-GROUP = 64
+from .convolution import GROUP
+
 FASTDEPLOY_2_1 = "fastdeploy-2.1"
 PLAIN = "plain"
 ROW_ORDERS = (FASTDEPLOY_2_1, PLAIN)

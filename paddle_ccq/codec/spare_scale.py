@@ -15,10 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .convolution import ConvolutionalCode
+from .convolution import GROUP, ConvolutionalCode
 from .floats import BFLOAT16, round_to
-
-GROUP = 64
 
 
 @dataclass(frozen=True)

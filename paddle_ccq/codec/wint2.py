@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .convolution import ConvolutionalCode
+from .convolution import GROUP, ConvolutionalCode
 from .floats import BFLOAT16, round_to
 
 CODE = ConvolutionalCode(6, 4, 3)
-GROUP = 64
 ROWS_PER_BYTE = CODE.N
 # Two 4-bit scales share a byte, so K must hold whole pairs of groups.
 ROW_MULTIPLE = 2 * GROUP

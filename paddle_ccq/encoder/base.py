@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an encoder is, what it returns, and how to get one by name."""
+"""What an encoder is and what it returns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-
-from ..codec import formats
-from ..host import default_threads
 
 PRESETS = ("fast", "default", "best")
 ENCODERS = ("search", "paper", "paper-literal")
@@ -84,43 +81,3 @@ class MatrixEncoder(Protocol):
             ValueError: if the format cannot hold the shape.
         """
         ...
-
-
-def make_encoder(
-    format: str,
-    preset: str = "default",
-    *,
-    encoder: str = "search",
-    threads: int | None = None,
-    device: str = "cpu",
-) -> MatrixEncoder:
-    """An encoder for wint2, ccq-2.5 or ccq-2.75 (`encoder`, `preset`), or for wint8 and wint4.
-
-    `device` chooses where the search runs; the result is the same.
-
-    Raises:
-        ValueError: for an unknown format, preset, encoder or device.
-        CcqError: for the device "gpu" without the GPU library.
-    """
-    from .integer import IntegerEncoder
-    from .paper import PaperEncoder
-    from .search import SearchEncoder
-
-    threads = threads or default_threads()
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    if encoder not in ENCODERS:
-        raise ValueError(f"unknown encoder {encoder!r}; known: {', '.join(ENCODERS)}")
-    if format in ("wint8", "wint4"):
-        return IntegerEncoder(format)
-    if format not in formats.CCQ_FORMATS:
-        raise ValueError(f"no encoder for format {format!r}")
-    if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
-    if encoder == "search" and device == "gpu":
-        from .search_gpu import GpuSearchEncoder
-
-        return GpuSearchEncoder(format, preset, threads)
-    if encoder == "search":
-        return SearchEncoder(format, preset, threads)
-    return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import ml_dtypes
@@ -11,9 +12,12 @@ import numpy as np
 from ..codec import wint2
 from ..codec.formats import Tensors
 from ..codec.spare_scale import CCQ_2_5, CCQ_2_75, SpareScaleFormat
+from .recipes import CODE_SCALE, CODE_ZERO_POINTS
 
-GROUP = 64
 LANES = 16
+
+# books[pair][book]: signed states of every entry.
+PairBooks = list[list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class LaneSet:
 class SearchLayout:
     """One format for the search.
 
+    books: how many code pairs to choose among -> their code books.
+    pack: what the core or reference.py found ("words", "scales", "supers", "pairs") -> the
+    format's stored tensors.
     fraction bits are chosen so that four times the state range fits 16 bits: a weight beyond that
     is an outlier whose nearest vector no longer depends on how far out it is.
     """
@@ -45,11 +52,14 @@ class SearchLayout:
     state_max: int
     remainder_shift: int
     scale_max: int
+    books: Callable[[int], PairBooks]
+    pack: Callable[[Mapping[str, np.ndarray]], Tensors]
 
     def as_dict(self) -> dict[str, object]:
         """For the compiled core."""
         values = asdict(self)
-        values.pop("index_bits")
+        for only_here in ("index_bits", "books", "pack"):
+            values.pop(only_here)
         values["sets"] = [asdict(s) for s in self.sets]
         return values
 
@@ -74,19 +84,27 @@ def _spare_scale_layout(f: SpareScaleFormat, fraction: int) -> SearchLayout:
         state_max=f.mask - f.zero_point,
         remainder_shift=f.scale_bits,
         scale_max=f.scale_max,
+        books=lambda _: [spare_scale_books(f)],
+        pack=lambda found: pack_spare_scale(f, found["words"], found["scales"], found["supers"]),
     )
 
 
 LAYOUTS: dict[str, SearchLayout] = {
     "wint2": SearchLayout(
         sets=(LaneSet(0, 16, 0, wint2.ROWS_PER_BYTE, wint2.ROWS_PER_BYTE, 0, 0),),
-        words=GROUP // wint2.ROWS_PER_BYTE,
+        words=wint2.GROUP // wint2.ROWS_PER_BYTE,
         fraction=8,
         index_bits=(8,),
         state_min=-wint2.CODE.zero_point,
         state_max=wint2.CODE.mask - wint2.CODE.zero_point,
         remainder_shift=0,
         scale_max=wint2.SCALE_MAX,
+        books=lambda pairs: [
+            [wint2.codebook(CODE_SCALE, zero_point)] for zero_point in CODE_ZERO_POINTS[:pairs]
+        ],
+        pack=lambda found: pack_wint2(
+            found["words"], found["scales"], found["supers"], found["pairs"]
+        ),
     ),
     CCQ_2_75.name: _spare_scale_layout(CCQ_2_75, fraction=10),
     CCQ_2_5.name: _spare_scale_layout(CCQ_2_5, fraction=11),
@@ -99,16 +117,16 @@ def spare_scale_books(f: SpareScaleFormat) -> list[np.ndarray]:
 
 
 def pack_wint2(
-    words: np.ndarray, scales: np.ndarray, supers: np.ndarray, code_scale: float, zps: np.ndarray
+    words: np.ndarray, scales: np.ndarray, supers: np.ndarray, pairs: np.ndarray
 ) -> Tensors:
-    """Search output ([N, K/64, 16], [N, K/64], [N], pair of each channel) -> stored tensors."""
+    """Search output ([N, K/64, 16], [N, K/64], [N], index of its code pair [N]) -> tensors."""
     n = words.shape[0]
     return {
         "quant_weight": np.ascontiguousarray(words.reshape(n, -1).astype(np.uint8).T),
         "weight_scale": np.ascontiguousarray(wint2.pack_scales(scales.T)),
         "super_scales": supers.astype(ml_dtypes.bfloat16),
-        "code_scale": np.full(n, code_scale, np.float32),
-        "code_zp": zps.astype(np.float32),
+        "code_scale": np.full(n, CODE_SCALE, np.float32),
+        "code_zp": np.array(CODE_ZERO_POINTS, np.float32)[pairs],
     }
 
 

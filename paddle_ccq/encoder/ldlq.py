@@ -95,9 +95,8 @@ def pack(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarr
     words, scales = found["words"].copy(), found["scales"].copy()
     words[prepared.dead], scales[prepared.dead] = 0, 0
     supers = np.where(prepared.dead, 0, np.ldexp(found["supers"], prepared.exponents))
-    zero_points = np.array(CODE_ZERO_POINTS)[found["pairs"]]
     return layouts.pack_wint2(
-        words.reshape(n, -1, 16), scales, supers.astype(np.float32), CODE_SCALE, zero_points
+        words.reshape(n, -1, 16), scales, supers.astype(np.float32), found["pairs"]
     )
 
 
@@ -175,17 +174,3 @@ class LdlqEncoder:
             self._threads,
             self._isa,
         )
-
-
-def calibrated_encoder(
-    preset: str, threads: int, moments: Moments, data_free: MatrixEncoder, device: str = "cpu"
-) -> LdlqEncoder:
-    """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
-
-    Factors of the statistics and measures of the outputs are computed on the CPU either way.
-    """
-    if device == "gpu":
-        from .search_gpu import GpuLdlqEncoder
-
-        return GpuLdlqEncoder(preset, threads, moments, data_free)
-    return LdlqEncoder(preset, threads, moments, data_free)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from ..codec.convolution import GROUP
 from .ldlq_metric import BLOCK, LdlqMetric
 
-GROUP = 64
 SCALE_MAX = 15
 F32 = np.float32
 

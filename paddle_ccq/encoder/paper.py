@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 
 from ..codec import formats, wint2
-from ..codec.convolution import ConvolutionalCode
+from ..codec.convolution import GROUP, ConvolutionalCode
 from ..codec.spare_scale import CCQ_2_5, CCQ_2_75, SpareScaleFormat
 from . import layouts
 from .base import Encoded, ErrorStats
 
-GROUP = 64
+_SPARE_SCALE = {f.name: f for f in (CCQ_2_5, CCQ_2_75)}
 # Rounds of "nearest of the 256 vectors, then equation (4)" in the charitable reading. The paper
 # names no number; three come within 3 % of the plateau (rel-MSE 0.158, 0.138, 0.131, ..., 0.127).
 ROUNDS = 3
@@ -111,15 +111,12 @@ class PaperEncoder:
         chunks = []
         for first in range(0, n, CHUNK):
             w = weight[first : first + CHUNK].reshape(-1, k // GROUP, GROUP).astype(np.float32)
-            if self.format == "wint2":
-                chunks.append(self._wint2(w))
-            else:
-                f = CCQ_2_5 if self.format == CCQ_2_5.name else CCQ_2_75
-                chunks.append(self._spare_scale(f, w))
+            f = _SPARE_SCALE.get(self.format)
+            chunks.append(self._spare_scale(f, w) if f else self._wint2(w))
         tensors = {
             suffix: np.concatenate([c[suffix] for c in chunks], axis=-1) for suffix in chunks[0]
         }
-        back = formats.dequantize(self.format, tensors, runtime="float32").T
+        back = formats.decode(self.format, tensors, dtype="float32").T
         return Encoded(tensors, ErrorStats.between(weight, back))
 
     def _wint2(self, w: np.ndarray) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from .layouts import GROUP, SearchLayout
+from ..codec.convolution import GROUP
+from .layouts import SearchLayout
 from .recipes import Recipe
 
 # Below this a super scale's reciprocal would leave float32; such a channel is stored as zeros.

@@ -11,33 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..codec import formats, wint2
-from ..codec.spare_scale import CCQ_2_5, CCQ_2_75
+from ..codec import formats
 from . import layouts
 from .base import Encoded, ErrorStats
-from .recipes import CODE_SCALE, CODE_ZERO_POINTS, RECIPES, Recipe
-
-_SPARE_SCALE = {f.name: f for f in (CCQ_2_5, CCQ_2_75)}
-
-# books[pair][book]: signed states of every entry.
-PairBooks = list[list[np.ndarray]]
+from .recipes import RECIPES, Recipe
 
 
-def pair_books(format: str, recipe: Recipe) -> PairBooks:
+def pair_books(format: str, recipe: Recipe) -> layouts.PairBooks:
     """The code books that a recipe chooses among, one list for each code pair."""
-    if format == "wint2":
-        zero_points = CODE_ZERO_POINTS[: recipe.code_pairs]
-        return [[wint2.codebook(CODE_SCALE, zp)] for zp in zero_points]
-    return [layouts.spare_scale_books(_SPARE_SCALE[format])]
-
-
-def pack(format: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the core (or reference.py) found -> the format's stored tensors."""
-    words, scales, supers = found["words"], found["scales"], found["supers"]
-    if format == "wint2":
-        zero_points = np.array(CODE_ZERO_POINTS)[found["pairs"]]
-        return layouts.pack_wint2(words, scales, supers, CODE_SCALE, zero_points)
-    return layouts.pack_spare_scale(_SPARE_SCALE[format], words, scales, supers)
+    return layouts.LAYOUTS[format].books(recipe.code_pairs)
 
 
 class SearchEncoder:
@@ -67,7 +49,7 @@ class SearchEncoder:
         found = self._search(np.ascontiguousarray(weight, dtype=np.float32))
         # Channels are summed in order, so that the statistics, too, are reproducible.
         stats = ErrorStats(*(float(total) for total in found["sums"].sum(axis=0)))
-        return Encoded(pack(self.format, found), stats)
+        return Encoded(self._layout.pack(found), stats)
 
     def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         from .. import _core

@@ -8,9 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..checkpoint.reader import ROW_ORDERED_FORMAT, Checkpoint
-from ..codec import formats
-from ..codec.row_order import FASTDEPLOY_2_1, PLAIN, unpermute_rows
+from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 
 EXACT, BFLOAT16 = "exact", "bfloat16"
@@ -42,15 +40,7 @@ class ExactWeights:
 
     def read(self, name: str) -> np.ndarray:
         """The named weight as float32, matrices as [in, out]."""
-        checkpoint = self.checkpoint
-        format_name = checkpoint.format_of(name)
-        if format_name == "bf16":
-            return checkpoint.read(name)
-        try:
-            weight = formats.dequantize(format_name, stored_tensors(checkpoint, name), "float32")
-        except ValueError as error:
-            raise CcqError(f"{checkpoint.path}: {name}: cannot be decoded: {error}") from None
-        return weight if row_order_of(checkpoint, name) == PLAIN else unpermute_rows(weight)
+        return self.checkpoint.read(name, "float32")
 
 
 def weight_source(checkpoint: Checkpoint, reading: str) -> WeightSource:
@@ -58,22 +48,6 @@ def weight_source(checkpoint: Checkpoint, reading: str) -> WeightSource:
     if reading not in READINGS:
         raise CcqError(f"--weights {reading}: must be one of {', '.join(READINGS)}")
     return checkpoint if reading == BFLOAT16 else ExactWeights(checkpoint)
-
-
-def stored_tensors(checkpoint: Checkpoint, name: str) -> formats.Tensors:
-    """The packed tensors of a matrix in the dtypes of its format."""
-    tensors = checkpoint.packed(name)
-    specs = formats.tensor_specs(checkpoint.format_of(name), *checkpoint.shape(name))
-    return {
-        suffix: tensors[suffix].astype(formats.SAFETENSORS_DTYPES[dtype], copy=False)
-        for suffix, (_, dtype) in specs.items()
-    }
-
-
-def row_order_of(checkpoint: Checkpoint, name: str) -> str:
-    """The order of a packed matrix's stored input rows."""
-    ordered = checkpoint.format_of(name) == ROW_ORDERED_FORMAT
-    return FASTDEPLOY_2_1 if ordered and checkpoint.row_order == FASTDEPLOY_2_1 else PLAIN
 
 
 class OverriddenWeights:

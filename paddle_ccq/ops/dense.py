@@ -18,7 +18,7 @@ from ..codec import formats
 from ..codec.weight_only import deinterleave
 from . import checks
 
-INTEGER_FORMATS = {"wint8": 8, "wint4": 4}
+INTEGER_FORMATS = formats.named(kind=formats.Kind.INTEGER)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DenseMatrix:
         if format not in INTEGER_FORMATS:
             names = ", ".join(INTEGER_FORMATS)
             raise ValueError(f"format must be one of {names}, got {format!r}")
-        bits = INTEGER_FORMATS[format]
+        bits = int(formats.get(format).bits_per_weight)
         stored, scale = tensors["quant_weight"], tensors["weight_scale"]
         specs = formats.tensor_specs(format, stored.shape[-1], stored.shape[0] * 8 // bits)
         shape, dtype = specs["quant_weight"]

@@ -21,7 +21,7 @@ def dequant(
 ) -> np.ndarray:
     """[K, N] of `dtype` (float32, bfloat16 or float16), rows in stored order.
 
-    Bit for bit codec.formats.dequantize(format, tensors, dtype): what an engine computing in that
+    Bit for bit codec.formats.decode(format, tensors, dtype): what an engine computing in that
     type multiplies with.
 
     Raises:

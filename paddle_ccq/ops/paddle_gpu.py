@@ -161,7 +161,7 @@ def repack_experts(
 
 
 def dequant(format: str, tensors: Mapping[str, np.ndarray], dtype: str = "bfloat16") -> Any:
-    """[K, N] of `dtype` on the GPU, rows in stored order: codec.formats.dequantize bit for bit.
+    """[K, N] of `dtype` on the GPU, rows in stored order: codec.formats.decode bit for bit.
 
     Raises:
         ValueError: naming the tensor or argument that does not fit.

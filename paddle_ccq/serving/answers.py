@@ -7,13 +7,15 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from .echo import Echo, echoes
 from .engine import Output
 from .errors import ApiError
+from .protocol import Common
 from .sampling import TokenLogprob
-from .service import Generation
+from .service import Generation, Service
 
 Dict = dict[str, Any]
 
@@ -23,17 +25,20 @@ class Answer(ABC):
 
     whole_object = chunk_object = id_prefix = ""
 
-    def __init__(
-        self, model: str, prompt_tokens: int, choices: int, token_text: Callable[[int], str]
-    ) -> None:
-        self.token_text = token_text
-        self.prompt_tokens = prompt_tokens
-        self.tokens = [0] * choices
+    def __init__(self, service: Service, body: Common, prompts: Sequence[Sequence[int]]) -> None:
+        self.service, self.body, self.prompts = service, body, prompts
+        self.token_text = service.token_text
+        self.n = body.n or 1
+        self.prompt_tokens = sum(map(len, prompts))
+        self.tokens = [0] * (self.n * len(prompts))
         self.head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": service.settings.name,
         }
+
+    async def prepare(self) -> None:  # noqa: B027
+        """What is to be known before the first output is written."""
 
     @abstractmethod
     def choice(self, index: int, outputs: list[Output]) -> Dict:
@@ -43,9 +48,36 @@ class Answer(ABC):
     def piece(self, output: Output) -> Dict:
         """One choice of a streamed event."""
 
+    def says_something(self, output: Output) -> bool:
+        """Whether an event is to be sent for it."""
+        return bool(output.text or output.reason or output.logprob)
+
     def opening(self) -> list[Dict]:
         """Choices of a first event, before there is any text."""
         return []
+
+    def prompt_logprobs(self, output: Output) -> list[Dict | None] | None:
+        """vLLM's form: for each token of the prompt, likely tokens by their numbers."""
+        count = self.body.prompt_logprobs
+        if count is None:
+            return None
+        found: list[Dict | None] = [None]
+        for score in output.prompt:
+            chosen = (score.token, score.logprob, score.rank)
+            likely = [(t, v, place) for place, (t, v) in enumerate(score.top[:count], 1)]
+            if score.token not in (token for token, *_ in likely):
+                likely.insert(0, chosen)
+            found.append(
+                {
+                    str(token): {
+                        "logprob": value,
+                        "rank": rank,
+                        "decoded_token": self.token_text.text(token),
+                    }
+                    for token, value, rank in likely
+                }
+            )
+        return found
 
     def usage(self) -> Dict:
         generated = sum(self.tokens)
@@ -56,6 +88,7 @@ class Answer(ABC):
         }
 
     async def whole(self, generation: Generation) -> Dict:
+        await self.prepare()
         found: list[list[Output]] = [[] for _ in self.tokens]
         async with generation:
             async for outputs in generation:
@@ -67,13 +100,19 @@ class Answer(ABC):
         if not generation.complete:
             raise ApiError(499, "the client closed the request")
         choices = [self.choice(index, outputs) for index, outputs in enumerate(found)]
-        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
+        whole = {"object": self.whole_object, "choices": choices, "usage": self.usage()}
+        return {**self.head, **whole, **self.extras(found)}
+
+    def extras(self, found: list[list[Output]]) -> Dict:
+        """Further fields of a whole answer."""
+        return {}
 
     async def events(self, generation: Generation, with_usage: bool) -> AsyncIterator[bytes]:
         head = {**self.head, "object": self.chunk_object}
         if with_usage:
             head["usage"] = None
         async with generation:
+            await self.prepare()
             for choice in self.opening():
                 yield _event({**head, "choices": [choice]})
             async for outputs in generation:
@@ -83,7 +122,7 @@ class Answer(ABC):
                     if output.reason == "error":
                         yield lines + _event(failed().body())
                         return
-                    if output.text or output.reason or output.logprob:
+                    if self.says_something(output):
                         lines += _event({**head, "choices": [self.piece(output)]})
                 if lines:
                     yield lines
@@ -100,35 +139,73 @@ class CompletionAnswer(Answer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.offsets = [0] * len(self.tokens)
+        self.echoes: list[Echo] | None = None
+
+    async def prepare(self) -> None:
+        if self.body.echo:
+            self.echoes = await echoes(self.service, self.body, self.prompts)
+
+    def says_something(self, output: Output) -> bool:
+        repeats = self.echoes is not None and output.tokens <= 1
+        return repeats or super().says_something(output)
 
     def choice(self, index: int, outputs: list[Output]) -> Dict:
         pieces = [self.piece(output) for output in outputs]
         logprobs = None
-        if pieces[0]["logprobs"] is not None:
+        if self.body.logprobs is not None:
             keys = pieces[0]["logprobs"]
-            logprobs = {key: [p["logprobs"][key][0] for p in pieces] for key in keys}
-        text = "".join(output.text for output in outputs)
+            logprobs = {key: [x for p in pieces for x in p["logprobs"][key]] for key in keys}
+        text = "".join(piece["text"] for piece in pieces)
         reason = outputs[-1].reason
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        if (scores := self.prompt_logprobs(outputs[0])) is not None:
+            choice["prompt_logprobs"] = scores
+        return choice
 
     def piece(self, output: Output) -> Dict:
-        logprobs = None
+        """The first piece of a choice has the prompt before its own text, where it is wanted."""
+        text, before, logprobs = output.text, 0, None
+        if self.body.logprobs is not None:
+            fields = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+            logprobs = {field: [] for field in fields}
+        if self.echoes is not None:
+            echo = self.echoes[output.index // self.n]
+            before = len(echo.text)
+            if output.tokens <= 1:
+                text = echo.text + text
+                if logprobs is not None:
+                    prompt = self.prompts[output.index // self.n]
+                    self._add_prompt(logprobs, prompt, echo, output.prompt)
         if output.logprob is not None:
-            found = output.logprob
-            logprobs = {
-                "tokens": [self.token_text(found.token)],
-                "token_logprobs": [found.logprob],
-                "top_logprobs": [{self.token_text(t): value for t, value in found.top}],
-                "text_offset": [self.offsets[output.index]],
-            }
-        self.offsets[output.index] += len(output.text)
+            self._add(logprobs, output.logprob, before + output.offset)
         return {
             "index": output.index,
-            "text": output.text,
+            "text": text,
             "logprobs": logprobs,
             "finish_reason": output.reason,
         }
+
+    def _add_prompt(
+        self, logprobs: Dict, prompt: Sequence[int], echo: Echo, scores: Sequence[TokenLogprob]
+    ) -> None:
+        logprobs["tokens"].append(self.token_text.text(prompt[0]))
+        logprobs["token_logprobs"].append(None)  # nothing comes before it
+        logprobs["top_logprobs"].append(None)
+        logprobs["text_offset"].append(echo.offsets[0])
+        for score, offset in zip(scores, echo.offsets[1:], strict=True):
+            self._add(logprobs, score, offset)
+
+    def _add(self, logprobs: Dict, found: TokenLogprob, offset: int) -> None:
+        logprobs["tokens"].append(self.token_text.text(found.token))
+        logprobs["token_logprobs"].append(found.logprob)
+        # Several tokens may have one text, parts of characters above all: the likeliest speaks.
+        top: dict[str, float] = {}
+        likely = found.top[: self.body.logprobs]
+        for token, value in (*likely, (found.token, found.logprob)):
+            text = self.token_text.text(token)
+            top[text] = max(value, top.get(text, value))
+        logprobs["top_logprobs"].append(top)
+        logprobs["text_offset"].append(offset)
 
 
 class ChatAnswer(Answer):
@@ -166,10 +243,12 @@ class ChatAnswer(Answer):
         return entry
 
     def _token(self, token: int, logprob: float) -> Dict:
-        text = self.token_text(token)
-        # Part of a character has no text of its own, so its bytes are not known here.
-        raw = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": raw}
+        raw = self.token_text.bytes(token)
+        return {"token": self.token_text.text(token), "logprob": logprob, "bytes": list(raw)}
+
+    def extras(self, found: list[list[Output]]) -> Dict:
+        scores = self.prompt_logprobs(found[0][0])
+        return {} if scores is None else {"prompt_logprobs": scores}
 
 
 def _chat_piece(index: int, delta: Dict, logprobs: Dict | None, reason: str | None) -> Dict:

@@ -78,14 +78,13 @@ async def answer(
 ) -> Response:
     """Generate, and answer whole or in a stream."""
     n = body.n or 1
-    params = body.sampling(room, body.wanted_logprobs())
+    params = body.sampling(room, body.wanted_logprobs(), service.defaults)
     generation = service.submit(request, prompts, params, n)
-    given = sum(map(len, prompts))
-    made = kind(service.settings.name, given, len(prompts) * n, service.token_text)
+    made = kind(service, body, prompts)
     if not body.stream:
         return JSONResponse(await made.whole(generation))
     options = body.stream_options
-    events = made.events(generation, options is not None and options.include_usage)
+    events = made.events(generation, options is not None and bool(options.include_usage))
     # Proxies that collect answers would take the point out of a stream.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -42,13 +42,19 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step gave one choice. `reason` ("stop", "length", "error") marks its last."""
+    """What one step gave one choice. `reason` ("stop", "length", "error") marks its last.
+
+    `offset` is where the token's text begins in the choice's, held back or not. `prompt`, with the
+    first output of a choice that asked for it, has the prompt's tokens from its second.
+    """
 
     index: int
     text: str
     tokens: int  # generated so far
     logprob: TokenLogprob | None = None
     reason: str | None = None
+    offset: int = 0
+    prompt: tuple[TokenLogprob, ...] | None = None
 
 
 class Request:
@@ -115,14 +121,18 @@ class Engine:
         self._check_open(count)  # before making what would be thrown away
         request = Request(deliver)
         now = time.monotonic()
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self.eos
         sequences = [
             Running(
                 request,
                 index,
                 prompts[index // n],
                 params,
-                Sampler(params, index),
+                Sampler(params, index, prompts[index // n], ends),
                 Detokenizer(self.decode, params.stop),
+                ends,
                 created=now,
             )
             for index in range(count)
@@ -236,34 +246,49 @@ class Engine:
 
     def _advance(self, sequence: Running, logits: np.ndarray, now: float) -> Output:
         """Choose the sequence's next token and see whether it ends there."""
-        params = sequence.params
-        if not np.isfinite(logits).all():
+        params, detokenizer = sequence.params, sequence.detokenizer
+        if sequence.broken or not np.isfinite(logits).all():
             raise FloatingPointError("the model gave logits that are not finite")
+        scores = None
+        if params.prompt_logprobs is not None and not sequence.generated:
+            scores = tuple(sequence.scores)
+        if not params.max_tokens:
+            self._observe(sequence, now)
+            self._end(sequence, "length")
+            return Output(sequence.index, "", 0, None, "length", 0, scores)
         token, logprob = sequence.sampler.next(logits)
         sequence.generated += 1
         sequence.last_token = token
+        self._observe(sequence, now)
+        search = sequence.generated > params.min_tokens
+        reason = None
+        text, offset = "", 0
+        ended = token in sequence.ends
+        if ended:
+            reason = "stop"
+        else:
+            text = detokenizer.add(token, search)
+            offset = detokenizer.place
+            if detokenizer.stopped:
+                reason = "stop"
+            elif sequence.generated >= params.max_tokens:
+                reason = "length"
+        if reason:
+            text += detokenizer.finish(search)
+            if ended:
+                offset = detokenizer.decoded  # an end token comes after all text
+            # A stop string may be found only in what was held back.
+            reason = "stop" if detokenizer.stopped else reason
+            self._end(sequence, reason)
+        return Output(sequence.index, text, sequence.generated, logprob, reason, offset, scores)
+
+    def _observe(self, sequence: Running, now: float) -> None:
         if self.observer is not None:
             if sequence.last_time is None:
                 self.observer.prompt_done(len(sequence.prompt), now - sequence.created)
             else:
                 self.observer.token(now - sequence.last_time)
         sequence.last_time = now
-        reason = None
-        text = ""
-        if token in self.eos and not params.ignore_eos:
-            reason = "stop"
-        else:
-            text = sequence.detokenizer.add(token)
-            if sequence.detokenizer.stopped:
-                reason = "stop"
-            elif sequence.generated >= params.max_tokens:
-                reason = "length"
-        if reason:
-            text += sequence.detokenizer.finish()
-            # A stop string may be found only in what was held back.
-            reason = "stop" if sequence.detokenizer.stopped else reason
-            self._end(sequence, reason)
-        return Output(sequence.index, text, sequence.generated, logprob, reason)
 
     def _end(self, sequence: Running, reason: str) -> None:
         self.scheduler.finish(sequence)

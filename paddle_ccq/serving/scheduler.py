@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from .detokenizer import Detokenizer
 from .engine_model import Piece
 from .kv_cache import KVCache, Region
-from .sampling import Sampler, SamplingParams
+from .sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 
 
 @dataclass(eq=False)
@@ -31,6 +33,7 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     detokenizer: Detokenizer
+    ends: frozenset[int] = frozenset()  # tokens that end the answer
     twin: Sequence | None = None  # an earlier one of the request with the same prompt
     region: Region | None = None
     computed: int = 0  # tokens whose keys and values are in the cache
@@ -38,11 +41,20 @@ class Sequence:
     last_token: int = -1
     created: float = 0.0
     last_time: float | None = None  # when the last token came
+    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt, from its second token
+    broken: bool = False  # a score was not finite
 
     @property
     def room(self) -> int:
         """Cache places it may need; the last generated token is never fed back."""
-        return len(self.prompt) + self.params.max_tokens - 1
+        return len(self.prompt) + max(1, self.params.max_tokens) - 1
+
+    def score(self, logits: np.ndarray) -> None:
+        """Take up logits [rows, vocab] of the prompt's next tokens, each for the one after it."""
+        for row in logits:
+            self.broken |= not np.isfinite(row).all()
+            token = self.prompt[len(self.scores) + 1]
+            self.scores.append(token_logprob(row, token, self.params.prompt_logprobs))
 
 
 class Scheduler:
@@ -79,7 +91,8 @@ class Scheduler:
                 end = min(len(s.prompt), s.computed + budget)
                 budget -= end - s.computed
                 tokens = s.prompt[s.computed : end]
-                piece = Piece(tokens, s.computed, s.region, wants_logits=end == len(s.prompt))
+                score = None if s.params.prompt_logprobs is None else s.score
+                piece = Piece(tokens, s.computed, s.region, end == len(s.prompt), score)
                 planned.append((s, piece))
         return planned
 
@@ -95,6 +108,7 @@ class Scheduler:
             return True
         self.cache.copy(s.twin.region, s.region, len(s.prompt) - 1)
         s.computed = len(s.prompt) - 1
+        s.scores, s.broken = s.twin.scores, s.twin.broken
         return False
 
     def finish(self, sequence: Sequence) -> None:

@@ -36,9 +36,19 @@ class Usage(_Answer):
 
 class CompletionLogprobs(_Answer):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null: a prompt's first token
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptToken(_Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of the prompt, by the numbers of tokens; null for the first.
+PromptLogprobs = list[dict[str, PromptToken] | None]
 
 
 class CompletionChoice(_Answer):
@@ -46,6 +56,7 @@ class CompletionChoice(_Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Reason
+    prompt_logprobs: PromptLogprobs | None = None  # where the request wants them, as in vLLM
 
 
 class Completion(_Answer):
@@ -91,6 +102,7 @@ class ChatCompletion(_Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Model(_Answer):

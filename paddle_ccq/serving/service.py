@@ -17,12 +17,14 @@ from ..checkpoint.safetensors_io import load_json
 from ..errors import CcqError
 from ..evaluation.text import Tokenizer
 from ..ops.gpu_memory import Device
+from . import defaults
 from .chat import ChatTemplate, Message
 from .engine import DrainingError, Engine, EngineSettings, Output, QueueFullError
 from .engine_model import EngineModel
 from .errors import RETRY_AFTER, ApiError
 from .metrics import Metrics
 from .sampling import SamplingParams
+from .token_text import TokenText
 
 # Longer texts are tokenized beside the event loop, which would stand still meanwhile.
 LONG_TEXT = 10_000
@@ -39,6 +41,7 @@ class ServiceSettings:
     max_body_bytes: int = 4 << 20
     threads: int | None = None
     device: Device | None = None  # for the experts; None: this processor
+    generation_config: bool = True  # take sampling defaults from the checkpoint
 
 
 class Service:
@@ -48,6 +51,10 @@ class Service:
         self.checkpoint, self.settings = checkpoint, settings
         self.tokenizer = Tokenizer(checkpoint.path, checkpoint.config.raw)
         self.template = ChatTemplate(checkpoint.path)
+        self.token_text = TokenText(self.tokenizer)
+        self.defaults, self.without_effect = defaults.SamplingDefaults(), []
+        if settings.generation_config:
+            self.defaults, self.without_effect = defaults.read_defaults(checkpoint.path)
         self.metrics = Metrics()
         self.created = int(time.time())
         self.engine: Engine | None = None
@@ -88,10 +95,6 @@ class Service:
                 "model_not_found",
             )  # fmt: skip
 
-    def token_text(self, token: int) -> str:
-        """One token's own text, special tokens by their names."""
-        return self.tokenizer.fast.decode([token], skip_special_tokens=False)
-
     async def encode(self, text: str, with_bos: bool, field_name: str) -> list[int]:
         try:
             text.encode()
@@ -114,12 +117,13 @@ class Service:
 
     def room(self, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None,
              field_name: str, limit_name: str) -> int:  # fmt: skip
-        """How many tokens each choice may have."""
-        limit, vocabulary = self.settings.max_length, self.checkpoint.config.vocab_size
+        """How many tokens each choice may have; 0 where only the prompt is to be read."""
+        limit = self.settings.max_length
+        default = self.defaults.max_new_tokens or default
         longest = max(map(len, prompts))
         if not all(prompts):
             raise ApiError(400, f"{field_name}: has no tokens", field_name, "invalid_value")
-        if longest >= limit:
+        if longest > limit - (asked != 0):
             raise ApiError(
                 400,
                 f"{field_name}: has {longest} tokens, but prompt and answer together may have"
@@ -127,10 +131,7 @@ class Service:
                 field_name,
                 "context_length_exceeded",
             )
-        largest = max(map(max, prompts))
-        if largest >= vocabulary:
-            message = f"{field_name}: token {largest} is beyond the vocabulary of {vocabulary}"
-            raise ApiError(400, message, field_name, "invalid_value")
+        self._check_tokens(max(map(max, prompts)), field_name)
         if asked is None:
             return limit - longest if default is None else min(default, limit - longest)
         if asked > limit - longest:
@@ -143,11 +144,24 @@ class Service:
             )
         return asked
 
+    def _check_tokens(self, largest: int, field_name: str) -> None:
+        vocabulary = self.checkpoint.config.vocab_size
+        if largest >= vocabulary:
+            message = f"{field_name}: token {largest} is beyond the vocabulary of {vocabulary}"
+            raise ApiError(400, message, field_name, "invalid_value")
+
     def submit(
         self, request: Request, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int
     ) -> Generation:
         if self.engine is None:
             raise unavailable("loading")
+        self._check_tokens(max(params.stop_token_ids, default=0), "stop_token_ids")
+        if params.min_tokens > params.max_tokens:
+            message = (
+                f"min_tokens: {params.min_tokens} is more than the {params.max_tokens} tokens"
+                " that the answer may have; see max_tokens"
+            )
+            raise ApiError(400, message, "min_tokens", "invalid_value")
         generation = Generation(self, request)
         try:
             generation.start(self.engine, prompts, params, n)

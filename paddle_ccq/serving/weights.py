@@ -14,7 +14,7 @@ from .. import ops
 from ..checkpoint.reader import Checkpoint
 from ..codec import formats
 from ..errors import CcqError
-from ..models.weights import ExactWeights, row_order_of, stored_tensors
+from ..models.weights import ExactWeights
 from ..ops.dense import INTEGER_FORMATS, DenseMatrix, multiply
 from ..ops.gpu_memory import Device
 from ..ops.gpu_moe import ROW_MULTIPLE, GpuExperts
@@ -32,7 +32,7 @@ class Linear:
         if formats.get(format_name).is_ccq and shape[1] % 16 == 0:
             self.packed = _repack(checkpoint, name)
         elif format_name in INTEGER_FORMATS:
-            tensors = stored_tensors(checkpoint, name)
+            tensors = checkpoint.packed(name)
             self.dense = DenseMatrix.from_integers(format_name, tensors)
         else:
             self.dense = DenseMatrix.from_floats(weights.read(name))
@@ -106,8 +106,8 @@ class Experts:
         sizes = [size for part in names.values() for size in checkpoint.shape(part[0])]
         grouped = len(found) == 1 and formats.get(format_name).is_ccq
         if device and found == {"wint2"} and not any(size % ROW_MULTIPLE for size in sizes):
-            stored = ([stored_tensors(checkpoint, n) for n in part] for part in names.values())
-            order = row_order_of(checkpoint, names["down"][0])
+            stored = ([checkpoint.packed(n) for n in part] for part in names.values())
+            order = checkpoint.row_order_of(names["down"][0])
             self.gpu = GpuExperts(*stored, order, device)
             self.nbytes = self.gpu.nbytes
         elif grouped and not any(size % 16 for size in sizes):
@@ -145,8 +145,8 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 def _repack(checkpoint: Checkpoint, name: str) -> ops.PackedMatrix:
     format_name = checkpoint.format_of(name)
-    order = row_order_of(checkpoint, name)
+    order = checkpoint.row_order_of(name)
     try:
-        return ops.repack(format_name, stored_tensors(checkpoint, name), order)
+        return ops.repack(format_name, checkpoint.packed(name), order)
     except ValueError as error:
         raise CcqError(f"{checkpoint.path}: {name}: {error}") from None

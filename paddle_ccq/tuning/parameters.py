@@ -18,18 +18,11 @@ from paddle import Tensor
 
 from ..checkpoint.naming import is_linear
 from ..checkpoint.reader import Checkpoint
+from ..codec import formats
 from ..codec.weight_only import quantize_wint8, round_wint8
 from ..models.ernie import Ernie
 from ..models.gradients import FACTORS, WHOLE
 
-# The tensor that holds a column's factor, by format.
-SCALE_SUFFIXES = {
-    "wint2": "super_scales",
-    "ccq-2.5": "super_scales",
-    "ccq-2.75": "super_scales",
-    "wint4": "weight_scale",
-    "wint8": "weight_scale",
-}
 # Formats that lose so little that a tuned matrix is simply encoded again.
 ENCODED_ANEW = ("bf16", "wint8")
 
@@ -89,7 +82,7 @@ def collect(model: Ernie, checkpoint: Checkpoint) -> dict[str, Parameter]:
         if is_linear(name):
             again = format in ENCODED_ANEW and ".experts." not in name
             kind = WHOLE if again else FACTORS
-            if kind == FACTORS and format not in SCALE_SUFFIXES:
+            if kind == FACTORS and formats.get(format).column_scale is None:
                 continue
         elif name.endswith(("norm.weight", "mlp.gate.weight")):
             kind = WHOLE
@@ -119,7 +112,7 @@ def _cast(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _scale_name(checkpoint: Checkpoint, name: str) -> str:
-    suffix = SCALE_SUFFIXES[checkpoint.format_of(name)]
+    suffix = formats.get(checkpoint.format_of(name)).column_scale
     return next(s for s in checkpoint.stored_names(name) if s.endswith(f".{suffix}"))
 
 

@@ -41,7 +41,7 @@ def test_gpu_equals_codec_bit_for_bit(kind: str, dtype: str) -> None:
         format, tensors = stored(kind, k, n, seed=n)
         found = gpu.dequant(format, tensors, dtype)
         assert str(found.dtype) == dtype
-        expected = formats.dequantize(format, tensors, dtype)
+        expected = formats.decode(format, tensors, dtype)
         np.testing.assert_array_equal(
             found.astype(np.float32).view(np.uint32), expected.view(np.uint32)
         )
@@ -57,5 +57,5 @@ def test_every_byte_of_many_pairs() -> None:
         "code_scale": rng.uniform(-128, 128, n).astype(np.float32),
         "code_zp": rng.uniform(0, 16000, n).astype(np.float32),
     }
-    expected = formats.dequantize("wint2", tensors, "float32")
+    expected = formats.decode("wint2", tensors, "float32")
     np.testing.assert_array_equal(gpu.dequant("wint2", tensors, "float32"), expected)

@@ -37,7 +37,7 @@ def matrices(format: str, experts: int, k: int, n: int, seed: int, order: int):
                 formats.SAFETENSORS_DTYPES["BF16"]
             ),
         }
-        w = formats.dequantize(format, tensors, "float32").astype(np.float64)
+        w = formats.decode(format, tensors, "float32").astype(np.float64)
         floats.append(row_order.unpermute_rows(w) if order == ccqlib.FASTDEPLOY else w)
         words.append(tensors["quant_weight"])
         supers.append(tensors["super_scales"].view(np.int16))

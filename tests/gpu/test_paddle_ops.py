@@ -72,7 +72,7 @@ def experts_of(kind: str, count: int, k: int, n: int, order: str, seed: int) -> 
     quant, scales, columns, pair_kind = call("ccq_repack", *stacked)
     integer = bool(host(pair_kind)[0] == 0)
     assert integer == (kind == "wint2")
-    floats = [formats.dequantize("wint2", p, "float32").astype(np.float64) for p in parts]
+    floats = [formats.decode("wint2", p, "float32").astype(np.float64) for p in parts]
     if order != row_order.PLAIN:
         floats = [row_order.unpermute_rows(w) for w in floats]
     return [quant, scales, columns, integer], floats
@@ -101,7 +101,7 @@ def test_dequant_is_the_codec_bit_for_bit(kind: str, dtype: str) -> None:
     rest = [gpu(t[s]) if s in t else None for s in ("weight_scale", "code_scale", "code_zp")]
     inputs = gpu(t["quant_weight"]), gpu(t["super_scales"]), *rest
     (out,) = call("ccq_dequant", *inputs, format, dtype)
-    expected = formats.dequantize(format, t, dtype)
+    expected = formats.decode(format, t, dtype)
     np.testing.assert_array_equal(host(out).astype(np.float32), expected)
 
 
@@ -171,7 +171,7 @@ def stored_experts(
     """Stacked stored tensors of a spare-scale format, and float64 [k, n] in input row order."""
     parts = [stored(format, k, n, seed + e)[1] for e in range(count)]
     tensors = [gpu(np.stack([p[s] for p in parts])) for s in ("quant_weight", "super_scales")]
-    floats = [formats.dequantize(format, p, "float32").astype(np.float64) for p in parts]
+    floats = [formats.decode(format, p, "float32").astype(np.float64) for p in parts]
     if order != row_order.PLAIN:
         floats = [row_order.unpermute_rows(w) for w in floats]
     return tensors, floats

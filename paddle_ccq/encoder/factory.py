@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders by name: which class encodes a format, with which search, on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..codec import formats
+from ..host import default_threads
+from .base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
+from .integer import IntegerEncoder
+from .ldlq import LdlqEncoder, Moments
+from .paper import PaperEncoder
+from .search import SearchEncoder
+
+
+def make_encoder(
+    format: str,
+    preset: str = "default",
+    *,
+    encoder: str = "search",
+    threads: int | None = None,
+    device: str = "cpu",
+) -> MatrixEncoder:
+    """A data-free encoder: for a CCQ format by `encoder` and `preset`, or for wint8 and wint4.
+
+    `device` chooses where the search runs; the result is the same.
+
+    Raises:
+        ValueError: for an unknown format, preset, encoder or device.
+        CcqError: for the device "gpu" without the GPU library.
+    """
+    threads = threads or default_threads()
+    for what, value, known in (
+        ("preset", preset, PRESETS),
+        ("encoder", encoder, ENCODERS),
+        ("device", device, DEVICES),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    kind = formats.FORMATS[format].kind if format in formats.FORMATS else None
+    if kind is formats.Kind.INTEGER:
+        return IntegerEncoder(format)
+    if kind is not formats.Kind.CCQ:
+        raise ValueError(f"no encoder for format {format!r}")
+    if encoder != "search":
+        return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)
+    if device == "gpu":
+        from .search_gpu import GpuSearchEncoder
+
+        return GpuSearchEncoder(format, preset, threads)
+    return SearchEncoder(format, preset, threads)
+
+
+def calibrated_encoder(
+    preset: str, threads: int, moments: Moments, data_free: MatrixEncoder, device: str = "cpu"
+) -> LdlqEncoder:
+    """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
+
+    Factors of the statistics and measures of the outputs are computed on the CPU either way.
+    """
+    if device == "gpu":
+        from .search_gpu import GpuLdlqEncoder
+
+        return GpuLdlqEncoder(preset, threads, moments, data_free)
+    return LdlqEncoder(preset, threads, moments, data_free)
+
+
+def make_encoders(
+    names: Iterable[str],
+    preset: str = "default",
+    *,
+    encoder: str = "search",
+    threads: int | None = None,
+    device: str = "cpu",
+    moments: Moments | None = None,
+) -> dict[str, MatrixEncoder]:
+    """One encoder for each of the formats; with `moments`, calibrated where the format can be.
+
+    Raises:
+        ValueError, CcqError: as make_encoder.
+    """
+    threads = threads or default_threads()
+    made: dict[str, MatrixEncoder] = {}
+    for name in sorted(set(names)):
+        made[name] = make_encoder(name, preset, encoder=encoder, threads=threads, device=device)
+        if moments is not None and formats.get(name).calibrated:
+            made[name] = calibrated_encoder(preset, threads, moments, made[name], device)
+    return made
