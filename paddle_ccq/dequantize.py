@@ -162,9 +162,7 @@ def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
         # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.
         config.pop("transformers_version", None)
     config[_DTYPE_KEY[naming]] = "bfloat16"
-    config["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
-    if checkpoint.config.num_nextn_predict_layers:
-        config["num_nextn_predict_layers"] = 0  # its tensors are not written
+    checkpoint.config.spell_out(config)
     return config
 
 

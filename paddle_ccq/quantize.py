@@ -27,6 +27,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
 from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.unexpected import config_of_folder
 from .checkpoint.writer import Workplace, partial_folder
 from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from .command import output_path, run_command
@@ -123,7 +124,7 @@ def quantize(
     if request is not None:
         _ = request.texts  # what is wrong with it is said before a model is fetched
     folder = resolve_model(model, source, revision, log=say)
-    plan, costs = first_plan(ErnieConfig.from_json(folder), plan_for, wanted)
+    plan, costs = first_plan(config_of_folder(folder)[0], plan_for, wanted)
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
     # A run that goes on writes its log anew; any other file of that name is somebody's.

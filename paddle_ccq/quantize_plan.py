@@ -18,6 +18,7 @@ from .calibration.session import Request as Calibration
 from .calibration.session import memory_facts
 from .checkpoint.config import CONFIG_FILE, ErnieConfig
 from .checkpoint.plan import Layout, Plan, gigabytes
+from .checkpoint.unexpected import config_of_folder
 from .encoder.base import MatrixEncoder
 from .encoder.ldlq_metric import InputMoments
 from .errors import CcqError
@@ -54,7 +55,14 @@ def dry_run(
             f"{model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder and"
             " pass that"
         )
-    config = ErnieConfig.from_json(folder)
+    config, assumed = config_of_folder(folder)
+    quantization = config.raw.get("quantization_config")
+    # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
+    if isinstance(quantization, dict) and quantization.get("is_quantized", True):
+        raise CcqError(
+            f"{folder / CONFIG_FILE if folder.is_dir() else folder}: has a quantization_config, so"
+            " the model is quantized already; quantize the original float checkpoint instead"
+        )
     plan, costs = first_plan(config, plan_for, wanted)
     out = reporting.console()
     allocation = None
@@ -97,9 +105,10 @@ def dry_run(
     if wanted is not None and costs is None:
         facts += measuring_facts(plan.config, wanted.probing)
     for name, value in facts:
-        out.print(f"{name}: {value}", soft_wrap=True)
-    for message in (*plan.messages, *(wanted.notes if wanted else ())):
-        out.print(f"note: {message}", soft_wrap=True)
+        out.print(f"{name}: {value}", soft_wrap=True, markup=False)
+    notes = (*config.notes, *assumed)
+    for message in (*notes, *plan.messages, *(wanted.notes if wanted else ())):
+        out.print(f"note: {message}", soft_wrap=True, markup=False)
     return QuantizeResult(None, plan, [], {"estimate": seconds}, reporting.peak_rss())
 
 

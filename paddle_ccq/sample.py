@@ -53,6 +53,8 @@ def sample(
     reporting.check_can_write(path, False, "--output")
     wanted = parse_tokens(tokens, "--tokens")
     checkpoint = open_checkpoint(resolve_model(model, source, log=_to_stderr))
+    for message in checkpoint.messages:
+        _to_stderr(message)
     tokenizer = Tokenizer(checkpoint.path, checkpoint.config.raw)
     window = min(DEFAULT_WINDOW, checkpoint.config.max_position_embeddings, wanted)
     if window < 2:

@@ -78,6 +78,8 @@ def sensitivity(
 
     texts = read_texts(local_text(calibration), "--calibration")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log))
+    for message in checkpoint.messages:
+        log(message)
     if checkpoint.is_quantized:
         raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
     if not checkpoint.config.moe_layers():

@@ -63,6 +63,9 @@ def tune(
     texts = read_texts(local_text(calibration), "--calibration")
     quantized = open_checkpoint(folder)
     original = open_checkpoint(resolve_model(model, source, log=_to_stderr))
+    for checkpoint in (quantized, original):
+        for message in checkpoint.messages:
+            _to_stderr(f"{checkpoint.path}: {message}")
     if quantized.path.resolve() in (target.resolve(), *target.resolve().parents):
         raise CcqError(f"--output {target}: lies in the checkpoint's own folder; choose another")
 

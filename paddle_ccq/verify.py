@@ -91,6 +91,7 @@ def _reference(
     reference: str | os.PathLike[str], inspection: Inspection, source: str | None
 ) -> Checkpoint:
     checkpoint = open_checkpoint(resolve_model(reference, source, log=_to_stderr))
+    inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
     wanted, given = inspection.config.canonical_shapes(), checkpoint.config.canonical_shapes()

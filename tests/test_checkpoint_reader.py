@@ -92,16 +92,18 @@ def test_both_layouts_read_the_same(tmp_path, overrides, dtype):
 
 
 def test_messages_name_the_layout_and_what_is_passed_over(tmp_path):
-    write_checkpoint(tmp_path, tiny_config(num_nextn_predict_layers=1), extra={
-        "lm_head.weight": np.zeros((320, 128), np.float32),
-        "model.rotary_emb.inv_freq": np.zeros(16, np.float32),
+    frequencies = 500000.0 ** -(np.arange(16) / 16)
+    config = tiny_config(num_nextn_predict_layers=1)
+    weights = write_checkpoint(tmp_path, config)
+    write_checkpoint(tmp_path, config, extra={
+        "lm_head.weight": weights["ernie.embed_tokens.weight"],
+        "model.rotary_emb.inv_freq": frequencies.astype(np.float32),
     })  # fmt: skip
     messages = open_checkpoint(tmp_path).messages
     assert messages[0] == "-PT layout (Hugging Face names, [out, in])"
-    assert "3 tensors of the multi-token-prediction head" in messages[1]
-    assert "lm_head.weight: config.json ties" in messages[2]
-    assert "1 tensors that config.json does not call for" in messages[3]
-    assert "inv_freq" in messages[3]
+    assert "lm_head.weight: config.json ties" in messages[1] and "equal" in messages[1]
+    assert "3 tensors of the multi-token-prediction head" in messages[2]
+    assert "1 tables of rotary frequencies" in messages[3]
 
 
 @pytest.mark.parametrize("alias", ["mlp.gate.moe_statics.", "mlp.gate."])

@@ -118,7 +118,9 @@ def test_an_unrecorded_row_order_is_a_warning(copy) -> None:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda c: c.update(moe_use_aux_free=False), "moe_use_aux_free"),
+        (lambda c: c.update(moe_use_aux_free=False), "moe_use_aux_free: false"),
+        (lambda c: c.update(moe_use_aux_free=None), "moe_use_aux_free is absent"),
+        (lambda c: c.update(moe_gate_act="sigmoid"), "moe_gate_act: 'sigmoid'"),
         (lambda c: c.update(torch_dtype="bfloat16"), "torch_dtype"),
         (lambda c: c.update(transformers_version="4.57.1"), "transformers_version"),
         (lambda c: c["quantization_config"].update(is_quantized=False), "is_quantized"),

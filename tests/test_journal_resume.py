@@ -240,7 +240,7 @@ def test_changed_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(CcqError, match=r"content of model\.safetensors"):
         quantize(model, out, **OPTIONS)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "bos_token_id": 7}))
+    (model / "config.json").write_text(json.dumps({**config, "initializer_range": 0.5}))
     with pytest.raises(CcqError, match=r"the model's config\.json"):
         quantize(model, out, **OPTIONS)
 

@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
+from . import config_checks, config_keys
+from .config_checks import CONFIG_FILE, MAX_CONFIG_BYTES
+from .config_fields import Fields
+from .config_keys import show
 from .safetensors_io import load_json
 
-CONFIG_FILE = "config.json"
-ARCHITECTURES = ("Ernie4_5_MoeForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM")
+GENERATION_FILE = "generation_config.json"
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
+HEAD = "lm_head.weight"
 
 # Far above any published model; they bound the work that a hostile file can ask for.
-MAX_CONFIG_BYTES = 16 << 20
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
 MAX_WIDTH = 1 << 24
@@ -53,12 +55,24 @@ class ErnieConfig:
     max_position_embeddings: int
     dtype: str
     raw: dict[str, Any] = field(repr=False, compare=False)
+    # Whether tie_word_embeddings is stated; if not, a head among the weights decides.
+    tie_stated: bool = field(default=True, compare=False)
+    # What was assumed, and which keys are unknown: a line each, for the user.
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def from_json(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> ErnieConfig:
-        """Read a config.json, the folder that holds one, or an already parsed object."""
+    def from_json(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        problems: list[str] | None = None,
+    ) -> ErnieConfig:
+        """Read a config.json, the folder that holds one, or an already parsed object.
+
+        With a list of `problems`, keys that would make another model of the same tensors are
+        added to it; else they are refused like everything else that is not right.
+        """
         if isinstance(source, Mapping):
-            return _parse(_Fields(dict(source), CONFIG_FILE))
+            return _parse(Fields(dict(source), CONFIG_FILE), problems)
         path = Path(source)
         if path.is_dir():
             path = path / CONFIG_FILE
@@ -67,7 +81,50 @@ class ErnieConfig:
         content = load_json(path, MAX_CONFIG_BYTES)
         if not isinstance(content, dict):
             raise CcqError(f"{path}: not a JSON object")
-        return _parse(_Fields(content, str(path)))
+        config = _parse(Fields(content, str(path)), problems)
+        config_checks.check_generation(path.with_name(GENERATION_FILE), config.raw)
+        return config
+
+    def stated(self) -> dict[str, Any]:
+        """Values whose defaults differ between loaders, by key, to be spelled out in an output."""
+        values: dict[str, Any] = {
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "num_key_value_heads": self.num_key_value_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+        if self.moe_num_experts:
+            values |= {
+                "moe_num_shared_experts": self.moe_num_shared_experts,
+                "moe_layer_start_index": self.moe_layer_start_index,
+                "moe_layer_interval": self.moe_layer_interval,
+                "moe_use_aux_free": True,
+            }
+        return values
+
+    def spell_out(self, result: dict[str, Any]) -> None:
+        """Add to an output's fields what they leave open, so that all loaders build this model."""
+        for key, value in (("model_type", self.model_type), *self.stated().items()):
+            if result.get(key) is None:
+                result[key] = value
+        if not self.moe_num_experts and self.model_type == "ernie4_5_moe":
+            # transformers' class of this name always has experts.
+            result["model_type"] = "ernie4_5"
+            result["architectures"] = ["Ernie4_5_ForCausalLM"]
+        if self.num_nextn_predict_layers:
+            result["num_nextn_predict_layers"] = 0  # the tensors of that head are not written
+
+    def with_tie(self, tied: bool) -> ErnieConfig:
+        """The same model with its output tied to the embedding, or not; stated in `raw` too."""
+        raw = {**self.raw, "tie_word_embeddings": tied}
+        return replace(self, tie_word_embeddings=tied, tie_stated=True, raw=raw)
+
+    def with_head_of(self, names: Container[str]) -> ErnieConfig:
+        """Where config.json doesn't say, tied unless a head is among the stored tensors."""
+        return self if self.tie_stated else self.with_tie(HEAD not in names)
 
     def is_moe_layer(self, layer: int) -> bool:
         return (
@@ -130,63 +187,12 @@ class ErnieConfig:
         return shapes
 
 
-_REQUIRED = object()
-
-
-class _Fields:
-    """Typed access to the fields of one config; a null counts as absent."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def fail(self, key: str, problem: str) -> CcqError:
-        return CcqError(f"{self.where}: {key}: {problem}")
-
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.fail(key, "missing")
-            return default
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> int:
-        value = self.get(key, default)
-        if isinstance(value, list) and key.startswith("moe_"):
-            raise self.fail(
-                key, "a list, as vision-language models have; only text models are supported"
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(key, f"{_show(value)} is not an integer from {low} to {high}")
-        return value
-
-    def positive(self, key: str, default: Any = _REQUIRED) -> float:
-        value = self.get(key, default)
-        # Integers beyond the float range are compared as integers and so never converted.
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
-        if not good or not math.isfinite(value):
-            raise self.fail(key, f"{_show(value)} is not a positive number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.fail(key, f"{_show(value)} is neither true nor false")
-        return value
-
-
-def _show(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer too long for Python to print
-        text = "the number"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _parse(fields: _Fields) -> ErnieConfig:
-    architectures = _architectures(fields)
-    _refuse_unsupported(fields)
+def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:
+    fields.values = config_keys.unified(fields.values, fields.fail)
+    architectures = config_checks.architectures(fields)
+    theta = config_checks.rope_theta(fields)
+    experts = fields.integer("moe_num_experts", 0, MAX_EXPERTS, 0)
+    config_checks.refuse_unsupported(fields, experts > 0, problems)
     hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
     layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     heads = fields.integer("num_attention_heads", 1, 1 << 16)
@@ -198,9 +204,9 @@ def _parse(fields: _Fields) -> ErnieConfig:
     head_dim = fields.integer("head_dim", 1, 1 << 16, default=hidden // heads)
     if head_dim % 2:
         raise fields.fail("head_dim", f"{head_dim} is odd; rotary positions need pairs")
-    return ErnieConfig(
+    config = ErnieConfig(
         architectures=architectures,
-        model_type=_model_type(fields),
+        model_type=config_checks.model_type(fields, experts > 0),
         vocab_size=fields.integer("vocab_size", 1, MAX_WIDTH),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size", 1, MAX_WIDTH),
@@ -209,62 +215,23 @@ def _parse(fields: _Fields) -> ErnieConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=fields.positive("rms_norm_eps", 1e-5),
-        rope_theta=_rope_theta(fields),
+        rope_theta=theta,
         use_bias=False,
+        # The default of transformers' classes, where the weights hold no head.
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
-        **_moe(fields, layers),
+        **_moe(fields, experts, layers),
         num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", 0, MAX_LAYERS, 0),
         max_position_embeddings=fields.integer("max_position_embeddings", 1, 1 << 31, 131072),
         dtype=_dtype(fields),
         raw=fields.values,
+        tie_stated=fields.get("tie_word_embeddings", None) is not None,
+        notes=tuple(config_checks.notes(fields)),
     )
+    config_checks.check_derived(fields, config.head_dim, config.shared_intermediate_size)
+    return config
 
 
-def _architectures(fields: _Fields) -> tuple[str, ...]:
-    supported = ", ".join(ARCHITECTURES)
-    names = fields.get("architectures", None)
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise fields.fail("architectures", f"not a list of names; supported are {supported}")
-    if names[0] not in ARCHITECTURES:
-        raise fields.fail(
-            "architectures", f"{_show(names[0])} is not supported; supported are {supported}"
-        )
-    return tuple(names)
-
-
-def _model_type(fields: _Fields) -> str:
-    value = fields.get("model_type", "ernie4_5")
-    if not isinstance(value, str):
-        raise fields.fail("model_type", f"{_show(value)} is not a name")
-    return value
-
-
-def _refuse_unsupported(fields: _Fields) -> None:
-    """Variants that would load and then compute something else."""
-    if fields.boolean("use_bias", False):
-        raise fields.fail("use_bias", "true; models with bias terms are not supported")
-    activation = fields.get("hidden_act", "silu")
-    if activation != "silu":
-        raise fields.fail("hidden_act", f"{_show(activation)} is not supported, only 'silu'")
-    for key in ("rope_scaling", "rope_parameters"):
-        value = fields.get(key, {})
-        if not isinstance(value, dict):
-            raise fields.fail(key, f"{_show(value)} is not an object")
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind not in (None, "default"):
-            raise fields.fail(key, f"type {_show(kind)} is not supported, only 'default'")
-
-
-def _rope_theta(fields: _Fields) -> float:
-    # Newer exports keep it one level down.
-    nested = fields.get("rope_parameters", {})
-    if "rope_theta" in nested and fields.get("rope_theta", None) is None:
-        return _Fields(nested, f"{fields.where}: rope_parameters").positive("rope_theta")
-    return fields.positive("rope_theta", 500000.0)
-
-
-def _moe(fields: _Fields, layers: int) -> dict[str, Any]:
-    experts = fields.integer("moe_num_experts", 0, MAX_EXPERTS, 0)
+def _moe(fields: Fields, experts: int, layers: int) -> dict[str, Any]:
     if not experts:
         return {
             "moe_num_experts": 0,
@@ -289,11 +256,11 @@ def _moe(fields: _Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: Fields) -> str:
     for key in ("dtype", "torch_dtype"):
         value = fields.get(key, "bfloat16")
         if value not in FLOAT_TYPES:
-            raise fields.fail(key, f"{_show(value)} is not one of {', '.join(FLOAT_TYPES)}")
+            raise fields.fail(key, f"{show(value)} is not one of {', '.join(FLOAT_TYPES)}")
     both = fields.get("dtype", None), fields.get("torch_dtype", None)
     if None not in both and both[0] != both[1]:
         raise fields.fail("dtype", f"{both[0]}, but torch_dtype says {both[1]}")

@@ -117,26 +117,7 @@ def output_config(
     result["dtype"] = "bfloat16"
     # Where config.json is silent, FastDeploy's defaults (PRETRAINED_INIT_CONFIGURATION in its
     # config.py) are not those of the ERNIE classes; so everything it reads is spelled out.
-    stated: dict[str, Any] = {
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-    if moe:
-        stated |= {
-            "moe_num_shared_experts": config.moe_num_shared_experts,
-            "moe_layer_start_index": config.moe_layer_start_index,
-            "moe_use_aux_free": True,
-        }
-    for key, value in stated.items():
-        if result.get(key) is None:
-            result[key] = value
-    if config.num_nextn_predict_layers:
-        result["num_nextn_predict_layers"] = 0  # the tensors of that head are not written
+    config.spell_out(result)
     result["quantization_config"] = quantization
     result[PROVENANCE_KEY] = {"version": __version__, **provenance}
     return result

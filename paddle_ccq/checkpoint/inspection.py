@@ -6,7 +6,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,8 @@ class Inspection:
         self.folder = folder
         self.problems: list[str] = []
         self.messages: list[str] = []
-        self.config = _config(folder)
+        self.config = _config(folder, self.problems)
+        self.messages += self.config.notes
         self.plan = _expected_plan(self.config, folder)
         self.row_order = _row_order(self.config)
         self.ranks = rank_folders(folder, self.plan.tensor_parallel_size)
@@ -198,12 +199,27 @@ class Inspection:
                 )
 
 
-def _config(folder: Path) -> ErnieConfig:
+def _config(folder: Path, problems: list[str]) -> ErnieConfig:
     if not folder.is_dir():
         raise CcqError(f"{folder}: no such folder")
     if folder.resolve().name.endswith(PARTIAL_SUFFIX) or (folder / JOURNAL_FILE).exists():
         raise CcqError(f"{folder}: an unfinished output; run the command that writes it again")
-    return ErnieConfig.from_json(folder)
+    return ErnieConfig.from_json(folder, problems).with_head_of(_stored_names(folder))
+
+
+def _stored_names(folder: Path) -> Collection[str]:
+    """Tensor names of a checkpoint, or of its first rank; what can't be read is reported later."""
+    for place in (folder, folder / "rank0"):
+        try:
+            if (place / INDEX_FILE).is_file():
+                content = load_json(place / INDEX_FILE)
+                found = content.get("weight_map") if isinstance(content, dict) else None
+                return found if isinstance(found, dict) else ()
+            if (place / SINGLE_FILE).is_file():
+                return SafetensorsFile(place / SINGLE_FILE).tensors
+        except CcqError:
+            return ()
+    return ()
 
 
 def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:

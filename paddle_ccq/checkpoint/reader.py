@@ -17,6 +17,7 @@ from ..errors import CcqError
 from . import naming
 from .config import ErnieConfig
 from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
+from .unexpected import pass_over, resolve_head
 
 # Our own key in config.json; FastDeploy does not look at it.
 PROVENANCE_KEY = "paddle_ccq"
@@ -60,10 +61,15 @@ class Checkpoint:
         self, path: Path, config: ErnieConfig, tensors: TensorFolder, row_order: str | None
     ) -> None:
         self.path = path
-        self.config = config
         self.tensors = tensors
         self.layout = naming.detect_layout(tensors.names(), path)
-        self.messages = [*tensors.messages, naming.DESCRIPTIONS[self.layout]]
+        self.config, said = resolve_head(config, tensors, self.layout)
+        self.messages = [
+            *tensors.messages,
+            naming.DESCRIPTIONS[self.layout],
+            *config.notes,
+            *said,
+        ]
         self._entries = _plan(self)
         self.is_quantized = any(entry.packed for entry in self._entries.values())
         self.row_order = _row_order(self, row_order)
@@ -220,6 +226,7 @@ def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     missing: list[str] = []
     used: set[str] = set()
+    copies: dict[str, str] = {}
     for name, shape in config.canonical_shapes().items():
         found = packed.get(naming.on_disk_name(name, layout).removesuffix(".weight"), {})
         if naming.is_linear(name) and found:
@@ -234,6 +241,7 @@ def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
                 continue
             _check_float(checkpoint, stored, tensors.info(stored), part.shape)
             used.add(stored)
+            copies.update(dict.fromkeys(part.aliases, stored))
         entries[name] = _Entry("bf16", shape, storage, {})
     if missing:
         count = f"{len(missing)} tensors are" if len(missing) > 1 else "1 tensor is"
@@ -241,7 +249,7 @@ def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
             f"{checkpoint.path}: {count} missing, the first {missing[0]!r}; the download is not"
             " complete or config.json belongs to another model"
         )
-    _report_unused(checkpoint, used)
+    checkpoint.messages += pass_over(config, tensors, copies, used)
     return entries
 
 
@@ -307,33 +315,6 @@ def _fits(format_name: str, shape: tuple[int, ...], infos: dict[str, TensorInfo]
 
 def _is_float_scale(suffix: str, stored: str, wanted: str) -> bool:
     return suffix == "weight_scale" and wanted == "BF16" and stored in FLOAT_DTYPES
-
-
-def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:
-    others = [name for name in checkpoint.tensors.names() if name not in used]
-    mtp = [name for name in others if naming.is_mtp(name)]
-    others = [name for name in others if not naming.is_mtp(name)]
-    for name in others:
-        # Computing without a bias that exists would give plausible nonsense.
-        if name.endswith(".bias"):
-            raise CcqError(
-                f"{checkpoint.tensors.path_of(name)}: {name!r} is a bias; models with bias terms"
-                " are not supported"
-            )
-    if mtp:
-        checkpoint.messages.append(
-            f"passing over {len(mtp)} tensors of the multi-token-prediction head"
-        )
-    if "lm_head.weight" in others:
-        others.remove("lm_head.weight")
-        checkpoint.messages.append(
-            "passing over lm_head.weight: config.json ties the output to the embedding"
-        )
-    if others:
-        checkpoint.messages.append(
-            f"passing over {len(others)} tensors that config.json does not call for, the first"
-            f" {others[0]!r}"
-        )
 
 
 def _row_order(checkpoint: Checkpoint, asked: str | None) -> str | None:

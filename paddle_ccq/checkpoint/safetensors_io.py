@@ -194,6 +194,8 @@ class TensorFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.messages: list[str] = []
+        # Tensors that the shards hold and the index does not name.
+        self.unlisted: list[str] = []
         self.files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, str] = {}
         index = self.folder / INDEX_FILE
@@ -245,11 +247,11 @@ class TensorFolder:
                 raise CcqError(
                     f"{self.folder / shard}: {INDEX_FILE} places tensor {name!r} here, but {where}"
                 )
-        unlisted = [name for name in owners if name not in weight_map]
-        if unlisted:
+        self.unlisted = [name for name in owners if name not in weight_map]
+        if self.unlisted:
             self.messages.append(
-                f"{len(unlisted)} tensors are in the shards but not in {INDEX_FILE} and are passed"
-                f" over, the first {unlisted[0]!r}"
+                f"{len(self.unlisted)} tensors are in the shards but not in {INDEX_FILE} and are"
+                f" passed over, the first {self.unlisted[0]!r}"
             )
         self._home = dict(weight_map)
 

@@ -82,9 +82,10 @@ def _config_problems(inspection: Inspection, release: Release) -> list[str]:
             f"config.json: FastDeploy takes every layer from {config.moe_layer_start_index} on as"
             " a MoE layer; this model has others"
         )
-    if moe and raw.get("moe_use_aux_free") is not True:
+    # Any value but true is a problem of the config already.
+    if moe and raw.get("moe_use_aux_free") is None:
         problems.append(
-            "config.json: moe_use_aux_free is not true: FastDeploy would leave out the router's"
+            "config.json: moe_use_aux_free is absent: FastDeploy would leave out the router's"
             " correction bias"
         )
     if config.vocab_size % 64:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed access to the fields of a config.json, with errors that name the file and the key."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import CcqError
+from .config_keys import show
+
+_REQUIRED = object()
+
+
+class Fields:
+    """Typed access to the fields of one config; a null counts as absent."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def fail(self, key: str, problem: str) -> CcqError:
+        return CcqError(f"{self.where}: {key}: {problem}")
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.fail(key, "missing")
+            return default
+        return value
+
+    def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        value = self.get(key, default)
+        if isinstance(value, list) and key.startswith("moe_"):
+            raise self.fail(
+                key, "a list, as vision-language models have; only text models are supported"
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            shown = value if isinstance(value, bool) else show(value)
+            raise self.fail(key, f"{shown} is not an integer from {low} to {high}")
+        return value
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self.get(key, default)
+        # Integers beyond the float range are compared as integers and so never converted.
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
+        if not good or not math.isfinite(value):
+            raise self.fail(key, f"{show(value)} is not a positive number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, f"{show(value)} is neither true nor false")
+        return value
