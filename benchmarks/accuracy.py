@@ -27,10 +27,11 @@ from paddle_ccq.codec.weight_only import dequantize_wint8, quantize_wint8
 from paddle_ccq.evaluation.metrics import paired_difference
 from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
 from paddle_ccq.evaluation.tasks import read_items
-from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
+from paddle_ccq.texts.documents import read_documents
 
 # label, format, encoder: rows that `quantize` writes.
 WRITTEN = [

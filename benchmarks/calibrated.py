@@ -35,10 +35,11 @@ from paddle_ccq.encoder.ldlq_metric import make_metric
 from paddle_ccq.evaluation.metrics import paired_difference
 from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
 from paddle_ccq.evaluation.tasks import read_items
-from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
 from paddle_ccq.host import default_threads
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
+from paddle_ccq.texts.documents import read_documents
 
 FREE, PRODUCT, GPTQ = "CCQ 2.06, data-free", "CCQ 2.06, calibrated", "GPTQ int2, groups of 64"
 DIAGONAL, FEEDBACK = "CCQ 2.06, diagonal only", "CCQ 2.06, feedback only"

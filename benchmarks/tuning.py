@@ -24,9 +24,10 @@ from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.evaluation.metrics import paired_difference
 from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
 from paddle_ccq.evaluation.tasks import read_items
-from paddle_ccq.evaluation.text import Tokenizer, cut_windows, read_documents, token_stream
+from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
 from paddle_ccq.quantize import quantize
 from paddle_ccq.sample import sample
+from paddle_ccq.texts.documents import read_documents
 from paddle_ccq.tune import tune
 
 CALIBRATED = "calibrated"

@@ -22,6 +22,8 @@ from typing import Any
 
 import httpx
 
+from paddle_ccq.errors import run_cli
+
 WORDS = (
     *("river", "stone", "light", "paper", "winter", "garden"),
     *("letter", "music", "window", "number", "summer", "story"),
@@ -111,7 +113,7 @@ def prompts(words: int) -> Iterator[str]:
         yield " ".join([str(number), *(WORDS[(number * 7 + i * i) % 12] for i in range(words - 1))])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="(the first that the server names)")
@@ -151,7 +153,8 @@ def main() -> None:
             f" {found['first_p99_ms']:>9.1f} {found['token_p50_ms']:>10.2f}"
             f" {found['token_p99_ms']:>9.2f}"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

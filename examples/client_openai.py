@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 
 import openai
+
+from paddle_ccq.errors import run_cli
 
 PROMPT = "Q: 585 - 17 = ?\nA:"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--prompt", default=PROMPT)
@@ -49,6 +52,7 @@ def main() -> None:
     answers = asyncio.run(at_once(args.base_url, key, model))
     for question, answer in answers:
         print(f"{question!r} -> {answer!r}")
+    return 0
 
 
 async def at_once(base_url: str, key: str, model: str) -> list[tuple[str, str]]:
@@ -67,4 +71,4 @@ async def at_once(base_url: str, key: str, model: str) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

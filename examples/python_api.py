@@ -9,6 +9,7 @@ Needs the extra `serve`; Paddle is not used.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ import numpy as np
 from paddle_ccq import ops
 from paddle_ccq.api import quantize, verify
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
+from paddle_ccq.command import run_command
 from paddle_ccq.evaluation.text import Tokenizer
 from paddle_ccq.models.weights import EXACT, weight_source
 from paddle_ccq.serving.engine import Engine, EngineSettings, Output
@@ -29,10 +31,13 @@ MODEL = Path(__file__).resolve().parent / "ernie-45-moe-3m"
 QUESTIONS = ["Q: 12 + 35 = ?\nA:", "Q: 90 - 41 = ?\nA:"]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL, help="unquantized checkpoint")
-    args = parser.parse_args()
+    parser.add_argument("--model", default=str(MODEL), help="unquantized checkpoint")
+    return run_command(parser, None, show)
+
+
+def show(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "packed"
         quantize(args.model, output, quiet=True)
@@ -42,6 +47,7 @@ def main() -> None:
         look_inside(checkpoint)
         multiply(checkpoint)
         generate(checkpoint)
+    return 0
 
 
 def look_inside(checkpoint: Checkpoint) -> None:
@@ -90,4 +96,4 @@ def generate(checkpoint: Checkpoint) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import openai
 
-from paddle_ccq.errors import CcqError, run_cli
+from paddle_ccq.command import run_command
+from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluate import evaluate
 from paddle_ccq.evaluation.report import detail_table
 from paddle_ccq.quantize import print_summary, quantize
@@ -38,15 +39,18 @@ TASKS = [HERE / "data" / f"{name}.jsonl" for name in ("arith", "word", "recall",
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="keep the quantized model in this new folder")
-    args = parser.parse_args()
+    parser.add_argument("--output", help="keep the quantized model in this new folder")
+    return run_command(parser, None, keep_or_not)
+
+
+def keep_or_not(args: argparse.Namespace) -> int:
     if args.output is None:
         scratch = Path(tempfile.mkdtemp(prefix="paddle-ccq-"))
         try:
             return run(scratch / "model")
         finally:
             shutil.rmtree(scratch)
-    return run(args.output)
+    return run(Path(args.output))
 
 
 def run(output: Path) -> int:
@@ -106,4 +110,4 @@ def ask(url: str, server: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(main())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from .errors import CcqError, run_cli
 from .version import __version__
 
 COMMANDS = {
@@ -28,7 +29,10 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = sys.argv[1:] if argv is None else argv
+    return run_cli(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: list[str]) -> int:
     if args[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -37,11 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args else 2
     command = args[0]
     if command not in COMMANDS:
-        print(
-            f"error: {command!r} is not a command; the commands are {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
+        raise CcqError(f"{command!r} is not a command; the commands are {', '.join(COMMANDS)}")
     return importlib.import_module(f".{command}", __package__).main(args[1:])
 
 

@@ -39,7 +39,8 @@ from .checkpoint.safetensors_io import (
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.values import count_nonfinite
 from .codec.row_order import ROW_ORDERS
-from .errors import CcqError, run_cli
+from .command import output_path, run_command
+from .errors import CcqError, visible
 
 # The format tag in a shard's metadata that each family's loader accepts.
 _FORMAT_TAG = {"pt": "pt", "paddle": "np"}
@@ -61,11 +62,11 @@ def dequantize(
     Router weights and biases that are stored as float32 stay so. One tensor is in memory at a
     time; the folder gets its name only when everything is written.
     """
-    log = log or (lambda text: print(text, file=sys.stderr))
+    log = log or (lambda text: print(visible(text), file=sys.stderr))
     if naming not in names.LAYOUTS:
         raise CcqError(f"--naming: {naming!r} is not one of {', '.join(names.LAYOUTS)}")
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
-    target = Path(os.path.abspath(output))
+    target = output_path(output)
     if target.exists() or target.is_symlink():
         raise CcqError(f"{target}: already exists; give another --output or remove it")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log), row_order)
@@ -224,9 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         target = dequantize(
             args.model,
             args.output,
@@ -238,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         print(target)
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from typing import Any
 from . import reporting
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
-from .errors import CcqError, run_cli
+from .command import run_command
+from .errors import CcqError, readable, visible
 from .host import available_memory, require_paddle
 from .models.weights import EXACT, READINGS, weight_source
+from .texts.documents import read_documents
 from .version import __version__
 
 MODEL, REFERENCE = "model", "reference"
@@ -47,7 +49,7 @@ def evaluate(
     With a reference model, both are run on the same tokens and items, and the KL divergence, the
     top-1 agreement and the paired difference in nll are added.
     """
-    log = log or (lambda message: print(message, file=sys.stderr))
+    log = log or (lambda message: print(visible(message), file=sys.stderr))
     if text is None and not tasks:
         raise CcqError("nothing to measure: give --text, --tasks or both")
     for flag, value in (
@@ -65,7 +67,6 @@ def evaluate(
         Tokenizer,
         check_same_tokenizer,
         cut_windows,
-        read_documents,
         token_stream,
     )
     from .models.ernie import Ernie
@@ -92,7 +93,7 @@ def evaluate(
     }
     windows, items = None, []
     if text is not None:
-        documents = read_documents(text)
+        documents = read_documents(text, "--text")
         stream = token_stream(documents, tokenizer)
         windows = cut_windows(stream, window, max_tokens)
         longest = max(part.size for part in windows)
@@ -107,7 +108,7 @@ def evaluate(
                 f" vocab_size {config.vocab_size}"
             )
         result["text"] = {
-            "path": str(text),
+            "path": readable(text),
             "documents": len(documents),
             "stream_tokens": int(stream.size),
             "windowing": FRAMING,
@@ -117,7 +118,7 @@ def evaluate(
         }
     if tasks:
         items = [item for path in tasks for item in read_items(path, max_items)]
-        result["tasks"] = {"paths": [str(path) for path in tasks], "items": len(items)}
+        result["tasks"] = {"paths": [readable(path) for path in tasks], "items": len(items)}
 
     for checkpoint in checkpoints.values():
         for message in checkpoint.messages:
@@ -141,7 +142,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         format_name = checkpoint.format_of(name)
         formats[format_name] = formats.get(format_name, 0) + 1
     return {
-        "path": str(checkpoint.path),
+        "path": readable(checkpoint.path),
         "layout": checkpoint.layout,
         "tensors_by_format": formats,
         "stored_bytes": sum(checkpoint.stored_bytes(name) for name in checkpoint.names()),
@@ -169,7 +170,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference", metavar="MODEL", help="compare with this model, usually the unquantized one"
     )
-    parser.add_argument("--text", metavar="FILE", help='.jsonl (field "text") or .txt')
+    parser.add_argument(
+        "--text", metavar="FILE", help="text: .txt, .jsonl or .json; packed, a pipe or -"
+    )
     parser.add_argument(
         "--tasks",
         metavar="FILE",
@@ -212,11 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
-        from rich.console import Console
-
+    def body(args: argparse.Namespace) -> int:
         from .evaluation.report import detail_table
 
         if args.json is not None:
@@ -237,18 +236,23 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.json is not None:
             reporting.write_json(args.json, result)
+        out = reporting.console()
         if "text" in result:
             described = result["text"]
-            print(
+            out.print(
                 f"{Path(described['path']).name}: {described['windows']} windows of"
                 f" {described['window']} tokens out of {described['stream_tokens']}"
-                f" ({described['windowing']})"
+                f" ({described['windowing']})",
+                soft_wrap=True,
             )
-        Console().print(detail_table(result["results"]))
-        print("In brackets: standard errors, over windows for text and over items for tasks.")
+        out.print(detail_table(result["results"]))
+        out.print(
+            "In brackets: standard errors, over windows for text and over items for tasks.",
+            soft_wrap=True,
+        )
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ from .checkpoint.source_card import read_source_card
 from .checkpoint.unexpected import config_of_folder
 from .checkpoint.writer import Workplace, partial_folder
 from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
+from .command import output_path, run_command
 from .encoder.base import DEVICES, ENCODERS, PRESETS
-from .errors import CcqError, run_cli
+from .errors import CcqError, visible
 from .quantize_plan import PlanMaker, first_plan
 from .quantize_plan import dry_run as run_dry
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
@@ -69,7 +70,7 @@ def quantize(
 ) -> QuantizeResult:
     """Write a quantized checkpoint of `model` into the new folder `output`.
 
-    With `calibration`, a .jsonl or .txt file or a data set's hub id, wint2 experts are encoded
+    With `calibration`, a text (docs/texts.md) or a data set's hub id, wint2 experts are encoded
     for the least error of their outputs on that text (docs/calibration.md); without it no data
     is used.
     With `allocate`, a size such as "2.3bpw" or "100GB", the formats of MoE layers are chosen by
@@ -119,7 +120,11 @@ def quantize(
         return run_dry(model, plan_for, options, request, wanted)
     if output is None:
         raise CcqError("--output is missing: name the new folder to write")
-    target = Path(os.path.abspath(output))
+    target = output_path(output)
+    if log is not None:
+        reporting.check_can_write(log, True, "--log")
+    if request is not None:
+        _ = request.texts  # what is wrong with it is said before a model is fetched
     folder = resolve_model(model, source, revision, log=say)
     check_regular(folder)
     plan, costs = first_plan(config_of_folder(folder)[0], plan_for, wanted)
@@ -240,7 +245,7 @@ def _shown(what: Table) -> str:
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def print_summary(result: QuantizeResult) -> None:
@@ -277,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--calibration",
         metavar="FILE",
-        help="text to choose wint2 codes by: .jsonl, .txt, or a data set's hub id",
+        help="text to choose wint2 codes by: .jsonl, .json, .txt, -, or a data set's hub id",
     )
     add("--calibration-tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
     add(
@@ -324,15 +329,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
-
-    def body() -> int:
-        result = quantize(**args)
-        if result.output is not None and not args["quiet"]:
+    def body(args: argparse.Namespace) -> int:
+        result = quantize(**vars(args))
+        if result.output is not None and not args.quiet:
             print_summary(result)
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

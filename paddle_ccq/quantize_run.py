@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -190,7 +191,7 @@ class QuantizeRun:
             # None: only where stderr is a terminal.
             disable=True if self.options.quiet else None,
         )
-        with bar, open(self.log_path, "w", encoding="utf-8") as log:
+        with bar, open(self.log_path, "wb", buffering=0) as log:
             for record in writer.item_records():
                 _log(log, record)
             for item in self.plan.items[writer.done :]:
@@ -250,7 +251,12 @@ class QuantizeRun:
         return files
 
 
-def _log(file: TextIO, record: dict[str, Any]) -> None:
+def _log(file: io.FileIO, record: dict[str, Any]) -> None:
     entry = {"name": record["name"], **record["stats"]}
-    file.write(json.dumps(entry) + "\n")
-    file.flush()
+    left = memoryview((json.dumps(entry) + "\n").encode())
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        error.filename = error.filename or str(file.name)
+        raise

@@ -17,24 +17,33 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .checkpoint.plan import Item, Plan, gigabytes
-from .errors import CcqError
+from .command import output_path
+from .errors import CcqError, describe_os_error, visible
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
 
 
 def console() -> Console:
-    """Where results go: stdout, at a width that does not depend on a missing terminal."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    """Where results go: stdout, at a width that does not depend on a missing terminal.
+
+    Names of files, models and tensors are printed as they are: nothing in a text is markup.
+    """
+    return Console(
+        width=None if sys.stdout.isatty() else PIPED_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
     """A plain table; all columns but the first are numbers and stand on the right."""
     result = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        result.add_column(visible(column), justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(visible, row))
     return result
 
 
@@ -192,19 +201,54 @@ class Progress:
 
 
 def check_can_write(path: str | os.PathLike[str], force: bool, flag: str = "--json") -> None:
-    """Called before hours of work, not after them."""
+    """Called before hours of work, not after them.
+
+    Raises:
+        CcqError: if there is a file and no `force`, or none can be made there.
+    """
+    path = output_path(path, flag)
+    try:
+        if path.is_dir():
+            raise CcqError(f"{flag} {path}: is a folder; name a file")
+        if _is_stream(path):
+            return
+        if os.path.lexists(path) and not force:
+            raise CcqError(f"{flag} {path}: already exists; name another file or add --force")
+        if not path.parent.is_dir():
+            raise CcqError(f"{flag} {path}: the folder {path.parent} does not exist")
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise CcqError(f"{flag} {path}: {describe_os_error(error)}") from None
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let `write` make the file, under another name until it is whole; a pipe is just written."""
     path = Path(path)
-    if path.is_dir():
-        raise CcqError(f"{flag} {path}: is a folder; name a file")
-    if path.exists() and not force:
-        raise CcqError(f"{flag} {path}: already exists; name another file or add --force")
-    if not path.parent.is_dir():
-        raise CcqError(f"{flag} {path}: the folder {path.parent} does not exist")
+    if _is_stream(path):
+        write(path)
+        return
+    partial = _partial(path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     """Write the file as a whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(result, indent=2) + "\n"
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _is_stream(path: Path) -> bool:
+    """A pipe or a device: nothing is overwritten there, and it must not be replaced by a file."""
+    return path.exists() and not path.is_file() and not path.is_dir()

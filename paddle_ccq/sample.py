@@ -7,13 +7,14 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
+from . import reporting
 from .calibration.settings import DEFAULT_WINDOW, parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
-from .errors import CcqError, run_cli
+from .command import output_path, run_command
+from .errors import CcqError, visible
 from .host import default_threads, require_paddle
 
 DEFAULT_TOKENS = "128k"
@@ -40,15 +41,16 @@ def sample(
     from .evaluation.text import Tokenizer
     from .models.ernie import Ernie
 
-    path = Path(output)
+    path = output_path(output)
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
     if seed < 0:
         raise CcqError(f"--seed {seed}: must not be negative")
     if path.suffix != ".jsonl":
         raise CcqError(f"--output {path}: must be named .jsonl, or it can't be calibrated on")
-    if path.exists():
+    if os.path.lexists(path):
         raise CcqError(f"--output {path}: exists already; name another file or remove it")
+    reporting.check_can_write(path, False, "--output")
     wanted = parse_tokens(tokens, "--tokens")
     checkpoint = open_checkpoint(resolve_model(model, source, log=_to_stderr))
     for message in checkpoint.messages:
@@ -70,17 +72,12 @@ def sample(
     if not texts:
         raise CcqError(f"{checkpoint.path}: the model wrote nothing; give it more --tokens")
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    reporting.write_whole(path, lambda to: to.write_text("".join(lines), encoding="utf-8"))
     return len(texts)
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,14 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
-
-    def body() -> int:
-        count = sample(**args)
-        print(f"{count:,} documents in {args['output']}")
+    def body(args: argparse.Namespace) -> int:
+        count = sample(**vars(args))
+        print(f"{count:,} documents in {args.output}")
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

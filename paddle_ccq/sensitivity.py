@@ -21,10 +21,12 @@ from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, model_name, resolve_model
 from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
+from .command import run_command
 from .encoder.base import DEVICES, PRESETS
-from .errors import CcqError, run_cli
+from .errors import CcqError, visible
 from .host import default_threads, require_paddle
 from .ops import gpu_library
+from .texts.documents import read_texts
 
 MEASURABLE = (*EXPERT_FORMATS, *WIDER_EXPERT_FORMATS)
 DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
@@ -52,7 +54,7 @@ def sensitivity(
     measures it and encodes the whole model once for each format (docs/allocation.md). `device` is
     where codes are searched; the costs are the same.
     """
-    log = log or (lambda message: print(message, file=sys.stderr))
+    log = log or (lambda message: print(visible(message), file=sys.stderr))
     if method not in METHODS:
         raise CcqError(f"--method {method}: not one of {', '.join(METHODS)}")
     for format in formats:
@@ -69,14 +71,12 @@ def sensitivity(
     for flag, value in (("--experts", experts), ("--threads", threads)):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
-    calibration = local_text(calibration)
-    if not calibration.is_file():
-        raise CcqError(f"--calibration {calibration}: no such file")
     require_paddle("sensitivity, which runs the model,")
     from .allocation.measure import measure
     from .calibration.settings import Settings, parse_tokens
     from .calibration.text import read_calibration_text
 
+    texts = read_texts(local_text(calibration), "--calibration")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log))
     for message in checkpoint.messages:
         log(message)
@@ -85,7 +85,7 @@ def sensitivity(
     if not checkpoint.config.moe_layers():
         raise CcqError(f"{checkpoint.path}: has no MoE layer, so there is nothing to measure")
     settings = Settings(tokens=parse_tokens(calibration_tokens))
-    text = read_calibration_text(calibration, checkpoint, settings)
+    text = read_calibration_text(texts, checkpoint, settings)
     probing = Probing(
         method,
         tuple(formats),
@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         required=True,
         metavar="FILE",
-        help="text to measure on: .jsonl, .txt or a hub id",
+        help="text to measure on: .jsonl, .json, .txt, - or a hub id",
     )
     add("--calibration-tokens", default="64k", metavar="N", help="of the text to use (64k)")
     add("--probe-tokens", default="8k", metavar="N", help="of them, to measure on (8k)")
@@ -163,9 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         if args.json is not None:
             reporting.check_can_write(args.json, args.force)
         if args.plot is not None:
@@ -192,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         reporting.console().print(costs_table(found))
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

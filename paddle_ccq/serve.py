@@ -9,13 +9,13 @@ import os
 import socket
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
-from .errors import CcqError, describe_os_error, run_cli
+from .command import run_command
+from .errors import CcqError, describe_os_error, visible
 
 if TYPE_CHECKING:
     from .ops.gpu_memory import Device
@@ -56,7 +56,7 @@ def build_service(args: argparse.Namespace) -> Service:
         ) from None
     checkpoint = open_checkpoint(args.folder, args.row_order)
     for message in checkpoint.messages:
-        print(f"{checkpoint.path.name}: {message}")
+        print(visible(f"{checkpoint.path.name}: {message}"))
     config = checkpoint.config
     longest = config.max_position_embeddings
     length = args.max_model_len or min(longest, DEFAULT_MAX_LENGTH)
@@ -224,7 +224,7 @@ def _port(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="paddle-ccq serve", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="checkpoint folder")
+    parser.add_argument("folder", metavar="DIR", help="checkpoint folder")
     parser.add_argument(
         "--host", default=DEFAULT_HOST, help="address (%(default)s: only this host)"
     )
@@ -310,8 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args: Any = build_parser().parse_args(argv)
-    return run_cli(lambda: run_server(build_service(args), args))
+    return run_command(build_parser(), argv, lambda args: run_server(build_service(args), args))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibration.dataset import local_text
 from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import HUBS, resolve_model
-from .errors import CcqError, run_cli
+from .command import output_path, run_command
+from .errors import CcqError, visible
 from .host import default_threads, require_paddle
+from .texts.documents import read_texts
 
 if TYPE_CHECKING:
     from .tuning.session import TuneResult
@@ -37,7 +38,7 @@ def tune(
 ) -> TuneResult:
     """Write a tuned copy of the quantized checkpoint `folder` into the new folder `output`.
 
-    `model` is the float checkpoint it was made from, `calibration` a .jsonl or .txt file or a
+    `model` is the float checkpoint it was made from, `calibration` a text (docs/texts.md) or a
     data set's hub id. The experts' codes, the format and the size stay (docs/tuning.md).
 
     Raises:
@@ -58,12 +59,13 @@ def tune(
         "dense_learning_rate": dense_learning_rate,
     }
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    target = output_path(output)
+    texts = read_texts(local_text(calibration), "--calibration")
     quantized = open_checkpoint(folder)
     original = open_checkpoint(resolve_model(model, source, log=_to_stderr))
     for checkpoint in (quantized, original):
         for message in checkpoint.messages:
             _to_stderr(f"{checkpoint.path}: {message}")
-    target = Path(os.path.abspath(output))
     if quantized.path.resolve() in (target.resolve(), *target.resolve().parents):
         raise CcqError(f"--output {target}: lies in the checkpoint's own folder; choose another")
 
@@ -74,7 +76,7 @@ def tune(
     return run_tuning(
         quantized,
         original,
-        local_text(calibration),
+        texts,
         target,
         settings,
         threads or default_threads(),
@@ -83,7 +85,7 @@ def tune(
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         required=True,
         metavar="FILE",
-        help="text to tune on: .jsonl, .txt or a hub id",
+        help="text to tune on: .jsonl, .json, .txt, - or a hub id",
     )
     add("--output", required=True, help="new folder for the result")
     add("--tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
@@ -123,11 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
-
-    def body() -> int:
-        result = tune(**args)
-        if not args["quiet"]:
+    def body(args: argparse.Namespace) -> int:
+        result = tune(**vars(args))
+        if not args.quiet:
             print(
                 f"KL to the float model on held-out text: {result.before:.4f} nats a token before,"
                 f" {result.after:.4f} after tuning on {result.tokens:,} tokens"
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             print(result.output)
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from .checkpoint.tensor_parallel import join
 from .checkpoint.values import difference_energy, energy, finite, product
 from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
-from .errors import CcqError, run_cli
+from .command import run_command
+from .errors import CcqError, visible
 
 # Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
 # what all zeros would give); of quantized matrices the format knows it.
@@ -101,7 +102,7 @@ def _reference(
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def _compare(
@@ -189,7 +190,7 @@ def print_result(result: VerifyResult) -> None:
     out = reporting.console()
 
     def line(text: str) -> None:
-        out.print(text, soft_wrap=True, markup=False)
+        out.print(visible(text), soft_wrap=True)
 
     for message in result.messages:
         line(f"note: {message}")
@@ -247,9 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
         result = verify(
@@ -260,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.sound else 1
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

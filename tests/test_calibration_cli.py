@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +99,50 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert contents(out) == contents(calibrated)
 
 
+@pytest.mark.parametrize("unnamed", [False, True])
+def test_a_pipe_is_read_once_and_gives_the_same_model(
+    model, text, options, tmp_path, monkeypatch, unnamed
+):
+    """Also where the text is used twice, and where the run is taken up again."""
+    options = {**options, "threads": 1, "allocate": "2.6bpw", "allow_plugin_layout": True}
+    (tmp_path / "in").mkdir()
+    pipe = tmp_path / "in" / "text.jsonl"
+    os.mkfifo(pipe)
+
+    def run(name: str, **more) -> None:
+        writer = threading.Thread(target=lambda: pipe.write_bytes(text.read_bytes()))
+        writer.start()
+        if unnamed:
+            descriptor = os.open(pipe, os.O_RDONLY)
+            try:
+                # The shell gives another number every time.
+                quantize(
+                    model, tmp_path / name, **options | {"calibration": f"/dev/fd/{descriptor}"}
+                )
+            finally:
+                os.close(descriptor)
+                writer.join()
+        else:
+            quantize(model, tmp_path / name, **options | {"calibration": pipe})
+            writer.join()
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            run("out")
+    with open(os.devnull) as other:  # so that the number differs
+        assert other.fileno() > 0
+        run("out")
+    quantize(model, tmp_path / "whole", **options)
+    found, wanted = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    if unnamed:
+        said = json.loads((tmp_path / "out" / "config.json").read_text())["paddle_ccq"]
+        assert said["calibration"]["text"] == "pipe"
+        for own in ("config.json", "README.md", "ccq-manifest.json"):
+            found.pop(own, None), wanted.pop(own, None)
+    assert found == wanted
+
+
 def test_provenance(calibrated, text):
     config = json.loads((calibrated / "config.json").read_text())
     said = config["paddle_ccq"]["calibration"]
@@ -147,7 +193,7 @@ def test_the_plan_says_what_calibration_needs(text, capsys):
         (["--calibration", "TEXT", "--encoder", "paper"], "does not go with --encoder paper"),
         (["--calibration", "TEXT", "--format", "ccq-2.5"], "only wint2 experts"),
         (["--calibration", "TEXT", "--wint4-end-layer", "2"], "only wint2 experts"),
-        (["--calibration", "MODEL/config.json"], "must be a .jsonl or a .txt file"),
+        (["--calibration", "MODEL/config.json"], "config.json:1: none of the fields"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(model, text, tmp_path, capsys, flags, message):

@@ -12,6 +12,7 @@ import pytest
 from paddle_ccq.calibration import dataset
 from paddle_ccq.calibration.dataset import local_text
 from paddle_ccq.errors import CcqError
+from paddle_ccq.texts.documents import read_documents
 
 
 @pytest.fixture()
@@ -72,12 +73,22 @@ def test_the_only_column_of_strings_is_the_text(hub):
     assert texts(local_text("owner/name")) == ["one"]
 
 
+def test_chats_are_kept_as_chats(hub):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    hub.rows = [{"id": "x", "messages": chat}, {"id": "y", "messages": None}]
+    assert read_documents(local_text("owner/chats"))[0].messages == tuple(chat)
+    hub.rows = [{"src": ["a"], "tgt": ["b"], "system": None, "label": [1]}]
+    assert read_documents(local_text("owner/erniekit"))[0].messages == tuple(chat)
+
+
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
         ([{"question": "a", "answer": "b"}], "which column is the text.*question, answer"),
         ([{"text": ""}], "holds no text"),
         ([], "holds no text"),
+        ([{"text": "a"}, {"text": "b \ud83d"}], "row 2: half a surrogate pair"),
+        ([{"messages": [{"role": "user"}]}], r"row 1: messages\[0\] has no text"),
         (FileNotFoundError("no\nsuch set"), "gives no such data set: no such set$"),
     ],
 )

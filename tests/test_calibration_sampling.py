@@ -14,9 +14,9 @@ from synthetic import tiny_config, write_checkpoint
 from paddle_ccq.calibration.sampling import sample_documents, sample_streams
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
-from paddle_ccq.evaluation.text import read_documents
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.sample import main, sample
+from paddle_ccq.texts.documents import read_documents
 
 CONFIG = tiny_config(
     num_hidden_layers=2, vocab_size=320, tie_word_embeddings=False, moe_num_experts=2, moe_k=1

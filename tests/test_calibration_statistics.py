@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 def text() -> CalibrationText:
     rng = np.random.default_rng(0)
     windows = tuple(rng.integers(3, 320, 24) for _ in range(3))
-    return CalibrationText(Path("text.jsonl"), "0" * 64, windows)
+    return CalibrationText("text.jsonl", "0" * 64, windows)
 
 
 def statistics(weights, text, threads=1, **settings) -> Statistics:

@@ -149,7 +149,7 @@ def test_weights_follow_the_experts_and_not_their_places():
 
 def test_moments_are_weighed_by_them(case):
     _, _, checkpoint, windows = case
-    described = CalibrationText(Path("t.jsonl"), "0" * 64, tuple(windows))
+    described = CalibrationText("t.jsonl", "0" * 64, tuple(windows))
     settings = Settings(token_weights=GRADIENT, shrinkage_tokens=0)
     statistics = Statistics(checkpoint, described, settings, 1)
     w = token_weights(checkpoint, windows, 1)[1]

@@ -126,7 +126,7 @@ def test_packed_weights_are_read_exactly_unless_asked_otherwise(files, tmp_path)
     [
         (["@model"], "nothing to measure"),
         (["@nowhere/model", "--text", "@text.jsonl"], "nowhere"),
-        (["@model", "--text", "@no.jsonl"], "no.jsonl: No such file"),
+        (["@model", "--text", "@no.jsonl"], "no.jsonl: no such file"),
         (["@model", "--text", "@text.jsonl", "--window", "1"], "--window 1"),
         (["@model", "--text", "@text.jsonl", "--window", "512"], "max_position_embeddings"),
         (["@model", "--text", "@text.jsonl", "--max-tokens", "5"], "less than one window"),

@@ -20,10 +20,10 @@ from paddle_ccq.evaluation.run import score_tasks, summarize  # noqa: E402
 from paddle_ccq.evaluation.text import (  # noqa: E402
     Tokenizer,
     check_same_tokenizer,
-    read_documents,
     token_stream,
 )
 from paddle_ccq.models.ernie import Ernie  # noqa: E402
+from paddle_ccq.texts.documents import read_documents  # noqa: E402
 
 REAL_MODEL = Path(__file__).parents[1] / "examples" / "ernie-45-moe-3m"
 
@@ -197,12 +197,12 @@ def test_stream_frames_each_document(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.jsonl", b'{"txt": "a"}', 'no field "text"'),
+        ("t.jsonl", b'{"txt": "a"}', r't\.jsonl:1: none of the fields "text"'),
         ("t.jsonl", b"\xff\n", "not UTF-8"),
-        ("t.txt", b"ab\xff", "not UTF-8 at byte 2"),
+        ("t.txt", b"ab\xff", r"t\.txt:1: not UTF-8: byte 0xff"),
         ("t.txt", b"", "holds no text"),
         ("t.jsonl", b"", "holds no text"),
-        ("t.csv", b"a", "must be a .jsonl or a .txt"),
+        ("t.csv", b"a", r"must be a \.jsonl, a \.json or a \.txt file"),
     ],
 )
 def test_bad_texts(tmp_path, name, content, message):

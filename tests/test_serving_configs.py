@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -26,8 +27,8 @@ from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import launch
 from paddle_ccq.fastdeploy.memory import GIB, card_memory
-from paddle_ccq.fastdeploy.releases import RELEASES
-from paddle_ccq.fastdeploy.server_flags import PORTS, unknown_settings
+from paddle_ccq.fastdeploy.releases import RELEASES, release_of
+from paddle_ccq.fastdeploy.server_flags import PORTS, arguments, unknown_settings
 from paddle_ccq.fastdeploy.settings import load_settings, wish_of, with_overrides, with_ports
 from paddle_ccq.quantize import quantize
 
@@ -194,6 +195,59 @@ def test_settings() -> None:
     assert [found[name] for name in PORTS] == [9000, 7000, 9002, 9003]
     with pytest.raises(CcqError):
         with_overrides({}, ["a={"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"api_key": ["one", "two"]}, ["--api-key", "one", "--api-key", "two"]),
+        ({"api_key": ["a,b"]}, ["--api-key", "a,b"]),
+        ({"api_key": ["-x", 7]}, ["--api-key=-x", "--api-key", "7"]),
+        ({"api_key": []}, []),
+        ({"logits_processors": ["a.B", "c.D"]}, ["--logits-processors", "a.B", "c.D"]),
+        ({"ips": ["10.0.0.1", "10.0.0.2"]}, ["--ips", "10.0.0.1,10.0.0.2"]),
+        ({"rdma_comm_ports": [7001, 7002]}, ["--rdma-comm-ports", "7001,7002"]),
+        ({"seed": -1}, ["--seed", "-1"]),
+        ({"served_model_name": "-x"}, ["--served-model-name=-x"]),
+    ],
+)
+def test_lists_reach_the_server_as_it_takes_them(settings, words) -> None:
+    release = release_of("2.5")
+    assert arguments(settings, release) == words
+    # As the server's own parser reads them.
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--api-key", action="append")
+    parser.add_argument("--logits-processors", nargs="+")
+    for flag in ("ips", "rdma-comm-ports", "seed", "served-model-name"):
+        parser.add_argument(f"--{flag}", type=lambda text: text.split(","))
+    ((key, value),) = settings.items()
+    wanted = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    assert (getattr(parser.parse_args(words), key) or []) == wanted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_seqs": [1, 2]},
+        {"model": ["a", "b"]},
+        {"ips": ["10.0.0.1,10.0.0.2"]},
+        {"api_key": ["one", None]},
+        {"api_key": ["one", ""]},
+        {"api_key": [["one", "two"]]},
+        {"logits_processors": ["a.B", "-x"]},
+    ],
+)
+def test_lists_that_the_server_would_misread_are_refused(settings) -> None:
+    with pytest.raises(CcqError, match=f"^{next(iter(settings))}: "):
+        arguments(settings, release_of("2.5"))
+
+
+def test_a_list_in_a_file_reaches_the_command(model, tmp_path, capsys) -> None:
+    path = tmp_path / "two keys.yaml"
+    path.write_text(FILES[0].read_text(encoding="utf-8") + "api_key: [one, two]\n", "utf-8")
+    command = [str(path), "--model", str(model), "--no-check", "--dry-run"]
+    assert launch.main([*command, "--fastdeploy-version", "2.5"]) == 0
+    assert "--api-key one" in (out := capsys.readouterr().out) and "--api-key two" in out
 
 
 def test_the_plugin_is_loaded_on_request(model, monkeypatch, capsys) -> None:

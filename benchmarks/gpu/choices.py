@@ -107,7 +107,8 @@ TUNING = {
 def texts(model: Path, calibration: Path, made: Path) -> dict[str, np.ndarray]:
     """Windows of tokens: those held out, and the parts of Choice."""
     from paddle_ccq.checkpoint.reader import open_checkpoint
-    from paddle_ccq.evaluation.text import Tokenizer, read_documents, token_stream
+    from paddle_ccq.evaluation.text import Tokenizer, token_stream
+    from paddle_ccq.texts.documents import read_documents
 
     source = open_checkpoint(model)
     tokenizer = Tokenizer(source.path, source.config.raw)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
+from ..reporting import write_whole
 from .costs import PROJECTIONS, Sensitivities
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -57,5 +58,6 @@ def plot(found: Sensitivities, path: str | Path) -> None:
     figure.suptitle(f"{found.model}: cost of each part alone, {found.method}", fontsize=10)
     figure.tight_layout()
     metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
-    figure.savefig(path, metadata=metadata)
+    form = Path(path).suffix.lower().removeprefix(".")
+    write_whole(path, lambda to: figure.savefig(to, metadata=metadata, format=form))
     pyplot.close(figure)

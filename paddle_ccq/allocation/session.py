@@ -94,7 +94,7 @@ class Request:
         fewer = min(calibration.settings.tokens, self.probing.statistics)
         # Costs are always measured with router weights, which take no other walk.
         settings = replace(calibration.settings, tokens=fewer, token_weights=ROUTER)
-        text = read_calibration_text(calibration.path, checkpoint, settings)
+        text = read_calibration_text(calibration.texts, checkpoint, settings)
         kept = folder / SENSITIVITY_FILE
         if kept.exists():
             found = load_sensitivities(kept, "its")

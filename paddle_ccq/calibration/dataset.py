@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
+from ..texts.documents import TEXT_FIELDS, Chat, document_of
 
 # About four million tokens: calibration takes its windows spread evenly over the text, and more
 # documents than this hold no more to choose from for its default of 256k tokens.
@@ -27,13 +28,16 @@ def local_text(name: str | os.PathLike[str], flag: str = "--calibration") -> Pat
     """The file that `name` is, or the file that a data set "owner/name[:config]" was put into.
 
     The data set's train split is read in order through the `datasets` client until 16 million
-    characters are there; its documents are the column "text", or the only column of strings. The
-    file lies in the user's cache (XDG_CACHE_HOME) and is not fetched again.
+    characters are there. Its documents are the column "text" or "content", the chats in "messages"
+    or in "src" and "tgt", or the only column of strings. The file lies in the user's cache
+    (XDG_CACHE_HOME) and is not fetched again.
 
     Raises:
         CcqError: if there is neither such a file nor such a data set, or no client.
     """
     if not names_data_set(name):
+        if not os.fspath(name).strip():
+            raise CcqError(f"{flag}: the name is empty; name a file or a data set")
         return Path(name)  # whoever reads it says what is wrong with it
     cached = cache_folder() / (str(name).replace("/", "--").replace(":", "--") + ".jsonl")
     if cached.is_file():
@@ -48,7 +52,7 @@ def local_text(name: str | os.PathLike[str], flag: str = "--calibration") -> Pat
     identifier, _, config = str(name).partition(":")
     try:
         rows = datasets.load_dataset(identifier, config or None, split="train", streaming=True)
-        _write(cached, _documents(iter(rows), f"{flag} {name}"))
+        _write(cached, _records(iter(rows), f"{flag} {name}"))
     except (CcqError, KeyboardInterrupt):
         raise
     except Exception as error:  # the client's own, and those of what it stands on
@@ -65,34 +69,53 @@ def cache_folder() -> Path:
     return Path(root) / "paddle_ccq" / "datasets"
 
 
-def _documents(rows: Iterator[dict[str, Any]], what: str) -> Iterator[str]:
-    column, characters = None, 0
-    for row in rows:
-        if column is None:
-            strings = [key for key, value in row.items() if isinstance(value, str)]
-            column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-            if column is None:
-                raise CcqError(
-                    f"{what}: which column is the text? none is called text, and of strings there"
-                    f" are {', '.join(strings) or 'none'}; write a .jsonl file of it"
-                )
-        text = row.get(column)
-        if isinstance(text, str) and text.strip():
-            yield text
-            characters += len(text)
-            if characters >= CHARACTERS:
-                return
+def _records(rows: Iterator[dict[str, Any]], what: str) -> Iterator[dict[str, Any]]:
+    """Records as documents.document_of reads them; rows that hold nothing are left out."""
+    columns, characters = None, 0
+    for number, row in enumerate(rows, start=1):
+        columns = columns or _columns(row, what)
+        record = {name: row[column] for name, column in columns.items() if row.get(column)}
+        if not record.keys() & {"text", "messages", "src"}:
+            continue
+        document = document_of(record, f"{what}: row {number}")
+        if document is None:
+            continue
+        yield record
+        if isinstance(document, Chat):
+            characters += sum(len(message["content"]) for message in document.messages)
+        else:
+            characters += len(document)
+        if characters >= CHARACTERS:
+            return
     if not characters:
         raise CcqError(f"{what}: the data set's train split holds no text")
 
 
-def _write(path: Path, documents: Iterator[str]) -> None:
+def _columns(row: dict[str, Any], what: str) -> dict[str, str]:
+    """Field of a record -> column of the data set, from its first row."""
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    for column in TEXT_FIELDS:
+        if column in strings:
+            return {"text": column}
+    if isinstance(row.get("messages"), list):
+        return {"messages": "messages"}
+    if row.get("src") and row.get("tgt"):
+        return {name: name for name in ("system", "src", "tgt")}
+    if len(strings) == 1:
+        return {"text": strings[0]}
+    raise CcqError(
+        f"{what}: which column is the text? none is called text, content or messages, and of"
+        f" strings there are {', '.join(strings) or 'none'}; write a .jsonl file of it"
+    )
+
+
+def _write(path: Path, records: Iterator[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for document in documents:
-                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

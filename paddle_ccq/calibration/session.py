@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from ..checkpoint.plan import Plan, gigabytes
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..host import default_threads, require_paddle
+from ..texts.documents import Texts, read_texts
+from ..texts.files import check_readable
 from .settings import GRADIENT, TOKEN_WEIGHTS, Settings
+
+FLAG = "--calibration"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Request:
     settings: Settings
     pending: bool = False  # a data set that a dry run does not fetch
 
+    @cached_property
+    def texts(self) -> Texts:
+        """The text, read at the first use: a pipe cannot be read twice."""
+        return read_texts(self.path, FLAG)
+
     def check(self, plan: Plan, encoder: str) -> None:
         """Refuse in one line what calibration cannot do, before any work."""
         if encoder != "search":
@@ -36,8 +46,8 @@ class Request:
                 f"--calibration: only wint2 experts are calibrated, and this plan ({plan.format})"
                 " has none; leave the flag out"
             )
-        if not self.pending and not self.path.is_file():
-            raise CcqError(f"--calibration {self.path}: no such file")
+        if not self.pending:
+            check_readable(self.path, FLAG)
         require_paddle("calibration, which runs the model,")
 
     def open(self, checkpoint: Checkpoint, threads: int | None, spill_folder: Path):
@@ -45,7 +55,7 @@ class Request:
         from .statistics import Statistics
         from .text import read_calibration_text
 
-        text = read_calibration_text(self.path, checkpoint, self.settings)
+        text = read_calibration_text(self.texts, checkpoint, self.settings)
         threads = threads or default_threads()
         return Statistics(checkpoint, text, self.settings, threads, spill_folder)
 

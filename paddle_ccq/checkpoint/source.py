@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import CcqError
+from ..errors import CcqError, readable
 
 # FastDeploy's variables (fastdeploy/envs.py), honoured so that both find the same files.
 SOURCE_VARIABLE = "FD_MODEL_SOURCE"
@@ -172,13 +172,13 @@ def model_name(model: str | os.PathLike[str]) -> str:
     text = os.fspath(model)
     path = Path(text).expanduser()
     if not path.is_dir():
-        return text
+        return readable(text)
     # A link may lead into a cache, or lie in one and lead to a disk elsewhere.
     for place in (path.resolve(), Path(os.path.abspath(path))):
         found = _cached_name(place)
         if found:
-            return found
-    return path.resolve().name
+            return readable(found)
+    return readable(path.resolve().name)
 
 
 def hub_id(model: str | os.PathLike[str]) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ..errors import visible
+
 # Heading, key in a summary, format.
 QUANTITIES = (
     ("perplexity", "perplexity", ".3f"),
@@ -25,9 +27,9 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], title: str = "") 
     table = _table("model", title)
     cells = _cells(results)
     for heading in cells:
-        table.add_column(heading, justify="right")
+        table.add_column(visible(heading), justify="right")
     for index, name in enumerate(results):
-        table.add_row(name, *(column[index] for column in cells.values()))
+        table.add_row(visible(name), *(column[index] for column in cells.values()))
     return table
 
 
@@ -35,9 +37,9 @@ def detail_table(results: Mapping[str, Mapping[str, Any]], title: str = "") -> T
     """One column per model: for one or two."""
     table = _table("", title)
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(visible(name), justify="right")
     for heading, column in _cells(results).items():
-        table.add_row(heading, *column)
+        table.add_row(visible(heading), *column)
     return table
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from ..errors import CcqError
+from ..errors import CcqError, readable
 from ..models.ernie import Cache, Ernie
 from ..models.generation import generate, left_padded
+from ..texts.files import KINDS, PACKED
+from ..texts.records import check_unicode, read_objects
 from .metrics import log_sum_exp
-from .text import Tokenizer, read_jsonl
+from .text import Tokenizer
 
 # Rows of one forward pass: enough tokens for large matrix products, little padding.
 BATCH_ITEMS = 32
@@ -37,27 +39,38 @@ class TaskItem:
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[TaskItem]:
-    """Items of one .jsonl file, at most `limit`."""
+    """Items of one file of JSON objects, at most `limit`."""
     items: list[TaskItem] = []
-    for number, record in read_jsonl(path):
+    for where, record in read_objects(path, "--tasks"):
         if limit is not None and len(items) >= limit:
             break
-        where = f"{path}:{number}"
         for field in ("prompt", "answer"):
-            if not isinstance(record.get(field), str) or not record[field]:
+            if not isinstance(record.get(field), str) or not record[field].strip():
                 raise CcqError(f'{where}: no field "{field}" with a string')
         choices = record.get("choices") or []
-        if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        if not isinstance(choices, list) or not all(
+            isinstance(c, str) and c.strip() for c in choices
+        ):
             raise CcqError(f'{where}: field "choices" must be a list of strings')
         if choices and record["answer"] not in choices:
             raise CcqError(f"{where}: the answer is not one of the choices")
-        task = record.get("task", Path(path).stem)
+        task = record.get("task", _stem(path))
         if not isinstance(task, str):
             raise CcqError(f'{where}: field "task" must be a string')
+        for text in (task, record["prompt"], record["answer"], *choices):
+            check_unicode(text, where)
         items.append(TaskItem(task, record["prompt"], record["answer"], tuple(choices), where))
     if not items:
-        raise CcqError(f"{path}: holds no task items")
+        raise CcqError(f"--tasks {path}: holds no task items")
     return items
+
+
+def _stem(path: str | Path) -> str:
+    """The file's name without what says how it is written and packed."""
+    name = Path(path)
+    while name.suffix.lower() in (*KINDS, *PACKED) and name.stem:
+        name = name.with_suffix("")
+    return readable(name.name)
 
 
 def answer_in(task: str, text: str) -> str:

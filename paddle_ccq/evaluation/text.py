@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for evaluation: documents, the checkpoint's own tokenizer, and windows of tokens."""
+"""From documents to windows of tokens, by the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from ..checkpoint.companions import SENTENCEPIECE_FILES, TOKENIZER_FILE, check_file
 from ..errors import CcqError
+from ..texts.chats import ChatRenderer
+from ..texts.documents import Chat, Document
 from .spm import SentencePieceTokenizer
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def _fast(path: Path) -> FastTokenizer:
             "the tokenizers package is missing; install it with: pip install 'paddle-ccq[eval]'"
         ) from None
     try:
-        return FastTokenizer.from_file(str(path))
+        # Not from_file: it wants a path that is Unicode text.
+        return FastTokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises plain Exception for a bad file
         raise CcqError(f"{path}: not a usable tokenizer: {error}") from None
 
@@ -104,51 +107,21 @@ def check_same_tokenizer(a: Tokenizer, b: Tokenizer) -> None:
         raise CcqError(f"{a.path} and {b.path} differ; the two models cannot be compared")
 
 
-def read_documents(path: str | os.PathLike[str]) -> list[str]:
-    """The texts of a .jsonl file (field "text"), or a .txt file as one document."""
-    path = Path(path)
-    if path.suffix == ".txt":
-        try:
-            documents = [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise CcqError(f"{path}: not UTF-8 at byte {error.start}") from None
-    elif path.suffix == ".jsonl":
-        documents = []
-        for number, record in read_jsonl(path):
-            text = record.get("text")
-            if not isinstance(text, str):
-                raise CcqError(f'{path}:{number}: no field "text" with a string')
-            documents.append(text)
-    else:
-        raise CcqError(f"{path}: text must be a .jsonl or a .txt file")
-    if not any(documents):
-        raise CcqError(f"{path}: holds no text")
-    return documents
+def token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents as one row of tokens, each framed by bos and eos.
 
-
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not blank."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise CcqError(f"{path}:{number}: not JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise CcqError(f"{path}:{number}: not a JSON object")
-                yield number, record
-    except UnicodeDecodeError as error:
-        raise CcqError(f"{path}: not UTF-8: {error.reason}") from None
-
-
-def token_stream(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one row of tokens, each framed by bos and eos."""
+    Chats are rendered by the model's template first, which may write one or both itself.
+    """
     stream: list[int] = []
+    renderer = ChatRenderer(tokenizer.path.parent)
     for document in documents:
-        stream += [tokenizer.bos, *tokenizer.encode(document), tokenizer.eos]
+        if isinstance(document, Chat):
+            tokens = tokenizer.encode(renderer.render(document))
+            tokens = tokens[1:] if tokens[:1] == [tokenizer.bos] else tokens
+            tokens = tokens[:-1] if tokens[-1:] == [tokenizer.eos] else tokens
+        else:
+            tokens = tokenizer.encode(document)
+        stream += [tokenizer.bos, *tokens, tokenizer.eos]
     return np.asarray(stream, dtype=np.int64)
 
 

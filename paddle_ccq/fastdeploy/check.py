@@ -15,7 +15,8 @@ from .. import reporting
 from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from ..checkpoint.plan import gigabytes
-from ..errors import CcqError, run_cli
+from ..command import run_command
+from ..errors import CcqError, visible
 from .cards import Card, find_cards, host_memory
 from .contract import contract_problems, contract_warnings
 from .memory import (
@@ -198,7 +199,7 @@ def print_result(result: CheckResult, wish: Wish, environment: Mapping[str, str]
         out.print(reporting.table(["memory of each card", ""], rows))
 
     def line(text: str) -> None:
-        out.print(text, markup=False, soft_wrap=True)
+        out.print(visible(text), soft_wrap=True)
 
     line(f"host memory while loading: about {gigabytes(result.host_bytes)}")
     for warning in result.warnings:
@@ -283,9 +284,7 @@ def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
         cards = find_cards() if args.gpu_memory is None else []
@@ -297,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.good else 1
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 
-from ..errors import CcqError, run_cli
+from ..command import run_command
+from ..errors import CcqError
 from .cards import Card, find_cards
 from .check import check, judge_machine, print_result
 from .memory import GIB
@@ -53,7 +54,7 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    settings = load_settings(args.config)
+    settings = load_settings(Path(args.config))
     if args.model is not None:
         settings = {"model": args.model, **{k: v for k, v in settings.items() if k != "model"}}
     return with_ports(with_overrides(settings, args.set), args.port)
@@ -154,7 +155,7 @@ def wait(settings: Mapping[str, object], seconds: float) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch.py", description=__doc__)
     add = parser.add_argument
-    add("config", metavar="FILE.yaml", type=Path, help="server settings, see serving/*.yaml")
+    add("config", metavar="FILE.yaml", help="server settings, see serving/*.yaml")
     add("--model", metavar="DIR", help="folder of the quantized checkpoint")
     add("--devices", metavar="0,1", help="sets CUDA_VISIBLE_DEVICES")
     add("--port", type=int, help="first of four ports, instead of those in the file")
@@ -177,8 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return run_cli(lambda: launch(args))
+    return run_command(build_parser(), argv, launch)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ commits in releases.py.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -62,6 +63,17 @@ _NEGATABLE = {
     "enable-overlap-schedule": "2.6",
 }
 
+# Flags that take several values: given several times, as several words, or joined by commas. No
+# other flag takes a list.
+_REPEATED = {"api-key"}
+_SEVERAL_WORDS = {"logits-processors"}
+_JOINED = {
+    *("cache-queue-port", "cache-transfer-protocol", "engine-worker-queue-port"),
+    *("innode-prefill-ports", "ips", "pd-comm-port", "rdma-comm-ports"),
+}
+# argparse takes a word for a flag if it begins with a dash, unless it is a negative number.
+_FLAG_LIKE = re.compile(r"-(?!\d+$|\d*\.\d+$)")
+
 
 def known_flags(release: Release) -> dict[str, str]:
     """Settings key (as in a YAML file) -> flag without dashes; {} where no flags were read."""
@@ -109,10 +121,41 @@ def arguments(settings: Mapping[str, object], release: Release) -> list[str]:
         elif isinstance(value, Mapping):
             result += [f"--{flag}", json.dumps(value, separators=(",", ":"))]
         elif isinstance(value, (list, tuple)):
-            result += [f"--{flag}", ",".join(map(str, value))]
+            result += _list_words(key, flag, value)
         else:
-            result += [f"--{flag}", str(value)]
+            result += _words(key, flag, [value])
     return result
+
+
+def _list_words(key: str, flag: str, values: Sequence[object]) -> list[str]:
+    """The words of a list, in the way in which the flag takes several values."""
+    if flag in _REPEATED:
+        return [word for value in values for word in _words(key, flag, [value])]
+    if flag in _SEVERAL_WORDS:
+        return _words(key, flag, values) if values else []
+    if flag not in _JOINED:
+        raise CcqError(f"{key}: takes one value, not a list of {len(values)}")
+    if any("," in str(value) for value in values):
+        raise CcqError(f"{key}: a comma in a value would cut it in two")
+    _check_values(key, values)
+    return _words(key, flag, [",".join(map(str, values))]) if values else []
+
+
+def _words(key: str, flag: str, values: Sequence[object]) -> list[str]:
+    """A flag and its values; a value that looks like a flag is joined to it."""
+    _check_values(key, values)
+    texts = [str(value) for value in values]
+    if any(_FLAG_LIKE.match(text) for text in texts):
+        if len(texts) > 1:
+            raise CcqError(f"{key}: a value that begins with - would be taken for a flag")
+        return [f"--{flag}={texts[0]}"]
+    return [f"--{flag}", *texts]
+
+
+def _check_values(key: str, values: Sequence[object]) -> None:
+    for value in values:
+        if value is None or isinstance(value, (bool, Mapping, list, tuple)) or value == "":
+            raise CcqError(f"{key}: {value!r} is no value; give a text or a number")
 
 
 def server_command(

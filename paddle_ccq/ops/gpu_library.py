@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from ..errors import CcqError, run_cli
+from ..command import run_command
+from ..errors import CcqError
 
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
@@ -217,13 +218,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         print(build(args.architectures))
         return 0
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

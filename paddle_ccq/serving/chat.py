@@ -60,15 +60,20 @@ class ChatTemplate:
         except TemplateError as error:
             raise CcqError(f"{where}: chat_template: {error}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt's text, ending where the assistant begins to answer.
+
+        Without `add_generation_prompt` it ends with the last message, as a text to learn from.
 
         Raises:
             ValueError: the template does not take these messages.
         """
         try:
             return self.template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self.tokens
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                **self.tokens,
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"the chat template: {error}") from None

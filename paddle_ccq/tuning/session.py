@@ -18,6 +18,7 @@ from ..checkpoint.safetensors_io import TensorFolder
 from ..checkpoint.writer import Workplace
 from ..errors import CcqError
 from ..models.ernie import Ernie
+from ..texts.documents import Texts
 from ..version import __version__
 from .descent import Example, descend, mean_loss, split_held_out
 from .memory import check_memory
@@ -90,7 +91,7 @@ class _ReplacedTensors(TensorFolder):
 def run_tuning(
     quantized: Checkpoint,
     source: Checkpoint,
-    calibration: Path,
+    calibration: Texts,
     output: Path,
     settings: Settings,
     threads: int,
@@ -157,7 +158,7 @@ def _tuned(
     tokens = sum(example.tokens.size for example in learned)
     provenance: dict[str, Any] = {
         "version": __version__,
-        "text": text.path.name,
+        "text": text.label,
         "text_sha256": text.sha256,
         "tokens_learned": tokens,
         "tokens_held_out": sum(example.tokens.size for example in held_out),
