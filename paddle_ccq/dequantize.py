@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .checkpoint import naming as names
+from .checkpoint.companions import read_companions
 from .checkpoint.reader import (
     JOURNAL_FILE,
     PARTIAL_SUFFIX,
@@ -36,6 +37,7 @@ from .checkpoint.safetensors_io import (
     tensor_bytes,
 )
 from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.values import count_nonfinite
 from .codec.row_order import ROW_ORDERS
 from .command import output_path, run_command
 from .errors import CcqError, visible
@@ -68,7 +70,8 @@ def dequantize(
     if target.exists() or target.is_symlink():
         raise CcqError(f"{target}: already exists; give another --output or remove it")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log), row_order)
-    for message in checkpoint.messages:
+    companions = read_companions(checkpoint.path)
+    for message in (*checkpoint.messages, *companions.messages):
         log(message)
     specs = [spec for name in checkpoint.names() for spec in _specs(checkpoint, name, naming)]
     partial = _start_folder(target, sum(tensor_bytes(d, s) for _, d, s in specs))
@@ -76,8 +79,8 @@ def dequantize(
         _write_shards(checkpoint, partial, naming, split_shards(specs, limit), log)
         config = json.dumps(_config(checkpoint, naming), indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(config, encoding="utf-8")
-        for file in checkpoint.auxiliary_files():
-            shutil.copyfile(file, partial / file.name)
+        for name, data in companions.files.items():
+            (partial / name).write_bytes(data)
         sync_folder(partial)
         os.rename(partial, target)
         sync_folder(target.parent)
@@ -98,7 +101,9 @@ def _target_dtype(checkpoint: Checkpoint, name: str) -> str:
     return "F32" if router and checkpoint.stored_dtype(name) == "F32" else "BF16"
 
 
-def _tensors(checkpoint: Checkpoint, naming: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    checkpoint: Checkpoint, naming: str, log: Callable[[str], object]
+) -> Iterator[tuple[str, np.ndarray]]:
     """The on-disk tensors of the output, in the order of the specs."""
     for name in checkpoint.names():
         storage = names.storage(checkpoint.config, name, checkpoint.shape(name), naming)
@@ -108,9 +113,32 @@ def _tensors(checkpoint: Checkpoint, naming: str) -> Iterator[tuple[str, np.ndar
             values = checkpoint.read_stored(name)
         else:
             values = checkpoint.read(name)
+        _check_finite(checkpoint, name, values, log)
         dtype = DTYPES[_target_dtype(checkpoint, name)]
         for part in storage.parts:
             yield part.name, values[part.columns or slice(None)].astype(dtype, copy=False)
+
+
+def _check_finite(
+    checkpoint: Checkpoint, name: str, values: np.ndarray, log: Callable[[str], object]
+) -> None:
+    """NaN and infinity of a float source are copied with a message; none may come into being."""
+    damaged = count_nonfinite(values)
+    where = f"{checkpoint.path}: {name}"
+    if damaged and checkpoint.format_of(name) != "bf16":
+        raise CcqError(
+            f"{where}: {damaged} values decode to NaN or infinity; its scales are damaged"
+            " (paddle_ccq.verify says which)"
+        )
+    beyond = count_nonfinite(values, _target_dtype(checkpoint, name)) - damaged
+    if beyond:
+        finite = values[np.isfinite(values)]
+        raise CcqError(
+            f"{where}: {beyond} values beyond bfloat16's range, up to"
+            f" {float(np.abs(finite).max()):.7g} in magnitude, would become infinite"
+        )
+    if damaged:
+        log(f"{name}: {damaged} values are NaN or infinite, as in the source")
 
 
 def _start_folder(target: Path, size: int) -> Path:
@@ -139,7 +167,7 @@ def _write_shards(
     shards: list[list[TensorSpec]],
     log: Callable[[str], object],
 ) -> None:
-    tensors = _tensors(checkpoint, naming)
+    tensors = _tensors(checkpoint, naming, log)
     files = {shard_name(i, len(shards)): specs for i, specs in enumerate(shards)}
     total = sum(map(len, shards))
     # disable=None: a bar only where stderr is a terminal.
@@ -156,7 +184,8 @@ def _write_shards(
 
 def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
     config = dict(checkpoint.config.raw)
-    for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype"):
+    # auto_map names code, which is not copied.
+    for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
         config.pop(key, None)
     if naming == "paddle":
         # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.

@@ -43,6 +43,10 @@ def readable(name: str | os.PathLike[str]) -> str:
     return re.sub(r"[\t-\r\x1c-\x1f\x85\u2028\u2029]", " ", visible(text))
 
 
+class CoreMissingError(CcqError):
+    """The compiled core was never built, or does not load here."""
+
+
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, naming the file where one is known."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""

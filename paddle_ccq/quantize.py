@@ -21,18 +21,20 @@ from .allocation.session import make_request as make_allocation
 from .calibration.session import Request as Calibration
 from .calibration.session import coverage, make_request
 from .calibration.settings import TOKEN_WEIGHTS
+from .checkpoint.companions import check_regular, read_companions
 from .checkpoint.config import ErnieConfig
 from .checkpoint.plan import ROW_ORDERS, Layout, Plan, build_plan, gigabytes
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.rules import load_rules
 from .checkpoint.safetensors_format import parse_size
-from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.source import HUBS, hub_id, model_name, resolve_model
+from .checkpoint.source_card import read_source_card
 from .checkpoint.unexpected import config_of_folder
 from .checkpoint.writer import Workplace, partial_folder
 from .codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from .command import output_path, run_command
 from .encoder.base import DEVICES, ENCODERS, PRESETS
-from .errors import CcqError, readable, visible
+from .errors import CcqError, visible
 from .quantize_plan import PlanMaker, first_plan
 from .quantize_plan import dry_run as run_dry
 from .quantize_run import Options, QuantizeResult, QuantizeRun, check_core, make_encoders
@@ -124,6 +126,7 @@ def quantize(
     if request is not None:
         _ = request.texts  # what is wrong with it is said before a model is fetched
     folder = resolve_model(model, source, revision, log=say)
+    check_regular(folder)
     plan, costs = first_plan(config_of_folder(folder)[0], plan_for, wanted)
     _check_separate(folder, target)
     log_path = Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
@@ -139,12 +142,14 @@ def quantize(
             raise CcqError(
                 f"{folder}: quantized already; quantize the original float checkpoint instead"
             )
-        for message in checkpoint.messages:
+        # Looked at before the work, so that what is wrong with them is not found after it.
+        beside = (*read_companions(folder).messages, *read_source_card(folder)[1])
+        for message in (*checkpoint.messages, *beside):
             say(message)
         allocation = None
         if wanted is not None:
             allocation = _allocated(
-                wanted, costs, checkpoint, _model_name(model), request, options, workplace, plan_for
+                wanted, costs, checkpoint, model_name(model), request, options, workplace, plan_for
             )
             plan = plan_for(plan.config, allocation.layout)
             say(_shown(comparison_table(allocation)))
@@ -161,12 +166,13 @@ def quantize(
             options,
             make_encoders(plan, options, statistics.moments if statistics else None),
             checkpoint,
-            _model_name(model),
+            model_name(model),
             workplace,
             log_path,
             say,
             provenance,
             allocation.as_dict() if allocation else None,
+            hub_id(model),
         )
         try:
             result = run.run()
@@ -242,13 +248,6 @@ def _to_stderr(text: str) -> None:
     print(visible(text), file=sys.stderr)
 
 
-def _model_name(model: str | os.PathLike[str]) -> str:
-    """What the output calls its source: a hub id or short name as given, or a folder's name."""
-    text = os.fspath(model)
-    folder = Path(text).expanduser()
-    return readable(folder.resolve().name if folder.is_dir() else text)
-
-
 def print_summary(result: QuantizeResult) -> None:
     """The tables at the end of a run."""
     out = reporting.console()
@@ -319,7 +318,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit on the hub")
     add("--dry-run", action="store_true", help="print the plan; config.json is enough")
     add("--restart", action="store_true", help="throw away an interrupted run's work")
-    add("--allow-nonfinite", action="store_true", help="set NaN and infinite weights to 0")
+    add(
+        "--allow-nonfinite",
+        action="store_true",
+        help="set NaN, infinity and what bfloat16 cannot hold to 0",
+    )
     add("--log", metavar="FILE", help="JSON lines, one a matrix (default: OUTPUT.log.jsonl)")
     add("--quiet", action="store_true", help="no progress, no messages, no summary")
     return parser

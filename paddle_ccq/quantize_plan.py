@@ -16,13 +16,15 @@ from .allocation.session import Request as Wanted
 from .allocation.session import comparison_table, measuring_facts
 from .calibration.session import Request as Calibration
 from .calibration.session import memory_facts
+from .checkpoint.companions import check_regular
 from .checkpoint.config import CONFIG_FILE, ErnieConfig
 from .checkpoint.plan import Layout, Plan, gigabytes
+from .checkpoint.source import snapshot_folder
 from .checkpoint.unexpected import config_of_folder
 from .encoder.base import MatrixEncoder
 from .encoder.ldlq_metric import InputMoments
-from .errors import CcqError
-from .quantize_run import Options, QuantizeResult, make_encoders
+from .errors import CcqError, CoreMissingError
+from .quantize_run import Options, QuantizeResult, check_core, make_encoders
 
 # A plan for a config, a layout and whether any layers may be wint4; the rest is the command's.
 PlanMaker = Callable[..., Plan]
@@ -55,6 +57,9 @@ def dry_run(
             f"{model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder and"
             " pass that"
         )
+    if folder.is_dir():
+        folder = snapshot_folder(folder)
+        check_regular(folder)
     config, assumed = config_of_folder(folder)
     quantization = config.raw.get("quantization_config")
     # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
@@ -79,26 +84,12 @@ def dry_run(
         out.print()
     if request is not None:
         request.check(plan, options.encoder)
-    # The time does not depend on the statistics.
-    made_up = InputMoments(np.eye(MEASURED_SHAPE[1]), 1)
-    moments = None if request is None else lambda name: made_up
-    rates = measured_rates(make_encoders(plan, options, moments))
-    seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
-    quantized = {item.format: 0 for item in plan.items if item.quantized}
-    for item in plan.items:
-        if item.quantized:
-            quantized[item.format] += item.weights
-    main_format = max(quantized, key=lambda format: quantized[format])
+    seconds, time_said = _estimated_time(plan, options, request is not None)
     facts = [
         *reporting.plan_facts(plan),
         ("peak memory (estimate)", gigabytes(plan.peak_memory())),
         ("disk needed", gigabytes(plan.output_bytes * 1.001)),
-        (
-            "time (estimate)",
-            f"{reporting.duration(seconds)} of encoding on this machine, reading and writing not"
-            f" counted; from {rates[main_format] / 1e6:.1f} million weights/s of {main_format},"
-            f" measured just now on a random matrix of {MEASURED_SHAPE[0]} x {MEASURED_SHAPE[1]}",
-        ),
+        ("time (estimate)", time_said),
     ]
     if request is not None:
         facts += memory_facts(plan.config, request.settings)
@@ -109,7 +100,31 @@ def dry_run(
     notes = (*config.notes, *assumed)
     for message in (*notes, *plan.messages, *(wanted.notes if wanted else ())):
         out.print(f"note: {message}", soft_wrap=True, markup=False)
-    return QuantizeResult(None, plan, [], {"estimate": seconds}, reporting.peak_rss())
+    estimate = {} if seconds is None else {"estimate": seconds}
+    return QuantizeResult(None, plan, [], estimate, reporting.peak_rss())
+
+
+def _estimated_time(plan: Plan, options: Options, calibrated: bool) -> tuple[float | None, str]:
+    """Seconds of encoding, and the line about it; None where the compiled core is missing."""
+    # The time does not depend on the statistics.
+    made_up = InputMoments(np.eye(MEASURED_SHAPE[1]), 1)
+    moments = (lambda name: made_up) if calibrated else None
+    try:
+        check_core(plan, options)
+    except CoreMissingError as error:
+        return None, f"not known: {error}"
+    rates = measured_rates(make_encoders(plan, options, moments))
+    seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
+    quantized = {item.format: 0 for item in plan.items if item.quantized}
+    for item in plan.items:
+        if item.quantized:
+            quantized[item.format] += item.weights
+    main_format = max(quantized, key=lambda format: quantized[format])
+    return seconds, (
+        f"{reporting.duration(seconds)} of encoding on this machine, reading and writing not"
+        f" counted; from {rates[main_format] / 1e6:.1f} million weights/s of {main_format},"
+        f" measured just now on a random matrix of {MEASURED_SHAPE[0]} x {MEASURED_SHAPE[1]}"
+    )
 
 
 def measured_rates(encoders: Mapping[str, MatrixEncoder]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import reporting
 from .calibration.session import output_errors
+from .checkpoint.companions import read_companions
 from .checkpoint.config import CONFIG_FILE
 from .checkpoint.convert import Converter
 from .checkpoint.fastdeploy import output_config, quantization_config
@@ -24,6 +25,7 @@ from .checkpoint.journal import make_fingerprint
 from .checkpoint.model_card import Recipe, model_card
 from .checkpoint.plan import Plan, gigabytes
 from .checkpoint.reader import Checkpoint
+from .checkpoint.source_card import read_source_card
 from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from .codec.formats import CCQ_FORMATS
 from .encoder import factory
@@ -32,11 +34,6 @@ from .encoder.ldlq import Moments
 from .errors import CcqError
 from .ops import gpu_library
 from .version import __version__
-
-# Small files that belong to a model; weights, code, pickles and links are never copied.
-COPIED_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-NEVER_COPIED = (CONFIG_FILE, "README.md")
-MAX_COPIED_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,7 @@ def check_core(plan: Plan, options: Options) -> None:
     """Say at once that the compiled core is missing, where it will be needed."""
     used = {item.format for item in plan.items if item.quantized}
     if options.encoder == "search" and used & set(CCQ_FORMATS):
-        try:
-            importlib.import_module("._core", __package__)
-        except ImportError as error:
-            raise CcqError(
-                f"the compiled encoder is missing ({error}); build it with `pip install .`"
-            ) from None
+        importlib.import_module(".compiled", __package__)
     if options.device == "gpu":
         if options.encoder != "search":
             raise CcqError("--device gpu: only --encoder search runs on a GPU")
@@ -109,12 +101,21 @@ class QuantizeRun:
         say: Callable[[str], object],
         calibration: dict[str, Any] | None = None,
         allocation: dict[str, Any] | None = None,
+        base_model: str | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
         self.encoders = encoders
         self.checkpoint = checkpoint
-        self.recipe = Recipe(model_name, options.preset, options.encoder, calibration, allocation)
+        self.recipe = Recipe(
+            model_name,
+            options.preset,
+            options.encoder,
+            calibration,
+            allocation,
+            base_model,
+            read_source_card(checkpoint.path)[0],
+        )
         self.workplace = workplace
         self.log_path = log_path
         self.say = say
@@ -244,29 +245,10 @@ class QuantizeRun:
             plan.wint4_layers if plan.needs_plugin else None,
         )
         config = output_config(plan.config, quantization, provenance)
-        files = copied_files(self.checkpoint.path)
+        files = dict(read_companions(self.checkpoint.path).files)
         files[CONFIG_FILE] = json_bytes(config)
         files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")
         return files
-
-
-def copied_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer, generation and licence files of a model, by name."""
-    found = {}
-    for path in sorted({path for pattern in COPIED_PATTERNS for path in folder.glob(pattern)}):
-        name = path.name
-        skipped = name in NEVER_COPIED or name.endswith((".index.json", "-manifest.json"))
-        outside = path.resolve().parent != folder.resolve() and not _hub_cached(path, folder)
-        if skipped or outside or not path.is_file() or path.stat().st_size > MAX_COPIED_BYTES:
-            continue
-        found[name] = path.read_bytes()
-    return found
-
-
-def _hub_cached(path: Path, folder: Path) -> bool:
-    """Whether a link leads into the blobs of the hub cache that the folder itself is part of."""
-    target = path.resolve().parent
-    return target.name == "blobs" and target.parent in folder.resolve().parents
 
 
 def _log(file: io.FileIO, record: dict[str, Any]) -> None:

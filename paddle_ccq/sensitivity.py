@@ -19,11 +19,11 @@ from .allocation.plot import plot, require_matplotlib
 from .allocation.probing import Probing
 from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
-from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.source import HUBS, model_name, resolve_model
 from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
 from .command import run_command
 from .encoder.base import DEVICES, PRESETS
-from .errors import CcqError, readable, visible
+from .errors import CcqError, visible
 from .host import default_threads, require_paddle
 from .ops import gpu_library
 from .texts.documents import read_texts
@@ -100,7 +100,7 @@ def sensitivity(
     ):
         return measure(
             checkpoint,
-            readable(checkpoint.path.resolve().name),
+            model_name(checkpoint.path),
             text,
             settings,
             probing,

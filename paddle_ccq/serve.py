@@ -13,8 +13,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.reader import open_checkpoint
+from .checkpoint.source import model_name
 from .command import run_command
-from .errors import CcqError, describe_os_error, readable, visible
+from .errors import CcqError, describe_os_error, visible
 
 if TYPE_CHECKING:
     from .ops.gpu_memory import Device
@@ -70,7 +71,7 @@ def build_service(args: argparse.Namespace) -> Service:
         )
     engine = EngineSettings(args.max_num_seqs, tokens, args.max_num_batched_tokens, args.max_queue)
     settings = ServiceSettings(
-        name=args.served_model_name or readable(checkpoint.path.resolve().name),
+        name=args.served_model_name or model_name(checkpoint.path),
         max_length=length,
         engine=engine,
         api_key=resources.api_key(args.api_key),
@@ -240,7 +241,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)",
     )
     parser.add_argument(
-        "--served-model-name", metavar="NAME", help="the API's model (default: the folder's name)"
+        "--served-model-name",
+        metavar="NAME",
+        help="the API's model (default: the folder's name; in a hub's cache the repository's)",
     )
     parser.add_argument(
         "--generation-config",

@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from . import reporting
-from .checkpoint.convert import energy
 from .checkpoint.inspection import Inspection, other_order
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from .checkpoint.plan import Item
@@ -23,6 +22,7 @@ from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES
 from .checkpoint.source import HUBS, resolve_model
 from .checkpoint.tensor_parallel import join
+from .checkpoint.values import difference_energy, energy, finite, product
 from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command
@@ -68,17 +68,17 @@ def verify(
     Raises:
         CcqError: if `folder` is no quantized checkpoint at all, or the reference can't be used.
     """
-    path = Path(folder)
-    inspection = Inspection(path)
+    inspection = Inspection(Path(folder))
     original = _reference(reference, inspection, source) if reference is not None else None
     inspection.check_config()
     inspection.check_structure()
-    manifest_problems = check_manifest(path, hashes)
-    if read_manifest(path) is None:
+    manifest = check_manifest(inspection.folder, hashes)
+    if read_manifest(inspection.folder) is None:
         inspection.messages.append(f"no {MANIFEST_FILE}: hashes can't be checked")
     # A missing or short file shows up in the structure too; one line for each is enough.
     named = {problem.split(":", 1)[0] for problem in inspection.problems}
-    inspection.problems += [p for p in manifest_problems if p.split(":", 1)[0] not in named]
+    inspection.problems += [p for p in manifest.problems if p.split(":", 1)[0] not in named]
+    inspection.messages += manifest.notes
     inspection.check_values()
     result = VerifyResult(str(folder), inspection.problems, inspection.messages)
     result.tensors = len(inspection.sound)
@@ -120,12 +120,14 @@ def _compare(
             continue
         whole = [part for part in parts if part is not None]
         if not item.quantized:
-            if _equal(item, whole, reference):
+            ((_, stored_as, _),) = item.specs
+            weight = _finite(item, reference.read_stored(item.name), stored_as, result)
+            if _equal(item, whole, weight):
                 result.unquantized_equal += 1
-            elif not (item.name.endswith(tuned) and _near(item, whole, reference)):
+            elif not (item.name.endswith(tuned) and _near(item, whole, weight)):
                 result.problems.append(f"{item.name}: not the reference's values")
             continue
-        weight = reference.read(item.name)
+        weight = _finite(item, reference.read(item.name), "BF16", result)
         error = _error(item, whole, weight, order)
         if formats.get(item.format).row_ordered and not order_checked:
             order_checked = True
@@ -144,18 +146,29 @@ def _compare(
         result.matrices.append({"name": item.name, "format": item.format, **error})
 
 
-def _equal(item: Item, parts: list[dict[str, np.ndarray]], reference: Checkpoint) -> bool:
+def _finite(item: Item, weight: np.ndarray, stored_as: str, result: VerifyResult) -> np.ndarray:
+    """The reference's values as quantize takes them: 0 for what cannot be stored, with a note."""
+    clean, bad = finite(weight, stored_as)
+    if bad:
+        result.messages.append(
+            f"{item.name}: {bad} values of the reference are NaN, infinite or beyond bfloat16's"
+            " range; compared as 0, which quantize --allow-nonfinite stores"
+        )
+    return clean
+
+
+def _equal(item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:
     ((_, dtype, _),) = item.specs
     whole = join([next(iter(part.values())) for part in parts], item.cut)
-    expected = reference.read_stored(item.name).astype(DTYPES[dtype], copy=False)
+    expected = weight.astype(DTYPES[dtype], copy=False)
     return expected.reshape(whole.shape).tobytes() == whole.tobytes()
 
 
-def _near(item: Item, parts: list[dict[str, np.ndarray]], reference: Checkpoint) -> bool:
+def _near(item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:
     """Whether a tuned tensor is still an approximation of the reference's."""
-    whole = join([next(iter(part.values())) for part in parts], item.cut).astype(np.float32)
-    expected = reference.read(item.name).reshape(whole.shape)
-    return energy(expected - whole) <= LARGEST_TUNED_ERROR * energy(expected)
+    whole = join([next(iter(part.values())) for part in parts], item.cut)
+    expected = weight.reshape(whole.shape)
+    return difference_energy(expected, whole) <= LARGEST_TUNED_ERROR * energy(expected)
 
 
 def _error(
@@ -164,14 +177,11 @@ def _error(
     """rel-MSE and cosine of a matrix, decoded exactly (float32), to the reference [K, N]."""
     found = join([formats.decode(item.format, part, "float32", order) for part in parts], item.cut)
     size, found_size = energy(weight), energy(found)
-    product = float(
-        sum(np.dot(a, b).astype(np.float64) for a, b in zip(weight, found, strict=True))
-    )
-    difference = energy(weight - found)
+    difference = difference_energy(weight, found)
     scale = math.sqrt(size * found_size)
     return {
         "rel_mse": difference / size if size else (0.0 if not difference else math.inf),
-        "cosine": product / scale if scale else float(size == found_size),
+        "cosine": product(weight, found) / scale if scale else float(size == found_size),
     }
 
 

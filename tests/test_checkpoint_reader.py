@@ -116,19 +116,6 @@ def test_router_bias_under_the_gate(tmp_path, alias):
     np.testing.assert_array_equal(open_checkpoint(tmp_path).read(canonical), weights[canonical])
 
 
-def test_auxiliary_files(tmp_path):
-    write_checkpoint(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    (tmp_path / "README.md").write_text("x")
-    names = [file.name for file in open_checkpoint(tmp_path).auxiliary_files()]
-    assert names == [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-    ]
-
-
 # --- quantized ---
 
 

@@ -120,13 +120,6 @@ def test_unknown_choices_are_refused_by_the_parser(model):
         assert caught.value.code == 2
 
 
-def test_missing_core_is_said_before_anything_is_written(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "paddle_ccq._core", None)
-    assert main(["--model", str(model), "--output", str(tmp_path / "out")]) == 2
-    assert "pip install ." in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_encoder_paper(model, tmp_path):
     search = quantize(model, tmp_path / "a", quiet=True)
     paper = quantize(model, tmp_path / "b", encoder="paper", quiet=True)

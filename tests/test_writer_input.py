@@ -13,8 +13,7 @@ import pytest
 from safetensors import safe_open
 from synthetic import tiny_config, write_checkpoint
 
-from paddle_ccq.checkpoint.convert import count_nonfinite
-from paddle_ccq.checkpoint.manifest import check_manifest
+from paddle_ccq.checkpoint.values import count_nonfinite
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import quantize
 from paddle_ccq.verify import verify
@@ -100,34 +99,6 @@ def test_output_inside_the_model_is_refused(tmp_path):
         quantize(tmp_path / "m", tmp_path / "m" / "out", **OPTIONS)
     with pytest.raises(CcqError, match="lies in the model's own folder"):
         quantize(tmp_path / "m", tmp_path / "m", **OPTIONS)
-
-
-def test_small_files_are_copied_but_no_code_pickles_or_links(tmp_path):
-    model = tmp_path / "m"
-    write_checkpoint(model, CONFIG, shards=2)
-    (model / "tokenizer.model").write_bytes(b"\x00spm")
-    (model / "LICENSE").write_text("Apache")
-    (model / "chat_template.jinja").write_text("{{ x }}")
-    (model / "tokenization_ernie.py").write_text("import os")
-    (model / "optimizer.pdopt").write_bytes(b"pickle")
-    (tmp_path / "secret.json").write_text("{}")
-    (model / "linked.json").symlink_to(tmp_path / "secret.json")
-    quantize(model, tmp_path / "out", **OPTIONS)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {
-        "LICENSE",
-        "README.md",
-        "ccq-manifest.json",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-    }
-    assert check_manifest(tmp_path / "out") == []
 
 
 def test_output_depends_on_nothing_but_the_input(tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +16,16 @@ from ..encoder.base import ErrorStats, MatrixEncoder
 from ..errors import CcqError
 from .plan import Item, Plan
 from .reader import Checkpoint
-from .safetensors_format import DTYPES
+from .safetensors_format import DTYPES, FLOAT_DTYPES
 from .tensor_parallel import take
+from .values import count_nonfinite, finite
 
-# Values looked at in one go when searching for NaN and infinity; bounds the mask's memory.
-_CHUNK = 1 << 24
-_BF16_EXPONENT = np.uint16(0x7F80)
 # In these formats output columns are independent in blocks of SLICE_COLUMNS and lie first in every
 # stored tensor, so wide matrices are encoded in slices: the encoder's copies stay small.
 SLICED_FORMATS = ("wint8", "wint4")
 SLICE_WEIGHTS = 1 << 24
 SLICE_COLUMNS = 16
+_FLOATS = tuple(DTYPES[name] for name in FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ class Converter:
             weight = self.checkpoint.read_out_in(item.name)
         else:
             weight = self.checkpoint.read_stored(item.name)
-        weight, nonfinite = self._finite(weight, item.name)
+        # Whatever a matrix is packed into, engines decode it to bfloat16.
+        stored_as = "BF16" if item.quantized else item.specs[0][1]
+        weight, nonfinite = self._finite(weight, item.name, stored_as)
         read = time.perf_counter()
         parts, error = self._encoded(item, weight) if item.quantized else self._kept(item, weight)
+        self._check_finite(item, parts, error, weight)
         stats: dict[str, Any] = {
             "format": item.format,
             "shape": list(item.shape),
@@ -73,18 +76,44 @@ class Converter:
             stats["nonfinite_set_to_zero"] = nonfinite
         return Converted(parts, stats)
 
-    def _finite(self, weight: np.ndarray, name: str) -> tuple[np.ndarray, int]:
-        """The weight without NaN and infinity, and how many there were; refuses them by default."""
-        bad = count_nonfinite(weight)
-        if not bad:
-            return weight, 0
-        if not self.allow_nonfinite:
+    def _finite(self, weight: np.ndarray, name: str, stored_as: str) -> tuple[np.ndarray, int]:
+        """The weight with 0 for what cannot be stored, and how often; refuses that by default."""
+        clean, bad = finite(weight, stored_as)
+        if not bad or self.allow_nonfinite:
+            return clean, bad
+        where = f"{self.checkpoint.path}: {name}"
+        damaged = count_nonfinite(weight)
+        if damaged:
             raise CcqError(
-                f"{self.checkpoint.path}: {name} holds {bad} values that are NaN or infinite; the"
-                " file is damaged (--allow-nonfinite would set them to 0)"
+                f"{where} holds {damaged} values that are NaN or infinite; the file is damaged"
+                " (--allow-nonfinite would set them to 0)"
             )
-        clean = np.where(np.isfinite(weight), weight, np.zeros((), weight.dtype))
-        return clean, bad
+        largest = float(np.abs(weight).max())
+        raise CcqError(
+            f"{where} holds {bad} values beyond bfloat16's range, up to {largest:.7g} in magnitude;"
+            " they would be stored as infinity (--allow-nonfinite would set them to 0)"
+        )
+
+    def _check_finite(
+        self,
+        item: Item,
+        parts: list[dict[str, np.ndarray]],
+        error: dict[str, Any],
+        weight: np.ndarray,
+    ) -> None:
+        """Nothing leaves here that verify would refuse: values too large give infinite scales."""
+        broken = [
+            name
+            for tensors in parts
+            for name, array in tensors.items()
+            if array.dtype in _FLOATS and count_nonfinite(array)
+        ]
+        if broken or not all(math.isfinite(value) for value in error.values()):
+            raise CcqError(
+                f"{self.checkpoint.path}: {item.name} cannot be stored as {item.format}: its values"
+                f" reach {float(np.abs(weight).max()):.7g}, too large for"
+                f" {broken[0] if broken else 'the search'}; the file is damaged"
+            )
 
     def _kept(
         self, item: Item, weight: np.ndarray
@@ -147,22 +176,3 @@ class Converter:
 def _means(said: list[dict[str, float]]) -> dict[str, float]:
     """What the encoder said of each rank's part, averaged."""
     return {key: sum(measures[key] for measures in said) / len(said) for key in said[0]}
-
-
-def count_nonfinite(values: np.ndarray) -> int:
-    """How many values are NaN or infinite."""
-    flat = values.reshape(-1)
-    count = 0
-    for begin in range(0, flat.size, _CHUNK):
-        chunk = flat[begin : begin + _CHUNK]
-        if chunk.dtype == DTYPES["BF16"]:
-            exponent = chunk.view(np.uint16) & _BF16_EXPONENT
-            count += int(np.count_nonzero(exponent == _BF16_EXPONENT))
-        else:
-            count += chunk.size - int(np.count_nonzero(np.isfinite(chunk)))
-    return count
-
-
-def energy(values: np.ndarray) -> float:
-    """Sum of squares, summed in float64 by rows."""
-    return float(sum(np.dot(row, row).astype(np.float64) for row in values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..codec.row_order import ROW_ORDERS
 from ..codec.wint2 import CODE_MAX, code_range
 from ..errors import CcqError
-from .config import ErnieConfig
-from .convert import count_nonfinite
+from .companions import check_file
+from .config import CONFIG_FILE, ErnieConfig
 from .fastdeploy import (
     EXACT_SUFFIXES,
     WINT4_LAYERS,
@@ -24,12 +25,15 @@ from .fastdeploy import (
     wint4_end_layer_of,
     wint4_layers_of,
 )
+from .manifest import is_foreign
 from .naming import is_linear, is_mtp
 from .plan import Item, Layout, Plan, build_plan
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from .rules import Rule
 from .safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from .safetensors_io import SafetensorsFile, load_json
+from .source import snapshot_folder
+from .values import count_nonfinite
 from .writer import rank_folders
 
 
@@ -37,7 +41,7 @@ class Inspection:
     """An opened checkpoint, the plan it should follow, and the problems found so far."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder = snapshot_folder(folder)
         self.problems: list[str] = []
         self.messages: list[str] = []
         self.config = _config(folder, self.problems)
@@ -83,6 +87,7 @@ class Inspection:
                 self.problems.append(f"{self._shown(index)}: missing")
                 return {}
             self.messages.append(f"{self._shown(folder)}: one file and no index")
+            self._refuse_strays(folder, {SINGLE_FILE}, SINGLE_FILE)
             opened = self._open_file(single)
             return dict.fromkeys(opened.tensors, opened) if opened else {}
         try:
@@ -100,6 +105,7 @@ class Inspection:
             self.problems.append(
                 f"{self._shown(single)}: FastDeploy would load this file instead of the shards"
             )
+        self._refuse_strays(folder, {*weight_map.values(), SINGLE_FILE}, INDEX_FILE)
         found: dict[str, SafetensorsFile] = {}
         for shard in sorted(set(weight_map.values())):
             opened = self._open_file(folder / shard)
@@ -119,9 +125,21 @@ class Inspection:
                 self.problems.append(f"{self._shown(folder / shard)}: {name} is not in it")
         return found
 
+    def _refuse_strays(self, folder: Path, known: set[str], where: str) -> None:
+        """Engines that take every *.safetensors file of a folder would load these as well."""
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name not in known and not is_foreign(path.name):
+                self.problems.append(
+                    f"{self._shown(path)}: weights that {where} does not name; remove the file,"
+                    " some engines load every .safetensors file"
+                )
+
     def _open_file(self, path: Path) -> SafetensorsFile | None:
         if not path.is_file():
-            self.problems.append(f"{self._shown(path)}: missing")
+            what = "missing"
+            if path.is_symlink():
+                what = f"a link to {os.readlink(path)}, which is missing"
+            self.problems.append(f"{self._shown(path)}: {what}")
             return None
         try:
             return SafetensorsFile(path)
@@ -204,6 +222,8 @@ def _config(folder: Path, problems: list[str]) -> ErnieConfig:
         raise CcqError(f"{folder}: no such folder")
     if folder.resolve().name.endswith(PARTIAL_SUFFIX) or (folder / JOURNAL_FILE).exists():
         raise CcqError(f"{folder}: an unfinished output; run the command that writes it again")
+    if os.path.lexists(folder / CONFIG_FILE):
+        check_file(folder / CONFIG_FILE)
     return ErnieConfig.from_json(folder, problems).with_head_of(_stored_names(folder))
 
 

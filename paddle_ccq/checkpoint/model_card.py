@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..version import __version__
 from .plan import Item, Plan, gigabytes
+from .source_card import DEFAULT_PIPELINE, front_matter
 
 _PROJECTIONS = (
     ("experts, up_gate_proj", "expert", "up_gate_proj"),
@@ -32,6 +33,10 @@ class Recipe:
     calibration: dict[str, Any] | None = None
     # Target, method and predicted loss (paddle_ccq.allocation); None: a prefix, or rules alone.
     allocation: dict[str, Any] | None = None
+    # Hub id of the source; None: it is known by a folder's name only.
+    base_model: str | None = None
+    # What source_card.read_source_card found.
+    source_card: dict[str, Any] = field(default_factory=dict)
 
 
 def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) -> str:
@@ -47,10 +52,18 @@ def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) ->
 
 
 def _front_matter(recipe: Recipe) -> str:
-    lines = ["---", "library_name: PaddlePaddle", "tags: [ernie4.5, ccq, quantization]"]
-    if "/" in recipe.source_model:
-        lines.append(f"base_model: {recipe.source_model}")
-    return "\n".join([*lines, "---"])
+    """Metadata that hubs show and search by; what the source's card says goes on where it holds."""
+    # The library is the one that loads the output, whatever loads the source.
+    metadata: dict[str, Any] = {"library_name": "PaddlePaddle"}
+    carried = dict(recipe.source_card)
+    pipeline = carried.pop("pipeline_tag", DEFAULT_PIPELINE)
+    metadata |= {"pipeline_tag": pipeline, "tags": ["ernie4.5", "ccq", "quantization"]}
+    metadata |= {key: value for key, value in carried.items() if key != "base_model"}
+    if recipe.base_model:
+        metadata |= {"base_model": recipe.base_model, "base_model_relation": "quantized"}
+    elif "base_model" in carried:
+        metadata["base_model"] = carried["base_model"]
+    return front_matter(metadata)
 
 
 def _summary(plan: Plan, recipe: Recipe) -> str:
@@ -147,7 +160,11 @@ def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
             )
     zeroed = sum(s.get("nonfinite_set_to_zero", 0) for s in stats)
     if zeroed:
-        lines += ["", f"{zeroed} weights of the source were NaN or infinite and were set to 0."]
+        lines += [
+            "",
+            f"{zeroed} weights of the source were NaN, infinite or beyond bfloat16's range"
+            " and were set to 0.",
+        ]
     return "\n".join(lines)
 
 

@@ -15,28 +15,16 @@ from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
 from . import naming
+from .companions import check_regular
 from .config import ErnieConfig
 from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
+from .source import snapshot_folder
 from .unexpected import pass_over, resolve_head
 
 # Our own key in config.json; FastDeploy does not look at it.
 PROVENANCE_KEY = "paddle_ccq"
 PARTIAL_SUFFIX = ".ccq-partial"
 JOURNAL_FILE = "journal.jsonl"
-
-# What a model needs beside its weights. Tokenizer code is copied, never run.
-AUXILIARY_PATTERNS = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-)
 
 SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 
@@ -78,11 +66,6 @@ class Checkpoint:
     def provenance(self) -> dict[str, Any]:
         """What this package recorded in the config when it wrote the checkpoint, or {}."""
         return self.config.raw.get(PROVENANCE_KEY) or {}
-
-    def auxiliary_files(self) -> list[Path]:
-        """Tokenizer, generation and licence files, to be copied along with the weights."""
-        found = {file for pattern in AUXILIARY_PATTERNS for file in self.path.glob(pattern)}
-        return sorted(file for file in found if file.is_file())
 
     def names(self) -> list[str]:
         """Canonical names, in model order."""
@@ -176,7 +159,9 @@ class Checkpoint:
 
     def _decoded(self, name: str, entry: _Entry, dtype: str) -> np.ndarray:
         try:
-            return formats.decode(entry.format, self.packed(name), dtype, self.row_order)
+            # Damaged scales give NaN, which callers look for; NumPy's warning names no tensor.
+            with np.errstate(invalid="ignore", over="ignore"):
+                return formats.decode(entry.format, self.packed(name), dtype, self.row_order)
         except ValueError as error:
             where = self.tensors.path_of(next(iter(entry.packed.values())))
             raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None
@@ -188,7 +173,7 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
     `row_order` ("fastdeploy-2.1" or "plain") says how WINT2 input rows are ordered where the
     checkpoint itself does not.
     """
-    path = Path(folder)
+    path = snapshot_folder(Path(folder))
     if not path.exists():
         raise CcqError(f"{path}: no such folder")
     if not path.is_dir():
@@ -203,6 +188,7 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
             f"{path}: cut for tensor parallelism into {len(ranks)} rank folders; such checkpoints"
             " are for serving, use the one they were cut from"
         )
+    check_regular(path)
     config = ErnieConfig.from_json(path)
     return Checkpoint(path, config, TensorFolder(path), row_order)
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import CcqError
+from ..errors import CcqError, readable
 
 # FastDeploy's variables (fastdeploy/envs.py), honoured so that both find the same files.
 SOURCE_VARIABLE = "FD_MODEL_SOURCE"
 CACHE_VARIABLE = "FD_MODEL_CACHE"
 
 CONNECT_SECONDS = 5.0
+
+# What ModelScope's client leaves in every folder that it fills.
+_MODELSCOPE_MARKS = (".msc", ".mdl")
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def resolve_model(
         raise CcqError("model: the name is empty; give a folder, a hub id or a short name")
     path = Path(text).expanduser()
     if path.is_dir():
-        return path
+        return snapshot_folder(path)
     if path.exists():
         raise CcqError(f"{path}: not a folder; give the checkpoint's folder")
     if text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
@@ -135,6 +138,69 @@ def resolve_model(
     folder = cache / model
     log(f"{text} is {model} on {hub_name}; local folder {folder}")
     return _download(model, hub_name, hub, revision, folder, log)
+
+
+def snapshot_folder(path: Path) -> Path:
+    """The snapshot that a repository's folder in Hugging Face's cache holds; else `path` itself.
+
+    Raises:
+        CcqError: several snapshots, and refs/main names none of them.
+    """
+    snapshots = path / "snapshots"
+    if not path.resolve().name.startswith("models--") or not snapshots.is_dir():
+        return path
+    found = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
+    main = path / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    if commit not in found:
+        if len(found) != 1:
+            raise CcqError(
+                f"{path}: {len(found)} snapshots and none of them is refs/main; pass one of the"
+                f" folders in {snapshots}"
+            )
+        commit = found[0]
+    return snapshots / commit
+
+
+def model_name(model: str | os.PathLike[str]) -> str:
+    """What a model is called: a hub id or short name as given, a folder's own name, or, of a
+    folder in a hub's cache, the name of the repository.
+
+    Hugging Face's cache has models--ORGANIZATION--NAME/snapshots/COMMIT, newer ModelScope clients
+    the same, older ones modelscope/hub/(models/)ORGANIZATION/NAME with "___" for a dot.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        return readable(text)
+    # A link may lead into a cache, or lie in one and lead to a disk elsewhere.
+    for place in (path.resolve(), Path(os.path.abspath(path))):
+        found = _cached_name(place)
+        if found:
+            return readable(found)
+    return readable(path.resolve().name)
+
+
+def hub_id(model: str | os.PathLike[str]) -> str | None:
+    """The model's id on a hub: as given, of a short name, or of a hub's cache; else None."""
+    name = model_name(model)
+    if _HUB_ID.fullmatch(name):
+        return name
+    return None if Path(os.fspath(model)).expanduser().is_dir() else full_id(name)
+
+
+def _cached_name(place: Path) -> str | None:
+    if place.parent.name == "snapshots":
+        place = place.parent.parent
+    if place.name.startswith("models--"):
+        return place.name.removeprefix("models--").replace("--", "/") or None
+    organization = place.parent
+    cached = "modelscope" in organization.parts or any(
+        (place / mark).is_file() for mark in _MODELSCOPE_MARKS
+    )
+    if cached and organization.parent.name in ("models", "hub"):
+        return f"{organization.name}/{place.name}".replace("___", ".")
+    return None
 
 
 def _hub(source: str | None) -> tuple[str, Hub]:

@@ -163,7 +163,7 @@ class LdlqEncoder:
         return pack(self._find(prepared, metric), prepared)
 
     def _find(self, prepared: Prepared, metric: LdlqMetric) -> dict[str, np.ndarray]:
-        from .. import _core
+        from ..compiled import core as _core
 
         return _core.ldlq(
             prepared.weight,

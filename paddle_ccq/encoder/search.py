@@ -52,7 +52,7 @@ class SearchEncoder:
         return Encoded(self._layout.pack(found), stats)
 
     def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
-        from .. import _core
+        from ..compiled import core as _core
 
         return _core.encode(
             weight,

@@ -7,15 +7,19 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint.companions import SENTENCEPIECE_FILES, TOKENIZER_FILE, check_file
 from ..errors import CcqError
 from ..texts.chats import ChatRenderer
 from ..texts.documents import Chat, Document
+from .spm import SentencePieceTokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
 FRAMING = (
     "every document is bos + text + eos; all are joined and cut into full windows that do not"
     " overlap; every token of a window but the first is predicted"
@@ -26,26 +30,12 @@ class Tokenizer:
     """The tokenizer of one checkpoint folder."""
 
     def __init__(self, folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
-        self.path = Path(folder) / TOKENIZER_FILE
-        if not self.path.is_file():
-            has_model = (Path(folder) / "tokenizer.model").is_file()
-            raise CcqError(
-                f"{folder}: no {TOKENIZER_FILE}"
-                + (" (a SentencePiece tokenizer.model is not enough)" if has_model else "")
-                + "; put the one of the original model there, for instance as written by"
-                " transformers' AutoTokenizer.save_pretrained"
-            )
-        try:
-            from tokenizers import Tokenizer as FastTokenizer
-        except ImportError:
-            raise CcqError(
-                "the tokenizers package is missing; install it with: pip install 'paddle-ccq[eval]'"
-            ) from None
-        try:
-            # Not from_file: it wants a path that is Unicode text.
-            self.fast = FastTokenizer.from_buffer(self.path.read_bytes())
-        except Exception as error:  # the library raises plain Exception for a bad file
-            raise CcqError(f"{self.path}: not a usable tokenizer: {error}") from None
+        self.path = _tokenizer_file(Path(folder))
+        self.fast: FastTokenizer | SentencePieceTokenizer
+        if self.path.name == TOKENIZER_FILE:
+            self.fast = _fast(self.path)
+        else:
+            self.fast = SentencePieceTokenizer(self.path)
         settings = _tokenizer_config(Path(folder))
         self.bos = self._special("bos_token", config, settings)
         self.eos = self._special("eos_token", config, settings)
@@ -61,6 +51,8 @@ class Tokenizer:
         if isinstance(text, dict):
             text = text.get("content")
         number = self.fast.token_to_id(text) if isinstance(text, str) else None
+        if number is None and isinstance(self.fast, SentencePieceTokenizer):
+            number = self.fast.default_id(name)
         if number is None:
             raise CcqError(
                 f"{self.path.parent}: neither config.json ({name}_id) nor tokenizer_config.json"
@@ -79,6 +71,34 @@ class Tokenizer:
         vocabulary = range(self.fast.get_vocab_size())
         texts = self.fast.decode_batch([[token] for token in vocabulary])
         return {token for token, text in zip(vocabulary, texts, strict=True) if "\n" in text}
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    """tokenizer.json, else the SentencePiece model."""
+    for name in (TOKENIZER_FILE, *SENTENCEPIECE_FILES):
+        path = folder / name
+        if os.path.lexists(path):
+            check_file(path)
+        if path.is_file():
+            return path
+    raise CcqError(
+        f"{folder}: no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILES[0]}; put the one of the"
+        " original model there"
+    )
+
+
+def _fast(path: Path) -> FastTokenizer:
+    try:
+        from tokenizers import Tokenizer as FastTokenizer
+    except ImportError:
+        raise CcqError(
+            "the tokenizers package is missing; install it with: pip install 'paddle-ccq[eval]'"
+        ) from None
+    try:
+        # Not from_file: it wants a path that is Unicode text.
+        return FastTokenizer.from_buffer(path.read_bytes())
+    except Exception as error:  # the library raises plain Exception for a bad file
+        raise CcqError(f"{path}: not a usable tokenizer: {error}") from None
 
 
 def check_same_tokenizer(a: Tokenizer, b: Tokenizer) -> None:

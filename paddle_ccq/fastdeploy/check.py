@@ -91,7 +91,8 @@ def check(folder: str | os.PathLike[str], wish: Wish, *, hashes: bool = False) -
     # A missing or short file shows up in the structure too; one line for each is enough.
     named = {problem.split(":", 1)[0] for problem in result.problems}
     found = check_manifest(inspection.folder, hashes)
-    result.problems += [problem for problem in found if problem.split(":", 1)[0] not in named]
+    result.problems += [p for p in found.problems if p.split(":", 1)[0] not in named]
+    result.warnings += found.notes
     if hashes and read_manifest(inspection.folder) is None:
         result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
     result.problems += contract_problems(inspection, wish.release, wish.tensor_parallel_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import _core
+from ..compiled import core as _core
 from . import checks
 
 # Keys of so many places lie side by side; a sequence's places begin at a multiple of it.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import _core
 from ..codec import formats
 from ..codec.weight_only import deinterleave
+from ..compiled import core as _core
 from . import checks
 
 INTEGER_FORMATS = formats.named(kind=formats.Kind.INTEGER)

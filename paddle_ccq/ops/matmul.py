@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import _core
 from ..codec.row_order import ROW_ORDERS
+from ..compiled import core as _core
 from . import checks
 from .packed import PackedExperts, PackedMatrix, same_shape
 

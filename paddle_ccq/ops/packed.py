@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import _core
 from ..codec.floats import BFLOAT16
 from ..codec.formats import SAFETENSORS_DTYPES, Tensors, tensor_specs
 from ..codec.row_order import PLAIN
+from ..compiled import core as _core
 from . import checks
 
 COLUMN_MULTIPLE = 16

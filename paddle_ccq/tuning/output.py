@@ -10,22 +10,26 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.companions import read_companions
 from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.fastdeploy import SHARD_METADATA
-from ..checkpoint.manifest import MANIFEST_FILE, manifest_bytes, walk_files
+from ..checkpoint.manifest import MANIFEST_FILE, manifest_bytes
 from ..checkpoint.reader import PROVENANCE_KEY, Checkpoint
-from ..checkpoint.safetensors_format import TensorSpec
+from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, TensorSpec
 from ..checkpoint.safetensors_writer import SafetensorsWriter, sync_folder
-from ..checkpoint.writer import json_bytes, write_file
+from ..checkpoint.values import count_nonfinite
+from ..checkpoint.writer import SMALL_FILES_BYTES, json_bytes, write_file
 from ..errors import CcqError
 
 CARD = "README.md"
 SECTION = "## Tuning"
+_FLOATS = tuple(DTYPES[name] for name in FLOAT_DTYPES)
 
 
 def check_room(checkpoint: Checkpoint, folder: Path) -> None:
     """Refuse before the work what the disk cannot take after it."""
-    needed = sum((checkpoint.path / name).stat().st_size for name in walk_files(checkpoint.path))
+    files = [file.path for file in checkpoint.tensors.files.values()]
+    needed = sum(path.stat().st_size for path in files) + SMALL_FILES_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CcqError(
@@ -43,8 +47,13 @@ def write_tuned(
     """Write the whole checkpoint into the new folder `target`, the manifest last.
 
     Raises:
-        CcqError: if a replaced tensor is not of the stored dtype and shape.
+        CcqError: if a replaced tensor is not of the stored dtype and shape, or not finite.
     """
+    for name, array in tensors.items():
+        if array.dtype in _FLOATS and count_nonfinite(array):
+            raise CcqError(
+                f"{name}: tuning led to NaN or infinity; nothing is written (try fewer passes)"
+            )
     target.mkdir()
     hashes = {}
     for name, file in checkpoint.tensors.files.items():
@@ -54,11 +63,11 @@ def write_tuned(
                 array = tensors.get(tensor)
                 writer.write(tensor, file.read(tensor) if array is None else array)
         hashes[name] = writer.sha256()
-    for name in walk_files(checkpoint.path):
-        source = checkpoint.path / name
-        if name in hashes or name in (CONFIG_FILE, CARD) or "/" in name or source.is_symlink():
-            continue
-        shutil.copyfile(source, target / name)
+    for name, data in read_companions(checkpoint.path).files.items():
+        write_file(target / name, data)
+    index = checkpoint.path / INDEX_FILE
+    if index.is_file():
+        write_file(target / INDEX_FILE, index.read_bytes())
     config = dict(checkpoint.config.raw)
     known = checkpoint.provenance
     earlier = {"earlier": known["tuning"]} if "tuning" in known else {}
@@ -71,7 +80,7 @@ def write_tuned(
 
 def _card(old: Path, provenance: Mapping[str, Any]) -> str:
     """The old model card with a section on the tuning."""
-    text = old.read_text(encoding="utf-8") if old.is_file() else ""
+    text = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
     text = text.split(SECTION)[0].rstrip()
     text = text + "\n\n" if text else ""
     rows = [

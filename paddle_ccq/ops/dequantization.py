@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .. import _core
 from ..codec.floats import RUNTIME_DTYPES
+from ..compiled import core as _core
 from . import checks
 from .packed import core_arguments
 

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Companion files: what belongs to a model beside weights and config.json, and the rule for links.
+
+One list and one rule for every command that writes a checkpoint. A link is followed and what it
+leads to is copied, wherever that lies: hubs' caches and hand-made folders consist of links. Code,
+pickles and weights are never copied, so `auto_map`, which names code, is left out of the copies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..errors import CcqError
+from .config import CONFIG_FILE
+from .safetensors_format import INDEX_FILE, SINGLE_FILE
+
+# Compared in lower case.
+PATTERNS = (
+    *("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"),
+    *("tokenizer*", "vocab*", "merges*", "chat_template*"),
+    *("license*", "licence*", "notice*", "copying*"),
+)
+# Another model's card, index or manifest, code, and what is loaded by running code.
+_NEVER = (
+    *(CONFIG_FILE, "readme*", "*.index.json", "*-manifest.json"),
+    *("*.py", "*.pyc", "*.so", "*.sh", "*.bin", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt"),
+    *("*.pdparams", "*.pdopt", "*.safetensors", "*.npz", "*.npy", "*.gguf", "*.onnx", "*.lock"),
+)
+MAX_BYTES = 64_000_000
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What FastDeploy's ERNIE processor looks for (input/ernie4_5_tokenizer.py), in its order.
+SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model", "ernie_token_100k.model")
+_AUTO_MAP = "auto_map"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The content of every companion file by name, and what a user should know about them."""
+
+    files: dict[str, bytes]
+    messages: tuple[str, ...]
+
+
+def read_companions(folder: Path) -> Companions:
+    """Read what is to be copied beside a model's weights.
+
+    Raises:
+        CcqError: a link that leads nowhere, or a file that is none (a pipe, a device).
+    """
+    files, messages, outside = {}, [], []
+    for path in _candidates(folder):
+        status = check_file(path)
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if status.st_size > MAX_BYTES:
+            messages.append(
+                f"{path.name}: left out, its {status.st_size} bytes are more than the"
+                f" {MAX_BYTES} that a companion file may have"
+            )
+            continue
+        data, dropped = _without_code(path, path.read_bytes(), folder)
+        files[path.name] = data
+        if dropped:
+            messages.append(dropped)
+        if path.is_symlink() and not _belongs(path, folder):
+            outside.append(path.name)
+    if outside:
+        shown = ", ".join(outside[:4]) + (f" and {len(outside) - 4} more" if outside[4:] else "")
+        messages.append(f"links out of {folder} are followed, their content is copied: {shown}")
+    messages += _about_tokenizers(folder, files)
+    return Companions(files, tuple(messages))
+
+
+def check_regular(folder: Path) -> None:
+    """Refuse links that lead nowhere and special files among weights, index and config.json.
+
+    Opening a pipe would wait for ever, and "missing" would be said of a file that a listing shows.
+    """
+    for entry in sorted(folder.iterdir()):
+        if entry.name in (CONFIG_FILE, INDEX_FILE, SINGLE_FILE) or (
+            entry.suffix == ".safetensors" and not entry.name.startswith(".")
+        ):
+            check_file(entry)
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        name = entry.name.lower()
+        if (
+            not name.startswith(".")
+            and any(fnmatchcase(name, pattern) for pattern in PATTERNS)
+            and not any(fnmatchcase(name, pattern) for pattern in _NEVER)
+        ):
+            yield entry
+
+
+def check_file(path: Path) -> os.stat_result:
+    """What a path is, its links followed.
+
+    Raises:
+        CcqError: a link that leads nowhere, or a file that is none (a pipe, a device).
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise CcqError(
+            f"{path}: a link to {os.readlink(path)}, which is not there; download the model again"
+            " or remove the link"
+        ) from None
+    except OSError as error:  # links in a circle, no permission
+        raise CcqError(f"{path}: cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise CcqError(f"{path}: not a regular file but a pipe, socket or device; remove it")
+    return status
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether a link stays in the folder, or in the blobs of the hub cache that it is part of."""
+    target, home = path.resolve(), folder.resolve()
+    return home in target.parents or (
+        target.parent.name == "blobs" and target.parent.parent in home.parents
+    )
+
+
+def _without_code(path: Path, data: bytes, folder: Path) -> tuple[bytes, str | None]:
+    """The content without references to code that is not copied, and a message if one was there."""
+    if not path.name.endswith(".json") or b'"auto_map"' not in data:
+        return data, None
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return data, None
+    # In a vocabulary the same word would stand for a token's number.
+    if not isinstance(content, dict) or not isinstance(content.get(_AUTO_MAP), dict):
+        return data, None
+    named = _code_names(content.pop(_AUTO_MAP))
+    said = f"{path.name}: auto_map left out, the code that it names is not copied"
+    classes = {name.rpartition(".")[2] for name in named}
+    if path.name == TOKENIZER_CONFIG and content.get("tokenizer_class") in classes:
+        # Without that code no library knows the class; the files are read by these.
+        fast = (folder / TOKENIZER_FILE).is_file()
+        known = "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"
+        said += f"; tokenizer_class {content['tokenizer_class']} is now {known}"
+        content["tokenizer_class"] = known
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "surrogatepass"), said
+
+
+def _code_names(auto_map: dict[str, Any]) -> list[str]:
+    names: list[str] = []
+    for value in auto_map.values():
+        names += [name for name in (value if isinstance(value, list) else [value]) if name]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _about_tokenizers(folder: Path, files: dict[str, bytes]) -> list[str]:
+    if any(name in files for name in SENTENCEPIECE_FILES):
+        return []
+    if TOKENIZER_FILE in files:
+        return [
+            f"{folder}: no {SENTENCEPIECE_FILES[0]}, which FastDeploy's ERNIE processor needs (or"
+            f" {' or '.join(SENTENCEPIECE_FILES[1:])}); put the original model's into the output"
+        ]
+    return [
+        f"{folder}: no tokenizer ({TOKENIZER_FILE} or {SENTENCEPIECE_FILES[0]}); the output cannot"
+        " be served before one is put there"
+    ]
