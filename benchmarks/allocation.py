@@ -63,7 +63,7 @@ def allocation_for(source: Checkpoint, target: str, costs: Sensitivities) -> All
         source.config.moe_layers(),
         {},
         costs,
-        lambda layout: build_plan(source.config, layout=layout, plugin_layout=True),
+        build_plan(source.config),
         True,
     )
 

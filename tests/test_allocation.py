@@ -99,7 +99,7 @@ def resolve(target, rules=(), plugin=True, config=None, by_layer=None):
         config.moe_layers(),
         rule_forced_layers(config, "wint2", rules),
         costs(config, by_layer),
-        lambda layout: build_plan(config, rules=rules, layout=layout, plugin_layout=True),
+        build_plan(config, rules=rules, plugin_layout=True),
         plugin,
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from synthetic import tiny_config, write_checkpoint
 
-import paddle_ccq.quantize_run as module
+import paddle_ccq.quantization.run as module
 from paddle_ccq.checkpoint import journal as journals
 from paddle_ccq.checkpoint import safetensors_writer, writer
 from paddle_ccq.errors import CcqError

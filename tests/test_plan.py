@@ -106,7 +106,7 @@ def test_refusals_name_the_tensor_or_flag(overrides, options, text):
 
 
 def test_64_rows_are_enough_for_the_higher_rates():
-    assert build_plan(tiny(moe_intermediate_size=192), "ccq-2.75").format == "ccq-2.75"
+    assert build_plan(tiny(moe_intermediate_size=192), format="ccq-2.75").format == "ccq-2.75"
 
 
 def test_tensor_parallel_sizes_that_work_are_named(large):

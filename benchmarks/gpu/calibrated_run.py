@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from paddle_ccq.checkpoint.model_card import Recipe
 from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.checkpoint.writer import Workplace
 from paddle_ccq.encoder.base import DEVICES, PRESETS
 from paddle_ccq.encoder.ldlq import Moments
 from paddle_ccq.encoder.ldlq_metric import InputMoments
-from paddle_ccq.quantize_run import Options, QuantizeRun, make_encoders
+from paddle_ccq.quantization.options import QuantizeOptions
+from paddle_ccq.quantization.run import QuantizeRun, encoders_for
 
 TOKENS = 512
 # One matrix in so many has no statistics.
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--preset", choices=PRESETS, default="fast")
     args = parser.parse_args()
-    options = Options(args.preset, "search", None, False, False, True, args.device)
+    options = QuantizeOptions(preset=args.preset, device=args.device, quiet=True)
     target = Path(args.output)
     checkpoint = open_checkpoint(Path(args.model))
     plan = build_plan(checkpoint.config)
@@ -62,15 +64,13 @@ def main() -> None:
         run = QuantizeRun(
             plan,
             options,
-            make_encoders(plan, options, made_up_moments(checkpoint)),
+            encoders_for(plan, options, made_up_moments(checkpoint)),
             checkpoint,
-            checkpoint.path.name,
+            Recipe(checkpoint.path.name, options.preset, options.encoder, said),
             workplace,
             target.with_name(target.name + ".log.jsonl"),
-            print,
-            said,
         )
-        result = run.run()
+        result = run.run(print)
     counts = [r["stats"].get("calibration_tokens") for r in result.records]
     print(
         f"{args.device}: {sum(c is not None for c in counts)} expert matrices,"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,8 +16,6 @@ from .knapsack import Option, allocate, allocate_prefix, total_cost, total_size
 from .target import Target
 
 HIGH = "wint4"
-# A plan for a layout; rules apply in it, and any list of wint4 layers is allowed.
-PlanFor = Callable[[Layout], Plan]
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,17 @@ def allocate_layers(
     layers: Sequence[int],
     forced: Mapping[int, str],
     found: Sensitivities,
-    plan_for: PlanFor,
+    plan: Plan,
     plugin_layout: bool,
 ) -> Allocation:
-    """Choose `base` or wint4 for every MoE layer that no rule decides.
+    """Choose `base` or wint4 for every MoE layer that no rule decides; `plan` is any of the model.
 
     Raises:
         CcqError: if the target is below the smallest checkpoint, or no prefix suits the rules.
     """
     if not layers:
         raise CcqError("--allocate: this model has no MoE layer to choose formats for")
-    uniform = {format: _uniform(format, layers, forced, plan_for) for format in (base, HIGH)}
+    uniform = {format: _uniform(format, layers, forced, plan) for format in (base, HIGH)}
     sizes = {format: _layer_sizes(plan, target) for format, plan in uniform.items()}
     items = []
     for layer in layers:
@@ -101,8 +99,8 @@ def allocate_layers(
 
     def row(name: str, options: Sequence[Option]) -> Row:
         by_layer = {layer: o.format for layer, o in zip(layers, options, strict=True)}
-        plan = plan_for(Layout(by_layer, "allocation"))
-        return Row(name, by_layer, total_cost(options), plan)
+        laid = plan.with_layout(Layout(by_layer, "allocation"))
+        return Row(name, by_layer, total_cost(options), laid)
 
     lowest = [min(options, key=lambda o: (o.format == HIGH, o.size)) for options in items]
     rows = [row(f"uniform {base}", lowest)]
@@ -115,10 +113,10 @@ def allocate_layers(
     return Allocation(target, layout, tuple(rows), found, plugin_layout)
 
 
-def _uniform(
-    format: str, layers: Sequence[int], forced: Mapping[int, str], plan_for: PlanFor
-) -> Plan:
-    return plan_for(Layout({layer: forced.get(layer, format) for layer in layers}, "uniform"))
+def _uniform(format: str, layers: Sequence[int], forced: Mapping[int, str], plan: Plan) -> Plan:
+    return plan.with_layout(
+        Layout({layer: forced.get(layer, format) for layer in layers}, "uniform")
+    )
 
 
 def _layer_sizes(plan: Plan, target: Target) -> dict[int, int]:

@@ -29,7 +29,7 @@ from .costs import (
     weights_sha256,
 )
 from .probing import Probing, copies_bytes, copies_of
-from .resolve import HIGH, Allocation, PlanFor, allocate_layers
+from .resolve import HIGH, Allocation, allocate_layers
 from .target import Target, parse_target
 
 Progress = Callable[[int, int], None]
@@ -58,22 +58,24 @@ class Request:
         """How costs are measured where no file holds them."""
         return Probing("quadratic", (self.format, HIGH))
 
-    def check(self, config: ErnieConfig, plan_for: PlanFor) -> Sensitivities | None:
+    def check(self, plan: Plan) -> Sensitivities | None:
         """Refuse before any work what cannot be; the costs, if a file holds them."""
+        config = plan.config
         found = None
         if self.path is not None:
             found = load_sensitivities(self.path)
             found.check(config, (self.format, HIGH), f"--sensitivity {self.path}")
         # Sizes and rules alone decide what fits; no cost is needed to find that nothing does.
-        self.resolve(config, plan_for, found or _free(config, (self.format, HIGH)))
+        self.resolve(plan, found or _free(config, (self.format, HIGH)))
         return found
 
-    def resolve(self, config: ErnieConfig, plan_for: PlanFor, found: Sensitivities) -> Allocation:
-        """The choice, by these costs."""
+    def resolve(self, plan: Plan, found: Sensitivities) -> Allocation:
+        """The choice, by these costs; `plan` is any of the model."""
+        config = plan.config
         forced = rule_forced_layers(config, self.format, self.rules)
         layers = config.moe_layers()
         return allocate_layers(
-            self.target, self.format, layers, forced, found, plan_for, self.plugin_layout
+            self.target, self.format, layers, forced, found, plan, self.plugin_layout
         )
 
     def measure(
@@ -81,11 +83,12 @@ class Request:
         checkpoint: Checkpoint,
         model_name: str,
         calibration: Calibration,
-        threads: int | None,
         folder: Path,
+        *,
         restart: bool,
         progress: Progress,
-        device: str = "cpu",
+        threads: int | None,
+        device: str,
     ) -> Sensitivities:
         """The costs, measured now or by the interrupted run that is going on in `folder`."""
         from ..calibration.text import read_calibration_text

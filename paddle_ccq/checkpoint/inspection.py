@@ -273,8 +273,8 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
         )
     return build_plan(
         config,
-        DEFAULT_EXPERTS if format == "wint8" else format,
-        None if layout else max(-1, min(end_layer, config.num_hidden_layers - 1)),
+        format=DEFAULT_EXPERTS if format == "wint8" else format,
+        wint4_end_layer=None if layout else max(-1, min(end_layer, config.num_hidden_layers - 1)),
         tensor_parallel_size=size,
         rules=_kept_dense(config, quantization.get("modules_to_not_convert")),
         layout=layout,

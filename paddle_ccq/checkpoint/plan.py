@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS, stored_order
 from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
@@ -79,10 +80,50 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Formats of whole MoE layers that something other than a rule has chosen.
+
+    Attributes:
+        formats: of every MoE layer.
+        reason: who chose, in a word, for the plan's table.
+    """
+
+    formats: Mapping[int, str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """All choices that decide a plan.
+
+    Attributes:
+        format: of routed experts.
+        wint4_end_layer: MoE layers up to this one are wint4; -1 for none, None for the default of
+            the model's depth.
+        fastdeploy_layout: row order of WINT2, a key of ROW_ORDERS.
+        tensor_parallel_size: number of rank folders.
+        rules: formats of single matrices; they come before everything else.
+        max_shard_bytes: of one file.
+        layout: formats of whole MoE layers, in the place of a wint4 prefix.
+        plugin_layout: wint4 layers need not be the first ones.
+    """
+
+    format: str = DEFAULT_EXPERTS
+    wint4_end_layer: int | None = None
+    fastdeploy_layout: str = "2.1"
+    tensor_parallel_size: int = 1
+    rules: Sequence[Rule] = ()
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    layout: Layout | None = None
+    plugin_layout: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """The resolved job. Items are processed and written strictly in order."""
 
     config: ErnieConfig
+    options: PlanOptions  # what was asked for; the other fields are what came of it
     format: str  # what the 2-bit MoE layers become; "wint8" for a model without MoE layers
     wint4_end_layer: int
     row_order: str
@@ -93,6 +134,10 @@ class Plan:
     messages: tuple[str, ...]
     # Why each MoE layer's experts have their format.
     reasons: Mapping[int, str]
+
+    def with_layout(self, layout: Layout) -> Plan:
+        """The same choices with other formats of MoE layers, wint4 in any of them."""
+        return build_plan(self.config, self.options, layout=layout, plugin_layout=True)
 
     @property
     def layer_formats(self) -> dict[int, str]:
@@ -155,37 +200,19 @@ def default_wint4_end_layer(config: ErnieConfig) -> int:
     return PUBLISHED_WINT4_END_LAYER if deep else -1
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Formats of whole MoE layers that something other than a rule has chosen.
-
-    Attributes:
-        formats: of every MoE layer.
-        reason: who chose, in a word, for the plan's table.
-    """
-
-    formats: Mapping[int, str]
-    reason: str
-
-
-def build_plan(
-    config: ErnieConfig,
-    format: str = DEFAULT_EXPERTS,
-    wint4_end_layer: int | None = None,
-    fastdeploy_layout: str = "2.1",
-    tensor_parallel_size: int = 1,
-    rules: Sequence[Rule] = (),
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    *,
-    layout: Layout | None = None,
-    plugin_layout: bool = False,
-) -> Plan:
+def build_plan(config: ErnieConfig, options: PlanOptions | None = None, **changes: Any) -> Plan:
     """Resolve every choice for a model, or refuse it in one line before any work starts.
 
-    `layout` takes the place of a wint4 prefix; rules come before it. With `plugin_layout` wint4
-    layers need not be the first ones.
+    Args:
+        options: the choices; `changes` are fields of PlanOptions that replace some of them.
+
+    Raises:
+        CcqError: naming the flag or the tensor that does not fit the model.
     """
-    _check_choices(config, format, wint4_end_layer, fastdeploy_layout, max_shard_bytes)
+    options = replace(options or PlanOptions(), **changes)
+    _check_choices(config, options)
+    format, wint4_end_layer, layout = options.format, options.wint4_end_layer, options.layout
+    rules, tensor_parallel_size = options.rules, options.tensor_parallel_size
     messages = _messages(config)
     if wint4_end_layer is None:
         wint4_end_layer = -1 if layout else default_wint4_end_layer(config)
@@ -197,7 +224,7 @@ def build_plan(
     if experts and (rules or layout):
         by_layer = layer_formats(resolved, experts)
         gap = prefix_gap(by_layer)
-        if gap and not plugin_layout:
+        if gap and not options.plugin_layout:
             raise CcqError(
                 f"--rules: layer {gap[0]} would be wint4 after layer {gap[1]} is not; FastDeploy"
                 " can't load that: wint4 layers must be the first MoE layers without a gap"
@@ -233,13 +260,14 @@ def build_plan(
         messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
     plan = Plan(
         config=config,
+        options=options,
         format=format,
         wint4_end_layer=wint4_end_layer,
-        row_order=stored_order(format, ROW_ORDERS[fastdeploy_layout]),
+        row_order=stored_order(format, ROW_ORDERS[options.fastdeploy_layout]),
         tensor_parallel_size=tensor_parallel_size,
         items=items,
-        shards=_split(items, max_shard_bytes),
-        max_shard_bytes=max_shard_bytes,
+        shards=_split(items, options.max_shard_bytes),
+        max_shard_bytes=options.max_shard_bytes,
         messages=tuple(messages),
         reasons=reasons,
     )
@@ -259,9 +287,9 @@ def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) 
     return forced_layers(found, (c for c in candidates if c.role == "expert"))
 
 
-def _check_choices(
-    config: ErnieConfig, format: str, end_layer: int | None, layout: str, max_shard_bytes: int
-) -> None:
+def _check_choices(config: ErnieConfig, options: PlanOptions) -> None:
+    format, layout = options.format, options.fastdeploy_layout
+    end_layer, max_shard_bytes = options.wint4_end_layer, options.max_shard_bytes
     if format not in EXPERT_FORMATS:
         raise CcqError(f"--format {format}: not one of {', '.join(EXPERT_FORMATS)}")
     if layout not in ROW_ORDERS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One quantization run over a whole checkpoint, from where the journal ends to the rename."""
+"""Encoding and writing a whole checkpoint, from where the journal ends to the rename."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import reporting
-from .calibration.session import output_errors
-from .checkpoint.companions import read_companions
-from .checkpoint.config import CONFIG_FILE
-from .checkpoint.convert import Converter
-from .checkpoint.fastdeploy import output_config, quantization_config
-from .checkpoint.journal import make_fingerprint
-from .checkpoint.model_card import Recipe, model_card
-from .checkpoint.plan import Plan, gigabytes
-from .checkpoint.reader import Checkpoint
-from .checkpoint.source_card import read_source_card
-from .checkpoint.writer import CheckpointWriter, Workplace, json_bytes
-from .codec.formats import CCQ_FORMATS
-from .encoder import factory
-from .encoder.base import MatrixEncoder
-from .encoder.ldlq import Moments
-from .errors import CcqError
-from .ops import gpu_library
-from .version import __version__
+from .. import reporting
+from ..calibration.session import output_errors
+from ..checkpoint.companions import read_companions
+from ..checkpoint.config import CONFIG_FILE
+from ..checkpoint.convert import Converter
+from ..checkpoint.fastdeploy import output_config, quantization_config
+from ..checkpoint.journal import make_fingerprint
+from ..checkpoint.model_card import Recipe, model_card
+from ..checkpoint.plan import Plan, gigabytes
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
+from ..codec.formats import CCQ_FORMATS
+from ..encoder import factory
+from ..encoder.base import MatrixEncoder
+from ..encoder.ldlq import Moments
+from ..errors import CcqError
+from ..ops import gpu_library
+from ..version import __version__
+from .options import QuantizeOptions
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,26 @@ class QuantizeResult:
     peak_rss: int
 
 
-@dataclass(frozen=True)
-class Options:
-    """The checked options of a run."""
+def check_devices(plan: Plan, options: QuantizeOptions) -> None:
+    """Say at once that the compiled core or the GPU library is missing, where it is needed.
 
-    preset: str
-    encoder: str
-    threads: int | None
-    allow_nonfinite: bool
-    restart: bool
-    quiet: bool
-    device: str = "cpu"
-
-
-def check_core(plan: Plan, options: Options) -> None:
-    """Say at once that the compiled core is missing, where it will be needed."""
+    Raises:
+        CcqError: saying what to build.
+    """
     used = {item.format for item in plan.items if item.quantized}
     if options.encoder == "search" and used & set(CCQ_FORMATS):
-        importlib.import_module(".compiled", __package__)
+        importlib.import_module("..compiled", __package__)
     if options.device == "gpu":
         if options.encoder != "search":
             raise CcqError("--device gpu: only --encoder search runs on a GPU")
         gpu_library.require()
 
 
-def make_encoders(
-    plan: Plan, options: Options, moments: Moments | None = None
+def encoders_for(
+    plan: Plan, options: QuantizeOptions, moments: Moments | None = None
 ) -> dict[str, MatrixEncoder]:
     """One encoder for each format that occurs in the plan; see factory.make_encoders."""
-    check_core(plan, options)
+    check_devices(plan, options)
     return factory.make_encoders(
         (item.format for item in plan.items if item.quantized),
         options.preset,
@@ -92,36 +83,24 @@ class QuantizeRun:
     def __init__(
         self,
         plan: Plan,
-        options: Options,
+        options: QuantizeOptions,
         encoders: dict[str, MatrixEncoder],
         checkpoint: Checkpoint,
-        model_name: str,
+        recipe: Recipe,
         workplace: Workplace,
         log_path: Path,
-        say: Callable[[str], object],
-        calibration: dict[str, Any] | None = None,
-        allocation: dict[str, Any] | None = None,
-        base_model: str | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
         self.encoders = encoders
         self.checkpoint = checkpoint
-        self.recipe = Recipe(
-            model_name,
-            options.preset,
-            options.encoder,
-            calibration,
-            allocation,
-            base_model,
-            read_source_card(checkpoint.path)[0],
-        )
+        self.recipe = recipe
         self.workplace = workplace
         self.log_path = log_path
-        self.say = say
         self.seconds = dict.fromkeys(("total", "read", "encode", "write"), 0.0)
 
-    def run(self) -> QuantizeResult:
+    def run(self, say: Callable[[str], object]) -> QuantizeResult:
+        """Go on where the journal ends, to the finished folder; `say` takes messages."""
         start = time.perf_counter()
         fingerprint = self._fingerprint()
         if self.options.restart:
@@ -129,12 +108,12 @@ class QuantizeRun:
         journal = self.workplace.open_journal(fingerprint)
         try:
             if self.workplace.finished:
-                self.say(f"{self.workplace.output}: was finished by the run before")
+                say(f"{self.workplace.output}: was finished by the run before")
                 records = [record for record in journal.records if "item" in record]
             else:
                 writer = CheckpointWriter(self.plan, self.workplace, journal)
                 try:
-                    records = self._write(writer)
+                    records = self._write(writer, say)
                 finally:
                     writer.abort()
         finally:
@@ -175,10 +154,12 @@ class QuantizeRun:
             [file.path for file in files],
         )
 
-    def _write(self, writer: CheckpointWriter) -> list[dict[str, Any]]:
+    def _write(
+        self, writer: CheckpointWriter, say: Callable[[str], object]
+    ) -> list[dict[str, Any]]:
         self._check_room(writer)
         if writer.done:
-            self.say(f"going on after {writer.done} of {len(self.plan.items)} matrices")
+            say(f"going on after {writer.done} of {len(self.plan.items)} matrices")
         converter = Converter(
             self.checkpoint, self.plan, self.encoders, self.options.allow_nonfinite
         )

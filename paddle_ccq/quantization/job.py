@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was asked for, and what the stages of a quantization have found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..allocation.costs import Sensitivities
+from ..allocation.resolve import Allocation
+from ..allocation.session import Request as AllocationRequest
+from ..calibration.session import Request as CalibrationRequest
+from ..checkpoint.config import ErnieConfig
+from .options import PathLike, QuantizeOptions
+
+
+@dataclass
+class Job:
+    """One quantization on its way through the stages.
+
+    Attributes:
+        source: the model's folder on this machine.
+        notes: what was assumed of the model's config.
+        costs: the sensitivities of a file; None where they are measured, or nothing is allocated.
+    """
+
+    model: PathLike
+    options: QuantizeOptions
+    say: Callable[[str], object]
+    calibration: CalibrationRequest | None
+    wanted: AllocationRequest | None
+    source: Path = field(default_factory=Path)
+    config: ErnieConfig | None = None
+    notes: tuple[str, ...] = ()
+    costs: Sensitivities | None = None
+    allocation: Allocation | None = None

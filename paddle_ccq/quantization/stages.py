@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a quantization: resolve, check, plan, allocate, calibrate, encode, finish.
+
+A dry run is the first of them: it resolves a folder without a download, plans, allocates where
+costs are given, and reports.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .. import reporting
+from ..allocation.costs import Sensitivities
+from ..allocation.session import comparison_table
+from ..calibration.session import coverage
+from ..checkpoint.companions import check_regular, read_companions
+from ..checkpoint.config import CONFIG_FILE
+from ..checkpoint.model_card import Recipe
+from ..checkpoint.plan import Layout, Plan, build_plan
+from ..checkpoint.reader import Checkpoint, open_checkpoint
+from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_folder
+from ..checkpoint.source_card import read_source_card
+from ..checkpoint.unexpected import config_of_folder
+from ..checkpoint.writer import Workplace, partial_folder
+from ..command import output_path
+from ..errors import CcqError, visible
+from . import report
+from .job import Job
+from .options import PathLike, QuantizeOptions
+from .run import QuantizeResult, QuantizeRun, check_devices, encoders_for
+
+
+def quantize(
+    model: PathLike,
+    output: PathLike | None = None,
+    *,
+    dry_run: bool = False,
+    **options: object,
+) -> QuantizeResult:
+    """Write a quantized checkpoint of `model` into the new folder `output`.
+
+    `options` are the fields of QuantizeOptions. With `calibration`, a file of text or a data set's
+    hub id, wint2 experts are encoded for the least error of their outputs on that text
+    (docs/calibration.md); without it no data is used. With `allocate`, a size such as "2.3bpw" or
+    "100GB", the formats of MoE layers are chosen by measured costs (docs/allocation.md): a wint4
+    prefix, or any layers with `allow_plugin_layout`. The same call after an interruption goes on
+    where it stopped and ends with the same bytes. With `dry_run` only the plan is printed; a folder
+    with nothing but config.json will do.
+
+    Raises:
+        CcqError: for anything in the input, the options or the environment that is not right.
+        TypeError: for a keyword that is no option.
+    """
+    job = start(model, QuantizeOptions(**options), dry_run)
+    if dry_run:
+        resolve_locally(job)
+        return report.dry_run(job, planned(job))
+    target, log_path = check_targets(job, output)
+    resolve(job)
+    plan = planned(job)
+    check(job, plan, target, log_path)
+    with Workplace(target) as workplace:
+        checkpoint = opened(job)
+        plan = allocated(job, plan, checkpoint, workplace)
+        result = encoded(job, plan, checkpoint, workplace, log_path)
+    finish(job, result)
+    return result
+
+
+def start(model: PathLike, options: QuantizeOptions, dry_run: bool) -> Job:
+    """The job as it is asked for, files of options read."""
+    calibration = options.calibration_request(fetch=not dry_run)
+    say = (lambda _: None) if options.quiet else to_stderr
+    return Job(model, options, say, calibration, options.allocation_request())
+
+
+def check_targets(job: Job, output: PathLike | None) -> tuple[Path, Path]:
+    """The output's and the log's place, and the text: what can be refused before a download."""
+    if output is None:
+        raise CcqError("--output is missing: name the new folder to write")
+    target = output_path(output)
+    log = job.options.log
+    if log is not None:
+        reporting.check_can_write(log, True, "--log")
+    if job.calibration is not None:
+        _ = job.calibration.texts
+    return target, Path(log) if log is not None else target.with_name(target.name + ".log.jsonl")
+
+
+def resolve(job: Job) -> None:
+    """The model's folder, downloaded where it is not on this machine, and its config."""
+    job.source = resolve_model(job.model, job.options.source, job.options.revision, log=job.say)
+    check_regular(job.source)
+    job.config, _ = config_of_folder(job.source)
+
+
+def resolve_locally(job: Job) -> None:
+    """As resolve(), without a download; config.json is enough."""
+    folder = Path(job.model).expanduser()
+    if not folder.exists():
+        raise CcqError(
+            f"{job.model}: a dry run downloads nothing; put the model's {CONFIG_FILE} into a folder"
+            " and pass that"
+        )
+    if folder.is_dir():
+        folder = snapshot_folder(folder)
+        check_regular(folder)
+    job.source = folder
+    job.config, assumed = config_of_folder(folder)
+    job.notes = (*job.config.notes, *assumed)
+    quantization = job.config.raw.get("quantization_config")
+    # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
+    if isinstance(quantization, dict) and quantization.get("is_quantized", True):
+        raise CcqError(
+            f"{folder / CONFIG_FILE if folder.is_dir() else folder}: has a quantization_config, so"
+            " the model is quantized already; quantize the original float checkpoint instead"
+        )
+
+
+def planned(job: Job) -> Plan:
+    """The plan as far as it is known before costs are measured; all that can be refused is."""
+    assert job.config is not None
+    config, options, wanted = job.config, job.options.plan, job.wanted
+    if wanted is None:
+        return build_plan(config, options)
+    uniform = Layout(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
+    plan = build_plan(config, replace(options, layout=uniform, plugin_layout=True))
+    job.costs = wanted.check(plan)
+    return plan
+
+
+def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
+    """Refuse what cannot be, before any work."""
+    source = job.source.resolve()
+    if target.resolve() == source or source in target.resolve().parents:
+        raise CcqError(f"--output {target}: lies in the model's own folder; choose another")
+    # A run that goes on writes its log anew; any other file of that name is somebody's.
+    if job.options.log is not None and log_path.exists() and not partial_folder(target).exists():
+        raise CcqError(f"--log {log_path}: exists already; name another file or remove it")
+    check_devices(plan, job.options)
+    if job.calibration is not None:
+        job.calibration.check(plan, job.options.encoder)
+
+
+def opened(job: Job) -> Checkpoint:
+    """The source's weights, and a word on all that is not carried over."""
+    checkpoint = open_checkpoint(job.source)
+    if checkpoint.is_quantized:
+        raise CcqError(
+            f"{job.source}: quantized already; quantize the original float checkpoint instead"
+        )
+    # Looked at before the work, so that what is wrong with them is not found after it.
+    beside = (*read_companions(job.source).messages, *read_source_card(job.source)[1])
+    for message in (*checkpoint.messages, *beside):
+        job.say(message)
+    return checkpoint
+
+
+def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace) -> Plan:
+    """The plan with the formats that --allocate chooses, by given costs or measured ones."""
+    wanted, options = job.wanted, job.options
+    if wanted is not None:
+        if job.costs is not None:
+            job.costs.check_weights(checkpoint, f"--sensitivity {wanted.path}")
+        else:
+            job.costs = _measured(job, checkpoint, workplace)
+        job.allocation = wanted.resolve(plan, job.costs)
+        plan = build_plan(plan.config, options.plan, layout=job.allocation.layout)
+        job.say(report.as_text(comparison_table(job.allocation)))
+        for note in wanted.notes:
+            job.say(note)
+    for message in plan.messages:
+        job.say(message)
+    return plan
+
+
+def _measured(job: Job, checkpoint: Checkpoint, workplace: Workplace) -> Sensitivities:
+    assert job.wanted is not None and job.calibration is not None
+    options = job.options
+    shown = not options.quiet and sys.stderr.isatty()
+    with reporting.Progress("layers", checkpoint.config.num_hidden_layers, shown) as progress:
+        return job.wanted.measure(
+            checkpoint,
+            model_name(job.model),
+            job.calibration,
+            workplace.folder,
+            restart=options.restart,
+            progress=progress,
+            threads=options.threads,
+            device=options.device,
+        )
+
+
+def encoded(
+    job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace, log_path: Path
+) -> QuantizeResult:
+    """All matrices, calibrated where that is asked for, written and renamed into place."""
+    statistics = provenance = None
+    if job.calibration is not None:
+        statistics = job.calibration.open(checkpoint, job.options.threads, workplace.folder)
+        provenance = statistics.text.as_dict(job.calibration.settings)
+    try:
+        recipe = Recipe(
+            model_name(job.model),
+            job.options.preset,
+            job.options.encoder,
+            provenance,
+            job.allocation.as_dict() if job.allocation else None,
+            hub_id(job.model),
+            read_source_card(checkpoint.path)[0],
+        )
+        encoders = encoders_for(plan, job.options, statistics.moments if statistics else None)
+        run = QuantizeRun(plan, job.options, encoders, checkpoint, recipe, workplace, log_path)
+        return run.run(job.say)
+    finally:
+        if statistics is not None:
+            statistics.close()
+
+
+def finish(job: Job, result: QuantizeResult) -> None:
+    """Say how much of the text the experts saw."""
+    found = coverage(result.records)
+    if found is None:
+        return
+    line, empty = found
+    job.say(f"calibration: {line}")
+    if empty:
+        names = ", ".join(empty[:8]) + (" ..." if len(empty) > 8 else "")
+        job.say(
+            f"calibration: {len(empty)} experts saw no token and were encoded data-free: {names}"
+        )
+
+
+def to_stderr(text: str) -> None:
+    """A message to the user, beside the results on standard output."""
+    print(visible(text), file=sys.stderr)
