@@ -7,6 +7,7 @@ import is the stand-in, since the rest of FastDeploy needs a GPU.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
@@ -104,6 +105,45 @@ def fastdeploy(monkeypatch):
     yield fastdeploy
     for name in [n for n in sys.modules if n.split(".")[0] == "fastdeploy"]:
         sys.modules.pop(name, None)
+
+
+def own_call() -> Callable[..., Any]:
+    """FusedMoE.forward_normal of the checkout's moe.py, compiled on its own."""
+    path = Path(SOURCE) / "fastdeploy/model_executor/layers/moe/moe.py"
+    tree = ast.parse(path.read_text("utf-8"), str(path))
+    (layer,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "FusedMoE")
+    (method,) = (n for n in layer.body if getattr(n, "name", None) == "forward_normal")
+    names = {
+        "paddle": paddle,
+        "nn": paddle.nn,
+        "Callable": Callable,
+        "ForwardMeta": object,
+        "current_platform": SimpleNamespace(is_cuda=lambda: True),
+    }
+    exec(compile(ast.Module([method], []), str(path), "exec"), names)
+    return names["forward_normal"]
+
+
+def through_moe(layer: SourceLayer, hook: Any = None) -> np.ndarray:
+    """One call of the layer as FusedMoE itself makes it."""
+    rng = np.random.default_rng(1)
+    x = paddle.to_tensor(rng.standard_normal((5, HIDDEN)).astype(np.float32)).cast("bfloat16")
+    router = paddle.to_tensor(rng.standard_normal((HIDDEN, EXPERTS)).astype(np.float32))
+    call = own_call()
+    given = {"forward_meta": None, "topk_ids_hookfunc": hook}
+    taken = inspect.signature(call).parameters
+    given = {name: value for name, value in given.items() if name in taken}
+    return call(layer, x, lambda v: v @ router, **given).cast("float32").numpy()
+
+
+def own_method_runs() -> bool:
+    """Whether the checkout's own WINT2 method takes what its moe.py hands over."""
+    try:
+        through_moe(loaded_once())
+    except TypeError as error:
+        assert "positional arguments" in str(error)
+        return False
+    return True
 
 
 class Named:
