@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,16 +139,6 @@ def through_moe(layer: SourceLayer, hook: Any = None) -> np.ndarray:
     return call(layer, x, lambda v: v @ router, **given).cast("float32").numpy()
 
 
-def own_method_runs() -> bool:
-    """Whether the checkout's own WINT2 method takes what its moe.py hands over."""
-    try:
-        through_moe(loaded_once())
-    except TypeError as error:
-        assert "positional arguments" in str(error)
-        return False
-    return True
-
-
 class Named:
     """A quantization config of FastDeploy's by its name alone."""
 
@@ -200,6 +193,32 @@ def test_same_outputs_as_fastdeploys_own_path(fastdeploy, weights, monkeypatch) 
     fused = run(layer)
     assert standin.calls == ["own kernel", "own kernel", "ccq_moe_ffn"]
     assert list(layer.parameters()) == []
+    np.testing.assert_array_equal(kept, own)
+    np.testing.assert_array_equal(fused, own)
+
+
+def test_through_fastdeploys_own_call(fastdeploy, weights, monkeypatch) -> None:  # noqa: F811
+    """FusedMoE hands apply() what its line has; on develop, its own WINT2 method refuses that."""
+    layer = loaded(weights)
+    own = run(layer)
+    if "fc1_latent_proj" in inspect.signature(own_call()).parameters:
+        with pytest.raises(TypeError, match="positional arguments"):
+            through_moe(layer)
+    else:
+        np.testing.assert_array_equal(through_moe(layer), own)
+    plugin.register()
+    seen: list[list[int]] = []
+    hook = None
+    if "topk_ids_hookfunc" in inspect.signature(own_call()).parameters:
+        hook = lambda topk_ids: seen.append(topk_ids.shape)  # noqa: E731
+    kept = through_moe(loaded(weights), hook)
+    monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
+    standin.calls.clear()
+    fused = through_moe(loaded(weights), hook)
+    assert standin.calls == ["ccq_moe_ffn"]
+    assert seen == ([[5, 2]] * 2 if hook else [])
     np.testing.assert_array_equal(kept, own)
     np.testing.assert_array_equal(fused, own)
 
