@@ -189,7 +189,9 @@ def _use(plan: Plan) -> str:
         "    --port 8180 --metrics-port 8181 \\",
         "    --engine-worker-queue-port 8182 --cache-queue-port 8183 \\",
         f"    --tensor-parallel-size {plan.tensor_parallel_size} \\",
-        "    --max-model-len 32768 --max-num-seqs 128",
+        "    --max-model-len 32768 --max-num-seqs 128 \\",
+        # Without it a dense checkpoint fails to load; for wint2 FastDeploy takes it by itself.
+        "    --load-choices default",
         "```",
         "",
         "No `--quantization` is needed: config.json says it.",

@@ -100,7 +100,8 @@ def _checked(
     memory = min((c.memory for c in cards), default=0)
     if args.gpu_memory is not None:
         memory = int(args.gpu_memory * GIB)
-    wish = wish_of(settings, release, memory)
+    named = environment.get("FD_PLUGINS", os.environ.get("FD_PLUGINS", "")).split(",")
+    wish = wish_of(settings, release, memory, plugin=NAME in named)
     result = check(model, wish)
     judge_machine(result, cards, wish.tensor_parallel_size)
     result.command = []  # the real one is printed below, with every setting
