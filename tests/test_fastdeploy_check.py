@@ -270,12 +270,15 @@ def test_on_develop_only_the_plugin_runs_wint2(made, capsys) -> None:
     assert "warning" not in capsys.readouterr().out
 
 
-def test_dense_checkpoints_need_no_plugin_on_develop(tmp_path) -> None:
+def test_dense_checkpoints_need_no_plugin_on_develop(tmp_path, made) -> None:
     write_checkpoint(tmp_path / "m", {**CONFIG, "moe_num_experts": 0})
     quantize(tmp_path / "m", tmp_path / "out", quiet=True)
     result = check(tmp_path / "out", replace(WISH, release=RELEASES["develop"], workers=1))
     assert result.good and result.warnings == [] and result.environment == {}
     assert "--load-choices" in result.command
+    # The card's command, too: without it FastDeploy's other loader fails on a dense checkpoint.
+    for folder in (tmp_path / "out", made[1]):
+        assert "    --load-choices default\n```" in (folder / "README.md").read_text("utf-8")
 
 
 def test_the_command_states_what_releases_choose_differently(made) -> None:

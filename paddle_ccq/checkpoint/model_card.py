@@ -203,6 +203,10 @@ def _use(plan: Plan) -> str:
             " another version loads the files without complaint and computes nonsense."
         )
         serve.append("Expert parallelism does not work with this format.")
+        serve.append(
+            "Builds of FastDeploy's develop branch since 2026-04-15 run it only with paddle-ccq's"
+            " plugin (`FD_PLUGINS=paddle_ccq`)."
+        )
     if plan.needs_plugin:
         serve.append(
             "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"
