@@ -167,7 +167,7 @@ def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., 
             for projection in PROJECTIONS:
                 for name in PARAMETERS:
                     delattr(layer, f"{projection}_{name}")
-            # Also a warning: nothing shows a message of less, whatever FD_LOG_LEVEL is.
+            # Also a warning: FastDeploy's workers have no handler that shows an INFO message.
             once.say(logging.WARNING, "paddle_ccq: WINT2 layers run on ccq_moe_ffn")
 
         def apply(self, layer: Any, x: Any, gate: Any, *args: Any, **kwargs: Any) -> Any:
