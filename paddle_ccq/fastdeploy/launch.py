@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 
+from ..addresses import http_address, local
 from ..command import run_command
 from ..errors import CcqError
 from .cards import Card, find_cards
@@ -132,9 +133,8 @@ def busy_ports(settings: Mapping[str, object]) -> list[int]:
 
 def wait(settings: Mapping[str, object], seconds: float) -> int:
     """Until /health of the settings' server answers 200: 0; 1 if it doesn't in time."""
-    host = str(settings.get("host", "127.0.0.1"))
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    url = f"http://{host}:{settings['port']}/health"
+    host = local(str(settings.get("host", "127.0.0.1")))
+    url = http_address(host, settings["port"]) + "/health"
     start = time.monotonic()
     answer = "no answer yet"
     while True:
