@@ -206,7 +206,7 @@ def test_all_origins() -> None:
             assert answer.headers["access-control-allow-origin"] == "*"
 
 
-@pytest.mark.parametrize("text", ["localhost", "http://", "http://a/b", "http://a?x", "", "*.a.b"])
+@pytest.mark.parametrize("text", ["localhost", "http://", "http://a/b", "http://a?x", "*.a.b"])
 def test_what_is_no_origin(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(quantized_folder()), "--allow-origin", text]) == 2
     error = capsys.readouterr().err
@@ -416,7 +416,7 @@ def test_the_address_that_is_printed_can_be_used(host: str) -> None:
 
 def test_an_empty_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(quantized_folder()), "--host", ""]) == 2
-    assert "--host: is empty; 0.0.0.0 or ::" in capsys.readouterr().err
+    assert "--host: is empty" in capsys.readouterr().err
 
 
 def test_python_may_give_one_origin_or_several() -> None:

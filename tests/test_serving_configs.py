@@ -297,7 +297,7 @@ def test_develop_is_not_started_without_the_plugin(model, monkeypatch, capsys) -
         ('speculative_config={"method": "mtp", "num_model_steps": 4}', "2.6", "5 tokens a"),
         ('speculative_config="{\\"method\\": \\"ngram\\"}"', "develop", "2 tokens a"),
         ("speculative_config=fast", "2.6", "speculative_config: 'fast' is not JSON"),
-        ("speculative_config=[1]", "2.6", "is not a mapping"),
+        ("speculative_config=[1]", "2.6", "speculative_config: takes one value, not a list"),
         ("workers=many", "2.6", "workers: 'many'"),
         ("max_concurrency=0", "2.6", "--max-concurrency must be positive"),
     ],
