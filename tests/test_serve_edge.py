@@ -306,6 +306,10 @@ def test_a_client_may_ask_before_it_sends(server: tuple[str, Service]) -> None:
     # One that would send too much is told so, and sends nothing.
     refused = exchange(server[0], head(24 << 20, "Expect: 100-continue"))
     assert refused.startswith(b"HTTP/1.1 413") and b"100 Continue" not in refused
+    # Where the length is not known, it is told to continue, and then has its answer all the same.
+    large = chunked(b" " * (24 << 20), 1 << 20)
+    answer = exchange(server[0], head(None, "Expect: 100-continue"), large)
+    assert answer.startswith(b"HTTP/1.1 100") and b"HTTP/1.1 413" in answer
 
 
 def test_chunks_of_a_body(server: tuple[str, Service]) -> None:

@@ -33,10 +33,11 @@ class Gate:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self.app(scope, receive, send)
             return
-        read_whole = False
+        begun = read_whole = False
 
         async def watched() -> Message:
-            nonlocal read_whole
+            nonlocal begun, read_whole
+            begun = True  # a client that waited is told to continue now
             message = await receive()
             read_whole = not message.get("more_body", False)
             return message
@@ -50,7 +51,7 @@ class Gate:
                 check_kind(scope)
         except ApiError as error:
             self.service.metrics.refused.labels(error.status).inc()
-            if read_whole or error.status == 408 or _waits(scope):
+            if read_whole or error.status == 408 or (_waits(scope) and not begun):
                 await error.response()(scope, receive, send)
             else:
                 await _answer_and_drain(error, watched, send)
