@@ -9,9 +9,12 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from .addresses import bare, http_address
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
 from .command import run_command
@@ -78,6 +81,7 @@ def build_service(args: argparse.Namespace) -> Service:
         max_body_bytes=args.max_body_mib << 20,
         threads=args.threads or resources.threads_for(config),
         device=_device(args.device),
+        allow_origins=_origins(args.allow_origin),
         generation_config=args.generation_config == "auto",
     )
     if settings.api_key is None and not _is_loopback(args.host):
@@ -88,6 +92,22 @@ def build_service(args: argparse.Namespace) -> Service:
     if service.without_effect:
         print(f"generation_config.json: {', '.join(service.without_effect)}: no effect here")
     return service
+
+
+def _origins(given: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Origins as browsers send them: scheme, host and port, nothing behind them."""
+    found = []
+    for text in [given] if isinstance(given, str) else given or ():
+        origin = text.strip().lower().removesuffix("/")
+        parts = urlsplit(origin)
+        rest = parts.path or parts.query or parts.fragment or parts.username
+        if origin not in ("*", "null") and (not parts.scheme or not parts.netloc or rest):
+            raise CcqError(
+                f"--allow-origin {text}: must be * or a scheme and a host such as"
+                " http://localhost:3000"
+            )
+        found.append(origin)
+    return tuple(found)
 
 
 def _device(name: str) -> Device | None:
@@ -163,9 +183,11 @@ def run_server(service: Service, args: argparse.Namespace) -> int:
 
 def _bind(host: str, port: int) -> socket.socket:
     """Bound here and not by uvicorn, whose own failure is a log line and not one error."""
+    if not host:
+        raise CcqError("--host: is empty; 0.0.0.0 or :: listens on every interface")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            bare(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -191,7 +213,7 @@ def _print_ready(service: Service, args: argparse.Namespace) -> None:
         f" {readable(engine.cache.nbytes)} for {engine.cache.tokens} tokens, touched as it is"
         f" used; resident {readable(resident_bytes())}"
     )
-    print(f"serving {settings.name} at http://{args.host}:{args.port}/v1", flush=True)
+    print(f"serving {settings.name} at {http_address(args.host, args.port)}/v1", flush=True)
 
 
 def _size(service: Service, name: str) -> int:
@@ -203,7 +225,7 @@ def _size(service: Service, name: str) -> int:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(bare(host)).is_loopback
     except ValueError:
         return host == "localhost"
 
@@ -233,6 +255,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--api-key",
         metavar="KEY",
         help="wanted as a bearer token under /v1; better given as PADDLE_CCQ_API_KEY",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="let pages of this origin, such as http://localhost:3000, use the API from a browser;"
+        " * for all (repeatable; default: none)",
     )
     parser.add_argument(
         "--device",

@@ -104,6 +104,7 @@ class Wint2Method:
     def apply(
         self, layer: Layer, x: paddle.Tensor, gate: Any, topk_ids_hookfunc: Any = None
     ) -> paddle.Tensor:
+        # The least that any release takes.
         rows, ends, places, weights, ids, *_ = dispatch(
             x,
             gate(x.cast("float32")),

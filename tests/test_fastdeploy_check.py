@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
+from synthetic import tiny_config
+from synthetic import write_checkpoint as write_without_sentencepiece
 
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import build_plan
@@ -27,6 +28,12 @@ CONFIG = tiny_config(
     num_hidden_layers=2, moe_num_experts=2, moe_intermediate_size=256, max_position_embeddings=65536
 )
 WISH = Wish(card_bytes=24 * GIB)
+
+
+def write_checkpoint(folder: Path, config: dict) -> None:
+    """With a file where FastDeploy's tokenizer looks for SentencePiece; only its name matters."""
+    write_without_sentencepiece(folder, config)
+    (folder / "tokenizer.model").write_bytes(b"spm")
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +200,10 @@ def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
         (["--gpu-memory", "24", "--tensor-parallel-size", "0"], "must be positive"),
         (["--gpu-memory", "24", "--port", "65533"], "--port 65533"),
         (["--gpu-memory", "24", "--max-num-batched-tokens", "8"], "FastDeploy wants 128"),
+        (["--gpu-memory", "24", "--max-model-len", "1000"], "960 or 1024"),
+        (["--gpu-memory", "24", "--workers", "0"], "--workers must be positive"),
+        (["--gpu-memory", "24", "--block-size", "0"], "--block-size must be positive"),
+        (["--gpu-memory", "24", "--fastdeploy-version", "2.3.0-dev"], "a build of a branch"),
     ],
 )
 def test_wishes_that_cannot_be(made, capsys, arguments, text) -> None:
@@ -228,9 +239,87 @@ def test_a_tied_head_is_held_twice() -> None:
 def test_versions() -> None:
     assert find_release("2.5.0+cu126").name == "2.5"
     assert find_release("v2.6").most_sequences == 512
-    for text in ("", "2", "2.50", "dev"):
+    for text in ("", "2", "2.50", "2.5.0.dev0", "2.3.0-dev", "devel", "3.1"):
         with pytest.raises(CcqError):
             find_release(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["develop", "dev", "2.6.0-dev", "2.6.0.dev0", "v2.6.0-dev+cu126", "2.6-dev", "2.7.0dev1"],
+)
+def test_builds_of_develop_are_a_line_of_their_own(text) -> None:
+    assert find_release(text).name == "develop"
+    assert find_release("2.6.0").name == find_release("2.6.0+dev").name == "2.6"
+
+
+def test_on_develop_only_the_plugin_runs_wint2(made, capsys) -> None:
+    develop = replace(WISH, release=RELEASES["develop"], workers=1)
+    result = check(made[1], develop)
+    assert result.good and result.environment == {"FD_PLUGINS": "paddle_ccq"}
+    (warning,) = result.warnings
+    assert "5e54770b" in warning and "FD_PLUGINS=paddle_ccq" in warning and "only so" in warning
+    assert check(made[1], replace(develop, plugin=True)).warnings == []
+    assert "only so" in only_problem(made[1], replace(develop, plugin=False))
+    assert check(made[1], WISH).environment == {}
+    arguments = [str(made[1]), "--gpu-memory", "24", "--fastdeploy-version", "2.6.0-dev"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "FD_PLUGINS=paddle_ccq python -m fastdeploy" in out and "FastDeploy develop" in out
+    assert main([*arguments, "--plugin"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_dense_checkpoints_need_no_plugin_on_develop(tmp_path, made) -> None:
+    write_checkpoint(tmp_path / "m", {**CONFIG, "moe_num_experts": 0})
+    quantize(tmp_path / "m", tmp_path / "out", quiet=True)
+    result = check(tmp_path / "out", replace(WISH, release=RELEASES["develop"], workers=1))
+    assert result.good and result.warnings == [] and result.environment == {}
+    assert "--load-choices" in result.command
+    # The card's command, too: without it FastDeploy's other loader fails on a dense checkpoint.
+    for folder in (tmp_path / "out", made[1]):
+        assert "    --load-choices default\n```" in (folder / "README.md").read_text("utf-8")
+
+
+def test_the_command_states_what_releases_choose_differently(made) -> None:
+    for name, workers, requests in (("2.5", "1", "512"), ("2.6", "4", "2048")):
+        result = check(made[1], replace(WISH, release=RELEASES[name]))
+        assert result.command[result.command.index("--workers") + 1] == workers
+        assert result.command[result.command.index("--max-concurrency") + 1] == requests
+        assert ("starts 4 API processes" in " ".join(result.warnings)) == (name == "2.6")
+    few = check(made[1], replace(WISH, concurrency=64))
+    assert few.good and "--max-num-seqs 128 is never reached" in few.warnings[0]
+
+
+@pytest.mark.parametrize("release", ["2.4", "2.5", "2.6", "develop"])
+@pytest.mark.parametrize(
+    ("length", "near"), [(1000, "960 or 1024"), (63, "take 64"), (32767, "32768")]
+)
+def test_lengths_that_the_block_size_does_not_divide(made, release, length, near) -> None:
+    wish = replace(WISH, release=RELEASES[release], max_model_len=length)
+    with pytest.raises(CcqError, match=rf"--max-model-len {length}: .* block size, 64, .*{near}"):
+        check(made[1], wish)
+    assert check(made[1], replace(WISH, release=RELEASES["2.3"], max_model_len=1000)).good
+    assert check(made[1], replace(wish, max_model_len=1008, block_size=16)).good
+
+
+def test_draft_tokens_count_from_2_6_on(made) -> None:
+    wish = replace(WISH, max_num_batched_tokens=512, draft_tokens=4)
+    assert check(made[1], wish).good
+    for name in ("2.6", "develop"):
+        with pytest.raises(CcqError, match=r"wants 640 to .* 5 tokens a step for each"):
+            check(made[1], replace(wish, release=RELEASES[name]))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spm.model", "ernie_token_100k.model"])
+def test_fastdeploy_reads_sentencepiece_alone(copy, name) -> None:
+    (copy / "tokenizer.model").unlink()
+    (copy / "ccq-manifest.json").unlink()
+    text = only_problem(copy, WISH)
+    assert "tokenizer.model, spm.model or ernie_token_100k.model" in text
+    assert "does not read tokenizer.json" in text
+    (copy / name).write_bytes(b"spm")
+    assert check(copy, WISH).good
 
 
 def test_flags_by_release() -> None:
@@ -238,6 +327,9 @@ def test_flags_by_release() -> None:
     assert "innode_prefill_ports" not in known_flags(RELEASES["2.4"])
     assert known_flags(RELEASES["2.5"])["lm_head_fp32"] == "lm_head-fp32"
     assert known_flags(RELEASES["2.1"]) == {}
+    assert "write_through_threshold" in known_flags(RELEASES["develop"])
+    assert "write_through_threshold" not in known_flags(RELEASES["2.6"])
+    assert "enable_keep_sampling_mask" not in known_flags(RELEASES["develop"])
     settings = {
         "enable_prefix_caching": False,
         "enable_mm": False,

@@ -83,11 +83,11 @@ def loaded(modules: SimpleNamespace, weights: dict[str, np.ndarray], index: int 
     return layer
 
 
-def run(layer: standin.Layer, tokens: int = 5, **more) -> np.ndarray:
+def run(layer: standin.Layer, *args, tokens: int = 5, **more) -> np.ndarray:
     rng = np.random.default_rng(1)
     x = paddle.to_tensor(rng.standard_normal((tokens, HIDDEN)).astype(np.float32))
     router = paddle.to_tensor(rng.standard_normal((HIDDEN, EXPERTS)).astype(np.float32))
-    out = layer.quant_method.apply(layer, x.cast("bfloat16"), lambda v: v @ router, **more)
+    out = layer.quant_method.apply(layer, x.cast("bfloat16"), lambda v: v @ router, *args, **more)
     assert out.dtype == paddle.bfloat16
     return out.cast("float32").numpy()
 
@@ -100,6 +100,62 @@ def test_the_fused_op_takes_the_kernels_place(install, weights, monkeypatch) -> 
     own = run(loaded(modules, weights))
     assert standin.calls == ["ccq_moe_ffn", "own kernel"]
     np.testing.assert_array_equal(expected, own)
+
+
+# moe.py's own call of apply() behind (layer, x, gate), line by line of releases.
+CALLS = {
+    "2.4.0": ((), {}),
+    "2.5.0": ((), {"topk_ids_hookfunc": None}),
+    "2.6.0": ((), {"topk_ids_hookfunc": None, "shared_experts": None}),
+    "2.6.0-dev": ((None, None, None, None), {}),
+}
+
+
+@pytest.mark.parametrize("ops", [True, False])
+@pytest.mark.parametrize("version", CALLS)
+def test_fastdeploys_own_call_of_every_release(install, weights, version, ops) -> None:
+    layer = loaded(install(version, ops=ops), weights)
+    args, kwargs = CALLS[version]
+    assert run(layer, *args, **kwargs).shape == (5, HIDDEN)
+    assert standin.calls == ["ccq_moe_ffn" if ops else "own kernel"]
+
+
+@pytest.mark.parametrize("ops", [True, False])
+def test_the_hook_is_called_where_the_arguments_are_positional(install, weights, ops) -> None:
+    seen = []
+    layer = loaded(install("2.6.0-dev", ops=ops), weights)
+    run(layer, lambda topk_ids: seen.append(topk_ids.shape), None, None, None)
+    assert seen == [[5, 2]]
+
+
+@pytest.mark.parametrize("name", ["shared_experts", "fc1_latent_proj", "fc2_latent_proj"])
+def test_nothing_that_asks_for_something_is_left_out(install, weights, name) -> None:
+    layer = loaded(install("2.6.0-dev", ops=False), weights)
+    with pytest.raises(TypeError, match=name):
+        run(layer, **{"topk_ids_hookfunc": None, name: lambda x: x})
+
+
+@pytest.mark.parametrize("place", [2, 3])
+def test_latent_projections_are_fastdeploys(install, weights, monkeypatch, place, caplog) -> None:
+    given = [None] * 4
+    given[place] = paddle.nn.Identity()
+    modules = install("2.6.0-dev")
+    with pytest.raises(CcqError, match=r"MoE layer 7: latent .* without paddle_ccq"):
+        run(loaded(modules, weights), *given)
+    seen = []
+
+    def apply(self, layer, x, gate, hook=None, shared_experts=None, fc1=None, fc2=None):
+        seen.append((fc1, fc2))
+        return x
+
+    monkeypatch.setattr(standin.Wint2Method, "apply", apply)
+    layer = a_layer(modules)
+    layer.fd_config.model_config.hidden_size = 2 * HIDDEN
+    layer.create()
+    state = {name: tensor(values) for name, values in weights.items()}
+    layer.quant_method.process_prequanted_weights(layer, state)
+    run(layer, *given)
+    assert seen == [tuple(given[2:])] and "latent projections" in caplog.text
 
 
 def test_weights_are_not_held_twice(install, weights) -> None:
@@ -141,12 +197,30 @@ def test_without_the_ops_fastdeploy_goes_on_with_one_line(install, weights, capl
     assert "FastDeploy's own WINT2 kernel is used" in line and "\n" not in line
 
 
+@pytest.mark.parametrize(("ops", "text"), [(True, "run on ccq_moe_ffn"), (False, "own WINT2")])
+def test_a_process_without_any_logging_shows_the_line(install, weights, capsys, ops, text):
+    modules = install(ops=ops)
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []  # as in FastDeploy's workers
+    try:
+        for index in (7, 8):
+            loaded(modules, weights, index)
+    finally:
+        root.handlers = handlers
+    assert capsys.readouterr().err.count(text) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (lambda layer: setattr(layer, "activation", "gelu"), "activation gelu"),
         (lambda layer: setattr(layer, "with_bias", True), "bias"),
         (lambda layer: setattr(layer, "ep_size", 2), "expert parallelism"),
+        (lambda layer: setattr(layer, "routed_scaling_factor_learnable", True), "learned scale"),
+        (
+            lambda layer: setattr(layer.fd_config.model_config, "hidden_size", 256),
+            "latent projections",
+        ),
         (lambda layer: setattr(layer, "up_gate_proj_in_scale", 1.0), "quantized activations"),
         (lambda layer: setattr(layer, "moe_intermediate_size", 192), "expert width 192"),
         (lambda layer: setattr(layer, "hidden_size", 64), "hidden size 64"),

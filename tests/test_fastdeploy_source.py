@@ -7,11 +7,15 @@ import is the stand-in, since the rest of FastDeploy needs a GPU.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +110,35 @@ def fastdeploy(monkeypatch):
         sys.modules.pop(name, None)
 
 
+def own_call() -> Callable[..., Any]:
+    """FusedMoE.forward_normal of the checkout's moe.py, compiled on its own."""
+    path = Path(SOURCE) / "fastdeploy/model_executor/layers/moe/moe.py"
+    tree = ast.parse(path.read_text("utf-8"), str(path))
+    (layer,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "FusedMoE")
+    (method,) = (n for n in layer.body if getattr(n, "name", None) == "forward_normal")
+    names = {
+        "paddle": paddle,
+        "nn": paddle.nn,
+        "Callable": Callable,
+        "ForwardMeta": object,
+        "current_platform": SimpleNamespace(is_cuda=lambda: True),
+    }
+    exec(compile(ast.Module([method], []), str(path), "exec"), names)
+    return names["forward_normal"]
+
+
+def through_moe(layer: SourceLayer, hook: Any = None) -> np.ndarray:
+    """One call of the layer as FusedMoE itself makes it."""
+    rng = np.random.default_rng(1)
+    x = paddle.to_tensor(rng.standard_normal((5, HIDDEN)).astype(np.float32)).cast("bfloat16")
+    router = paddle.to_tensor(rng.standard_normal((HIDDEN, EXPERTS)).astype(np.float32))
+    call = own_call()
+    given = {"forward_meta": None, "topk_ids_hookfunc": hook}
+    taken = inspect.signature(call).parameters
+    given = {name: value for name, value in given.items() if name in taken}
+    return call(layer, x, lambda v: v @ router, **given).cast("float32").numpy()
+
+
 class Named:
     """A quantization config of FastDeploy's by its name alone."""
 
@@ -160,6 +193,32 @@ def test_same_outputs_as_fastdeploys_own_path(fastdeploy, weights, monkeypatch) 
     fused = run(layer)
     assert standin.calls == ["own kernel", "own kernel", "ccq_moe_ffn"]
     assert list(layer.parameters()) == []
+    np.testing.assert_array_equal(kept, own)
+    np.testing.assert_array_equal(fused, own)
+
+
+def test_through_fastdeploys_own_call(fastdeploy, weights, monkeypatch) -> None:  # noqa: F811
+    """FusedMoE hands apply() what its line has; on develop, its own WINT2 method refuses that."""
+    layer = loaded(weights)
+    own = run(layer)
+    if "fc1_latent_proj" in inspect.signature(own_call()).parameters:
+        with pytest.raises(TypeError, match="positional arguments"):
+            through_moe(layer)
+    else:
+        np.testing.assert_array_equal(through_moe(layer), own)
+    plugin.register()
+    seen: list[list[int]] = []
+    hook = None
+    if "topk_ids_hookfunc" in inspect.signature(own_call()).parameters:
+        hook = lambda topk_ids: seen.append(topk_ids.shape)  # noqa: E731
+    kept = through_moe(loaded(weights), hook)
+    monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
+    standin.calls.clear()
+    fused = through_moe(loaded(weights), hook)
+    assert standin.calls == ["ccq_moe_ffn"]
+    assert seen == ([[5, 2]] * 2 if hook else [])
     np.testing.assert_array_equal(kept, own)
     np.testing.assert_array_equal(fused, own)
 

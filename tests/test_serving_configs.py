@@ -43,6 +43,7 @@ CARDS = {"141gb": 140.4, "80gb": 79.2, "24gb": 22.5}
 def model(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("model")
     write_checkpoint(root / "m", tiny_config(num_hidden_layers=2, moe_num_experts=2))
+    (root / "m" / "tokenizer.model").write_bytes(b"spm")  # only its name is looked at
     quantize(root / "m", root / "out", preset="fast", quiet=True)
     return root / "out"
 
@@ -71,13 +72,17 @@ def test_there_are_files() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-@pytest.mark.parametrize("version", ["2.3", "2.4", "2.5", "2.6"])
+@pytest.mark.parametrize("version", ["2.3", "2.4", "2.5", "2.6", "develop"])
 def test_keys_are_flags_of_the_server(path: Path, version: str) -> None:
     settings = load_settings(path)
     assert unknown_settings(settings, RELEASES[version]) == []
     assert set(PORTS) <= set(settings)
     assert settings["host"] == "127.0.0.1"
     assert settings["max_num_seqs"] <= RELEASES[version].most_sequences
+    # What releases choose differently is said.
+    assert settings["workers"] == 1
+    assert settings["max_concurrency"] >= settings["max_num_seqs"]
+    assert settings["max_model_len"] % 64 == 0 and settings["load_choices"] == "default"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -117,6 +122,7 @@ def test_the_dry_run_prints_the_exact_command(model, tmp_path) -> None:
         *("--cache-queue-port", "9003", "--served-model-name", "ernie-4.5-21b-2bit"),
         *("--tensor-parallel-size", "1", "--max-model-len", "32768", "--max-num-seqs", "32"),
         *("--max-num-batched-tokens", "8192", "--gpu-memory-utilization", "0.9"),
+        *("--workers", "1", "--max-concurrency", "512"),
         *("--load-choices", "default", "--no-enable-prefix-caching", "--enable-chunked-prefill"),
     ]
 
@@ -264,6 +270,54 @@ def test_the_plugin_is_loaded_on_request(model, monkeypatch, capsys) -> None:
     assert launch.main(arguments) == 0
     assert "FD_PLUGINS=paddle_ccq " in capsys.readouterr().out
     assert launch.main([*arguments, "--fastdeploy-version", "2.3"]) == 2
+
+
+def test_develop_is_not_started_without_the_plugin(model, monkeypatch, capsys) -> None:
+    arguments = [str(FILES[0]), "--model", str(model), "--gpu-memory", "24", "--dry-run"]
+    arguments += ["--fastdeploy-version", "2.6.0-dev"]
+    monkeypatch.delenv("FD_PLUGINS", raising=False)
+    assert launch.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "problem: FastDeploy develop" in out and "--plugin of serving/launch.py" in out
+    monkeypatch.setenv("FD_PLUGINS", "other,paddle_ccq")
+    assert launch.main(arguments) == 0
+    monkeypatch.delenv("FD_PLUGINS")
+    found = SimpleNamespace(names=["paddle_ccq"])
+    monkeypatch.setattr(launch.metadata, "entry_points", lambda group: found)
+    assert launch.main([*arguments, "--plugin"]) == 0
+    assert "FD_PLUGINS=paddle_ccq " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "version", "text"),
+    [
+        ("max_model_len=1000", "2.5", "960 or 1024"),
+        ("block_size=48", "2.5", "block size, 48"),
+        ('speculative_config={"method": "mtp", "num_speculative_tokens": 5}', "2.6", "6 tokens a"),
+        ('speculative_config={"method": "mtp", "num_model_steps": 4}', "2.6", "5 tokens a"),
+        ('speculative_config="{\\"method\\": \\"ngram\\"}"', "develop", "2 tokens a"),
+        ("speculative_config=fast", "2.6", "speculative_config: 'fast' is not JSON"),
+        ("speculative_config=[1]", "2.6", "speculative_config: takes one value, not a list"),
+        ("workers=many", "2.6", "workers: 'many'"),
+        ("max_concurrency=0", "2.6", "--max-concurrency must be positive"),
+    ],
+)
+def test_settings_against_the_rules_of_a_release(model, capsys, setting, version, text) -> None:
+    arguments = [str(FILES[0]), "--model", str(model), "--gpu-memory", "24", "--dry-run"]
+    batched = ["--set", "max_num_batched_tokens=100"] if "tokens a" in text else []
+    arguments += ["--set", "max_num_seqs=64", *batched, "--set", setting]
+    assert launch.main([*arguments, "--fastdeploy-version", version]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and text in error
+
+
+def test_drafts_that_ask_for_nothing() -> None:
+    for value in (None, {}, {"method": None}, {"method": "naive", "num_speculative_tokens": 0}):
+        wish = wish_of({"speculative_config": value}, RELEASES["2.6"], None)
+        assert wish.draft_tokens == 0
+    assert wish_of({"workers": 2}, RELEASES["2.6"], None).api_processes == 2
+    assert wish_of({}, RELEASES["2.6"], None).api_processes == 4
+    assert wish_of({}, RELEASES["2.5"], None).api_processes == 1
 
 
 def test_ports_in_use() -> None:

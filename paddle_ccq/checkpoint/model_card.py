@@ -189,7 +189,9 @@ def _use(plan: Plan) -> str:
         "    --port 8180 --metrics-port 8181 \\",
         "    --engine-worker-queue-port 8182 --cache-queue-port 8183 \\",
         f"    --tensor-parallel-size {plan.tensor_parallel_size} \\",
-        "    --max-model-len 32768 --max-num-seqs 128",
+        "    --max-model-len 32768 --max-num-seqs 128 \\",
+        # Without it a dense checkpoint fails to load; for wint2 FastDeploy takes it by itself.
+        "    --load-choices default",
         "```",
         "",
         "No `--quantization` is needed: config.json says it.",
@@ -201,6 +203,10 @@ def _use(plan: Plan) -> str:
             " another version loads the files without complaint and computes nonsense."
         )
         serve.append("Expert parallelism does not work with this format.")
+        serve.append(
+            "Builds of FastDeploy's develop branch since 2026-04-15 run it only with paddle-ccq's"
+            " plugin (`FD_PLUGINS=paddle_ccq`)."
+        )
     if plan.needs_plugin:
         serve.append(
             "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"

@@ -18,7 +18,7 @@ from ..checkpoint.plan import gigabytes
 from ..command import run_command
 from ..errors import CcqError, visible
 from .cards import Card, find_cards, host_memory
-from .contract import contract_problems, contract_warnings
+from .contract import contract_problems, contract_warnings, plugin_reason
 from .memory import (
     BLOCK_TOKENS,
     DEFAULT_BATCHED_TOKENS,
@@ -27,6 +27,7 @@ from .memory import (
     CardMemory,
     card_memory,
 )
+from .plugin import NAME as PLUGIN
 from .releases import DEFAULT_RELEASE, RELEASES, Release, release_of
 from .server_flags import four_ports, server_command, shown
 
@@ -41,6 +42,10 @@ class Wish:
 
     Attributes:
         card_bytes: memory of one card; None leaves out everything about memory.
+        draft_tokens: tokens that speculative decoding adds to a sequence's step.
+        plugin: whether FastDeploy will load our plugin; None: not known.
+        workers: processes of the API server; None: what the release starts.
+        concurrency: requests that the API takes at once; None: what the release takes.
     """
 
     tensor_parallel_size: int = 1
@@ -51,6 +56,19 @@ class Wish:
     gpu_memory_utilization: float = DEFAULT_UTILIZATION
     release: Release = RELEASES[DEFAULT_RELEASE]
     port: int = DEFAULT_PORT
+    block_size: int = BLOCK_TOKENS
+    draft_tokens: int = 0
+    plugin: bool | None = None
+    workers: int | None = None
+    concurrency: int | None = None
+
+    @property
+    def api_processes(self) -> int:
+        return self.release.workers if self.workers is None else self.workers
+
+    @property
+    def api_requests(self) -> int:
+        return self.release.concurrency if self.concurrency is None else self.concurrency
 
 
 @dataclass
@@ -63,6 +81,8 @@ class CheckResult:
     memory: CardMemory | None = None
     host_bytes: int = 0
     command: list[str] = field(default_factory=list)
+    # Variables that the command needs.
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def good(self) -> bool:
@@ -95,8 +115,13 @@ def check(folder: str | os.PathLike[str], wish: Wish, *, hashes: bool = False) -
     result.warnings += found.notes
     if hashes and read_manifest(inspection.folder) is None:
         result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
-    result.problems += contract_problems(inspection, wish.release, wish.tensor_parallel_size)
-    result.warnings += contract_warnings(inspection, wish.release, wish.max_model_len)
+    result.problems += contract_problems(
+        inspection, wish.release, wish.tensor_parallel_size, wish.plugin
+    )
+    result.warnings += contract_warnings(inspection, wish.release, wish.max_model_len, wish.plugin)
+    result.warnings += _api_warnings(wish)
+    if plugin_reason(inspection, wish.release):
+        result.environment["FD_PLUGINS"] = PLUGIN
     plan = inspection.plan
     result.host_bytes = plan.output_bytes
     # Another number of ranks than asked for is a problem above; its sizes would mislead.
@@ -117,6 +142,9 @@ def _check_wish(wish: Wish) -> None:
     numbers = {
         "--tensor-parallel-size": wish.tensor_parallel_size,
         "--max-num-seqs": wish.max_num_seqs,
+        "--workers": wish.api_processes,
+        "--max-concurrency": wish.api_requests,
+        "--block-size": wish.block_size,
         "--gpu-memory": 1 if wish.card_bytes is None else wish.card_bytes,
     }
     for flag, value in numbers.items():
@@ -124,6 +152,13 @@ def _check_wish(wish: Wish) -> None:
             raise CcqError(f"{flag} must be positive")
     if wish.max_model_len < 16:
         raise CcqError(f"--max-model-len {wish.max_model_len}: FastDeploy wants at least 16")
+    if wish.release.block_divides and wish.max_model_len % wish.block_size:
+        below = wish.max_model_len // wish.block_size * wish.block_size
+        near = f"{below} or {below + wish.block_size}" if below else f"{wish.block_size}"
+        raise CcqError(
+            f"--max-model-len {wish.max_model_len}: the workers of FastDeploy {wish.release.name}"
+            f" stop unless the block size, {wish.block_size}, divides it; take {near}"
+        )
     if not 0 < wish.gpu_memory_utilization <= 1:
         raise CcqError(f"--gpu-memory-utilization {wish.gpu_memory_utilization}: not in 0..1")
     if wish.max_num_seqs > wish.release.most_sequences:
@@ -132,12 +167,30 @@ def _check_wish(wish: Wish) -> None:
             f" {wish.release.most_sequences}"
         )
     most = wish.max_model_len * wish.max_num_seqs
-    low = max(BLOCK_TOKENS, wish.max_num_seqs)
+    each = wish.draft_tokens + 1 if wish.release.counts_drafts else 1
+    low = max(wish.block_size, wish.max_num_seqs * each)
     if not low <= wish.max_num_batched_tokens <= most:
+        drafts = f", {each} tokens a step for each of --max-num-seqs" if each > 1 else ""
         raise CcqError(
             f"--max-num-batched-tokens {wish.max_num_batched_tokens}: FastDeploy wants {low} to"
-            f" {most} (--max-model-len times --max-num-seqs) here"
+            f" {most} (--max-model-len times --max-num-seqs) here{drafts}"
         )
+
+
+def _api_warnings(wish: Wish) -> list[str]:
+    """What the API server in front of the engine would do with as many requests."""
+    warnings = []
+    if wish.api_requests < wish.max_num_seqs:
+        warnings.append(
+            f"--max-concurrency {wish.api_requests}: the API answers 429 to further requests, so"
+            f" --max-num-seqs {wish.max_num_seqs} is never reached"
+        )
+    if wish.workers is None and wish.release.workers > 1:
+        warnings.append(
+            f"--workers: FastDeploy {wish.release.name} starts {wish.release.workers} API"
+            f" processes unless told otherwise, each with a tokenizer in memory"
+        )
+    return warnings
 
 
 def _judge_memory(result: CheckResult, memory: CardMemory, wish: Wish) -> None:
@@ -176,8 +229,14 @@ def server_settings(folder: str | os.PathLike[str], wish: Wish) -> dict[str, obj
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
     }
+    if wish.block_size != BLOCK_TOKENS:
+        settings["block_size"] = wish.block_size
     if wish.release.commit:
-        # The other loader does not know WINT2; FastDeploy falls back by itself, with a warning.
+        # Said, and not left to the release, whose own numbers changed.
+        settings["workers"] = wish.api_processes
+        settings["max_concurrency"] = wish.api_requests
+        # The other loader does not know WINT2 and leaves it to this one by itself; a dense
+        # checkpoint it would load wrongly.
         settings["load_choices"] = "default"
     return settings
 
@@ -208,7 +267,7 @@ def print_result(result: CheckResult, wish: Wish, environment: Mapping[str, str]
         line(f"problem: {problem}")
     if result.good:
         if result.command:
-            line(f"\n{shown(result.command, environment)}\n")
+            line(f"\n{shown(result.command, {**environment, **result.environment})}\n")
         line(f"good: {result.folder} for FastDeploy {wish.release.name}")
     else:
         line(f"NOT good: {len(result.problems)} problems in {result.folder}")
@@ -255,6 +314,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, default=DEFAULT_SEQUENCES, help="sequences at once (128)")
     add("--max-num-batched-tokens", type=int, help="tokens of one step (8192)")
     add("--gpu-memory-utilization", type=float, default=DEFAULT_UTILIZATION, help="(0.9)")
+    add("--block-size", type=int, default=BLOCK_TOKENS, help="tokens of a cache block (64)")
+    add("--draft-tokens", type=int, default=0, metavar="N", help="of speculative decoding (0)")
+    add("--workers", type=int, metavar="N", help="API processes (1; 2.6 and develop alone: 4)")
+    add("--max-concurrency", type=int, metavar="N", help="requests at once (the release's)")
+    add("--plugin", action="store_true", default=None, help="our plugin will be loaded")
     add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
     add("--port", type=int, default=DEFAULT_PORT, help="first of four ports (8180)")
     add("--hash", action="store_true", help="compare sha256 with the manifest: reads everything")
@@ -280,6 +344,12 @@ def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
         gpu_memory_utilization=args.gpu_memory_utilization,
         release=release_of(args.fastdeploy_version),
         port=args.port,
+        block_size=args.block_size,
+        draft_tokens=args.draft_tokens,
+        plugin=args.plugin,
+        # The command that is printed says it, so that no release's own number holds.
+        workers=1 if args.workers is None else args.workers,
+        concurrency=args.max_concurrency,
     )
 
 

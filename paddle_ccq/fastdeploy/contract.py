@@ -13,16 +13,44 @@ from ..codec.row_order import FASTDEPLOY_2_1
 from .plugin import SUPPORTED as PLUGIN_RELEASES
 from .releases import Release
 
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "spm.model")
+# What FastDeploy's ERNIE processor looks for (input/ernie4_5_processor.py, text_processor.py).
+_TOKENIZERS = ("tokenizer.model", "spm.model", "ernie_token_100k.model")
 
 
-def contract_problems(inspection: Inspection, release: Release, ranks: int) -> list[str]:
-    """What keeps this release from serving the checkpoint, or makes it compute nonsense."""
-    return [
+def contract_problems(
+    inspection: Inspection, release: Release, ranks: int, plugin: bool | None = None
+) -> list[str]:
+    """What keeps this release from serving the checkpoint, or makes it compute nonsense.
+
+    Args:
+        plugin: whether FastDeploy will load our plugin; None: not known.
+    """
+    problems = [
         *_rank_problems(inspection, ranks),
         *_format_problems(inspection, release),
         *_config_problems(inspection, release),
+        *_tokenizer_problems(inspection),
     ]
+    reason = plugin_reason(inspection, release)
+    if reason and plugin is False and release.name in PLUGIN_RELEASES:
+        problems.append(f"{reason}; --plugin of serving/launch.py loads it")
+    return problems
+
+
+def plugin_reason(inspection: Inspection, release: Release) -> str | None:
+    """Why this release cannot serve the checkpoint without our plugin; None if it can."""
+    if inspection.plan.needs_plugin:
+        return (
+            "wint4 layers by a list: FastDeploy must load our plugin (FD_PLUGINS=paddle_ccq);"
+            " without it the load stops at missing tensors"
+        )
+    if inspection.plan.format == "wint2" and not release.own_wint2:
+        return (
+            f"FastDeploy {release.name} stops in its own WINT2 layers (a TypeError at the first"
+            " request, since 5e54770b of 2026-04-15); with our plugin (FD_PLUGINS=paddle_ccq) they"
+            " run, and only so"
+        )
+    return None
 
 
 def _rank_problems(inspection: Inspection, ranks: int) -> list[str]:
@@ -102,7 +130,23 @@ def _config_problems(inspection: Inspection, release: Release) -> list[str]:
     return problems
 
 
-def contract_warnings(inspection: Inspection, release: Release, max_model_len: int) -> list[str]:
+def _tokenizer_problems(inspection: Inspection) -> list[str]:
+    folder = Path(inspection.folder)
+    if any((folder / name).is_file() for name in _TOKENIZERS):
+        return []
+    beside = ""
+    if (folder / "tokenizer.json").is_file():
+        beside = " (it does not read tokenizer.json)"
+    return [
+        f"no SentencePiece file: FastDeploy's ERNIE tokenizer wants {_TOKENIZERS[0]},"
+        f" {_TOKENIZERS[1]} or {_TOKENIZERS[2]}{beside} and will not start; copy the one of the"
+        " original model into the folder"
+    ]
+
+
+def contract_warnings(
+    inspection: Inspection, release: Release, max_model_len: int, plugin: bool | None = None
+) -> list[str]:
     """What is worth knowing before the start, and stops nothing."""
     warnings = []
     config = inspection.config
@@ -111,18 +155,14 @@ def contract_warnings(inspection: Inspection, release: Release, max_model_len: i
             f"the row order is not recorded; FastDeploy {release.name} reads {release.row_order},"
             " and only a look at its answers tells whether that is so"
         )
-    if inspection.plan.needs_plugin:
-        warnings.append(
-            "wint4 layers by a list: FastDeploy must load our plugin (FD_PLUGINS=paddle_ccq, or"
-            " --plugin of serving/launch.py); without it the load stops at missing tensors"
-        )
+    reason = plugin_reason(inspection, release)
+    if reason and plugin is None:
+        warnings.append(reason)
     if max_model_len > config.max_position_embeddings:
         warnings.append(
             f"--max-model-len {max_model_len}: the model was made for"
             f" {config.max_position_embeddings} positions"
         )
-    if not any((Path(inspection.folder) / name).is_file() for name in _TOKENIZERS):
-        warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS)}): FastDeploy will not start")
     if not release.commit:
         warnings.append(f"the server flags of FastDeploy {release.name} were not looked at")
     return warnings

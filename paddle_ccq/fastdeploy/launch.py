@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 
+from ..addresses import http_address, local
 from ..command import run_command
 from ..errors import CcqError
 from .cards import Card, find_cards
@@ -100,7 +101,8 @@ def _checked(
     memory = min((c.memory for c in cards), default=0)
     if args.gpu_memory is not None:
         memory = int(args.gpu_memory * GIB)
-    wish = wish_of(settings, release, memory)
+    named = environment.get("FD_PLUGINS", os.environ.get("FD_PLUGINS", "")).split(",")
+    wish = wish_of(settings, release, memory, plugin=NAME in named)
     result = check(model, wish)
     judge_machine(result, cards, wish.tensor_parallel_size)
     result.command = []  # the real one is printed below, with every setting
@@ -131,9 +133,8 @@ def busy_ports(settings: Mapping[str, object]) -> list[int]:
 
 def wait(settings: Mapping[str, object], seconds: float) -> int:
     """Until /health of the settings' server answers 200: 0; 1 if it doesn't in time."""
-    host = str(settings.get("host", "127.0.0.1"))
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    url = f"http://{host}:{settings['port']}/health"
+    host = local(str(settings.get("host", "127.0.0.1")))
+    url = http_address(host, settings["port"]) + "/health"
     start = time.monotonic()
     answer = "no answer yet"
     while True:

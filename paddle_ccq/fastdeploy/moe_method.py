@@ -8,9 +8,10 @@ Where our kernel cannot run, nothing of this happens and FastDeploy's own goes o
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ PROJECTIONS = ("up_gate_proj", "down_proj")
 # FastDeploy's names of a projection's parameters, in the order that ccq_repack takes them.
 PARAMETERS = ("weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 _WEIGHTS = "ccq_weights"
+# What FusedMoE hands to a method's apply() behind (layer, x, gate), in order; each release line
+# added some, and not every method takes them all.
+EXTRA_ARGUMENTS = ("topk_ids_hookfunc", "shared_experts", "fc1_latent_proj", "fc2_latent_proj")
+LATENT = EXTRA_ARGUMENTS[2:]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,12 @@ def refusal(layer: Any) -> str | None:
         return "quantized activations"
     if getattr(layer, "ep_size", 1) > 1:
         return "expert parallelism"
+    if getattr(layer, "routed_scaling_factor_learnable", False):
+        return "a learned scale for each expert"
+    model = getattr(getattr(layer, "fd_config", None), "model_config", None)
+    # FusedMoE is told its own hidden size where latent projections stand around the experts.
+    if getattr(model, "hidden_size", layer.hidden_size) != layer.hidden_size:
+        return "latent projections around the experts"
     return shape_refusal(layer.hidden_size, layer.moe_intermediate_size)
 
 
@@ -81,6 +92,30 @@ def missing_rank_folders(layer: Any) -> str | None:
         f"{folder}: no folder rank{missing[0]}; FastDeploy cannot cut a WINT2 checkpoint for"
         f" {ranks} cards, quantize it with --tensor-parallel-size {ranks}"
     )
+
+
+def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What FusedMoE handed to apply() behind the gate, by name."""
+    return {**dict(zip(EXTRA_ARGUMENTS, args, strict=False)), **kwargs}
+
+
+def call_taking(
+    method: Callable[..., Any], first: tuple[Any, ...], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Call FastDeploy's own apply() with what its signature takes.
+
+    Only arguments that ask for nothing (None) are left out. One that asks for something and is
+    not taken is handed over all the same, and FastDeploy's TypeError names it.
+    """
+    signature = inspect.signature(method)
+    try:
+        signature.bind(*first, *args, **kwargs)
+    except TypeError:
+        if len(args) <= len(EXTRA_ARGUMENTS):
+            named = named_arguments(args, kwargs)
+            taken = {k: v for k, v in named.items() if v is not None or k in signature.parameters}
+            return method(*first, **taken)
+    return method(*first, *args, **kwargs)
 
 
 def repacked(layer: Any, ops: FusedOps) -> LayerWeights:
@@ -132,13 +167,20 @@ def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., 
             for projection in PROJECTIONS:
                 for name in PARAMETERS:
                     delattr(layer, f"{projection}_{name}")
-            once.say(logging.INFO, "paddle_ccq: WINT2 layers run on ccq_moe_ffn")
+            # Also a warning: FastDeploy's workers have no handler that shows an INFO message.
+            once.say(logging.WARNING, "paddle_ccq: WINT2 layers run on ccq_moe_ffn")
 
         def apply(self, layer: Any, x: Any, gate: Any, *args: Any, **kwargs: Any) -> Any:
             weights = getattr(layer, _WEIGHTS, None)
             if weights is None:
-                return super().apply(layer, x, gate, *args, **kwargs)
-            chosen = kwargs.get("topk_ids_hookfunc", args[0] if args else None)
+                return call_taking(super().apply, (layer, x, gate), args, kwargs)
+            named = named_arguments(args, kwargs)
+            if any(named.get(name) is not None for name in LATENT):
+                raise CcqError(
+                    f"MoE layer {getattr(layer, 'layer_idx', '?')}: latent projections, which this"
+                    " plugin does not run; start FastDeploy without paddle_ccq in FD_PLUGINS"
+                )
+            chosen = named.get("topk_ids_hookfunc")
             # The first five results are the same in every release; how many follow is not.
             rows, ends, places, topk_weights, topk_ids = dispatch(
                 x,

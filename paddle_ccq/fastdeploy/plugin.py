@@ -15,14 +15,14 @@ from typing import Any
 from ..errors import CcqError
 from .layer_list import make_config
 from .moe_method import make_method
-from .releases import find_release
+from .releases import DEVELOP, find_release
 
 logger = logging.getLogger("paddle_ccq")
 
 GROUP = "fastdeploy.model_register_plugins"
 NAME = "paddle_ccq"
 # Those whose sources were read. In 2.3 and before, a layer's method also sums over the ranks.
-SUPPORTED = ("2.4", "2.5", "2.6")
+SUPPORTED = ("2.4", "2.5", "2.6", DEVELOP)
 BACKEND = "fastdeploy.model_executor.layers.moe.fused_moe_wint2_backend"
 CONFIG = "fastdeploy.model_executor.layers.quantization.wint2"
 # Module -> attribute -> what it must have.

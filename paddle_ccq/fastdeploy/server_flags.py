@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from ..errors import CcqError
-from .releases import RELEASES, Release
+from .releases import DEVELOP, RELEASES, Release
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
 PORTS = ("port", "metrics_port", "engine_worker_queue_port", "cache_queue_port")
@@ -52,8 +52,9 @@ _FIRST_SEEN = {
     "2.6": """
         deploy-modality enable-flashinfer-allreduce-fusion enable-keep-sampling-mask
         enable-moe-scores-elementwise-fuse ep-prefill-use-worst-num-tokens moe-gate-fp32""",
+    DEVELOP: "model-loader-extra-config write-through-threshold",
 }
-_LAST_SEEN = {"innode-prefill-ports": "2.3"}
+_LAST_SEEN = {"innode-prefill-ports": "2.3", "enable-keep-sampling-mask": "2.6"}
 # On by default in some release, and switched off by --no-...; the release is the first with the
 # negative form.
 _NEGATABLE = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 
 from ..errors import CcqError
 from .check import DEFAULT_PORT, Wish
-from .memory import DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
+from .memory import BLOCK_TOKENS, DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
 from .releases import Release
 from .server_flags import PORTS, four_ports
 
@@ -63,8 +64,13 @@ def with_ports(settings: Mapping[str, object], first: int | None) -> Settings:
     return result
 
 
-def wish_of(settings: Mapping[str, object], release: Release, card_bytes: int | None) -> Wish:
-    """What these settings ask of a checkpoint and a card."""
+def wish_of(
+    settings: Mapping[str, object],
+    release: Release,
+    card_bytes: int | None,
+    plugin: bool | None = None,
+) -> Wish:
+    """What these settings ask of a checkpoint and a card; `plugin` as in Wish."""
     length, sequences, ranks = (
         _integer(settings, name, default) for name, default in _FASTDEPLOY_DEFAULTS.items()
     )
@@ -80,7 +86,33 @@ def wish_of(settings: Mapping[str, object], release: Release, card_bytes: int | 
         gpu_memory_utilization=float(utilization),
         release=release,
         port=_integer(settings, "port", DEFAULT_PORT),
+        block_size=_integer(settings, "block_size", BLOCK_TOKENS),
+        draft_tokens=_draft_tokens(settings.get("speculative_config")),
+        plugin=plugin,
+        workers=_given(settings, "workers"),
+        concurrency=_given(settings, "max_concurrency"),
     )
+
+
+def _draft_tokens(value: object) -> int:
+    """Tokens that a speculative_config adds to a sequence's step (config.py, SpeculativeConfig)."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise CcqError(f"speculative_config: {value!r} is not JSON") from None
+    if value is None:
+        return 0
+    if not isinstance(value, Mapping):
+        raise CcqError(f"speculative_config: {value!r} is not a mapping")
+    if value.get("method") in (None, "naive"):
+        return 0
+    # The number of steps of the draft model is a lower bound; both are 1 if nothing is said.
+    return max(_integer(value, name, 1) for name in ("num_speculative_tokens", "num_model_steps"))
+
+
+def _given(settings: Mapping[str, object], name: str) -> int | None:
+    return _integer(settings, name, 0) if name in settings else None
 
 
 def _integer(settings: Mapping[str, object], name: str, default: int) -> int:

@@ -256,7 +256,8 @@ def _chat_piece(index: int, delta: Dict, logprobs: Dict | None, reason: str | No
 
 
 def _event(content: Dict) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    # ASCII: U+2028, U+2029 and U+0085 end a line for many readers of lines.
+    return b"data: " + json.dumps(content).encode("ascii") + b"\n\n"
 
 
 def failed() -> ApiError:

@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ..version import __version__
 from . import errors, schema
 from .answers import Answer, ChatAnswer, CompletionAnswer
+from .edge import Api
 from .gate import Gate
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
 from .service import Service, unavailable
@@ -21,8 +22,8 @@ from .service import Service, unavailable
 def create_app(service: Service) -> FastAPI:
     """The application of one service."""
     # The interactive pages would load scripts from elsewhere.
-    app = FastAPI(title="paddle-ccq", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, service=service)
+    app = Api(service.settings.allow_origins, title="paddle-ccq", version=__version__)
+    app.add_middleware(Gate, service=service, takes=app.takes)
     errors.install(app)
     schema.install(app, service.settings.name)
     _add_operations(app, service)
@@ -43,11 +44,11 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/completions", responses=schema.answers(schema.Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        given = body.prompt
+        given, begin = body.prompt, body.add_special_tokens is not False
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
         prompts = [
-            await service.encode(prompt, True, "prompt") if isinstance(prompt, str) else prompt
+            await service.encode(prompt, begin, "prompt") if isinstance(prompt, str) else prompt
             for prompt in given
         ]
         room = service.room(
@@ -58,7 +59,8 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions", responses=schema.answers(schema.ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        prompt = await service.encode_chat([message.plain() for message in body.messages])
+        messages = [message.plain() for message in body.messages]
+        prompt = await service.encode_chat(messages, body.add_special_tokens)
         asked, name = body.max_completion_tokens, "max_completion_tokens"
         if asked is None:
             asked, name = body.max_tokens, "max_tokens"

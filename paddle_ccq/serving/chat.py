@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat messages to a prompt: the checkpoint's own template, or a plain one where it has none.
 
-Templates are Jinja programs that come with a checkpoint, so they run in Jinja's sandbox. The
-transformers package would render them the same way; it is large, and loading a tokenizer with it
-may run code of the checkpoint.
+Templates are Jinja programs that come with a checkpoint, so they run in Jinja's sandbox, set up as
+the transformers package does: its extensions, filters and globals. That package itself is large,
+and loading a tokenizer with it may run code of the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..checkpoint.safetensors_io import load_json
@@ -30,6 +32,8 @@ PLAIN_TEMPLATE = """\
 {% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
+# The names that templates know; further ones that end in _token are taken from the settings.
+TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 Message = Mapping[str, Any]
 
@@ -39,26 +43,15 @@ class ChatTemplate:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
-        settings = _settings(folder)
+        settings = _json_object(folder / "tokenizer_config.json")
         found, where = _template(folder, settings)
         self.is_plain = found is None
-        # Names such as bos_token; ERNIE's template uses cls_token and sep_token.
-        self.tokens = {
-            name: value.get("content") if isinstance(value, dict) else value
-            for name, value in settings.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
-        }
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        # Jinja's own tojson escapes for HTML.
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
+        self.tokens = _special_tokens(folder, settings)
         try:
-            self.template = environment.from_string(PLAIN_TEMPLATE if found is None else found)
+            self.template = _environment().from_string(PLAIN_TEMPLATE if found is None else found)
         except TemplateError as error:
-            raise CcqError(f"{where}: chat_template: {error}") from None
+            line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+            raise CcqError(f"{where}: chat_template{line}: {error}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt's text, ending where the assistant begins to answer.
@@ -73,35 +66,120 @@ class ChatTemplate:
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
+                documents=None,
                 **self.tokens,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"the chat template: {error}") from None
+        except Exception as error:  # a program of the checkpoint's may fail in any way
+            raise ValueError(f"the chat template: {_described(error)}") from None
+
+
+class GenerationBlock(Extension):
+    """{% generation %} ... {% endgeneration %}: marks what the assistant says, for training.
+
+    Here its content is the output. It is a block of its own, as elsewhere: what is set inside is
+    not seen outside.
+    """
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _content(caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _now
+    environment.filters["tojson"] = _to_json
+    return environment
 
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(str(message))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    settings = load_json(path) if path.is_file() else {}
-    return settings if isinstance(settings, dict) else {}
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)
 
 
-def _template(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Path]:
-    """The template's text and file: chat_template.jinja goes before tokenizer_config.json."""
+def _to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML; names and order of parameters are transformers'."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _described(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    found = load_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Names such as bos_token; ERNIE's template uses cls_token and sep_token."""
+    found: dict[str, Any] = {}
+    # Older folders name them in a file of their own; the settings win.
+    for source in (_json_object(folder / "special_tokens_map.json"), settings):
+        for name, value in source.items():
+            if name in TOKEN_NAMES or name.endswith("_token"):
+                text = value.get("content") if isinstance(value, dict) else value
+                if isinstance(text, str):
+                    found[name] = text
+        more = source.get("additional_special_tokens")
+        if isinstance(more, list):
+            found["additional_special_tokens"] = [
+                token.get("content") if isinstance(token, dict) else token for token in more
+            ]
+    return found
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, Path]:
+    """The template's text and the file it came from, in the order that transformers looks.
+
+    chat_template.jinja, then tokenizer_config.json, then chat_template.json, where processors of
+    several kinds of input kept theirs.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > MAX_TEMPLATE_BYTES:
             raise CcqError(f"{path}: larger than a chat template may be")
-        return path.read_text(encoding="utf-8", errors="replace"), path
+        try:
+            return path.read_text(encoding="utf-8"), path
+        except UnicodeDecodeError as error:
+            raise CcqError(f"{path}: not UTF-8: byte {error.start}") from None
     path = folder / "tokenizer_config.json"
     template = settings.get("chat_template")
+    if template is None:
+        legacy = folder / "chat_template.json"
+        template = _json_object(legacy).get("chat_template")
+        path = legacy if template is not None else path
     if isinstance(template, list):
         # Several by name, as for chats with and without tools.
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {str(entry.get("name")): entry.get("template") for entry in named}
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(map(str, template)) or "nothing"
+            raise CcqError(f"{path}: chat_template: none is named 'default', but {names}")
+        template = template["default"]
     if template is not None and not isinstance(template, str):
         raise CcqError(f"{path}: chat_template: not a string")
     return template, path

@@ -90,11 +90,17 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
+        headers = dict(error.headers or {})
         if error.status_code == 404:
             message = f"no such path: {request.url.path}"
-        answer = ApiError(error.status_code, message, headers=error.headers)
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(request.app.methods_of(request.scope))
+            message = f"{request.method} is not for this path, which takes {headers['Allow']}"
+        answer = ApiError(error.status_code, message, headers=headers)
         return answer.response()
 
     @app.exception_handler(Exception)
     async def _unexpected(_: Request, __: Exception) -> JSONResponse:
-        return ApiError(500, "an unexpected error; the server's log has its details").response()
+        message = "an unexpected error; the server's log has its details"
+        # uvicorn closes the connection after it; a client that is not told would use it again.
+        return ApiError(500, message, headers={"Connection": "close"}).response()

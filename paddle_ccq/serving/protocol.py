@@ -66,6 +66,9 @@ class Common(Neutral):
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="only equal to n")
     prompt_logprobs: LogprobCount | None = None
     ignore_eos: bool | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="the begin token before text; by default yes, but not for a template"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Bookkeeping of the caller's, without effect on the answer.

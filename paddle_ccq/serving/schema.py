@@ -124,6 +124,7 @@ _ERRORS = {
     404: "another model or path",
     408: "the body did not come in time",
     413: "the body is too large",
+    415: "the body is not sent as application/json, or it is compressed",
     429: "the queue is full; see Retry-After",
     500: "a defect",
     503: "loading or draining; see Retry-After",

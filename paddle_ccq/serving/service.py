@@ -40,6 +40,7 @@ class ServiceSettings:
     api_key: str | None = None
     max_body_bytes: int = 4 << 20
     threads: int | None = None
+    allow_origins: tuple[str, ...] = ()  # of pages that may use the API from a browser
     device: Device | None = None  # for the experts; None: this processor
     generation_config: bool = True  # take sampling defaults from the checkpoint
 
@@ -107,13 +108,16 @@ class Service:
             tokens = self.tokenizer.encode(text)
         return [self.tokenizer.bos, *tokens] if with_bos else tokens
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Message], add_special_tokens: bool | None = None
+    ) -> list[int]:
         try:
             text = self.template.render(messages)
         except ValueError as error:
             raise ApiError(400, f"messages: {error}", "messages", "invalid_value") from None
         # Another template writes the begin token itself, where the model wants one.
-        return await self.encode(text, self.template.is_plain, "messages")
+        with_bos = self.template.is_plain if add_special_tokens is None else add_special_tokens
+        return await self.encode(text, with_bos, "messages")
 
     def room(self, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None,
              field_name: str, limit_name: str) -> int:  # fmt: skip
