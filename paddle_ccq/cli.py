@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console script: `paddle-ccq COMMAND ...`, the same as `python -m paddle_ccq.COMMAND ...`."""
+"""The console script: `paddle-ccq COMMAND ...`, the same as `python -m paddle_ccq.MODULE ...`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import sys
 from .errors import CcqError, run_cli
 from .version import __version__
 
+# Command -> the module that `python -m` runs as well, and what it does.
 COMMANDS = {
-    "quantize": "make a 2-bit checkpoint from a float one",
-    "verify": "check a quantized checkpoint, and its error against the float one",
-    "sensitivity": "what each layer costs in each format, for quantize --allocate (needs Paddle)",
-    "sample": "let a model write text to calibrate on (needs Paddle)",
-    "tune": "bring a quantized checkpoint closer to the float one's logits (needs Paddle)",
-    "evaluate": "perplexity, divergence and tasks, before and after (needs Paddle)",
-    "dequantize": "turn a quantized checkpoint back into bfloat16",
-    "serve": "answer the OpenAI API on the CPU, experts kept at 2 bits",
+    "quantize": ("quantize", "make a 2-bit checkpoint from a float one"),
+    "verify": ("verify", "check a quantized checkpoint, and its error against the float one"),
+    "sensitivity": ("sensitivity", "what each layer costs in each format, for quantize --allocate"),
+    "sample": ("sample", "let a model write text to calibrate on"),
+    "tune": ("tune", "bring a quantized checkpoint closer to the float one's logits"),
+    "evaluate": ("evaluate", "perplexity, divergence and tasks, before and after"),
+    "dequantize": ("dequantize", "turn a quantized checkpoint back into bfloat16"),
+    "serve": ("serve", "answer the OpenAI API on the CPU, experts kept at 2 bits"),
+    "fastdeploy-check": ("fastdeploy.check", "will FastDeploy load it, and does it fit the cards"),
+    "fastdeploy-launch": ("fastdeploy.launch", "start FastDeploy's server from a settings file"),
+    "gpu-library": ("ops.gpu_library", "compile the GPU library (needs nvcc)"),
 }
+NEED_PADDLE = ("sensitivity", "sample", "tune", "evaluate")
 
 
 def usage() -> str:
     lines = ["usage: paddle-ccq COMMAND ...", ""]
-    lines += [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    for name, (_, text) in COMMANDS.items():
+        lines.append(f"  {name:<18} {text}" + (" (needs Paddle)" if name in NEED_PADDLE else ""))
     lines += ["", "`paddle-ccq COMMAND --help` explains a command's options."]
     return "\n".join(lines)
 
@@ -42,7 +48,8 @@ def _main(args: list[str]) -> int:
     command = args[0]
     if command not in COMMANDS:
         raise CcqError(f"{command!r} is not a command; the commands are {', '.join(COMMANDS)}")
-    return importlib.import_module(f".{command}", __package__).main(args[1:])
+    module, _ = COMMANDS[command]
+    return importlib.import_module(f".{module}", __package__).main(args[1:])
 
 
 if __name__ == "__main__":

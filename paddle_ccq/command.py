@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CcqError, run_cli
+from .errors import CcqError, run_cli, visible
 
 
 def run_command(
@@ -26,6 +27,15 @@ def run_command(
         return body(args)
 
     return run_cli(parsed)
+
+
+def to_stderr(text: str) -> None:
+    """A message to the user, beside the results on standard output."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def no_message(text: str) -> None:
+    """In the place of to_stderr, with --quiet."""
 
 
 def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from .arguments import Arguments
 from .checkpoint import naming as names
 from .checkpoint.companions import read_companions
 from .checkpoint.reader import (
@@ -36,11 +37,10 @@ from .checkpoint.safetensors_io import (
     sync_folder,
     tensor_bytes,
 )
-from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.source import resolve_model
 from .checkpoint.values import count_nonfinite
-from .codec.row_order import ROW_ORDERS
-from .command import output_path, run_command
-from .errors import CcqError, visible
+from .command import no_message, output_path, run_command, to_stderr
+from .errors import CcqError
 
 # The format tag in a shard's metadata that each family's loader accepts.
 _FORMAT_TAG = {"pt": "pt", "paddle": "np"}
@@ -55,14 +55,13 @@ def dequantize(
     *,
     source: str | None = None,
     row_order: str | None = None,
-    log: Callable[[str], object] | None = None,
+    log: Callable[[str], object] = to_stderr,
 ) -> Path:
     """Write `model` as a bfloat16 checkpoint in a new folder `output`, which is returned.
 
     Router weights and biases that are stored as float32 stay so. One tensor is in memory at a
     time; the folder gets its name only when everything is written.
     """
-    log = log or (lambda text: print(visible(text), file=sys.stderr))
     if naming not in names.LAYOUTS:
         raise CcqError(f"--naming: {naming!r} is not one of {', '.join(names.LAYOUTS)}")
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
@@ -195,32 +194,26 @@ def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
     return config
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.dequantize",
-        description="Write any ERNIE-4.5 checkpoint, quantized or not, as plain bfloat16.",
-    )
-    parser.add_argument("model", help="checkpoint folder, hub id or short name")
-    parser.add_argument("--output", required=True, help="new folder for the result")
-    parser.add_argument(
+def build_parser() -> Arguments:
+    parser = Arguments("dequantize", __doc__)
+    parser.subject("model", "checkpoint: folder, hub id or short name")
+    add = parser.add_argument
+    add("--output", required=True, help="new folder for the result")
+    add(
         "--naming",
         choices=names.LAYOUTS,
         default="paddle",
         help="tensor names and orientation of the result (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--max-shard-size",
-        "--max_shard_size",
         default="5GB",
-        help="largest safetensors file (default: %(default)s)",
+        metavar="SIZE",
+        help="of one file (default: %(default)s)",
     )
-    parser.add_argument("--source", choices=list(HUBS), type=str.upper, help="hub to download from")
-    parser.add_argument(
-        "--row-order",
-        "--row_order",
-        choices=ROW_ORDERS,
-        help="order of WINT2 input rows, for checkpoints that do not record it",
-    )
+    parser.source()
+    parser.row_order()
+    parser.quiet()
     return parser
 
 
@@ -233,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             args.max_shard_size,
             source=args.source,
             row_order=args.row_order,
+            log=no_message if args.quiet else to_stderr,
         )
         print(target)
         return 0

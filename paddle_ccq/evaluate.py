@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from . import reporting
+from .arguments import Arguments
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import resolve_model
-from .command import run_command
-from .errors import CcqError, readable, visible
-from .host import available_memory, require_paddle
+from .command import no_message, run_command, to_stderr
+from .errors import CcqError, readable
+from .host import available_memory, require_paddle, thread_count
 from .models.weights import EXACT, READINGS, weight_source
 from .texts.documents import read_documents
 from .version import __version__
@@ -38,7 +39,7 @@ def evaluate(
     source: str | None = None,
     row_order: str | None = None,
     weights: str = EXACT,
-    log: Callable[[str], object] | None = None,
+    log: Callable[[str], object] = to_stderr,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate `model` on a text and on task files; quantized matrices are dequantized first.
@@ -49,16 +50,15 @@ def evaluate(
     With a reference model, both are run on the same tokens and items, and the KL divergence, the
     top-1 agreement and the paired difference in nll are added.
     """
-    log = log or (lambda message: print(visible(message), file=sys.stderr))
     if text is None and not tasks:
         raise CcqError("nothing to measure: give --text, --tasks or both")
     for flag, value in (
         ("--max-tokens", max_tokens),
         ("--max-items", max_items),
-        ("--threads", threads),
     ):
         if value is not None and value < 1:
             raise CcqError(f"{flag} {value}: must be at least 1")
+    threads = thread_count(threads)
     require_paddle("evaluation")
     from .evaluation.run import score_tasks, score_text, summarize
     from .evaluation.tasks import read_items
@@ -164,16 +164,13 @@ def _check_memory(checkpoints: dict[str, Checkpoint]) -> None:
         )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="paddle-ccq evaluate", description=__doc__)
-    parser.add_argument("model", help="checkpoint folder, hub id or short name")
-    parser.add_argument(
-        "--reference", metavar="MODEL", help="compare with this model, usually the unquantized one"
-    )
-    parser.add_argument(
-        "--text", metavar="FILE", help="text: .txt, .jsonl or .json; packed, a pipe or -"
-    )
-    parser.add_argument(
+def build_parser() -> Arguments:
+    parser = Arguments("evaluate", __doc__)
+    parser.subject("model", "checkpoint: folder, hub id or short name")
+    add = parser.add_argument
+    add("--reference", metavar="MODEL", help="compare with this model, usually the float one")
+    add("--text", metavar="FILE", help="text: .txt, .jsonl or .json; packed, a pipe or -")
+    add(
         "--tasks",
         metavar="FILE",
         nargs="+",
@@ -181,36 +178,26 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help='.jsonl items: "task", "prompt", "answer" and, for multiple choice, "choices"',
     )
-    parser.add_argument(
-        "--window", type=int, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)"
-    )
-    parser.add_argument(
+    add("--window", type=int, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)")
+    add(
         "--max-tokens",
-        "--max_tokens",
         type=int,
         metavar="N",
         help="use at most N tokens of the text, in windows spread evenly over it",
     )
-    parser.add_argument(
-        "--max-items", "--max_items", type=int, metavar="N", help="use at most N items of each file"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all results here as well")
-    parser.add_argument("--force", action="store_true", help="let --json overwrite its file")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--source", help="hub to download from; see paddle-ccq quantize --help")
-    parser.add_argument(
-        "--row-order",
-        "--row_order",
-        metavar="ORDER",
-        help="order of WINT2 rows in a model that does not say: fastdeploy-2.1 or plain",
-    )
-    parser.add_argument(
+    add("--max-items", type=int, metavar="N", help="use at most N items of each file")
+    add(
         "--weights",
         choices=READINGS,
         default=EXACT,
         help="packed weights as they decode, which is what paddle-ccq serve multiplies with, or"
         " rounded as an engine computing in bfloat16 has them (%(default)s)",
     )
+    parser.json()
+    parser.threads()
+    parser.source()
+    parser.row_order()
+    parser.quiet()
     return parser
 
 
@@ -232,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
             source=args.source,
             row_order=args.row_order,
             weights=args.weights,
-            show_progress=sys.stderr.isatty(),
+            log=no_message if args.quiet else to_stderr,
+            show_progress=not args.quiet and sys.stderr.isatty(),
         )
         if args.json is not None:
             reporting.write_json(args.json, result)

@@ -16,6 +16,17 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+def thread_count(threads: int | None) -> int:
+    """The number asked for, or all processors.
+
+    Raises:
+        CcqError: for a number below 1.
+    """
+    if threads is not None and threads < 1:
+        raise CcqError(f"--threads {threads}: must be at least 1")
+    return threads or default_threads()
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping; None where the system does not tell."""
     try:

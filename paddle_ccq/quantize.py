@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
-from typing import Any
 
+from .arguments import Arguments
 from .calibration.settings import TOKEN_WEIGHTS
 from .checkpoint.plan import ROW_ORDERS
-from .checkpoint.source import HUBS
 from .codec.formats import EXPERT_FORMATS
 from .command import run_command
-from .encoder.base import DEVICES, ENCODERS, PRESETS
+from .encoder.base import ENCODERS, PRESETS
 from .quantization.options import QuantizeOptions
 from .quantization.report import print_summary
 from .quantization.run import QuantizeResult
@@ -22,18 +21,10 @@ from .quantization.stages import quantize
 __all__ = ["QuantizeOptions", "QuantizeResult", "build_parser", "main", "quantize"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.quantize", description=__doc__, allow_abbrev=False
-    )
-
-    def add(flag: str, **kwargs: Any) -> None:
-        names = [flag]
-        if "-" in flag[2:]:
-            names.append("--" + flag[2:].replace("-", "_"))
-        parser.add_argument(*names, **kwargs)
-
-    add("--model", required=True, help="checkpoint folder, hub id or short name (ERNIE-4.5-21B)")
+def build_parser() -> Arguments:
+    parser = Arguments("quantize", __doc__)
+    parser.subject("model", "checkpoint: folder, hub id or short name (ERNIE-4.5-21B)")
+    add = parser.add_argument
     add("--output", help="new folder for the result")
     add("--format", choices=EXPERT_FORMATS, help="of routed experts")
     add("--preset", choices=PRESETS, help="time against error")
@@ -70,9 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="wint4 in any layers; FastDeploy then needs our plugin",
     )
     add("--max-shard-size", metavar="SIZE", help="of one file (default: 5GB)")
-    add("--threads", type=int, metavar="N", help="encoder threads (default: all cores)")
-    add("--device", choices=DEVICES, help="where the search runs; same bytes")
-    add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download from")
+    parser.threads("of the encoder; all processors by default, the same bytes")
+    parser.device("where codes are searched; the same bytes")
+    parser.source()
     add("--revision", help="branch, tag or commit on the hub")
     add("--dry-run", action="store_true", help="print the plan; config.json is enough")
     add("--restart", action="store_true", help="throw away an interrupted run's work")
@@ -82,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="set NaN, infinity and what bfloat16 cannot hold to 0",
     )
     add("--log", metavar="FILE", help="JSON lines, one a matrix (default: OUTPUT.log.jsonl)")
-    add("--quiet", action="store_true", help="no progress, no messages, no summary")
+    parser.quiet("no progress, no messages, no summary")
     parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})
     return parser
 

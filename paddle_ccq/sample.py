@@ -7,15 +7,16 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
 
 from . import reporting
+from .arguments import Arguments
 from .calibration.settings import DEFAULT_WINDOW, parse_tokens
 from .checkpoint.reader import open_checkpoint
-from .checkpoint.source import HUBS, resolve_model
-from .command import output_path, run_command
-from .errors import CcqError, visible
-from .host import default_threads, require_paddle
+from .checkpoint.source import resolve_model
+from .command import no_message, output_path, run_command, to_stderr
+from .errors import CcqError
+from .host import require_paddle, thread_count
 
 DEFAULT_TOKENS = "128k"
 
@@ -28,6 +29,7 @@ def sample(
     seed: int = 0,
     threads: int | None = None,
     source: str | None = None,
+    log: Callable[[str], object] = to_stderr,
 ) -> int:
     """Write about `tokens` tokens of made-up documents into the new .jsonl file `output`.
 
@@ -42,8 +44,7 @@ def sample(
     from .models.ernie import Ernie
 
     path = output_path(output)
-    if threads is not None and threads < 1:
-        raise CcqError(f"--threads {threads}: must be at least 1")
+    threads = thread_count(threads)
     if seed < 0:
         raise CcqError(f"--seed {seed}: must not be negative")
     if path.suffix != ".jsonl":
@@ -52,9 +53,9 @@ def sample(
         raise CcqError(f"--output {path}: exists already; name another file or remove it")
     reporting.check_can_write(path, False, "--output")
     wanted = parse_tokens(tokens, "--tokens")
-    checkpoint = open_checkpoint(resolve_model(model, source, log=_to_stderr))
+    checkpoint = open_checkpoint(resolve_model(model, source, log=log))
     for message in checkpoint.messages:
-        _to_stderr(message)
+        log(message)
     tokenizer = Tokenizer(checkpoint.path, checkpoint.config.raw)
     window = min(DEFAULT_WINDOW, checkpoint.config.max_position_embeddings, wanted)
     if window < 2:
@@ -66,7 +67,7 @@ def sample(
         wanted,
         window,
         seed,
-        threads or default_threads(),
+        threads,
     )
     texts = [text for text in map(tokenizer.decode, documents) if text.strip()]
     if not texts:
@@ -76,30 +77,24 @@ def sample(
     return len(texts)
 
 
-def _to_stderr(text: str) -> None:
-    print(visible(text), file=sys.stderr, flush=True)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.sample", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("model", help="float checkpoint folder, hub id or short name")
-
-    def add(flag: str, **kwargs: Any) -> None:
-        parser.add_argument(flag, **kwargs)
-
+def build_parser() -> Arguments:
+    parser = Arguments("sample", __doc__)
+    parser.subject("model", "float checkpoint: folder, hub id or short name")
+    add = parser.add_argument
     add("--output", required=True, metavar="FILE", help="new .jsonl file")
     add("--tokens", default=DEFAULT_TOKENS, metavar="N", help="about so many (default: 128k)")
     add("--seed", type=int, default=0, metavar="N", help="of the random choices (default: 0)")
-    add("--threads", type=int, metavar="N", help="default: all cores; the text is the same")
-    add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download from")
+    parser.threads("all processors by default; the text is the same")
+    parser.source()
+    parser.quiet()
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
-        count = sample(**vars(args))
+        given = vars(args)
+        quiet = given.pop("quiet")
+        count = sample(**given, log=no_message if quiet else to_stderr)
         print(f"{count:,} documents in {args.output}")
         return 0
 

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -17,13 +16,14 @@ from . import reporting
 from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
 from .allocation.plot import plot, require_matplotlib
 from .allocation.probing import Probing
+from .arguments import Arguments
 from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
-from .checkpoint.source import HUBS, model_name, resolve_model
+from .checkpoint.source import model_name, resolve_model
 from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
-from .command import run_command
+from .command import no_message, run_command, to_stderr
 from .encoder.base import DEVICES, PRESETS
-from .errors import CcqError, visible
+from .errors import CcqError
 from .host import default_threads, require_paddle
 from .ops import gpu_library
 from .texts.documents import read_texts
@@ -46,7 +46,7 @@ def sensitivity(
     device: str = "cpu",
     source: str | None = None,
     show_progress: bool = False,
-    log: Callable[[str], object] | None = None,
+    log: Callable[[str], object] = to_stderr,
 ) -> Sensitivities:
     """KL that every layer and projection costs in every format, when only it is quantized.
 
@@ -54,7 +54,6 @@ def sensitivity(
     measures it and encodes the whole model once for each format (docs/allocation.md). `device` is
     where codes are searched; the costs are the same.
     """
-    log = log or (lambda message: print(visible(message), file=sys.stderr))
     if method not in METHODS:
         raise CcqError(f"--method {method}: not one of {', '.join(METHODS)}")
     for format in formats:
@@ -124,18 +123,10 @@ def costs_table(found: Sensitivities) -> Table:
     return reporting.table(["KL, nats a token", *found.formats], rows)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.sensitivity", description=__doc__, allow_abbrev=False
-    )
-
-    def add(flag: str, **kwargs: Any) -> None:
-        names = [flag]
-        if "-" in flag[2:]:
-            names.append("--" + flag[2:].replace("-", "_"))
-        parser.add_argument(*names, **kwargs)
-
-    add("--model", required=True, help="float checkpoint: folder, hub id or short name")
+def build_parser() -> Arguments:
+    parser = Arguments("sensitivity", __doc__)
+    parser.subject("model", "float checkpoint: folder, hub id or short name")
+    add = parser.add_argument
     add(
         "--calibration",
         required=True,
@@ -153,12 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--formats", default=",".join(DEFAULT_FORMATS), help="(default: %(default)s)")
     add("--experts", type=int, default=Probing.experts, help="of a layer, for quadratic (16)")
     add("--preset", choices=PRESETS, default="fast", help="of the encoders (default: fast)")
-    add("--json", metavar="OUT", help="for quantize --sensitivity")
-    add("--plot", metavar="OUT", help="figure (.png, .svg, .pdf); needs the extra plot")
-    add("--force", action="store_true", help="let --json and --plot overwrite their files")
-    add("--threads", type=int, metavar="N", help="(default: all cores)")
-    add("--device", choices=DEVICES, default="cpu", help="where codes are searched; same costs")
-    add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download from")
+    add("--plot", metavar="FILE", help="figure (.png, .svg, .pdf); needs the extra plot")
+    parser.json(["--plot"])
+    parser.threads()
+    parser.device("where codes are searched; the costs are the same")
+    parser.source()
+    parser.quiet()
     return parser
 
 
@@ -181,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
             threads=args.threads,
             device=args.device,
             source=args.source,
-            show_progress=sys.stderr.isatty(),
+            show_progress=not args.quiet and sys.stderr.isatty(),
+            log=no_message if args.quiet else to_stderr,
         )
         if args.json is not None:
             reporting.write_json(args.json, found.as_dict())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .addresses import bare, http_address
+from .arguments import Arguments, count
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
 from .command import run_command
@@ -230,13 +231,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def _port(text: str) -> int:
     value = int(text)
     if not 0 <= value < 1 << 16:
@@ -244,9 +238,9 @@ def _port(text: str) -> int:
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="paddle-ccq serve", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", help="checkpoint folder")
+def build_parser() -> Arguments:
+    parser = Arguments("serve", __doc__)
+    parser.subject("folder", "checkpoint folder", "DIR")
     parser.add_argument(
         "--host", default=DEFAULT_HOST, help="address (%(default)s: only this host)"
     )
@@ -263,12 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="let pages of this origin, such as http://localhost:3000, use the API from a browser;"
         " * for all (repeatable; default: none)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "gpu"),
-        default="cpu",
-        help="gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)",
-    )
+    parser.device("gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)")
     parser.add_argument(
         "--served-model-name",
         metavar="NAME",
@@ -284,57 +273,53 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-model-len",
-        type=_count,
+        type=count,
         metavar="N",
         help=f"tokens of prompt and answer together (default: the model's, at most"
         f" {DEFAULT_MAX_LENGTH})",
     )
     parser.add_argument(
         "--max-num-seqs",
-        type=_count,
+        type=count,
         default=DEFAULT_SEQUENCES,
         metavar="N",
         help="sequences generated at once (%(default)s)",
     )
     parser.add_argument(
         "--max-num-batched-tokens",
-        type=_count,
+        type=count,
         default=512,
         metavar="N",
         help="tokens of one step; a long prompt takes several steps (%(default)s)",
     )
     parser.add_argument(
         "--kv-cache-tokens",
-        type=_count,
+        type=count,
         metavar="N",
         help="places of the KV cache (default: all sequences at their longest, in at most a"
         " quarter of the free memory)",
     )
     parser.add_argument(
         "--max-queue",
-        type=_count,
+        type=count,
         default=256,
         metavar="N",
         help="sequences that may wait; more get 429 (%(default)s)",
     )
     parser.add_argument(
-        "--max-body-mib", type=_count, default=4, metavar="N", help="request size (%(default)s)"
+        "--max-body-mib", type=count, default=4, metavar="N", help="request size (%(default)s)"
     )
     parser.add_argument(
         "--drain-timeout",
-        type=_count,
+        type=count,
         default=60,
         metavar="S",
         help="seconds that running requests have after SIGTERM (%(default)s)",
     )
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="of the packed products (default: by size)"
+        "--threads", type=count, metavar="N", help="of the packed products (default: by size)"
     )
-    parser.add_argument(
-        "--row-order",
-        metavar="ORDER",
-        help="order of WINT2 rows in a model that does not say: fastdeploy-2.1 or plain",
-    )
+    parser.row_order()
     return parser
 
 

@@ -8,13 +8,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .arguments import Arguments
 from .calibration.dataset import local_text
 from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
-from .checkpoint.source import HUBS, resolve_model
-from .command import output_path, run_command
-from .errors import CcqError, visible
-from .host import default_threads, require_paddle
+from .checkpoint.source import resolve_model
+from .command import output_path, run_command, to_stderr
+from .errors import CcqError
+from .host import require_paddle, thread_count
 from .texts.documents import read_texts
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def tune(
     from .tuning.session import run_tuning
     from .tuning.settings import Settings
 
-    if threads is not None and threads < 1:
-        raise CcqError(f"--threads {threads}: must be at least 1")
+    threads = thread_count(threads)
     given: dict[str, Any] = {
         "tokens": None if tokens is None else parse_tokens(tokens, "--tokens"),
         "passes": passes,
@@ -62,16 +62,16 @@ def tune(
     target = output_path(output)
     texts = read_texts(local_text(calibration), "--calibration")
     quantized = open_checkpoint(folder)
-    original = open_checkpoint(resolve_model(model, source, log=_to_stderr))
+    original = open_checkpoint(resolve_model(model, source, log=to_stderr))
     for checkpoint in (quantized, original):
         for message in checkpoint.messages:
-            _to_stderr(f"{checkpoint.path}: {message}")
+            to_stderr(f"{checkpoint.path}: {message}")
     if quantized.path.resolve() in (target.resolve(), *target.resolve().parents):
         raise CcqError(f"--output {target}: lies in the checkpoint's own folder; choose another")
 
     def report(step: int, steps: int, loss: float) -> None:
         if not quiet:
-            _to_stderr(f"step {step} of {steps}: KL {loss:.4f} nats a token on held-out text")
+            to_stderr(f"step {step} of {steps}: KL {loss:.4f} nats a token on held-out text")
 
     return run_tuning(
         quantized,
@@ -79,28 +79,23 @@ def tune(
         texts,
         target,
         settings,
-        threads or default_threads(),
+        threads,
         report,
     )
 
 
-def _to_stderr(text: str) -> None:
-    print(visible(text), file=sys.stderr, flush=True)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.tune", description=__doc__, allow_abbrev=False
+def build_parser() -> Arguments:
+    parser = Arguments("tune", __doc__)
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="quantized checkpoint; it is not changed")
+    add(
+        "--reference",
+        "--model",
+        dest="model",
+        required=True,
+        metavar="MODEL",
+        help="the float checkpoint it was made from",
     )
-
-    def add(flag: str, **kwargs: Any) -> None:
-        names = [flag]
-        if "-" in flag[2:]:
-            names.append("--" + flag[2:].replace("-", "_"))
-        parser.add_argument(*names, **kwargs)
-
-    parser.add_argument("folder", metavar="DIR", help="quantized checkpoint; it is not changed")
-    add("--model", required=True, help="the float checkpoint it was made from")
     add(
         "--calibration",
         required=True,
@@ -118,9 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="the same of dense matrices, 0 to leave them alone (default: 0.001)",
     )
-    add("--threads", type=int, metavar="N", help="default: all cores; the result is the same")
-    add("--source", choices=tuple(HUBS), type=str.upper, help="hub to download --model from")
-    add("--quiet", action="store_true", help="no progress, no summary")
+    parser.threads()
+    parser.source()
+    parser.quiet("no progress, no messages, no summary")
     return parser
 
 

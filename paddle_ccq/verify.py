@@ -15,17 +15,18 @@ import numpy as np
 from tqdm import tqdm
 
 from . import reporting
+from .arguments import Arguments
 from .checkpoint.inspection import Inspection, other_order
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from .checkpoint.plan import Item
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES
-from .checkpoint.source import HUBS, resolve_model
+from .checkpoint.source import resolve_model
 from .checkpoint.tensor_parallel import join
 from .checkpoint.values import difference_energy, energy, finite, product
 from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
-from .command import run_command
+from .command import run_command, to_stderr
 from .errors import CcqError, visible
 
 # Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
@@ -90,7 +91,7 @@ def verify(
 def _reference(
     reference: str | os.PathLike[str], inspection: Inspection, source: str | None
 ) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve_model(reference, source, log=_to_stderr))
+    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr))
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
@@ -99,10 +100,6 @@ def _reference(
         name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
         raise CcqError(f"--reference {reference}: another model; the two differ in {name}")
     return checkpoint
-
-
-def _to_stderr(text: str) -> None:
-    print(visible(text), file=sys.stderr)
 
 
 def _compare(
@@ -232,18 +229,15 @@ def _kinds(matrices: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
     return kinds
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m paddle_ccq.verify", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", help="quantized checkpoint")
-    parser.add_argument("--reference", metavar="MODEL", help="float checkpoint to compare with")
-    parser.add_argument("--json", metavar="OUT", help="write the result as JSON")
-    parser.add_argument("--force", action="store_true", help="let --json overwrite its file")
-    parser.add_argument(
-        "--no-hash", "--no_hash", action="store_true", help="don't compare sha256 with the manifest"
-    )
-    parser.add_argument(
-        "--source", choices=tuple(HUBS), type=str.upper, help="hub to download from"
-    )
+def build_parser() -> Arguments:
+    parser = Arguments("verify", __doc__)
+    parser.subject("folder", "quantized checkpoint", "DIR")
+    add = parser.add_argument
+    add("--reference", metavar="MODEL", help="float checkpoint to compare with")
+    add("--no-hash", action="store_true", help="don't compare sha256 with the manifest")
+    parser.json()
+    parser.source()
+    parser.quiet("no progress; results and errors only")
     return parser
 
 
@@ -252,7 +246,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
         result = verify(
-            args.folder, args.reference, hashes=not args.no_hash, source=args.source, quiet=False
+            args.folder,
+            args.reference,
+            hashes=not args.no_hash,
+            source=args.source,
+            quiet=args.quiet,
         )
         print_result(result)
         if args.json:

@@ -113,11 +113,11 @@ def test_mistakes_are_one_line_and_exit_code_2(model, tmp_path, capsys, flags, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_choices_are_refused_by_the_parser(model):
+def test_unknown_choices_are_refused_by_the_parser(model, capsys):
     for flags in (["--format", "int3"], ["--preset", "x"], ["--no-such-flag"]):
-        with pytest.raises(SystemExit) as caught:
-            main(["--model", str(model), "--output", "x", *flags])
-        assert caught.value.code == 2
+        assert main(["--model", str(model), "--output", "x", *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and flags[0] in error
 
 
 def test_encoder_paper(model, tmp_path):
@@ -167,7 +167,7 @@ def test_nothing_but_evaluate_needs_paddle(tmp_path):
         "api.quantize, api.verify, api.dequantize\n"
         "import paddle_ccq.cli\n"
         "from paddle_ccq.cli import COMMANDS\n"
-        "assert sorted(dir(api)) == sorted(COMMANDS)\n"
+        "assert set(dir(api)) <= {module for module, _ in COMMANDS.values()}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     done = subprocess.run(

@@ -20,8 +20,9 @@ from paddle_ccq.codec.convolution import ConvolutionalCode
 ROOT = Path(__file__).parent.parent
 DOCS = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("README*.md"))]
 DOCS.append(ROOT / "serving" / "README.md")
-# Run with `python -m` only.
-MODULES = ("fastdeploy.check", "fastdeploy.launch", "ops.gpu_library")
+# What stands after `paddle-ccq` or `python -m paddle_ccq.` -> the module.
+MODULES = {name: module for name, (module, _) in COMMANDS.items()}
+MODULES |= {module: module for module in MODULES.values()}
 SPECIFICATION = ROOT / "docs" / "formats.md"
 # Documents that speak of no other program's flags.
 OWN_FLAGS_ONLY = ("architecture.md", "checkpoints.md", "encoder.md", "formats.md")
@@ -155,7 +156,7 @@ def test_table_markers_come_in_pairs(path: Path) -> None:
 
 
 def flags_of(command: str) -> set[str]:
-    parser = importlib.import_module(f"paddle_ccq.{command}").build_parser()
+    parser = importlib.import_module(f"paddle_ccq.{MODULES[command]}").build_parser()
     return {flag for action in parser._actions for flag in action.option_strings}
 
 
@@ -164,15 +165,15 @@ def commands_in(text: str) -> list[tuple[str, str]]:
     fence = re.compile(r"^```.*?^```", re.S | re.M)
     blocks = [block.replace("\\\n", " ") for block in fence.findall(text)]
     inline = [s.replace("\n", " ") for s in re.findall(r"`([^`]+)`", fence.sub("", text))]
-    pattern = re.compile(r"(?:python3? -m paddle_ccq\.|paddle-ccq +)(\w+(?:\.\w+)*)([^\n#]*)")
+    pattern = re.compile(r"(?:python3? -m paddle_ccq\.|paddle-ccq +)([\w-]+(?:\.\w+)*)([^\n#]*)")
     return [found for part in blocks + inline for found in pattern.findall(part)]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 def test_flags_after_a_command_exist(path: Path) -> None:
     for command, rest in commands_in(path.read_text("utf-8")):
-        assert command in COMMANDS or importlib.util.find_spec(f"paddle_ccq.{command}")
-        if command not in (*COMMANDS, *MODULES):
+        assert command in MODULES or importlib.util.find_spec(f"paddle_ccq.{command}")
+        if command not in MODULES:
             continue
         unknown = set(re.findall(r"--[a-z][\w-]*", rest)) - flags_of(command)
         assert not unknown, f"{command} has no {unknown}"
@@ -180,7 +181,7 @@ def test_flags_after_a_command_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("name", OWN_FLAGS_ONLY)
 def test_flags_on_their_own_exist_in_some_command(name: str) -> None:
-    known = set().union(*map(flags_of, COMMANDS))
+    known = set().union(*map(flags_of, MODULES))
     text = (ROOT / "docs" / name).read_text("utf-8")
     mentioned = set(re.findall(r"`(?:quantize |verify )?(--[a-z][\w-]*)", text))
     assert mentioned - known == set()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import reporting
+from ..arguments import Arguments
 from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from ..checkpoint.plan import gigabytes
@@ -297,12 +298,10 @@ def judge_machine(result: CheckResult, cards: list[Card], ranks: int) -> None:
         )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.fastdeploy.check", description=__doc__
-    )
+def build_parser() -> Arguments:
+    parser = Arguments("fastdeploy-check", __doc__)
+    parser.subject("folder", "quantized checkpoint", "DIR")
     add = parser.add_argument
-    add("folder", metavar="DIR", help="quantized checkpoint")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="cards (1)")
     add(
         "--gpu-memory",
@@ -322,8 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
     add("--port", type=int, default=DEFAULT_PORT, help="first of four ports (8180)")
     add("--hash", action="store_true", help="compare sha256 with the manifest: reads everything")
-    add("--json", metavar="OUT", help="write the result as JSON")
-    add("--force", action="store_true", help="let --json overwrite its file")
+    parser.json()
     return parser
 
 

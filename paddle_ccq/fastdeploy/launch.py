@@ -15,6 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from ..addresses import http_address, local
+from ..arguments import Arguments
 from ..command import run_command
 from ..errors import CcqError
 from .cards import Card, find_cards
@@ -153,8 +154,8 @@ def wait(settings: Mapping[str, object], seconds: float) -> int:
         time.sleep(min(_POLL_SECONDS, max(0.05, seconds / 10)))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch.py", description=__doc__)
+def build_parser() -> Arguments:
+    parser = Arguments("fastdeploy-launch", __doc__)
     add = parser.add_argument
     add("config", metavar="FILE.yaml", help="server settings, see serving/*.yaml")
     add("--model", metavar="DIR", help="folder of the quantized checkpoint")

@@ -17,6 +17,7 @@ from ..checkpoint.safetensors_format import parse_size
 from ..codec.formats import DEFAULT_EXPERTS
 from ..encoder.base import DEVICES, ENCODERS, PRESETS
 from ..errors import CcqError
+from ..host import thread_count
 
 PathLike = str | os.PathLike[str]
 
@@ -81,8 +82,7 @@ class QuantizeOptions:
         ):
             if value not in allowed:
                 raise CcqError(f"{flag} {value}: not one of {', '.join(allowed)}")
-        if self.threads is not None and self.threads < 1:
-            raise CcqError(f"--threads {self.threads}: must be at least 1")
+        thread_count(self.threads)
 
     @cached_property
     def plan(self) -> PlanOptions:

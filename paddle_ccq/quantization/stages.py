@@ -24,8 +24,8 @@ from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_fold
 from ..checkpoint.source_card import read_source_card
 from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
-from ..command import output_path
-from ..errors import CcqError, visible
+from ..command import no_message, output_path, to_stderr
+from ..errors import CcqError
 from . import report
 from .job import Job
 from .options import PathLike, QuantizeOptions
@@ -72,7 +72,7 @@ def quantize(
 def start(model: PathLike, options: QuantizeOptions, dry_run: bool) -> Job:
     """The job as it is asked for, files of options read."""
     calibration = options.calibration_request(fetch=not dry_run)
-    say = (lambda _: None) if options.quiet else to_stderr
+    say = no_message if options.quiet else to_stderr
     return Job(model, options, say, calibration, options.allocation_request())
 
 
@@ -231,8 +231,3 @@ def finish(job: Job, result: QuantizeResult) -> None:
         job.say(
             f"calibration: {len(empty)} experts saw no token and were encoded data-free: {names}"
         )
-
-
-def to_stderr(text: str) -> None:
-    """A message to the user, beside the results on standard output."""
-    print(visible(text), file=sys.stderr)

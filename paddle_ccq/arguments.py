@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that commands share: one spelling and one meaning of each in all of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .checkpoint.source import HUBS
+from .codec.row_order import ROW_ORDERS
+from .encoder.base import DEVICES
+from .errors import CcqError
+
+# Where the parser keeps what --model said, until it is put in the place of the first argument.
+_FLAG = "_model_flag"
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command's parser: flags are never abbreviated, and may be written with underscores."""
+
+    def __init__(self, command: str, description: str | None) -> None:
+        super().__init__(prog=f"paddle-ccq {command}", description=description, allow_abbrev=False)
+        self._subject: str | None = None
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """As argparse's; `--max-items` is `--max_items` too."""
+        other = [
+            "--" + name[2:].replace("-", "_")
+            for name in names
+            if name.startswith("--") and "-" in name[2:]
+        ]
+        return super().add_argument(*names, *other, **kwargs)
+
+    def subject(self, dest: str, help: str, metavar: str = "MODEL") -> None:
+        """What the command works on: its first argument, or --model."""
+        self._subject = dest
+        self.add_argument(dest, nargs="?", metavar=metavar, help=help)
+        self.add_argument("--model", dest=_FLAG, metavar=metavar, help="the same by a flag")
+
+    def threads(self, what: str = "all processors by default; the result is the same") -> None:
+        self.add_argument("--threads", type=int, metavar="N", help=what)
+
+    def source(self) -> None:
+        """The hub that models are downloaded from."""
+        self.add_argument(
+            "--source", choices=tuple(HUBS), type=str.upper, help="hub to download models from"
+        )
+
+    def device(self, what: str = "where codes are searched; the result is the same") -> None:
+        self.add_argument("--device", choices=DEVICES, default="cpu", help=what)
+
+    def row_order(self) -> None:
+        self.add_argument(
+            "--row-order",
+            choices=ROW_ORDERS,
+            help="order of WINT2 rows in a checkpoint that does not record it",
+        )
+
+    def json(self, others: Sequence[str] = ()) -> None:
+        """--json, and --force for it and for other flags that name a file of results."""
+        self.add_argument("--json", metavar="FILE", help="write the result here as JSON too")
+        flags = " and ".join(["--json", *others])
+        self.add_argument("--force", action="store_true", help=f"let {flags} overwrite a file")
+
+    def quiet(self, what: str = "no progress and no messages; results and errors only") -> None:
+        self.add_argument("--quiet", action="store_true", help=what)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error of a command."""
+        raise CcqError(f"{message} (`{self.prog} --help` explains the arguments)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with the subject in its place whichever way it was given."""
+        found = super().parse_args(args, namespace)
+        if self._subject is not None:
+            flag = vars(found).pop(_FLAG)
+            place = getattr(found, self._subject)
+            if (flag is None) == (place is None):
+                self.error(
+                    "name the model once: as the first argument, or with --model"
+                    if flag is None
+                    else f"the model is named twice: {place} and --model {flag}"
+                )
+            setattr(found, self._subject, place if flag is None else flag)
+        return found

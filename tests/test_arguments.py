@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared arguments: a flag that means one thing here and another there, or that is missing."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from paddle_ccq.arguments import Arguments
+from paddle_ccq.cli import COMMANDS, main, usage
+
+PARSERS = {
+    name: importlib.import_module(f"paddle_ccq.{module}").build_parser()
+    for name, (module, _) in COMMANDS.items()
+    if name != "gpu-library"  # it takes no model and no file
+}
+# Commands that read no float model, load none from a hub, or show nothing while they work.
+WITHOUT = {
+    "--threads": {"verify", "dequantize", "fastdeploy-check", "fastdeploy-launch"},
+    "--source": {"serve", "fastdeploy-check", "fastdeploy-launch"},
+    "--quiet": {"serve", "fastdeploy-check", "fastdeploy-launch"},
+}
+
+
+@pytest.mark.parametrize("flag", WITHOUT)
+def test_a_shared_flag_is_everywhere_where_it_has_a_meaning(flag: str) -> None:
+    having = {name for name, parser in PARSERS.items() if flag in parser._option_string_actions}
+    assert having == PARSERS.keys() - WITHOUT[flag]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_flags_may_have_underscores_and_are_never_abbreviated(name: str) -> None:
+    parser = PARSERS[name]
+    assert isinstance(parser, Arguments) and not parser.allow_abbrev
+    assert parser.prog == f"paddle-ccq {name}"
+    for flag in parser._option_string_actions:
+        if flag.startswith("--"):
+            assert "--" + flag[2:].replace("-", "_") in parser._option_string_actions
+    assert "--json" not in parser._option_string_actions or (
+        "--force" in parser._option_string_actions
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PARSERS.keys() - {"tune", "fastdeploy-launch"}))
+def test_the_model_is_the_first_argument_or_a_flag(name: str, capsys) -> None:
+    needed = {"sample": ["--output", "x.jsonl"], "dequantize": ["--output", "x"]}
+    needed["sensitivity"] = ["--calibration", "x"]
+    rest, parser = needed.get(name, []), PARSERS[name]
+    first, flag = parser.parse_args(["here", *rest]), parser.parse_args(["--model", "here", *rest])
+    assert first == flag and "here" in vars(first).values()
+    for arguments, said in (
+        (rest, "name the model once: as the first argument, or with --model"),
+        (["a", "--model", "b", *rest], "the model is named twice: a and --model b"),
+    ):
+        assert main([name, *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize("name", ["evaluate", "quantize", "sample", "sensitivity", "tune"])
+def test_a_number_of_threads_is_at_least_one(name: str, tmp_path, capsys) -> None:
+    rest = {
+        "evaluate": ["x", "--text", "x"],
+        "quantize": ["x", "--output", str(tmp_path / "o")],
+        "sample": ["x", "--output", str(tmp_path / "o.jsonl")],
+        "sensitivity": ["x", "--calibration", "x"],
+        "tune": ["x", "--reference", "y", "--calibration", "x", "--output", str(tmp_path / "o")],
+    }[name]
+    assert main([name, *rest, "--threads", "0"]) == 2
+    assert capsys.readouterr().err == "error: --threads 0: must be at least 1\n"
+
+
+def test_every_command_is_listed_with_what_it_does() -> None:
+    text = usage()
+    for name, (_, said) in COMMANDS.items():
+        assert f"  {name} " in text and said in text
