@@ -23,6 +23,7 @@ from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluation.text import Tokenizer, token_stream
 from paddle_ccq.texts.documents import Chat, read_documents, read_texts
+from paddle_ccq.texts.files import read_file
 from paddle_ccq.texts.records import read_objects
 
 LINES = b'{"text": "one"}\n\n{"text": "two\\nlines"}\n'
@@ -304,3 +305,17 @@ def test_any_text_survives_every_way_to_write_it(tmp_path_factory, texts, ascii,
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):
             path = write(folder / name, data.encode(encoding))
             assert read_documents(path) == texts
+
+
+@pytest.mark.parametrize("place", ["/dev/fd/{}", "/proc/self/fd/{}", "/proc/{pid}/fd/{}"])
+def test_a_pipe_whose_writer_has_gone_is_read_and_not_waited_for(tmp_path, place) -> None:
+    pipe = tmp_path / "text.jsonl"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    try:
+        pipe.write_text('{"text": "all of it"}\n')  # the writer opens, writes, and closes
+        found = read_file(place.format(reader, pid=os.getpid()))
+    finally:
+        os.close(reader)
+    assert found.label == "pipe" and found.text == '{"text": "all of it"}\n'

@@ -114,7 +114,7 @@ def read_file(path: str | os.PathLike[str], flag: str = "--text") -> TextFile:
     if name == STDIN:
         data = sys.stdin.buffer.read()
     else:
-        with open(name, "rb") as file:
+        with open(_opened(name), "rb") as file:
             data = file.read()
     sha256 = hashlib.sha256(data).hexdigest()
     data = _unpacked(name, data, packed)
@@ -128,6 +128,19 @@ def read_file(path: str | os.PathLike[str], flag: str = "--text") -> TextFile:
     return TextFile(
         name, label if unnamed else readable(Path(name).name), sha256, kind or _sniffed(text), text
     )
+
+
+def _opened(name: str) -> str | int:
+    """What to read: the path, or a descriptor of the pipe that a path such as /dev/fd/3 names.
+
+    Opening a named pipe anew by such a path would wait for another writer for ever, once the
+    first has written all and gone.
+    """
+    own = name.replace(f"/proc/{os.getpid()}/", "/proc/self/")
+    ours = own.startswith(("/dev/", "/proc/self/")) and _DESCRIPTOR.fullmatch(own)
+    if not ours or not stat.S_ISFIFO(os.stat(name).st_mode):
+        return name
+    return os.dup(0 if name == "/dev/stdin" else int(name.rpartition("/")[2]))
 
 
 def _refusal(suffixes: list[str]) -> str:
