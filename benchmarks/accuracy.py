@@ -65,7 +65,7 @@ class Rows:
         config = source.config
         self.expert_names = [n for n in source.names() if ".experts." in n]
         self.expert_weights = sum(int(np.prod(source.shape(n))) for n in self.expert_names)
-        self.weights = sum(int(np.prod(shape)) for shape in config.canonical_shapes().values())
+        self.weights = sum(int(np.prod(shape)) for shape in config.tensors.shapes.values())
         self.first_moe = config.moe_layers()[0]
 
     def add_source(self) -> None:

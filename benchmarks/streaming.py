@@ -41,7 +41,7 @@ def write_model(folder: Path, depth: int) -> int:
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
-    shapes = ErnieConfig.from_json(raw).canonical_shapes()
+    shapes = ErnieConfig.from_json(raw).tensors.shapes
     specs = [(name, "BF16", shape) for name, shape in shapes.items()]
     # One block of Gaussian values, cut and repeated: making random numbers is not what is measured.
     block = np.random.default_rng(depth).standard_normal(1 << 22) * 0.02

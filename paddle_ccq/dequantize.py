@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from .arguments import Arguments
-from .checkpoint import naming as names
 from .checkpoint.companions import read_companions
 from .checkpoint.reader import (
     JOURNAL_FILE,
@@ -29,7 +28,7 @@ from .checkpoint.safetensors_io import (
     DTYPES,
     INDEX_FILE,
     SafetensorsWriter,
-    TensorSpec,
+    StoredSpec,
     index_bytes,
     parse_size,
     shard_name,
@@ -41,10 +40,10 @@ from .checkpoint.source import resolve_model
 from .checkpoint.values import count_nonfinite
 from .command import no_message, output_path, run_command, to_stderr
 from .errors import CcqError
+from .families.ernie45 import ERNIE45
+from .families.tensor import EXACT_ROLES
 
-# The format tag in a shard's metadata that each family's loader accepts.
-_FORMAT_TAG = {"pt": "pt", "paddle": "np"}
-_DTYPE_KEY = {"pt": "torch_dtype", "paddle": "dtype"}
+NAMINGS = tuple(naming.name for naming in ERNIE45.namings)
 
 
 def dequantize(
@@ -62,8 +61,8 @@ def dequantize(
     Router weights and biases that are stored as float32 stay so. One tensor is in memory at a
     time; the folder gets its name only when everything is written.
     """
-    if naming not in names.LAYOUTS:
-        raise CcqError(f"--naming: {naming!r} is not one of {', '.join(names.LAYOUTS)}")
+    if naming not in NAMINGS:
+        raise CcqError(f"--naming: {naming!r} is not one of {', '.join(NAMINGS)}")
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     target = output_path(output)
     if target.exists() or target.is_symlink():
@@ -90,13 +89,13 @@ def dequantize(
     return target
 
 
-def _specs(checkpoint: Checkpoint, name: str, naming: str) -> list[TensorSpec]:
-    storage = names.storage(checkpoint.config, name, checkpoint.shape(name), naming)
+def _specs(checkpoint: Checkpoint, name: str, naming: str) -> list[StoredSpec]:
+    storage = checkpoint.config.tensors[name].sources[naming]
     return [(part.name, _target_dtype(checkpoint, name), part.shape) for part in storage.parts]
 
 
 def _target_dtype(checkpoint: Checkpoint, name: str) -> str:
-    router = name.endswith(("mlp.gate.weight", names.CORRECTION_BIAS))
+    router = checkpoint.config.tensors[name].role in EXACT_ROLES
     return "F32" if router and checkpoint.stored_dtype(name) == "F32" else "BF16"
 
 
@@ -105,7 +104,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The on-disk tensors of the output, in the order of the specs."""
     for name in checkpoint.names():
-        storage = names.storage(checkpoint.config, name, checkpoint.shape(name), naming)
+        storage = checkpoint.config.tensors[name].sources[naming]
         if storage.transposed:
             values = checkpoint.read_out_in(name)
         elif checkpoint.format_of(name) == "bf16":
@@ -163,7 +162,7 @@ def _write_shards(
     checkpoint: Checkpoint,
     folder: Path,
     naming: str,
-    shards: list[list[TensorSpec]],
+    shards: list[list[StoredSpec]],
     log: Callable[[str], object],
 ) -> None:
     tensors = _tensors(checkpoint, naming, log)
@@ -172,7 +171,7 @@ def _write_shards(
     # disable=None: a bar only where stderr is a terminal.
     with tqdm(total=total, unit="tensor", disable=None) as progress:
         for file, specs in files.items():
-            metadata = {"format": _FORMAT_TAG[naming]}
+            metadata = {"format": checkpoint.config.family.naming(naming).format_tag}
             with SafetensorsWriter(folder / file, specs, metadata) as writer:
                 for _ in specs:
                     writer.write(*next(tensors))
@@ -189,7 +188,7 @@ def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
     if naming == "paddle":
         # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.
         config.pop("transformers_version", None)
-    config[_DTYPE_KEY[naming]] = "bfloat16"
+    config[checkpoint.config.family.naming(naming).dtype_key] = "bfloat16"
     checkpoint.config.spell_out(config)
     return config
 
@@ -201,7 +200,7 @@ def build_parser() -> Arguments:
     add("--output", required=True, help="new folder for the result")
     add(
         "--naming",
-        choices=names.LAYOUTS,
+        choices=NAMINGS,
         default="paddle",
         help="tensor names and orientation of the result (default: %(default)s)",
     )

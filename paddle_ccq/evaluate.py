@@ -143,7 +143,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         formats[format_name] = formats.get(format_name, 0) + 1
     return {
         "path": readable(checkpoint.path),
-        "layout": checkpoint.layout,
+        "layout": checkpoint.naming.name,
         "tensors_by_format": formats,
         "stored_bytes": sum(checkpoint.stored_bytes(name) for name in checkpoint.names()),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from .checkpoint.plan import Item, Plan, gigabytes
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
+from .families.tensor import Role
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
@@ -77,16 +77,13 @@ def collapsed(items: Iterable[Item]) -> list[tuple[str, list[Item]]]:
     """Items alike in all but layer and expert, each group with a pattern that names it."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[Item]] = {}
     for item in items:
-        pattern = re.sub(r"\.(layers|experts)\.\d+", r".\1.*", item.name)
-        groups.setdefault((pattern, item.format, item.shape), []).append(item)
+        groups.setdefault((item.tensor.template, item.format, item.shape), []).append(item)
     result = []
-    for (pattern, _, _), members in groups.items():
-        for part in ("layers", "experts"):
-            found = [re.search(rf"\.{part}\.(\d+)\.", item.name) for item in members]
-            numbers = [int(match.group(1)) for match in found if match]
-            if numbers:
-                pattern = pattern.replace(f".{part}.*", f".{part}.{_ranges(numbers)}")
-        result.append((pattern, members))
+    for (template, _, _), members in groups.items():
+        tensors = [item.tensor for item in members]
+        layers = _ranges(t.layer for t in tensors if t.layer is not None)
+        experts = _ranges(t.expert for t in tensors if t.expert is not None)
+        result.append((template.format(layer=layers, expert=experts), members))
     return result
 
 
@@ -137,8 +134,10 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("bits per weight, whole model", f"{plan.bits_per_weight():.3f}"),
     ]
-    if any(item.role == "expert" for item in plan.items):
-        facts.append(("bits per weight, routed experts", f"{plan.bits_per_weight('expert'):.3f}"))
+    if any(item.tensor.is_expert for item in plan.items):
+        facts.append(
+            ("bits per weight, routed experts", f"{plan.bits_per_weight(Role.EXPERT):.3f}")
+        )
         last = plan.wint4_end_layer
         four = f"up to layer {last}" if last >= 0 else "none"
         if plan.needs_plugin:

@@ -28,13 +28,16 @@ from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
 from .errors import CcqError, visible
+from .families.tensor import Role
 
 # Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
 # what all zeros would give); of quantized matrices the format knows it.
 LARGEST_TUNED_ERROR = 0.5
 # What tuning changes beside scales and dense layers.
-TUNED = ("norm.weight", "mlp.gate.weight")
+TUNED_ROLES = frozenset({Role.NORM, Role.ROUTER})
 SHOWN_WORST = 5
+# What stands before the projection in the table of errors.
+_PLACES = {Role.EXPERT: "experts ", Role.SHARED_EXPERT: "shared experts "}
 
 
 @dataclass
@@ -95,7 +98,7 @@ def _reference(
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
-    wanted, given = inspection.config.canonical_shapes(), checkpoint.config.canonical_shapes()
+    wanted, given = inspection.config.tensors.shapes, checkpoint.config.tensors.shapes
     if wanted != given:
         name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
         raise CcqError(f"--reference {reference}: another model; the two differ in {name}")
@@ -109,7 +112,11 @@ def _compare(
     if inspection.row_order is None and formats.get(inspection.plan.format).row_ordered:
         result.messages.append(f"the row order is not recorded; taking {order}")
     order_checked = False
-    tuned = TUNED if (inspection.config.raw.get(PROVENANCE_KEY) or {}).get("tuning") else ()
+    tuned = (
+        TUNED_ROLES
+        if (inspection.config.raw.get(PROVENANCE_KEY) or {}).get("tuning")
+        else frozenset()
+    )
     items = tqdm(inspection.plan.items, unit="matrix", disable=True if quiet else None)
     for item in items:
         parts = [inspection.tensors(item, rank) for rank in range(len(inspection.ranks))]
@@ -121,7 +128,7 @@ def _compare(
             weight = _finite(item, reference.read_stored(item.name), stored_as, result)
             if _equal(item, whole, weight):
                 result.unquantized_equal += 1
-            elif not (item.name.endswith(tuned) and _near(item, whole, weight)):
+            elif not (item.tensor.role in tuned and _near(item, whole, weight)):
                 result.problems.append(f"{item.name}: not the reference's values")
             continue
         weight = _finite(item, reference.read(item.name), "BF16", result)
@@ -140,7 +147,9 @@ def _compare(
                 f"{item.name}: rel-MSE {error['rel_mse']:.3g} to the reference; these are other"
                 " weights"
             )
-        result.matrices.append({"name": item.name, "format": item.format, **error})
+        place = _PLACES.get(item.tensor.role, "")
+        found = {"name": item.name, "kind": place + item.tensor.projection, "format": item.format}
+        result.matrices.append({**found, **error})
 
 
 def _finite(item: Item, weight: np.ndarray, stored_as: str, result: VerifyResult) -> np.ndarray:
@@ -222,10 +231,7 @@ def print_result(result: VerifyResult) -> None:
 def _kinds(matrices: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for matrix in matrices:
-        parts = matrix["name"].split(".")
-        place = "experts " if "experts" in parts else ""
-        place = "shared experts " if "shared_experts" in parts else place
-        kinds.setdefault((place + parts[-2], matrix["format"]), []).append(matrix)
+        kinds.setdefault((matrix["kind"], matrix["format"]), []).append(matrix)
     return kinds
 
 

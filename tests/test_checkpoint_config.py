@@ -35,7 +35,7 @@ def without(*keys, **overrides) -> dict:
     ],
 )
 def test_canonical_shapes_are_those_of_the_weights(overrides):
-    shapes = config(**overrides).canonical_shapes()
+    shapes = config(**overrides).tensors.shapes
     expected = {n: w.shape for n, w in random_weights(tiny_config(**overrides)).items()}
     assert shapes == expected
     assert list(shapes) == list(expected)
@@ -58,7 +58,7 @@ def test_published_shapes_of_the_largest_model():
         tie_word_embeddings=False,
     )
     model = ErnieConfig.from_json(values)
-    shapes = model.canonical_shapes()
+    shapes = model.tensors.shapes
     assert model.dense_layers() == [0, 1, 2]
     assert model.moe_layers() == list(range(3, 54))
     assert shapes["ernie.layers.0.self_attn.qkv_proj.weight"] == (8192, 10240)

@@ -70,7 +70,7 @@ def test_both_layouts_read_the_same(tmp_path, overrides, dtype):
     write_checkpoint(tmp_path / "paddle", config, "paddle", dtype, shards=3)
     opened = {layout: open_checkpoint(tmp_path / layout) for layout in ("pt", "paddle")}
     for layout, checkpoint in opened.items():
-        assert checkpoint.layout == layout
+        assert checkpoint.naming.name == layout
         assert not checkpoint.is_quantized
         assert checkpoint.row_order is None
         assert checkpoint.names() == list(weights)

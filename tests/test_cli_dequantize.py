@@ -61,7 +61,7 @@ def test_writes_the_same_weights_in_either_naming(tmp_path, source, target, size
         with safe_open(output / file, "np") as opened:
             assert opened.metadata() == {"format": {"pt": "pt", "paddle": "np"}[target]}
     reopened = open_checkpoint(output)
-    assert reopened.layout == target
+    assert reopened.naming.name == target
     for name, weight in weights.items():
         np.testing.assert_array_equal(reopened.read(name), weight)
 

@@ -66,7 +66,7 @@ def test_all_wint2_experts_of_both_models_are_counted() -> None:
     for model, folder in zip(ldlq_work.MODELS, FOLDERS, strict=True):
         config = ErnieConfig.from_json(CONFIGS / folder)
         for item in build_plan(config).items:
-            if item.format == "wint2" and item.role == "expert":
+            if item.format == "wint2" and item.tensor.is_expert:
                 k, n = item.shape
                 found[model, item.name.split(".")[-2], n, k] += 1
     assert {(s.model, s.name, s.n, s.k): s.count for s in ldlq_work.SHAPES} == found

@@ -12,6 +12,7 @@ from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import Layout, build_plan, rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule, load_rules
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.tensor import Role
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -30,7 +31,7 @@ def test_300b_comes_to_the_published_size(large):
     # Published as 89 GB: 93.8 in 1e9 bytes, 87.4 in 2**30 bytes.
     assert 87 < plan.output_bytes / 2**30 < 91
     assert 93 < plan.output_bytes / 1e9 < 95
-    assert 2.20 < plan.bits_per_weight("expert") < 2.25
+    assert 2.20 < plan.bits_per_weight(Role.EXPERT) < 2.25
     counts = {}
     for item in plan.items:
         counts[item.format] = counts.get(item.format, 0) + 1
@@ -54,7 +55,7 @@ def test_small_models_get_no_wint4_prefix():
     config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-21b-a3b")
     plan = build_plan(config)
     assert plan.wint4_end_layer == -1
-    assert {item.format for item in plan.items if item.role == "expert"} == {"wint2"}
+    assert {item.format for item in plan.items if item.tensor.is_expert} == {"wint2"}
     assert 6.5e9 < plan.output_bytes < 7.5e9
 
 

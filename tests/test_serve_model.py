@@ -101,5 +101,5 @@ def test_stored_formats(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 def dense_shapes(config: ErnieConfig) -> dict[str, tuple[int, ...]]:
-    shapes = config.canonical_shapes()
+    shapes = config.tensors.shapes
     return {n: s for n, s in shapes.items() if "_proj." in n and ".experts." not in n}

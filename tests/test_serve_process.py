@@ -118,7 +118,7 @@ def write_random_packed(folder: Path, values: dict) -> None:
     rng = np.random.default_rng(0)
     config = ErnieConfig.from_json(values)
     tensors: dict[str, np.ndarray] = {}
-    for name, shape in config.canonical_shapes().items():
+    for name, shape in config.tensors.shapes.items():
         if ".experts." not in name:
             tensors[name] = (rng.standard_normal(shape) * 0.02).astype(np.float32)
             continue

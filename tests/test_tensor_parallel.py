@@ -12,12 +12,12 @@ from safetensors import safe_open
 from synthetic import tiny_config, write_checkpoint
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import cut_of
-from paddle_ccq.checkpoint.tensor_parallel import Cut, join, take
+from paddle_ccq.checkpoint.tensor_parallel import join, take
 from paddle_ccq.codec import formats
 from paddle_ccq.codec.row_order import permute_rows
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.tensor import Cut
 from paddle_ccq.quantize import main, quantize
 from paddle_ccq.verify import verify
 
@@ -123,10 +123,9 @@ def test_ranks_together_are_as_close_as_one_folder(folders, tmp_path):
 @pytest.mark.parametrize("size", [2])
 def test_cutting_either_orientation_and_joining(name, size):
     config = ErnieConfig.from_json(CONFIG)
-    full = next(n for n in config.canonical_shapes() if n.endswith(f"{name}.weight"))
-    shape = config.canonical_shapes()[full]
+    full, spec = next((n, t) for n, t in config.tensors.items() if t.projection == name)
+    shape, cut = spec.shape, spec.cut
     weight = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
-    cut = cut_of(config, full, shape)
     parts = [take(weight, cut, rank, size) for rank in range(size)]
     for rank, part in enumerate(parts):
         np.testing.assert_array_equal(part, by_hand(full, weight, rank))

@@ -33,7 +33,7 @@ EMPTY = 7
 
 def made_up_moments(checkpoint: Checkpoint) -> Moments:
     """Second moments of inputs with uneven sizes and a few common directions, by name."""
-    shapes = checkpoint.config.canonical_shapes()
+    shapes = checkpoint.config.tensors.shapes
 
     def moments(name: str) -> InputMoments:
         seed = zlib.crc32(name.encode())

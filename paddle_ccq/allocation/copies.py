@@ -12,6 +12,7 @@ import paddle
 
 from ..calibration.walk import MEMORY_FOR_STATES, LayerWalk, state_array
 from ..evaluation.metrics import score_window
+from ..families.ernie45 import FINAL_NORM, head_name
 from ..models.ernie import MLP, MoE, rms_norm
 from .probing import copies_bytes
 
@@ -45,9 +46,8 @@ class Copies:
     def divergences(self) -> dict[Hashable, np.ndarray]:
         """At the end of the walk: KL(the walk's || each copy's) of the next token, by window."""
         weights, config = self.walk.weights, self.walk.config
-        norm = paddle.to_tensor(weights.read("ernie.norm.weight"))
-        name = "ernie.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        head = paddle.to_tensor(weights.read(name))
+        norm = paddle.to_tensor(weights.read(FINAL_NORM))
+        head = paddle.to_tensor(weights.read(head_name(config)))
 
         def window(index: int) -> dict[Hashable, float]:
             first, last = self.walk.spans[index]

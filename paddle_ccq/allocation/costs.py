@@ -16,11 +16,11 @@ from ..checkpoint.journal import file_fingerprint
 from ..checkpoint.reader import Checkpoint
 from ..codec.formats import FORMATS
 from ..errors import CcqError
+from ..families.tensor import PROJECTIONS
 from ..version import __version__
 
 KIND = "paddle-ccq sensitivity"
 METHODS = ("quadratic", "kl")
-PROJECTIONS = ("up_gate_proj", "down_proj")
 MAX_FILE_BYTES = 1 << 24
 # Entries of config.json that make another model of the same files' names.
 _SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "moe_num_experts", "moe_intermediate_size")

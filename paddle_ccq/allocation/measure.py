@@ -25,9 +25,10 @@ from ..calibration.text import CalibrationText
 from ..calibration.walk import LayerWalk
 from ..checkpoint.reader import Checkpoint
 from ..encoder.ldlq_metric import InputMoments
+from ..families.tensor import PROJECTIONS, Role
 from ..models.ernie import MLP, MoE
 from .copies import Copies
-from .costs import PROJECTIONS, Sensitivities, model_shape, weights_sha256
+from .costs import Sensitivities, model_shape, weights_sha256
 from .decoded import ATTRIBUTES, Decoded
 from .probing import Probing, copies_of, held_out, spread
 
@@ -129,12 +130,15 @@ class _Measurement:
     def _experts(self, layer: int, chosen: Sequence[int]) -> Iterable[dict[tuple[str, str], Any]]:
         """For each chosen expert: (projection, format) -> the decoded weight [in, out]."""
         for expert in chosen:
-            name = f"ernie.layers.{layer}.mlp.experts.{expert}"
+            names = {
+                projection: self.config.tensors.find(Role.EXPERT, projection, layer, expert).name
+                for projection in PROJECTIONS
+            }
             yield {
                 (projection, format): paddle.to_tensor(
-                    np.ascontiguousarray(self.decoded(f"{name}.{projection}.weight", format))
+                    np.ascontiguousarray(self.decoded(name, format))
                 )
-                for projection in PROJECTIONS
+                for projection, name in names.items()
                 for format in self.probing.formats
             }
 

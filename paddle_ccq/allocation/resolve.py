@@ -123,7 +123,7 @@ def _layer_sizes(plan: Plan, target: Target) -> dict[int, int]:
     """Room that each MoE layer takes in the target's unit: bytes, or 1/64 bits of the rate."""
     sizes: dict[int, int] = {}
     for item in plan.items:
-        if item.role == "expert" and item.layer is not None:
+        if item.tensor.is_expert and item.layer is not None:
             size = plan.tensor_parallel_size * item.rank_bytes
             if target.bits is not None:
                 size = round(64 * formats.get(item.format).bits_per_weight) * item.weights
@@ -133,7 +133,7 @@ def _layer_sizes(plan: Plan, target: Target) -> dict[int, int]:
 
 def _budget(target: Target, smallest: Plan, experts: int) -> int:
     if target.bits is not None:
-        weights = sum(item.weights for item in smallest.items if item.role == "expert")
+        weights = sum(item.weights for item in smallest.items if item.tensor.is_expert)
         # As a fraction: 2.0625 times many weights must not miss by rounding.
         return int(64 * Fraction(str(target.bits)) * weights)
     assert target.bytes is not None
@@ -142,7 +142,7 @@ def _budget(target: Target, smallest: Plan, experts: int) -> int:
 
 def _shown(target: Target, plan: Plan, size: int) -> str:
     if target.bits is not None:
-        weights = sum(item.weights for item in plan.items if item.role == "expert")
+        weights = sum(item.weights for item in plan.items if item.tensor.is_expert)
         return f"{size / 64 / weights:.4f}bpw"
     experts = sum(_layer_sizes(plan, target).values())
     return gigabytes(plan.output_bytes - experts + size)

@@ -20,6 +20,7 @@ from ..checkpoint.rules import Rule
 from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
 from ..codec.formats import FORMATS
 from ..errors import CcqError
+from ..families.tensor import Role
 from ..host import default_threads
 from .costs import (
     PROJECTIONS,
@@ -183,18 +184,18 @@ def comparison_table(allocation: Allocation) -> Table:
     for row in allocation.rows:
         plan: Plan = row.plan
         four = plan.wint4_layers
-        weights = sum(item.weights for item in plan.items if item.role == "expert")
+        weights = sum(item.weights for item in plan.items if item.tensor.is_expert)
         nominal = sum(
             FORMATS[item.format].bits_per_weight * item.weights
             for item in plan.items
-            if item.role == "expert"
+            if item.tensor.is_expert
         )
         rows.append(
             [
                 row.name,
                 ", ".join(map(str, four)) or "none",
                 f"{nominal / weights:.4f}",
-                f"{plan.bits_per_weight('expert'):.4f}",
+                f"{plan.bits_per_weight(Role.EXPERT):.4f}",
                 gigabytes(plan.output_bytes),
                 f"{row.loss:.4f}",
             ]

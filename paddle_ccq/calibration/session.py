@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan, gigabytes
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
+from ..families.tensor import UP_GATE
 from ..host import default_threads, require_paddle
 from ..texts.documents import Texts, read_texts
 from ..texts.files import check_readable
@@ -67,12 +69,11 @@ def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str
 
     states = state_bytes(settings.tokens, config.hidden_size)
     where = "in memory" if states <= MEMORY_FOR_STATES else "in a file of the partial folder"
-    shapes = config.canonical_shapes()
-    layers: dict[str, int] = {}
-    for name, shape in shapes.items():
-        if name.startswith("ernie.layers."):
-            layer = name.split(".")[2]
-            layers[layer] = layers.get(layer, 0) + 4 * int(np.prod(shape))
+    layers: dict[int, int] = {}
+    for tensor in config.tensors.values():
+        if tensor.layer is not None:
+            size = 4 * math.prod(tensor.shape)
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + size
     inner, hidden = config.moe_intermediate_size or 0, config.hidden_size
     # Float64 statistics of every down projection of a layer; and of one up projection, with its
     # pool, its factors and their float32 copies.
@@ -100,15 +101,14 @@ def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str
     return facts
 
 
-def coverage(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
+def coverage(plan: Plan, records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
     """From the journal: tokens per expert in a line, and the experts that none went to."""
     counts = {
-        record["name"].removesuffix(".up_gate_proj.weight"): int(
+        f"layers.{item.layer}.mlp.experts.{item.tensor.expert}": int(
             record["stats"]["calibration_tokens"]
         )
-        for record in records
-        if record["name"].endswith(".up_gate_proj.weight")
-        and "calibration_tokens" in record["stats"]
+        for item, record in zip(plan.items, records, strict=True)
+        if item.tensor.projection == UP_GATE and "calibration_tokens" in record["stats"]
     }
     if not counts:
         return None
@@ -116,7 +116,7 @@ def coverage(records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
     line = (
         f"tokens per expert: min {every[0]:,}, median {int(np.median(every)):,}, max {every[-1]:,}"
     )
-    return line, [name.removeprefix("ernie.") for name, count in counts.items() if not count]
+    return line, [name for name, count in counts.items() if not count]
 
 
 def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -131,7 +131,7 @@ def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, di
         stats = record["stats"]
         if item.layer is None or "output_error" not in stats:
             continue
-        projection = item.name.split(".")[-2]
+        projection = item.tensor.projection
         seen = int(stats["calibration_tokens"])
         counts = tokens.setdefault(item.layer, {})
         counts[projection] = counts.get(projection, 0) + seen

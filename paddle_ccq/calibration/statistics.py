@@ -9,7 +9,6 @@ numbers and costs little beside the encoding.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,13 @@ import paddle
 
 from ..encoder.ldlq_metric import InputMoments
 from ..errors import CcqError
+from ..families.tensor import DOWN, PROJECTIONS, UP_GATE
 from ..models.weights import WeightSource
 from .moments import second_moments, shrink
 from .settings import EQUAL, GRADIENT, Settings
 from .text import CalibrationText
-from .token_weights import PROJECTIONS, LayerWeights, kept_token_weights
+from .token_weights import LayerWeights, kept_token_weights
 from .walk import LayerWalk
-
-_EXPERT = re.compile(r"ernie\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(up_gate_proj|down_proj)\.weight")
 
 
 class Statistics:
@@ -56,16 +54,16 @@ class Statistics:
 
     def moments(self, name: str) -> InputMoments | None:
         """The statistics of an expert's matrix; None for what is no routed expert."""
-        found = _EXPERT.fullmatch(name)
-        if not found:
+        tensor = self._weights.config.tensors.get(name)
+        if tensor is None or not tensor.is_expert:
             return None
         if self._last is None or self._last[0] != name:
-            layer, expert = int(found[1]), int(found[2])
+            layer, expert = tensor.layer, tensor.expert
             self._go_to(layer)
             tokens = int(self.counts[layer][expert])
             if not tokens:
                 return InputMoments(None, 0)
-            take = self._up if found[3] == "up_gate_proj" else self._down_of
+            take = self._up if tensor.projection == UP_GATE else self._down_of
             own, pooled = take(expert)
             if not np.isfinite(own).all():
                 raise CcqError(
@@ -122,10 +120,10 @@ class Statistics:
         walk = self._walk
         if self._pooled_up is None:
             # Every token counts once for each of its experts.
-            weights = self._factors["up_gate_proj"]
+            weights = self._factors[UP_GATE]
             scale = np.sqrt(np.square(weights).sum(axis=1, keepdims=True))
             self._pooled_up = second_moments(walk.inputs * scale, walk.pool)
-        rows, weights = self._routed(expert, "up_gate_proj")
+        rows, weights = self._routed(expert, UP_GATE)
         own = second_moments(walk.inputs[rows] * weights[:, None], walk.pool)
         return own, self._pooled_up
 
@@ -135,7 +133,7 @@ class Statistics:
 
             @paddle.no_grad()
             def one(expert: int) -> np.ndarray:
-                rows, weights = self._routed(expert, "down_proj")
+                rows, weights = self._routed(expert, DOWN)
                 if not rows.size:
                     inner = walk.config.moe_intermediate_size
                     return np.zeros((inner, inner))

@@ -30,6 +30,8 @@ from paddle import Tensor
 from ..checkpoint.plan import gigabytes
 from ..checkpoint.writer import TOKEN_WEIGHTS_FILE
 from ..errors import CcqError
+from ..families.ernie45 import FINAL_NORM, head_name
+from ..families.tensor import PROJECTIONS
 from ..models.ernie import Block, positions_of
 from ..models.gradients import CHUNK_LOGITS, LayerPass
 from ..models.weights import WeightSource
@@ -39,7 +41,6 @@ from .walk import MEMORY_FOR_STATES, LayerWalk, state_array, state_bytes
 
 # Of the labels; a fixed one, so that the same text gives the same statistics.
 SEED = 0
-PROJECTIONS = ("up_gate_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,8 @@ def _changes_at_the_end(
 ) -> None:
     """Gradients of -log p(label), summed over a window's tokens, at the last layer's outputs."""
     config = source.config
-    norm = paddle.to_tensor(source.read("ernie.norm.weight"))
-    name = "ernie.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head = paddle.to_tensor(np.ascontiguousarray(source.read(name), np.float32))
+    norm = paddle.to_tensor(source.read(FINAL_NORM))
+    head = paddle.to_tensor(np.ascontiguousarray(source.read(head_name(config)), np.float32))
     tied = config.tie_word_embeddings
 
     @paddle.no_grad()
@@ -159,7 +159,7 @@ def _changes_at_the_end(
         rng = np.random.default_rng([SEED, index])
         first, last = walk.spans[index]
         states = paddle.to_tensor(walk.states[first:last])
-        hidden, back = LayerPass(config, {}).norm("ernie.norm.weight", states, norm)
+        hidden, back = LayerPass(config, {}).norm(FINAL_NORM, states, norm)
         at_once = max(1, CHUNK_LOGITS // config.vocab_size)
         parts = []
         for row in range(0, last - first, at_once):
@@ -227,7 +227,7 @@ class _Recording(LayerPass):
         self, name: str, x: Tensor, weight: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         y, back = super()._product(name, x, weight)
-        if ".mlp.experts." not in name:
+        if not self.config.tensors[name].is_expert:
             return y, back
 
         def recorded(change: Tensor) -> Tensor:
@@ -239,9 +239,9 @@ class _Recording(LayerPass):
     def put(self, projection: str, into: np.ndarray) -> None:
         """The sizes of a projection, at [token, slot]; an expert's tokens are in order."""
         for name, sizes in self.sizes.items():
-            parts = name.split(".")
-            if parts[-2] == projection:
-                into[np.nonzero(self.chosen == int(parts[-3]))] = sizes
+            tensor = self.config.tensors[name]
+            if tensor.projection == projection:
+                into[np.nonzero(self.chosen == tensor.expert)] = sizes
 
 
 def _save(path: Path, said: str, found: dict[int, LayerWeights]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 
 from ..errors import CcqError
+from ..families.ernie45 import EMBEDDING
 from ..models.ernie import MLP, Block, MoE, positions_of
 from ..models.weights import WeightSource
 
@@ -49,7 +50,7 @@ class LayerWalk:
         spilled = state_bytes(*shape) > MEMORY_FOR_STATES
         self.states = state_array(shape, spill_folder if spilled else None)
         self.inputs = state_array(shape, spill_folder if spilled else None)
-        embed = weights.read("ernie.embed_tokens.weight")
+        embed = weights.read(EMBEDDING)
         for (first, last), window in zip(self.spans, windows, strict=True):
             self.states[first:last] = embed[window]
         self.layer = -1

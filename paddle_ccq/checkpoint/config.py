@@ -6,10 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
+from ..families.ernie45 import ERNIE45, HEAD
+from ..families.family import Family
+from ..families.tensor import Tensors
 from . import config_checks, config_keys
 from .config_checks import CONFIG_FILE, MAX_CONFIG_BYTES
 from .config_fields import Fields
@@ -18,7 +22,6 @@ from .safetensors_io import load_json
 
 GENERATION_FILE = "generation_config.json"
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
-HEAD = "lm_head.weight"
 
 # Far above any published model; they bound the work that a hostile file can ask for.
 MAX_LAYERS = 512
@@ -154,37 +157,15 @@ class ErnieConfig:
         """Inner width of the shared experts, which are stored as one MLP; 0 without them."""
         return self.moe_num_shared_experts * self.moe_intermediate_size
 
-    def canonical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every tensor of the model, in model order."""
-        hidden = self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {}
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Every tensor of the model by canonical name, in model order."""
+        return Tensors(self.family.tensors(self))
 
-        def mlp(prefix: str, inner: int) -> None:
-            shapes[f"{prefix}.up_gate_proj.weight"] = (hidden, 2 * inner)
-            shapes[f"{prefix}.down_proj.weight"] = (inner, hidden)
-
-        shapes["ernie.embed_tokens.weight"] = (self.vocab_size, hidden)
-        for layer in range(self.num_hidden_layers):
-            prefix = f"ernie.layers.{layer}"
-            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-            qkv = self.q_size + 2 * self.kv_size
-            shapes[f"{prefix}.self_attn.qkv_proj.weight"] = (hidden, qkv)
-            shapes[f"{prefix}.self_attn.o_proj.weight"] = (self.q_size, hidden)
-            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-            if not self.is_moe_layer(layer):
-                mlp(f"{prefix}.mlp", self.intermediate_size)
-                continue
-            experts = self.moe_num_experts
-            shapes[f"{prefix}.mlp.gate.weight"] = (hidden, experts)
-            shapes[f"{prefix}.mlp.moe_statics.e_score_correction_bias"] = (1, experts)
-            for expert in range(experts):
-                mlp(f"{prefix}.mlp.experts.{expert}", self.moe_intermediate_size)
-            if self.shared_intermediate_size:
-                mlp(f"{prefix}.mlp.shared_experts", self.shared_intermediate_size)
-        shapes["ernie.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (hidden, self.vocab_size)
-        return shapes
+    @property
+    def family(self) -> Family:
+        """The family whose file says what the tensors are."""
+        return ERNIE45
 
 
 def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
+from ..families.ernie45 import ERNIE45
 from .config_fields import Fields
 from .config_keys import check_same, fixed_problems, same, show, unknown_keys
 from .safetensors_io import load_json
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
-ARCHITECTURES = ("Ernie4_5_MoeForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM")
+ARCHITECTURES = ERNIE45.architectures
 MODEL_TYPES = ("ernie4_5_moe", "ernie4_5", "ernie")
 # What a rope object may hold beside its type and rope_theta, and the value that changes nothing;
 # None: any value, since only other types of scaling look at it.

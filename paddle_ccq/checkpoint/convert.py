@@ -130,7 +130,7 @@ class Converter:
         self, item: Item, weight: np.ndarray
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
         size = self.plan.tensor_parallel_size
-        stem = item.name.removesuffix(".weight")
+        stem = item.tensor.stem
         parts, found = [], []
         said: list[dict[str, float]] = []
         every_row = np.arange(item.shape[0])

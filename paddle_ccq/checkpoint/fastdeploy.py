@@ -9,15 +9,14 @@ from typing import Any
 
 from ..codec import formats
 from ..errors import CcqError
+from ..families.tensor import EXACT_ROLES, TensorSpec
 from ..version import __version__
 from .config import ErnieConfig
 from .reader import PROVENANCE_KEY
-from .safetensors_format import TensorSpec
+from .safetensors_format import StoredSpec
 
 MOE_ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 DENSE_ARCHITECTURE = "Ernie4_5_ForCausalLM"
-# Kept exactly: the router and its bias decide discretely, and FastDeploy holds both in float32.
-EXACT_SUFFIXES = ("mlp.gate.weight", "mlp.moe_statics.e_score_correction_bias")
 # Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
 # the same bytes.
 SHARD_METADATA = {"format": "np"}
@@ -31,22 +30,21 @@ WINT4_LAYERS = "wint4_layers"
 _DROPPED = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path", PROVENANCE_KEY)
 
 
-def kept_format(name: str) -> str:
+def kept_format(tensor: TensorSpec) -> str:
     """The float type of a tensor that is never quantized: "f32" or "bf16"."""
-    return "f32" if name.endswith(EXACT_SUFFIXES) else "bf16"
+    # FastDeploy holds the router and its bias in float32.
+    return "f32" if tensor.role in EXACT_ROLES else "bf16"
 
 
-def output_specs(
-    name: str, role: str, format: str, shape: tuple[int, ...]
-) -> tuple[TensorSpec, ...]:
-    """The stored tensors (name, dtype, shape) of one matrix [K, N] in a format."""
+def output_specs(tensor: TensorSpec, format: str, shape: tuple[int, ...]) -> tuple[StoredSpec, ...]:
+    """The stored tensors (name, dtype, shape) of a tensor in a format; `shape` is a rank's."""
+    name, stem = tensor.name, tensor.stem
     if format == "f32":
         return ((name, "F32", shape),)
-    stem = name.removesuffix(".weight")
     if format == "bf16":
         # In a quantized checkpoint FastDeploy looks for `.quant_weight` even where
         # modules_to_not_convert leaves a linear layer unquantized (layers/linear.py).
-        return ((f"{stem}.quant_weight" if role == "dense" else name, "BF16", shape),)
+        return ((f"{stem}.quant_weight" if tensor.is_dense else name, "BF16", shape),)
     specs = formats.tensor_specs(format, *shape)
     return tuple((f"{stem}.{suffix}", dtype, dims) for suffix, (dims, dtype) in specs.items())
 

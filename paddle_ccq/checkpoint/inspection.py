@@ -16,17 +16,16 @@ from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..codec.row_order import ROW_ORDERS
 from ..codec.wint2 import CODE_MAX, code_range
 from ..errors import CcqError
+from ..families.tensor import Role
 from .companions import check_file
 from .config import CONFIG_FILE, ErnieConfig
 from .fastdeploy import (
-    EXACT_SUFFIXES,
     WINT4_LAYERS,
     config_problems,
     wint4_end_layer_of,
     wint4_layers_of,
 )
 from .manifest import is_foreign
-from .naming import is_linear, is_mtp
 from .plan import Item, Layout, Plan, build_plan
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from .rules import Rule
@@ -159,7 +158,7 @@ class Inspection:
                     missing.append(name)
                     continue
                 info = files[name].tensors[name]
-                if info.shape != shape and not _reshaped(name, info.shape, shape):
+                if info.shape != shape and not _reshaped(item, info.shape, shape):
                     self.problems.append(
                         f"{prefix}{name}: shape {list(info.shape)}, should be {list(shape)}"
                     )
@@ -171,7 +170,7 @@ class Inspection:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             self.problems.append(f"{prefix}{missing[0]}{more}: missing")
         for name in files:
-            if name not in expected and not is_mtp(name):
+            if name not in expected and not self.config.family.is_mtp(name):
                 self.problems.append(f"{prefix}{name}: not a tensor of this model and format")
 
     def tensors(self, item: Item, rank: int) -> dict[str, np.ndarray] | None:
@@ -203,7 +202,7 @@ class Inspection:
                     yield f"{name}: {bad} of {values.size} values are NaN or infinite"
                     return
                 floats[name.rpartition(".")[2]] = values
-        stem = item.name.removesuffix(".weight")
+        stem = item.tensor.stem
         for suffix in ("super_scales", "weight_scale"):
             if suffix in floats and np.any(floats[suffix].astype(np.float32) < 0):
                 yield f"{stem}.{suffix}: negative scales"
@@ -287,11 +286,10 @@ def _kept_dense(config: ErnieConfig, patterns: object) -> list[Rule]:
         return []
     return [
         Rule(name, "bf16")
-        for name in config.canonical_shapes()
-        if is_linear(name)
-        and ".mlp.experts." not in name
+        for name, tensor in config.tensors.items()
+        if tensor.is_dense
         and any(
-            isinstance(pattern, str) and fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+            isinstance(pattern, str) and fnmatch.fnmatchcase(tensor.stem, pattern)
             for pattern in patterns
         )
     ]
@@ -306,15 +304,15 @@ def _row_order(config: ErnieConfig) -> str | None:
 
 def _accepted(item: Item, name: str, dtype: str) -> tuple[str, ...]:
     """The dtypes that FastDeploy takes: it casts the router and the scales of dense layers."""
-    dense_scale = item.role == "dense" and name.endswith(".weight_scale")
-    if dense_scale or name.endswith(EXACT_SUFFIXES[0]):
+    dense_scale = item.tensor.is_dense and name.endswith(".weight_scale")
+    if dense_scale or item.tensor.role is Role.ROUTER:
         return FLOAT_DTYPES
     return (dtype,)
 
 
-def _reshaped(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def _reshaped(item: Item, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """FastDeploy reshapes the correction bias."""
-    return name.endswith(EXACT_SUFFIXES[1]) and math.prod(found) == math.prod(expected)
+    return item.tensor.role is Role.CORRECTION_BIAS and math.prod(found) == math.prod(expected)
 
 
 def other_order(order: str) -> str:

@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..codec.row_order import FASTDEPLOY_2_1
+from ..families.tensor import OUT, PROJECTIONS, QKV, Role
 from ..version import __version__
-from .plan import Item, Plan, gigabytes
+from .plan import Plan, gigabytes
 from .source_card import DEFAULT_PIPELINE, front_matter
 
-_PROJECTIONS = (
-    ("experts, up_gate_proj", "expert", "up_gate_proj"),
-    ("experts, down_proj", "expert", "down_proj"),
-    ("attention, qkv_proj", "dense", "qkv_proj"),
-    ("attention, o_proj", "dense", "o_proj"),
-    ("dense and shared MLP, up_gate_proj", "dense", "up_gate_proj"),
-    ("dense and shared MLP, down_proj", "dense", "down_proj"),
-)
+# Rows of the table of errors: what is counted together.
+_KINDS = {
+    "experts": (frozenset({Role.EXPERT}), PROJECTIONS),
+    "attention": (frozenset({Role.ATTENTION}), (QKV, OUT)),
+    "dense and shared MLP": (frozenset({Role.MLP, Role.SHARED_EXPERT}), PROJECTIONS),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _front_matter(recipe: Recipe) -> str:
 
 
 def _summary(plan: Plan, recipe: Recipe) -> str:
-    experts = [item for item in plan.items if item.role == "expert"]
+    experts = [item for item in plan.items if item.tensor.is_expert]
     kind = "wint8 only (no MoE layer)" if not experts else plan.format
     rows = [
         ("base model", recipe.source_model),
@@ -79,7 +78,7 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
         layers = {item.layer for item in experts if item.format == plan.format}
         four = sorted({item.layer for item in experts if item.format == "wint4"} - {None})
         rows += [
-            ("bits per weight, routed experts", f"{plan.bits_per_weight('expert'):.3f}"),
+            ("bits per weight, routed experts", f"{plan.bits_per_weight(Role.EXPERT):.3f}"),
             (f"MoE layers in {plan.format}", str(len(layers))),
             ("MoE layers in wint4", ", ".join(map(str, four)) or "none"),
             *_allocation(recipe.allocation),
@@ -124,7 +123,7 @@ def _encoder(recipe: Recipe) -> str:
 
 def _dense(plan: Plan) -> str:
     kept = len(plan.not_converted())
-    total = sum(item.role == "dense" for item in plan.items)
+    total = sum(item.tensor.is_dense for item in plan.items)
     if not kept:
         return "wint8 per channel"
     return f"{total - kept} in wint8 per channel, {kept} in bf16 (needs FastDeploy 2.5 or later)"
@@ -146,17 +145,21 @@ def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
         "| matrices | format | count | mean rel-MSE | worst rel-MSE | mean cosine |",
         "|---|---|---|---|---|---|",
     ]
-    for title, role, projection in _PROJECTIONS:
+    kinds = [(kind, roles, p) for kind, (roles, ps) in _KINDS.items() for p in ps]
+    for kind, roles, projection in kinds:
         groups: dict[str, list[dict[str, Any]]] = {}
         for item, found in zip(plan.items, stats, strict=True):
-            if _is(item, role, projection) and found.get("rel_mse") is not None:
+            tensor = item.tensor
+            chosen = tensor.role in roles and tensor.projection == projection
+            if chosen and found.get("rel_mse") is not None:
                 groups.setdefault(item.format, []).append(found)
         for format, found_stats in groups.items():
             errors = [s["rel_mse"] for s in found_stats]
             cosines = [s["cosine"] for s in found_stats]
             lines.append(
-                f"| {title} | {format} | {len(errors)} | {sum(errors) / len(errors):.6f}"
-                f" | {max(errors):.6f} | {sum(cosines) / len(cosines):.6f} |"
+                f"| {kind}, {projection} | {format} | {len(errors)}"
+                f" | {sum(errors) / len(errors):.6f} | {max(errors):.6f}"
+                f" | {sum(cosines) / len(cosines):.6f} |"
             )
     zeroed = sum(s.get("nonfinite_set_to_zero", 0) for s in stats)
     if zeroed:
@@ -166,10 +169,6 @@ def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
             " and were set to 0.",
         ]
     return "\n".join(lines)
-
-
-def _is(item: Item, role: str, projection: str) -> bool:
-    return item.role == role and item.name.endswith(f"{projection}.weight")
 
 
 def _use(plan: Plan) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS, stored_order
 from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
+from ..families.tensor import Cut, Role, TensorSpec
 from .config import ErnieConfig
 from .fastdeploy import kept_format, output_specs, shape_problem
-from .naming import is_expert, is_linear
 from .rules import Candidate, Rule, forced_layers, layer_formats, matching_rules, prefix_gap
-from .safetensors_format import TensorSpec, shard_name, tensor_bytes
-from .tensor_parallel import Cut
+from .safetensors_format import StoredSpec, shard_name, tensor_bytes
 
 # FastDeploy's name for the row order, by --fastdeploy-layout.
 ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
@@ -43,16 +41,30 @@ def gigabytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Item:
-    """One source matrix and what it becomes; every rank gets the same shapes."""
+    """One tensor of the model and what it becomes; every rank gets the same shapes."""
 
     index: int
-    name: str
-    role: str  # "expert", "dense" or "kept"
-    layer: int | None
-    shape: tuple[int, ...]
+    tensor: TensorSpec
     format: str  # "f32" and "bf16" are stored as they are
-    cut: Cut | None
-    specs: tuple[TensorSpec, ...]  # of one rank
+    specs: tuple[StoredSpec, ...]  # of one rank
+
+    @property
+    def name(self) -> str:
+        """The canonical name."""
+        return self.tensor.name
+
+    @property
+    def layer(self) -> int | None:
+        return self.tensor.layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Canonical, of the whole tensor."""
+        return self.tensor.shape
+
+    @property
+    def cut(self) -> Cut | None:
+        return self.tensor.cut
 
     @property
     def quantized(self) -> bool:
@@ -75,7 +87,7 @@ class Shard:
     items: tuple[Item, ...]
 
     @property
-    def specs(self) -> list[TensorSpec]:
+    def specs(self) -> list[StoredSpec]:
         return [spec for item in self.items for spec in item.specs]
 
 
@@ -142,7 +154,7 @@ class Plan:
     @property
     def layer_formats(self) -> dict[int, str]:
         """The format of every MoE layer's experts."""
-        experts = (item for item in self.items if item.role == "expert")
+        experts = (item for item in self.items if item.tensor.is_expert)
         return {item.layer: item.format for item in experts if item.layer is not None}
 
     @property
@@ -169,9 +181,9 @@ class Plan:
         """Bytes of the model at two bytes a weight."""
         return 2 * self.weights
 
-    def bits_per_weight(self, role: str | None = None) -> float:
+    def bits_per_weight(self, role: Role | None = None) -> float:
         """Stored bits per weight of the items of a role, or of all; over all ranks."""
-        chosen = [item for item in self.items if role in (None, item.role)]
+        chosen = [item for item in self.items if role in (None, item.tensor.role)]
         weights = sum(item.weights for item in chosen)
         bits = 8 * self.tensor_parallel_size * sum(item.rank_bytes for item in chosen)
         return bits / weights if weights else 0.0
@@ -188,9 +200,9 @@ class Plan:
     def not_converted(self) -> list[str]:
         """Dense linear layers that stay in bf16 (without `.weight`)."""
         return [
-            item.name.removesuffix(".weight")
+            item.tensor.stem
             for item in self.items
-            if item.role == "dense" and item.format == "bf16"
+            if item.tensor.is_dense and item.format == "bf16"
         ]
 
 
@@ -216,11 +228,13 @@ def build_plan(config: ErnieConfig, options: PlanOptions | None = None, **change
     messages = _messages(config)
     if wint4_end_layer is None:
         wint4_end_layer = -1 if layout else default_wint4_end_layer(config)
-    shapes = config.canonical_shapes()
     candidates = _candidates(config, format, wint4_end_layer, layout)
     found = matching_rules(rules, candidates, format)
-    resolved = {c.name: found[c.name].format if c.name in found else c.default for c in candidates}
-    experts = [c for c in candidates if c.role == "expert"]
+    resolved = {
+        c.tensor.name: found[c.tensor.name].format if c.tensor.name in found else c.default
+        for c in candidates
+    }
+    experts = [c.tensor for c in candidates if c.tensor.is_expert]
     if experts and (rules or layout):
         by_layer = layer_formats(resolved, experts)
         gap = prefix_gap(by_layer)
@@ -235,28 +249,29 @@ def build_plan(config: ErnieConfig, options: PlanOptions | None = None, **change
         # A prefix that ends before the first MoE layer holds nothing: keep what was asked for.
         # Of a list, too, FastDeploy without our plugin must not take a part for the whole.
         wint4_end_layer = four[-1] if four and not gap else min(wint4_end_layer, first - 1)
-    _check_tensor_parallel(config, shapes, resolved, tensor_parallel_size)
+    _check_tensor_parallel(config, resolved, tensor_parallel_size)
     items = tuple(
-        _item(i, config, c, shapes[c.name], resolved[c.name], tensor_parallel_size)
-        for i, c in enumerate(candidates)
+        _item(i, tensor, resolved[tensor.name], tensor_parallel_size)
+        for i, tensor in enumerate(config.tensors.values())
     )
     for item in items:
-        if item.role == "dense" and item.format == "bf16":
+        if item.tensor.is_dense and item.format == "bf16":
             messages.append(
                 "dense layers that stay in bf16 are listed in modules_to_not_convert, which needs"
                 " FastDeploy 2.5 or later"
             )
             break
     reasons = {}
-    for expert in experts:
-        rule = found.get(expert.name)
-        reasons[expert.layer] = f"rule {rule.match}" if rule else expert.reason
+    for candidate in candidates:
+        if candidate.tensor.is_expert:
+            rule = found.get(candidate.tensor.name)
+            reasons[candidate.tensor.layer] = f"rule {rule.match}" if rule else candidate.reason
     if not experts:
         format = "wint8"
         messages.append(
             "this model has no MoE layer, so nothing becomes 2-bit: its linear layers are wint8"
         )
-    elif all(item.format == "wint4" for item in items if item.role == "expert"):
+    elif all(item.format == "wint4" for item in items if item.tensor.is_expert):
         messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
     plan = Plan(
         config=config,
@@ -284,7 +299,7 @@ def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) 
     """Formats of the MoE layers that rules decide; the others are free for an allocation."""
     candidates = _candidates(config, format, -1, None)
     found = matching_rules(rules, candidates, format)
-    return forced_layers(found, (c for c in candidates if c.role == "expert"))
+    return forced_layers(found, (c.tensor for c in candidates if c.tensor.is_expert))
 
 
 def _check_choices(config: ErnieConfig, options: PlanOptions) -> None:
@@ -324,69 +339,49 @@ def _messages(config: ErnieConfig) -> list[str]:
 def _candidates(
     config: ErnieConfig, format: str, wint4_end_layer: int, layout: Layout | None
 ) -> list[Candidate]:
-    """Every matrix with what it becomes where no rule speaks of it."""
+    """Every tensor with what it becomes where no rule speaks of it."""
     candidates = []
-    for name in config.canonical_shapes():
-        found = re.match(r"ernie\.layers\.(\d+)\.", name)
-        layer = int(found.group(1)) if found else None
-        if is_expert(name) and layer is not None:
+    for tensor in config.tensors.values():
+        layer = tensor.layer
+        if tensor.is_expert and layer is not None:
             if layout is not None:
                 default, reason = layout.formats[layer], layout.reason
             elif layer <= wint4_end_layer:
                 default, reason = "wint4", "prefix"
             else:
                 default, reason = format, "--format"
-            candidates.append(Candidate(name, "expert", layer, default, reason))
-        elif is_linear(name):
-            candidates.append(Candidate(name, "dense", layer, "wint8"))
+            candidates.append(Candidate(tensor, default, reason))
+        elif tensor.is_dense:
+            candidates.append(Candidate(tensor, "wint8"))
         else:
-            candidates.append(Candidate(name, "kept", layer, kept_format(name)))
+            candidates.append(Candidate(tensor, kept_format(tensor)))
     return candidates
 
 
-def cut_of(config: ErnieConfig, name: str, shape: tuple[int, ...]) -> Cut | None:
-    """How FastDeploy cuts a tensor over ranks; None for what every rank holds whole."""
-    if name.endswith("qkv_proj.weight"):
-        return Cut(1, (config.q_size, config.kv_size, config.kv_size), config.head_dim)
-    if name.endswith("up_gate_proj.weight"):
-        return Cut(1, (shape[1] // 2, shape[1] // 2))
-    if name.endswith("o_proj.weight"):
-        return Cut(0, (shape[0],), config.head_dim)
-    if name.endswith(("down_proj.weight", "embed_tokens.weight")):
-        return Cut(0, (shape[0],))
-    if name == "lm_head.weight":
-        return Cut(1, (shape[1],))
-    return None
-
-
-def rank_problem(
-    config: ErnieConfig, name: str, shape: tuple[int, ...], format: str, size: int
-) -> str | None:
+def rank_problem(config: ErnieConfig, tensor: TensorSpec, format: str, size: int) -> str | None:
     """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""
-    cut = cut_of(config, name, shape)
+    cut = tensor.cut
     if cut is None or size == 1:
-        return shape_problem(format, shape)
+        return shape_problem(format, tensor.shape)
     if not cut.fits(size):
-        if name.endswith(("qkv_proj.weight", "o_proj.weight")):
+        if tensor.role is Role.ATTENTION:
             heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key heads"
             return f"{heads} can't be shared out evenly over {size} ranks"
         return f"{cut.parts[0]} can't be cut into {size} equal parts"
-    return shape_problem(format, cut.rank_shape(shape, size))
+    return shape_problem(format, cut.rank_shape(tensor.shape, size))
 
 
-def _check_tensor_parallel(
-    config: ErnieConfig, shapes: dict[str, tuple[int, ...]], resolved: dict[str, str], size: int
-) -> None:
+def _check_tensor_parallel(config: ErnieConfig, resolved: dict[str, str], size: int) -> None:
     # Layers and experts repeat a few shapes; one of each kind is enough to look at.
-    kinds: dict[tuple[str, tuple[int, ...], str], str] = {}
-    for name, shape in shapes.items():
-        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", name), shape, resolved[name]), name)
+    kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}
+    for tensor in config.tensors.values():
+        kinds.setdefault((tensor.template, tensor.shape, resolved[tensor.name]), tensor)
 
     def problem(ranks: int) -> str | None:
-        for (_, shape, format), name in kinds.items():
-            found = rank_problem(config, name, shape, format, ranks)
+        for (_, _, format), tensor in kinds.items():
+            found = rank_problem(config, tensor, format, ranks)
             if found:
-                return f"{name}: {found}"
+                return f"{tensor.name}: {found}"
         return None
 
     if size < 1:
@@ -404,27 +399,10 @@ def _check_tensor_parallel(
         )
 
 
-def _item(
-    index: int,
-    config: ErnieConfig,
-    candidate: Candidate,
-    shape: tuple[int, ...],
-    format: str,
-    size: int,
-) -> Item:
-    name = candidate.name
-    cut = cut_of(config, name, shape)
+def _item(index: int, tensor: TensorSpec, format: str, size: int) -> Item:
+    cut, shape = tensor.cut, tensor.shape
     rank_shape = cut.rank_shape(shape, size) if cut and size > 1 else shape
-    return Item(
-        index=index,
-        name=name,
-        role=candidate.role,
-        layer=candidate.layer,
-        shape=shape,
-        format=format,
-        cut=cut,
-        specs=output_specs(name, candidate.role, format, rank_shape),
-    )
+    return Item(index, tensor, format, output_specs(tensor, format, rank_shape))
 
 
 def _split(items: Sequence[Item], max_bytes: int) -> tuple[Shard, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
-from . import naming
+from ..families.tensor import Source, Storage
 from .companions import check_regular
 from .config import ErnieConfig
 from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
@@ -38,7 +38,7 @@ class _Entry:
 
     format: str
     shape: tuple[int, ...]
-    storage: naming.Storage | None
+    storage: Storage | None
     packed: dict[str, str]  # suffix -> on-disk name
 
 
@@ -50,14 +50,9 @@ class Checkpoint:
     ) -> None:
         self.path = path
         self.tensors = tensors
-        self.layout = naming.detect_layout(tensors.names(), path)
-        self.config, said = resolve_head(config, tensors, self.layout)
-        self.messages = [
-            *tensors.messages,
-            naming.DESCRIPTIONS[self.layout],
-            *config.notes,
-            *said,
-        ]
+        self.naming = config.family.detect_naming(tensors.names(), path)
+        self.config, said = resolve_head(config, tensors, self.naming)
+        self.messages = [*tensors.messages, self.naming.description, *config.notes, *said]
         self._entries = _plan(self)
         self.is_quantized = any(entry.packed for entry in self._entries.values())
         self.row_order = _row_order(self, row_order)
@@ -193,7 +188,7 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
     return Checkpoint(path, config, TensorFolder(path), row_order)
 
 
-def _present(part: naming.StoredTensor, tensors: TensorFolder) -> str:
+def _present(part: Source, tensors: TensorFolder) -> str:
     """The name under which a part is stored; its own name where it is missing."""
     return next((name for name in (part.name, *part.aliases) if name in tensors), part.name)
 
@@ -207,19 +202,19 @@ def _turn_into(target: np.ndarray, values: np.ndarray) -> None:
 
 def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
     """Find every tensor of the model and check its shape and dtype."""
-    tensors, config, layout = checkpoint.tensors, checkpoint.config, checkpoint.layout
+    tensors, config, naming = checkpoint.tensors, checkpoint.config, checkpoint.naming.name
     packed = _packed_tensors(tensors)
     entries: dict[str, _Entry] = {}
     missing: list[str] = []
     used: set[str] = set()
     copies: dict[str, str] = {}
-    for name, shape in config.canonical_shapes().items():
-        found = packed.get(naming.on_disk_name(name, layout).removesuffix(".weight"), {})
-        if naming.is_linear(name) and found:
+    for name, tensor in config.tensors.items():
+        shape, storage = tensor.shape, tensor.sources[naming]
+        found = packed.get(storage.packed, {})
+        if tensor.is_linear and found:
             entries[name] = _packed_entry(checkpoint, name, shape, found)
             used.update(found.values())
             continue
-        storage = naming.storage(config, name, shape, layout)
         for part in storage.parts:
             stored = _present(part, tensors)
             if stored not in tensors:
@@ -275,8 +270,8 @@ def _packed_entry(
     weight = infos["quant_weight"]
     if len(infos) == 1 and weight.dtype in FLOAT_DTYPES and weight.shape == shape:
         # A linear left unconverted in a quantized checkpoint keeps the packed name.
-        part = naming.StoredTensor(found["quant_weight"], shape)
-        return _Entry("bf16", shape, naming.Storage((part,), False), {})
+        part = Source(found["quant_weight"], shape)
+        return _Entry("bf16", shape, Storage((part,), False, ""), {})
     for format_name in formats.FORMATS:
         if format_name != "bf16" and _fits(format_name, shape, infos):
             return _Entry(format_name, shape, None, found)

@@ -12,6 +12,7 @@ import yaml
 
 from ..codec.formats import DENSE_FORMATS, WIDER_EXPERT_FORMATS
 from ..errors import CcqError
+from ..families.tensor import TensorSpec
 
 MAX_RULES_BYTES = 1 << 20
 
@@ -75,11 +76,9 @@ def _rule(entry: object, where: str) -> Rule:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix the rules may speak about; `role` is "expert", "dense" or "kept"."""
+    """A tensor the rules may speak about, and what it becomes where none does."""
 
-    name: str
-    role: str
-    layer: int | None
+    tensor: TensorSpec
     default: str
     reason: str = ""  # where the default comes from
 
@@ -91,11 +90,12 @@ def matching_rules(
     names = []
     found: dict[str, Rule] = {}
     for candidate in candidates:
-        names.append(candidate.name)
+        name = candidate.tensor.name
+        names.append(name)
         for rule in rules:
-            if rule.matches(candidate.name):
+            if rule.matches(name):
                 _check_allowed(rule, candidate, expert_format)
-                found[candidate.name] = rule
+                found[name] = rule
                 break
     used = set(found.values())
     for rule in rules:
@@ -107,23 +107,21 @@ def matching_rules(
 
 def _check_allowed(rule: Rule, candidate: Candidate, expert_format: str) -> None:
     where = f"--rules: {rule.match!r} -> {rule.format}"
-    if candidate.role == "kept":
+    tensor = candidate.tensor
+    if not tensor.is_linear:
         raise CcqError(
-            f"{where} touches {candidate.name}: routers, correction biases, norms, embeddings and"
+            f"{where} touches {tensor.name}: routers, correction biases, norms, embeddings and"
             " lm_head are never quantized and take no rule; make the pattern narrower"
         )
-    allowed = (
-        (*WIDER_EXPERT_FORMATS, expert_format) if candidate.role == "expert" else DENSE_FORMATS
-    )
+    allowed = (*WIDER_EXPERT_FORMATS, expert_format) if tensor.is_expert else DENSE_FORMATS
     if rule.format not in allowed:
-        kind = "a routed expert" if candidate.role == "expert" else "a dense linear layer"
+        kind = "a routed expert" if tensor.is_expert else "a dense linear layer"
         raise CcqError(
-            f"{where} is not possible for {candidate.name}, {kind}: it can be"
-            f" {' or '.join(allowed)}"
+            f"{where} is not possible for {tensor.name}, {kind}: it can be {' or '.join(allowed)}"
         )
 
 
-def forced_layers(found: Mapping[str, Rule], experts: Iterable[Candidate]) -> dict[int, str]:
+def forced_layers(found: Mapping[str, Rule], experts: Iterable[TensorSpec]) -> dict[int, str]:
     """Formats of the MoE layers that rules decide; a layer that they decide in part is refused.
 
     What rules leave open is for an allocation, which knows whole layers only.
@@ -146,7 +144,7 @@ def forced_layers(found: Mapping[str, Rule], experts: Iterable[Candidate]) -> di
     return forced
 
 
-def layer_formats(formats: Mapping[str, str], experts: Iterable[Candidate]) -> dict[int, str]:
+def layer_formats(formats: Mapping[str, str], experts: Iterable[TensorSpec]) -> dict[int, str]:
     """The format of every MoE layer, after checking that none is mixed."""
     by_layer: dict[int, set[str]] = {}
     for expert in experts:

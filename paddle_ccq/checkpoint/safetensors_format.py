@@ -39,7 +39,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
-TensorSpec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
+StoredSpec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 
 def dtype_name(dtype: np.dtype | type) -> str:
@@ -56,7 +56,7 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return DTYPES[dtype].itemsize * math.prod(shape)
 
 
-def build_header(specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> bytes:
+def build_header(specs: Sequence[StoredSpec], metadata: dict[str, str] | None = None) -> bytes:
     """The length field and JSON header of a file with these tensors, in this order.
 
     Deterministic: the same tensors and metadata give the same bytes.
@@ -81,12 +81,12 @@ def build_header(specs: Sequence[TensorSpec], metadata: dict[str, str] | None = 
     return len(text).to_bytes(8, "little") + text
 
 
-def split_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+def split_shards(specs: Sequence[StoredSpec], max_bytes: int) -> list[list[StoredSpec]]:
     """Cut the list of tensors into shards of at most `max_bytes` of data, keeping the order.
 
     A tensor larger than the limit gets a shard of its own.
     """
-    shards: list[list[TensorSpec]] = []
+    shards: list[list[StoredSpec]] = []
     room = -1
     for spec in specs:
         size = tensor_bytes(spec[1], spec[2])
@@ -113,7 +113,7 @@ def shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def index_bytes(shards: dict[str, Sequence[TensorSpec]]) -> bytes:
+def index_bytes(shards: dict[str, Sequence[StoredSpec]]) -> bytes:
     """Content of the index file for shards by file name."""
     total = sum(tensor_bytes(d, s) for specs in shards.values() for _, d, s in specs)
     weight_map = {name: shard for shard, specs in shards.items() for name, _, _ in specs}

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import CcqError
-from .safetensors_format import DTYPES, TensorSpec, build_header, tensor_bytes
+from .safetensors_format import DTYPES, StoredSpec, build_header, tensor_bytes
 
 _COPY_BYTES = 8 << 20
 
@@ -27,7 +27,7 @@ class SafetensorsWriter:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
+        specs: Sequence[StoredSpec],
         metadata: dict[str, str] | None = None,
     ) -> None:
         self._prepare(path, specs, metadata)
@@ -37,7 +37,7 @@ class SafetensorsWriter:
     def _prepare(
         self,
         path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
+        specs: Sequence[StoredSpec],
         metadata: dict[str, str] | None,
     ) -> None:
         self.path = Path(path)
@@ -50,7 +50,7 @@ class SafetensorsWriter:
     def resume(
         cls,
         path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
+        specs: Sequence[StoredSpec],
         metadata: dict[str, str] | None,
         n_done: int,
         on_tensor: Callable[[str, str], None] | None = None,

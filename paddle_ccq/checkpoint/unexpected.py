@@ -8,18 +8,17 @@ equal to the tensor they copy, and tables that follow from config.json.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import CcqError
-from . import naming
-from .config import CONFIG_FILE, HEAD, ErnieConfig
+from ..families.ernie45 import EMBEDDING, HEAD, PADDLE, is_frequencies, why_unexpected
+from ..families.family import Naming
+from .config import CONFIG_FILE, ErnieConfig
 from .safetensors_io import TensorFolder
 
-EMBEDDING = "ernie.embed_tokens.weight"
 # Rows that are compared at a time; bounds the memory of a comparison.
 COMPARED_ROWS = 4096
 # Inverse frequencies may be stored in bfloat16.
@@ -27,7 +26,7 @@ FREQUENCY_TOLERANCE = 1e-2
 
 
 def resolve_head(
-    config: ErnieConfig, tensors: TensorFolder, layout: str
+    config: ErnieConfig, tensors: TensorFolder, naming: Naming
 ) -> tuple[ErnieConfig, list[str]]:
     """The config with its tie decided by what is stored, and what to say about it.
 
@@ -38,8 +37,8 @@ def resolve_head(
         CcqError: if the two differ, or if a head is called for that is not there.
     """
     there = HEAD in tensors
-    embedding = naming.on_disk_name(EMBEDDING, layout)
-    if not config.tie_stated and layout == "paddle" and there and embedding in tensors:
+    embedding = config.tensors[EMBEDDING].sources[naming.name].parts[0].name
+    if not config.tie_stated and naming is PADDLE and there and embedding in tensors:
         # Paddle's classes store a tied head as [vocab, hidden] and any other as [hidden, vocab].
         shape = tensors.info(HEAD).shape
         if shape == tensors.info(embedding).shape != shape[::-1]:
@@ -103,13 +102,13 @@ def pass_over(
     mtp, tables, messages = [], [], []
     refused: list[tuple[str, str]] = []
     for name in _unused(tensors, used):
-        if naming.is_mtp(name):
+        if config.family.is_mtp(name):
             mtp.append(name)
         elif name == HEAD and name in tensors and config.tie_word_embeddings:
             continue  # resolve_head has looked at it
         elif name in copies and _equal(tensors.read(name), tensors.read(copies[name])):
             messages.append(f"passing over {name}: it is equal to {copies[name]}")
-        elif name.endswith("rotary_emb.inv_freq") and _is_frequencies(config, tensors, name):
+        elif is_frequencies(name) and _follows(config, tensors, name):
             tables.append(name)
         else:
             refused.append((name, _reason(config, name, copies)))
@@ -131,7 +130,8 @@ def _unused(tensors: TensorFolder, used: set[str]) -> Iterable[str]:
     return (name for name in (*tensors.names(), *tensors.unlisted) if name not in used)
 
 
-def _is_frequencies(config: ErnieConfig, tensors: TensorFolder, name: str) -> bool:
+def _follows(config: ErnieConfig, tensors: TensorFolder, name: str) -> bool:
+    """Whether a table of rotary frequencies is that of config.json."""
     if name not in tensors:
         return False
     half = config.head_dim // 2
@@ -144,30 +144,9 @@ def _is_frequencies(config: ErnieConfig, tensors: TensorFolder, name: str) -> bo
 
 def _reason(config: ErnieConfig, name: str, copies: dict[str, str]) -> str:
     """Why a tensor cannot be left out, with what config.json says about it."""
-    if name.endswith(".bias"):
-        return "is a bias; models with bias terms are not supported"
     if name in copies:
         return f"differs from {copies[name]!r}, though both are the same tensor of the model"
-    if name.endswith("inv_freq"):
-        return f"are other rotary frequencies than those of rope_theta {config.rope_theta:g}"
-    if re.search(r"\.(q|k)_(norm|layernorm)\.", name):
-        return "is a norm of queries or keys; such models are not supported"
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    expert = re.search(r"\.experts\.(\d+)\.", name)
-    says = "is not called for by config.json"
-    if layer and int(layer[1]) >= config.num_hidden_layers:
-        return f"{says}: num_hidden_layers is {config.num_hidden_layers}"
-    if layer and not config.is_moe_layer(int(layer[1])) and re.search(r"expert|gate\.w", name):
-        return (
-            f"{says}: layer {layer[1]} is no MoE layer (moe_num_experts {config.moe_num_experts},"
-            f" moe_layer_start_index {config.moe_layer_start_index}, moe_layer_end_index"
-            f" {config.moe_layer_end_index}, moe_layer_interval {config.moe_layer_interval})"
-        )
-    if expert and int(expert[1]) >= config.moe_num_experts:
-        return f"{says}: moe_num_experts is {config.moe_num_experts}"
-    if ".shared_experts." in name and not config.moe_num_shared_experts:
-        return f"{says}: moe_num_shared_experts is 0"
-    return f"{says}; without it this would be another model"
+    return why_unexpected(config, name)
 
 
 def config_of_folder(folder: Path) -> tuple[ErnieConfig, list[str]]:
@@ -181,7 +160,7 @@ def config_of_folder(folder: Path) -> tuple[ErnieConfig, list[str]]:
     config = ErnieConfig.from_json(folder)
     try:
         tensors = TensorFolder(folder)
-        layout = naming.detect_layout(tensors.names(), folder)
+        naming = config.family.detect_naming(tensors.names(), folder)
     except CcqError:
         # No weights yet, or not all of them: opening the checkpoint says what is wrong.
         tied = "uses the embedding" if config.tie_word_embeddings else "has its own weights"
@@ -191,4 +170,4 @@ def config_of_folder(folder: Path) -> tuple[ErnieConfig, list[str]]:
             f"no weights were read; assumed from {CONFIG_FILE} alone: the output {tied}"
             f" (tie_word_embeddings {shown}{stated})"
         ]
-    return resolve_head(config, tensors, layout)
+    return resolve_head(config, tensors, naming)

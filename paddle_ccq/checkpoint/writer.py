@@ -26,7 +26,7 @@ from .journal import Journal, fingerprint_differences
 from .manifest import MANIFEST_FILE, manifest_bytes
 from .plan import Item, Plan
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX
-from .safetensors_format import INDEX_FILE, TensorSpec, index_bytes
+from .safetensors_format import INDEX_FILE, StoredSpec, index_bytes
 from .safetensors_writer import SafetensorsWriter, sync_folder
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -237,7 +237,7 @@ class CheckpointWriter:
     def _reopen(
         self,
         path: Path,
-        specs: Sequence[TensorSpec],
+        specs: Sequence[StoredSpec],
         expected: list[str],
     ) -> SafetensorsWriter:
         found = iter(expected)

@@ -221,7 +221,7 @@ def encoded(
 
 def finish(job: Job, result: QuantizeResult) -> None:
     """Say how much of the text the experts saw."""
-    found = coverage(result.records)
+    found = coverage(result.plan, result.records)
     if found is None:
         return
     line, empty = found

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CcqError
 from ..models.ernie import Ernie
-from ..models.gradients import Pass, loss_of
+from ..models.gradients import WHOLE, Pass, loss_of
 from .optimizer import Adam, schedule
 from .parameters import Parameter
 from .settings import Settings
@@ -63,7 +63,7 @@ def descend(
     """
     wanted = {name: p.kind for name, p in parameters.items()}
     rates = {
-        name: settings.dense_learning_rate if _dense(name, p) else settings.learning_rate
+        name: settings.dense_learning_rate if _dense(p) else settings.learning_rate
         for name, p in parameters.items()
     }
     adam = Adam(parameters, rates)
@@ -106,5 +106,5 @@ def descend(
     return before, best
 
 
-def _dense(name: str, parameter: Parameter) -> bool:
-    return parameter.kind == "whole" and name.endswith("proj.weight")
+def _dense(parameter: Parameter) -> bool:
+    return parameter.kind == WHOLE and parameter.spec.is_linear

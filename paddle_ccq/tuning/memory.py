@@ -6,16 +6,18 @@ from __future__ import annotations
 import math
 
 from ..checkpoint.config import ErnieConfig
-from ..checkpoint.naming import is_expert
 from ..checkpoint.plan import gigabytes
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
+from ..families.tensor import Role
 from ..host import available_memory
 from .settings import Settings
 
 # A tensor that is tuned whole: its value and the best one so far in float64, Adam's two means and
 # the batch's sum of gradients in float32; and a window's gradient for each window of the batch.
 WHOLE_BYTES = 28
+# Of experts only column scales are tuned, of these nothing.
+NOT_TUNED = frozenset({Role.EXPERT, Role.EMBEDDING, Role.HEAD})
 # Float32 copies, in hidden sizes, that a token's way back keeps of one layer: residual stream,
 # norms, projections and their sums.
 COPIES = 10
@@ -28,7 +30,7 @@ def needed_bytes(checkpoint: Checkpoint, settings: Settings, threads: int) -> in
     for name in checkpoint.names():
         size = math.prod(checkpoint.shape(name))
         weights += size
-        if not is_expert(name) and "embed" not in name and name != "lm_head.weight":
+        if config.tensors[name].role not in NOT_TUNED:
             whole += size
     states = 2 * 4 * settings.tokens * config.hidden_size
     way_back = threads * settings.window * _token_bytes(config, settings.window)

@@ -15,7 +15,7 @@ from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.fastdeploy import SHARD_METADATA
 from ..checkpoint.manifest import MANIFEST_FILE, manifest_bytes
 from ..checkpoint.reader import PROVENANCE_KEY, Checkpoint
-from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, TensorSpec
+from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, StoredSpec
 from ..checkpoint.safetensors_writer import SafetensorsWriter, sync_folder
 from ..checkpoint.values import count_nonfinite
 from ..checkpoint.writer import SMALL_FILES_BYTES, json_bytes, write_file
@@ -57,7 +57,7 @@ def write_tuned(
     target.mkdir()
     hashes = {}
     for name, file in checkpoint.tensors.files.items():
-        specs: list[TensorSpec] = [(n, i.dtype, i.shape) for n, i in file.tensors.items()]
+        specs: list[StoredSpec] = [(n, i.dtype, i.shape) for n, i in file.tensors.items()]
         with SafetensorsWriter(target / name, specs, file.metadata or SHARD_METADATA) as writer:
             for tensor, _, _ in specs:
                 array = tensors.get(tensor)

@@ -16,15 +16,17 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ..checkpoint.naming import is_linear
 from ..checkpoint.reader import Checkpoint
 from ..codec import formats
 from ..codec.weight_only import quantize_wint8, round_wint8
+from ..families.tensor import QKV, UP_GATE, Role, TensorSpec
 from ..models.ernie import Ernie
 from ..models.gradients import FACTORS, WHOLE
 
 # Formats that lose so little that a tuned matrix is simply encoded again.
 ENCODED_ANEW = ("bf16", "wint8")
+# Tensors that are never quantized and tuned as they are.
+TUNED_WHOLE = frozenset({Role.NORM, Role.ROUTER})
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Parameter:
         scale: FACTORS: the stored scale of each column before tuning.
     """
 
-    name: str
+    spec: TensorSpec
     kind: str
     tensor: Tensor
     value: np.ndarray
@@ -51,6 +53,11 @@ class Parameter:
     rounded: Callable[[np.ndarray], np.ndarray]
     scale: np.ndarray | None = None
     _shown: np.ndarray | None = None
+
+    @property
+    def name(self) -> str:
+        """The canonical name of the tensor."""
+        return self.spec.name
 
     def move(self, step: np.ndarray) -> None:
         """Take `step` (in units) off."""
@@ -78,28 +85,28 @@ def collect(model: Ernie, checkpoint: Checkpoint) -> dict[str, Parameter]:
     """All parameters of a model that was built from `checkpoint`, by canonical name."""
     found = {}
     for name in checkpoint.names():
-        format = checkpoint.format_of(name)
-        if is_linear(name):
-            again = format in ENCODED_ANEW and ".experts." not in name
+        format, spec = checkpoint.format_of(name), checkpoint.config.tensors[name]
+        if spec.is_linear:
+            again = format in ENCODED_ANEW and not spec.is_expert
             kind = WHOLE if again else FACTORS
             if kind == FACTORS and formats.get(format).column_scale is None:
                 continue
-        elif name.endswith(("norm.weight", "mlp.gate.weight")):
+        elif spec.role in TUNED_WHOLE:
             kind = WHOLE
         else:
             continue
-        tensor = _tensor(model, name)
+        tensor = _tensor(model, spec)
         if kind == FACTORS:
             stored = checkpoint.tensors.read(_scale_name(checkpoint, name))
-            scale = stored.astype(np.float64)[_columns(model, name)]
+            scale = stored.astype(np.float64)[_columns(model, spec)]
             zeros = np.zeros(scale.size)
-            found[name] = Parameter(name, kind, tensor, zeros, 1.0, _cast(stored.dtype), scale)
+            found[name] = Parameter(spec, kind, tensor, zeros, 1.0, _cast(stored.dtype), scale)
             continue
         value = tensor.numpy().astype(np.float64)
         unit = float(np.sqrt(np.square(value).mean()))
         wint8 = format == "wint8"
         rounded = _round_wint8 if wint8 else _cast(checkpoint.read_stored(name).dtype)
-        found[name] = Parameter(name, kind, tensor, value, unit, rounded)
+        found[name] = Parameter(spec, kind, tensor, value, unit, rounded)
     return found
 
 
@@ -116,48 +123,44 @@ def _scale_name(checkpoint: Checkpoint, name: str) -> str:
     return next(s for s in checkpoint.stored_names(name) if s.endswith(f".{suffix}"))
 
 
-def _tensor(model: Ernie, name: str) -> Tensor:
-    if name == "ernie.norm.weight":
+def _tensor(model: Ernie, spec: TensorSpec) -> Tensor:
+    """Where the model computes with a tensor."""
+    if spec.layer is None:
         return model.norm
-    _, _, layer, rest = name.split(".", 3)
-    block = model.blocks[int(layer)]
-    if rest.startswith("mlp.experts."):
-        expert, rest = rest.removeprefix("mlp.experts.").split(".", 1)
-        owner = block.mlp.experts[int(expert)]
-    elif rest.startswith("mlp.shared_experts."):
-        owner, rest = block.mlp.shared, rest.removeprefix("mlp.shared_experts.")
-    else:
-        owner, rest = block.mlp, rest.removeprefix("mlp.")
-    return {
-        "input_layernorm.weight": lambda: block.attention_norm,
-        "post_attention_layernorm.weight": lambda: block.mlp_norm,
-        "self_attn.qkv_proj.weight": lambda: block.attention.qkv,
-        "self_attn.o_proj.weight": lambda: block.attention.out,
-        "gate.weight": lambda: owner.gate,
-        "up_gate_proj.weight": lambda: owner.up_gate,
-        "down_proj.weight": lambda: owner.down,
-    }[rest]()
+    block = model.blocks[spec.layer]
+    if spec.role is Role.NORM:
+        return block.attention_norm if spec.projection == "input_layernorm" else block.mlp_norm
+    if spec.role is Role.ROUTER:
+        return block.mlp.gate
+    if spec.role is Role.ATTENTION:
+        return block.attention.qkv if spec.projection == QKV else block.attention.out
+    owner = block.mlp
+    if spec.is_expert:
+        owner = block.mlp.experts[spec.expert]
+    elif spec.role is Role.SHARED_EXPERT:
+        owner = block.mlp.shared
+    return owner.up_gate if spec.projection == UP_GATE else owner.down
 
 
 def stored_tensors(
     parameter: Parameter, checkpoint: Checkpoint, model: Ernie
 ) -> dict[str, np.ndarray]:
     """The on-disk tensors that take a parameter's present value, by on-disk name."""
-    name, value = parameter.name, parameter.value
+    name, spec, value = parameter.name, parameter.spec, parameter.value
     format = checkpoint.format_of(name)
     stored = checkpoint.stored_names(name)
     if parameter.kind == FACTORS:
         wanted = _scale_name(checkpoint, name)
         scale = np.empty_like(checkpoint.tensors.read(wanted))
-        scale[_columns(model, name)] = parameter.stored_scale().astype(np.float32)
+        scale[_columns(model, spec)] = parameter.stored_scale().astype(np.float32)
         return {wanted: scale}
-    if not is_linear(name):
+    if not spec.is_linear:
         (only,) = stored
         dtype = checkpoint.tensors.info(only).dtype
         array = value.reshape(checkpoint.tensors.info(only).shape)
         return {only: array.astype(np.float32 if dtype == "F32" else ml_dtypes.bfloat16)}
     weight = np.empty(value.shape, np.float32)
-    weight[:, _columns(model, name)] = value
+    weight[:, _columns(model, spec)] = value
     if format == "bf16":
         (only,) = stored
         return {only: weight.astype(ml_dtypes.bfloat16)}
@@ -166,8 +169,8 @@ def stored_tensors(
     return {s: by_suffix[s.rpartition(".")[2]] for s in stored}
 
 
-def _columns(model: Ernie, name: str) -> np.ndarray | slice:
+def _columns(model: Ernie, spec: TensorSpec) -> np.ndarray | slice:
     """Where the columns of the model's tensor lie in the stored one."""
-    if name.endswith("qkv_proj.weight"):
-        return model.blocks[int(name.split(".")[2])].attention.columns
+    if spec.projection == QKV:
+        return model.blocks[spec.layer].attention.columns
     return slice(None)

@@ -17,6 +17,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_io import TensorFolder
 from ..checkpoint.writer import Workplace
 from ..errors import CcqError
+from ..families.ernie45 import EMBEDDING
 from ..models.ernie import Ernie
 from ..texts.documents import Texts
 from ..version import __version__
@@ -54,11 +55,11 @@ def check_same_model(quantized: Checkpoint, source: Checkpoint) -> None:
         raise CcqError(f"{quantized.path}: not quantized; there is nothing to tune")
     if source.is_quantized:
         raise CcqError(f"--model {source.path}: quantized itself; give the float checkpoint")
-    ours, theirs = quantized.config.canonical_shapes(), source.config.canonical_shapes()
+    ours, theirs = quantized.config.tensors.shapes, source.config.tensors.shapes
     if ours != theirs:
         name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
         raise CcqError(f"--model {source.path}: another model; the two differ in {name}")
-    name = "ernie.embed_tokens.weight"
+    name = EMBEDDING
     if not np.array_equal(quantized.read(name), _as_stored(source.read(name), quantized, name)):
         raise CcqError(
             f"--model {source.path}: another model than {quantized.path} was made from: their"

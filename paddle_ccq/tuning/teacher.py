@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from ..calibration.walk import LayerWalk
+from ..families.ernie45 import FINAL_NORM
 from ..models.ernie import rms_norm
 from ..models.weights import WeightSource
 
@@ -29,7 +30,7 @@ def final_states(
             walk.enter()
             walk.leave()
         states, spans = walk.states, walk.spans
-        norm = paddle.to_tensor(source.read("ernie.norm.weight"))
+        norm = paddle.to_tensor(source.read(FINAL_NORM))
 
         def finish(index: int) -> None:
             first, last = spans[index]
