@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights per second of the compiled encoder -> docs/encoder.md.
+"""Weights per second of the compiled encoder -> docs/notes/encoder.md.
 
 python benchmarks/encoder_speed.py
 """
@@ -80,7 +80,7 @@ def main() -> None:
         f"weights, K = {K}, median of {ROUNDS}; the last column is {WEIGHTS_300B / 1e9:.0f} "
         "billion weights at the first column's rate. `python benchmarks/encoder_speed.py`."
     )
-    put_into_doc("docs/encoder.md", "encoder speed", text + note)
+    put_into_doc("docs/notes/encoder.md", "encoder speed", text + note)
 
 
 def _part(weight: np.ndarray, isa: str) -> np.ndarray:

@@ -104,7 +104,7 @@ size_t shared_of(int variant, int k, int experts) {
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The choice. Borders are measured (docs/kernels.md), on an H100; what does not fit a smaller GPU is passed over.
+// The choice. Borders are measured (docs/notes/kernels.md), on an H100; what does not fit a smaller GPU is passed over.
 
 // Up to four rows an expert. -1: another kernel.
 int few_variant(const Device& device, int rows, int k, int n, int experts) {
