@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from paddle_ccq import api
 from paddle_ccq.cli import COMMANDS
 from paddle_ccq.codec import formats, row_order, spare_scale, weight_only, wint2
 from paddle_ccq.codec.convolution import ConvolutionalCode
@@ -174,8 +176,19 @@ def test_relative_links_resolve(path: Path) -> None:
 
 def test_the_index_lists_every_page() -> None:
     index = ROOT / "docs" / "README.md"
-    listed = {file.resolve() for file, _ in links_of(index)}
-    assert [name_of(page) for page in PAGES if page != index and page not in listed] == []
+    listed = {file.resolve() for file, _ in links_of(index)} | {index}
+    assert [name_of(page) for page in PAGES if page.resolve() not in listed] == []
+
+
+def test_the_api_page_has_every_function_with_its_first_arguments() -> None:
+    text = (ROOT / "docs" / "reference" / "api.md").read_text("utf-8")
+    calls = dict(re.findall(r"^\| `[\w-]+` \| `(\w+)\(([^)]*)\)`", text, re.M))
+    assert sorted(calls) == sorted(api.__all__)
+    for name, arguments in calls.items():
+        parameters = list(inspect.signature(getattr(api, name)).parameters.values())
+        given = [a for a in arguments.split(", ") if not a.startswith("**")]
+        assert given == [p.name for p in parameters[: len(given)]], name
+        assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[: len(given)]), name
 
 
 def test_no_page_is_looked_for_where_none_is() -> None:
