@@ -20,6 +20,8 @@ from paddle_ccq.codec import formats, row_order, spare_scale, weight_only, wint2
 from paddle_ccq.codec.convolution import ConvolutionalCode
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "paddle_ccq"
+READMES = ("README.md", "README.zh.md")
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 DOCS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "serving/README.md", ROOT / "examples/README.md"]
 # What stands after `paddle-ccq` or `python -m paddle_ccq.` -> the module.
@@ -211,6 +213,33 @@ def test_benchmarks_write_tables_that_exist() -> None:
     assert len(pairs) > 8
     for page, table in pairs:
         assert f"<!-- table: {table} -->" in (ROOT / page).read_text("utf-8"), (page, table)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_are_to_be_edited_exist(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8")
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text)
+    own = [path for path in named if not re.search(r"[A-Z]{4,}", path.removesuffix("README.md"))]
+    assert len(own) > 8
+    missing = [p for p in own if not any((base / p).exists() for base in (ROOT, PACKAGE))]
+    assert missing == []
+
+
+def test_both_readmes_have_the_same_commands_links_and_tables() -> None:
+    def facts(path: Path) -> dict[str, list[str]]:
+        text = path.read_text("utf-8")
+        blocks = "".join(re.findall(r"^```.*?^```", text, re.S | re.M))
+        table = re.search(r"<!-- table: summary -->.*?<!-- end -->", text, re.S)[0]
+        return {
+            "commands": [re.sub(r"\s+#.*", "", line) for line in blocks.splitlines()],
+            "links": sorted(set(re.findall(r"\]\(([^)\s]+)\)", text)) - set(READMES)),
+            "cells": re.findall(r"(?<=\| )[0-9.]+%?(?= \|)", table),
+            "headings": [line[: line.index(" ")] for line in re.findall(r"^#+ .*", text, re.M)],
+        }
+
+    english, chinese = (facts(ROOT / name) for name in READMES)
+    assert len(english["links"]) > 10 and len(english["cells"]) > 30
+    assert english == chinese
 
 
 @pytest.mark.parametrize("path", DOCS, ids=name_of)
