@@ -8,17 +8,18 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .checkpoint.plan import Item, Plan, gigabytes
+from .checkpoint.plan import Item, Plan
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
 from .families.tensor import Role
+from .files import is_stream, partial_name, write_whole
+from .units import gigabytes
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
@@ -209,45 +210,19 @@ def check_can_write(path: str | os.PathLike[str], force: bool, flag: str = "--js
     try:
         if path.is_dir():
             raise CcqError(f"{flag} {path}: is a folder; name a file")
-        if _is_stream(path):
+        if is_stream(path):
             return
         if os.path.lexists(path) and not force:
             raise CcqError(f"{flag} {path}: already exists; name another file or add --force")
         if not path.parent.is_dir():
             raise CcqError(f"{flag} {path}: the folder {path.parent} does not exist")
-        _partial(path).touch()
-        _partial(path).unlink()
+        partial_name(path).touch()
+        partial_name(path).unlink()
     except OSError as error:
         raise CcqError(f"{flag} {path}: {describe_os_error(error)}") from None
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Let `write` make the file, under another name until it is whole; a pipe is just written."""
-    path = Path(path)
-    if _is_stream(path):
-        write(path)
-        return
-    partial = _partial(path)
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     """Write the file as a whole or not at all."""
     text = json.dumps(result, indent=2) + "\n"
     write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
-def _is_stream(path: Path) -> bool:
-    """A pipe or a device: nothing is overwritten there, and it must not be replaced by a file."""
-    return path.exists() and not path.is_file() and not path.is_dir()

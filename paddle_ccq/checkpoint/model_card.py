@@ -9,8 +9,9 @@ from typing import Any
 
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..families.tensor import OUT, PROJECTIONS, QKV, Role
+from ..units import gigabytes
 from ..version import __version__
-from .plan import Plan, gigabytes
+from .plan import Plan
 from .source_card import DEFAULT_PIPELINE, front_matter
 
 # Rows of the table of errors: what is counted together.

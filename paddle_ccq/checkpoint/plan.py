@@ -34,11 +34,6 @@ QUANTIZED_BYTES_PER_WEIGHT = 9
 KEPT_BYTES_PER_WEIGHT = 4
 
 
-def gigabytes(size: float) -> str:
-    """A size in GB (1e9 bytes), or MB where that says more."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
 @dataclass(frozen=True)
 class Item:
     """One tensor of the model and what it becomes; every rank gets the same shapes."""

@@ -12,10 +12,11 @@ from rich.table import Table
 from .. import reporting
 from ..allocation.session import comparison_table, measuring_facts
 from ..calibration.session import memory_facts
-from ..checkpoint.plan import Plan, build_plan, gigabytes
+from ..checkpoint.plan import Plan, build_plan
 from ..encoder.base import MatrixEncoder
 from ..encoder.ldlq_metric import InputMoments
 from ..errors import CoreMissingError
+from ..units import gigabytes
 from .job import Job
 from .options import QuantizeOptions
 from .run import QuantizeResult, check_devices, encoders_for

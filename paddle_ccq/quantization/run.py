@@ -23,7 +23,7 @@ from ..checkpoint.convert import Converter
 from ..checkpoint.fastdeploy import output_config, quantization_config
 from ..checkpoint.journal import make_fingerprint
 from ..checkpoint.model_card import Recipe, model_card
-from ..checkpoint.plan import Plan, gigabytes
+from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from ..codec.formats import CCQ_FORMATS
@@ -32,6 +32,7 @@ from ..encoder.base import MatrixEncoder
 from ..encoder.ldlq import Moments
 from ..errors import CcqError
 from ..ops import gpu_library
+from ..units import gigabytes
 from ..version import __version__
 from .options import QuantizeOptions
 
