@@ -13,11 +13,11 @@ from typing import Any
 
 from .. import reporting
 from ..arguments import Arguments
-from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from ..checkpoint.plan import gigabytes
 from ..command import run_command
 from ..errors import CcqError, visible
+from ..targets.fastdeploy.inspection import Inspection
 from .cards import Card, find_cards, host_memory
 from .contract import contract_problems, contract_warnings, plugin_reason
 from .memory import (
