@@ -63,7 +63,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """1, 2, 3, 7 -> "1-3,7"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
@@ -82,8 +82,8 @@ def collapsed(items: Iterable[Item]) -> list[tuple[str, list[Item]]]:
     result = []
     for (template, _, _), members in groups.items():
         tensors = [item.tensor for item in members]
-        layers = _ranges(t.layer for t in tensors if t.layer is not None)
-        experts = _ranges(t.expert for t in tensors if t.expert is not None)
+        layers = ranges(t.layer for t in tensors if t.layer is not None)
+        experts = ranges(t.expert for t in tensors if t.expert is not None)
         result.append((template.format(layer=layers, expert=experts), members))
     return result
 
@@ -116,7 +116,7 @@ def layers_table(plan: Plan) -> Table:
     for layer, format in plan.layer_formats.items():
         groups.setdefault((format, plan.reasons[layer]), []).append(layer)
     rows = [
-        [_ranges(layers), str(len(layers)), format, reason]
+        [ranges(layers), str(len(layers)), format, reason]
         for (format, reason), layers in sorted(groups.items(), key=lambda group: group[1])
     ]
     return table(["MoE layers", "count", "experts", "chosen by"], rows)
@@ -139,12 +139,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         facts.append(
             ("bits per weight, routed experts", f"{plan.bits_per_weight(Role.EXPERT):.3f}")
         )
-        last = plan.wint4_end_layer
-        four = f"up to layer {last}" if last >= 0 else "none"
-        if plan.needs_plugin:
-            four = f"{_ranges(plan.wint4_layers)} (FastDeploy needs our plugin)"
-        facts.append(("wint4 MoE layers", four))
-        facts.append(("row order inside 64-groups", plan.row_order))
+    facts += plan.target.facts(plan)
     if plan.tensor_parallel_size > 1:
         facts.append(("tensor parallelism", f"{plan.tensor_parallel_size} rank folders"))
     return facts

@@ -13,7 +13,6 @@ from synthetic import tiny_config
 from synthetic import write_checkpoint as write_without_sentencepiece
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import check as check_module
 from paddle_ccq.fastdeploy.cards import parse_cards
@@ -23,6 +22,7 @@ from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
 from paddle_ccq.host import available_memory
 from paddle_ccq.quantize import quantize
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tiny_config(

@@ -13,11 +13,11 @@ from typing import Any
 
 from .. import reporting
 from ..arguments import Arguments
-from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from ..command import run_command
 from ..errors import CcqError, visible
 from ..host import available_memory
+from ..targets.fastdeploy.inspection import Inspection
 from ..units import gigabytes
 from .cards import Card, find_cards
 from .contract import contract_problems, contract_warnings, plugin_reason
