@@ -26,7 +26,6 @@ from common import markdown, put_into_doc, save_result, with_error
 from paddle_ccq.allocation.costs import PROJECTIONS, Sensitivities, load_sensitivities
 from paddle_ccq.allocation.resolve import Allocation, allocate_layers
 from paddle_ccq.allocation.target import parse_target
-from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.codec import formats
 from paddle_ccq.evaluation.metrics import paired_difference
@@ -37,6 +36,7 @@ from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
 from paddle_ccq.sensitivity import sensitivity
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 from paddle_ccq.texts.documents import read_documents
 
 TARGET = "2.3bpw"

@@ -2,13 +2,14 @@
 """Speed of the WINT2 grouped GEMM on one GPU, next to its peers, in one run.
 
     python benchmarks/gpu/ccqlib.py /tmp/libccq.so
-    python benchmarks/moe_gemm.py --library /tmp/libccq.so [--peers triton,cublas] [--marlin SO]
+    python benchmarks/moe_gemm.py --library /tmp/libccq.so [--peers humming,cublas] [--marlin SO]
 
 Method: a CUDA graph of calls, each with another random top-8 routing (so that weights come from
 memory and not from L2), replayed; the median replay over the number of calls. The roof counts the
-bytes of the experts hit at 2.0625 bits a weight, activations read and outputs written, over
-3.0 TB/s (what a device-to-device copy reaches on an H100, measured here too). Peers: vLLM's Marlin
-(benchmarks/gpu/marlin.py), plain Triton kernels (triton_kernels.py), a dense product by cuBLAS.
+bytes of the experts hit at 2.0625 bits a weight, activations read and outputs written, over the
+rate at which this GPU reads, measured first. Peers: Humming (humming_peer.py, pip install
+humming-kernels), vLLM's Marlin (benchmarks/gpu/marlin.py), plain Triton kernels
+(triton_kernels.py), a dense product by cuBLAS.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import report
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LINEAR_ROWS = (1, 4, 16)
+PEERS = ("humming", "triton", "cublas")
 
 
 def linear(torch: Any, library: ccqlib.Library, shape: measure.Shape, pairs: str,
-           replays: int) -> list[dict]:  # fmt: skip
+           replays: int, bandwidth: float) -> list[dict]:  # fmt: skip
     """One matrix, copies of it in turn so that it comes from memory; beside it cuBLAS in bfloat16
     and the products with 2.5 and 2.75 bits as stored.
     """
@@ -56,7 +58,7 @@ def linear(torch: Any, library: ccqlib.Library, shape: measure.Shape, pairs: str
             calls[format] = [partial(one, q, supers, out) for q in quant]
         for who, each in calls.items():
             seconds = measure.time_calls(torch, each, replays)
-            found.append(measure.figures(who, m, m, shape, 1, seconds))
+            found.append(measure.figures(who, m, m, shape, 1, seconds, bandwidth))
     return found
 
 
@@ -79,8 +81,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", required=True, help="what benchmarks/gpu/ccqlib.py built")
     parser.add_argument("--marlin", metavar="SO", help="vLLM's _moe_C library: adds Marlin")
-    parser.add_argument("--peers", default="", help="comma list of triton, cublas")
+    parser.add_argument("--peers", default="", help=f"comma list of {', '.join(PEERS)}")
     parser.add_argument("--only", default="", help="substring of the shape's name")
+    parser.add_argument("--held-out", action="store_true", help="adds shapes not tuned for")
     parser.add_argument("--tokens", default="", help="comma list; default 1..256")
     parser.add_argument("--pairs", default="integer", help="comma list of integer,general")
     parser.add_argument("--variants", default="-1", help="comma list (tuning builds)")
@@ -91,9 +94,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="OUT", help="writes every figure")
     parser.add_argument("--plot", metavar="SVG", help="draws them (needs matplotlib)")
     args = parser.parse_args(argv)
-    unknown = set(args.peers.split(",")) - {"", "triton", "cublas"}
+    unknown = set(args.peers.split(",")) - {"", "humming", "triton", "cublas"}
     if unknown:
-        parser.error(f"--peers: unknown {', '.join(sorted(unknown))}; known: triton, cublas")
+        parser.error(
+            f"--peers: unknown {', '.join(sorted(unknown))}; known: humming, triton, cublas"
+        )
     if args.plot and not report.can_plot():
         parser.error("--plot needs matplotlib (pip install matplotlib)")
     return args
@@ -115,14 +120,17 @@ def main(argv: list[str] | None = None) -> None:
         "block": [],
     }
     print(report.heading(result), flush=True)
+    bandwidth = result["rates"]["read"] * 1e12
+    every = measure.SHAPES + (measure.HELD_OUT if args.held_out else ())
 
     def note(row: dict, pairs: str, variant: int = -1) -> None:
         result["gemm"].append({**row, "pairs": pairs, "variant": variant})
         print(report.line(result["gemm"][-1]), flush=True)
 
     for pairs in args.pairs.split(","):
-        runners = peers.chosen(torch, library, args.peers.split(","), args.marlin, pairs)
-        shapes = [s for s in measure.SHAPES if args.only in s.name and not args.no_gemm]
+        shapes = [s for s in every if args.only in s.name and not args.no_gemm]
+        cases = [(s, t * min(measure.TOP_K, s.experts)) for s in shapes for t in tokens]
+        runners = peers.chosen(torch, library, args.peers.split(","), args.marlin, pairs, cases)
         for shape in shapes:
             for peer in runners:
                 weights = peer.weights(shape)
@@ -131,16 +139,16 @@ def main(argv: list[str] | None = None) -> None:
                     if peer.who == "ccq" and variants != [-1]:
                         library.force_variant(variant)
                     for t in tokens:
-                        row = peers.best(torch, peer, shape, t, weights, args.replays)
+                        row = peers.best(torch, peer, shape, t, weights, args.replays, bandwidth)
                         if row:
                             note(row, pairs, variant)
                 del weights
         for shape in measure.LINEAR:
             if not args.no_linear and args.only in shape.name:
-                for row in linear(torch, library, shape, pairs, args.replays):
+                for row in linear(torch, library, shape, pairs, args.replays, bandwidth):
                     note(row, pairs)
     if args.block:
-        for row in block.measured(torch, library, args.only, args.replays):
+        for row in block.measured(torch, library, bandwidth, args.only, args.replays):
             result["block"].append(row)
             print(report.block_line(row), flush=True)
     print(report.text(result))

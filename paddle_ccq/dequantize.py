@@ -42,6 +42,7 @@ from .command import no_message, output_path, run_command, to_stderr
 from .errors import CcqError
 from .families.ernie45 import ERNIE45
 from .families.tensor import EXACT_ROLES
+from .units import gigabytes
 
 NAMINGS = tuple(naming.name for naming in ERNIE45.namings)
 
@@ -152,9 +153,7 @@ def _start_folder(target: Path, size: int) -> Path:
     free = shutil.disk_usage(partial).free
     if free < size:
         partial.rmdir()
-        raise CcqError(
-            f"{target}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
-        )
+        raise CcqError(f"{target}: needs {gigabytes(size)}, the disk has {gigabytes(free)} free")
     return partial
 
 

@@ -20,6 +20,7 @@ from .errors import CcqError, readable
 from .host import available_memory, require_paddle, thread_count
 from .models.weights import EXACT, READINGS, weight_source
 from .texts.documents import read_documents
+from .units import gibibytes
 from .version import __version__
 
 MODEL, REFERENCE = "model", "reference"
@@ -159,8 +160,8 @@ def _check_memory(checkpoints: dict[str, Checkpoint]) -> None:
     available = available_memory()
     if available is not None and needed > available:
         raise CcqError(
-            f"{checkpoints[MODEL].path}: the weights take {needed / 2**30:.1f} GiB as float32, but"
-            f" {available / 2**30:.1f} GiB of memory are free; use a larger machine"
+            f"{checkpoints[MODEL].path}: the weights take {gibibytes(needed)} as float32, but"
+            f" {gibibytes(available)} of memory are free; use a larger machine"
         )
 
 

@@ -27,16 +27,21 @@ def thread_count(threads: int | None) -> int:
     return threads or default_threads()
 
 
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
+def proc_bytes(path: str | os.PathLike[str], key: str) -> int | None:
+    """The bytes that a line "KEY: N kB" of a file of /proc states; None where there is none."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with open(path, encoding="ascii", errors="replace") as file:
             for line in file:
-                if line.startswith("MemAvailable:"):
+                if line.startswith(f"{key}:"):
                     return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def available_memory(path: str | os.PathLike[str] = "/proc/meminfo") -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    return proc_bytes(path, "MemAvailable")
 
 
 def use_fast_products(cpuinfo: str = "/proc/cpuinfo") -> None:

@@ -9,7 +9,6 @@ from dataclasses import fields
 
 from .arguments import Arguments
 from .calibration.settings import TOKEN_WEIGHTS
-from .checkpoint.plan import ROW_ORDERS
 from .codec.formats import EXPERT_FORMATS
 from .command import run_command
 from .encoder.base import ENCODERS, PRESETS
@@ -17,6 +16,7 @@ from .quantization.options import QuantizeOptions
 from .quantization.report import print_summary
 from .quantization.run import QuantizeResult
 from .quantization.stages import quantize
+from .targets.fastdeploy.layout import ROW_ORDERS
 
 __all__ = ["QuantizeOptions", "QuantizeResult", "build_parser", "main", "quantize"]
 

@@ -8,17 +8,18 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .checkpoint.plan import Item, Plan, gigabytes
+from .checkpoint.plan import Item, Plan
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
 from .families.tensor import Role
+from .files import is_stream, partial_name, write_whole
+from .units import gigabytes
 
 # A table that is piped into a file or a pager is not cut at 80 columns.
 PIPED_WIDTH = 120
@@ -62,7 +63,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """1, 2, 3, 7 -> "1-3,7"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
@@ -81,8 +82,8 @@ def collapsed(items: Iterable[Item]) -> list[tuple[str, list[Item]]]:
     result = []
     for (template, _, _), members in groups.items():
         tensors = [item.tensor for item in members]
-        layers = _ranges(t.layer for t in tensors if t.layer is not None)
-        experts = _ranges(t.expert for t in tensors if t.expert is not None)
+        layers = ranges(t.layer for t in tensors if t.layer is not None)
+        experts = ranges(t.expert for t in tensors if t.expert is not None)
         result.append((template.format(layer=layers, expert=experts), members))
     return result
 
@@ -115,7 +116,7 @@ def layers_table(plan: Plan) -> Table:
     for layer, format in plan.layer_formats.items():
         groups.setdefault((format, plan.reasons[layer]), []).append(layer)
     rows = [
-        [_ranges(layers), str(len(layers)), format, reason]
+        [ranges(layers), str(len(layers)), format, reason]
         for (format, reason), layers in sorted(groups.items(), key=lambda group: group[1])
     ]
     return table(["MoE layers", "count", "experts", "chosen by"], rows)
@@ -138,12 +139,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         facts.append(
             ("bits per weight, routed experts", f"{plan.bits_per_weight(Role.EXPERT):.3f}")
         )
-        last = plan.wint4_end_layer
-        four = f"up to layer {last}" if last >= 0 else "none"
-        if plan.needs_plugin:
-            four = f"{_ranges(plan.wint4_layers)} (FastDeploy needs our plugin)"
-        facts.append(("wint4 MoE layers", four))
-        facts.append(("row order inside 64-groups", plan.row_order))
+    facts += plan.target.facts(plan)
     if plan.tensor_parallel_size > 1:
         facts.append(("tensor parallelism", f"{plan.tensor_parallel_size} rank folders"))
     return facts
@@ -209,45 +205,19 @@ def check_can_write(path: str | os.PathLike[str], force: bool, flag: str = "--js
     try:
         if path.is_dir():
             raise CcqError(f"{flag} {path}: is a folder; name a file")
-        if _is_stream(path):
+        if is_stream(path):
             return
         if os.path.lexists(path) and not force:
             raise CcqError(f"{flag} {path}: already exists; name another file or add --force")
         if not path.parent.is_dir():
             raise CcqError(f"{flag} {path}: the folder {path.parent} does not exist")
-        _partial(path).touch()
-        _partial(path).unlink()
+        partial_name(path).touch()
+        partial_name(path).unlink()
     except OSError as error:
         raise CcqError(f"{flag} {path}: {describe_os_error(error)}") from None
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Let `write` make the file, under another name until it is whole; a pipe is just written."""
-    path = Path(path)
-    if _is_stream(path):
-        write(path)
-        return
-    partial = _partial(path)
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     """Write the file as a whole or not at all."""
     text = json.dumps(result, indent=2) + "\n"
     write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
-def _is_stream(path: Path) -> bool:
-    """A pipe or a device: nothing is overwritten there, and it must not be replaced by a file."""
-    return path.exists() and not path.is_file() and not path.is_dir()

@@ -16,6 +16,7 @@ from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
 from .command import no_message, output_path, run_command, to_stderr
 from .errors import CcqError
+from .files import write_whole
 from .host import require_paddle, thread_count
 
 DEFAULT_TOKENS = "128k"
@@ -73,7 +74,7 @@ def sample(
     if not texts:
         raise CcqError(f"{checkpoint.path}: the model wrote nothing; give it more --tokens")
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-    reporting.write_whole(path, lambda to: to.write_text("".join(lines), encoding="utf-8"))
+    write_whole(path, lambda to: to.write_text("".join(lines), encoding="utf-8"))
     return len(texts)
 
 

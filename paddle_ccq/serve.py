@@ -20,6 +20,7 @@ from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
 from .command import run_command
 from .errors import CcqError, describe_os_error, visible
+from .units import gibibytes
 
 if TYPE_CHECKING:
     from .ops.gpu_memory import Device
@@ -202,17 +203,17 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _print_ready(service: Service, args: argparse.Namespace) -> None:
-    from .serving.resources import readable, resident_bytes
+    from .serving.resources import resident_bytes
 
     engine, settings = service.engine, service.settings
     model = engine.model
     floats = 4 * sum(_size(service, name) for name in service.checkpoint.names())
-    on_gpu = f" and {readable(model.gpu_bytes)} on the GPU" if model.gpu_bytes else ""
+    on_gpu = f" and {gibibytes(model.gpu_bytes)} on the GPU" if model.gpu_bytes else ""
     print(
-        f"{settings.name}: experts {readable(model.expert_bytes)}{on_gpu}, other weights"
-        f" {readable(model.dense_bytes)} (all as float32: {readable(floats)}); KV cache"
-        f" {readable(engine.cache.nbytes)} for {engine.cache.tokens} tokens, touched as it is"
-        f" used; resident {readable(resident_bytes())}"
+        f"{settings.name}: experts {gibibytes(model.expert_bytes)}{on_gpu}, other weights"
+        f" {gibibytes(model.dense_bytes)} (all as float32: {gibibytes(floats)}); KV cache"
+        f" {gibibytes(engine.cache.nbytes)} for {engine.cache.tokens} tokens, touched as it is"
+        f" used; resident {gibibytes(resident_bytes())}"
     )
     print(f"serving {settings.name} at {http_address(args.host, args.port)}/v1", flush=True)
 

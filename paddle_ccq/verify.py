@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from . import reporting
 from .arguments import Arguments
-from .checkpoint.inspection import Inspection, other_order
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from .checkpoint.plan import Item
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
@@ -29,6 +28,7 @@ from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
 from .errors import CcqError, visible
 from .families.tensor import Role
+from .targets.fastdeploy.inspection import Inspection, other_order
 
 # Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
 # what all zeros would give); of quantized matrices the format knows it.

@@ -23,10 +23,11 @@ from paddle_ccq.allocation.knapsack import (
 from paddle_ccq.allocation.resolve import allocate_layers
 from paddle_ccq.allocation.target import parse_target
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan, rule_forced_layers
+from paddle_ccq.checkpoint.plan import rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import main
+from paddle_ccq.targets.fastdeploy.layout import build_plan, needs_plugin
 
 CONFIG = tiny_config(num_hidden_layers=6, moe_num_experts=2, moe_k=1)
 LARGE = Path(__file__).parent.parent / "examples" / "configs" / "ernie-4.5-300b-a47b"
@@ -119,7 +120,7 @@ def test_the_layers_that_matter_most_get_the_bits():
     assert [row.loss for row in found.rows] == pytest.approx([15, 12.3, 6.9])
     assert four(resolve("2.837bpw")) == [3]
     assert four(resolve("2.8375bpw", plugin=False)) == [1, 2]
-    assert not resolve("2.8375bpw", plugin=False).rows[-1].plan.needs_plugin
+    assert not needs_plugin(resolve("2.8375bpw", plugin=False).rows[-1].plan)
     assert four(resolve("9bpw")) == [1, 2, 3, 4, 5]
 
 
@@ -154,7 +155,7 @@ def test_the_300b_within_a_size():
     found = resolve("100GB", config=config, by_layer=by_layer)
     plan = found.rows[-1].plan
     assert 98e9 < plan.output_bytes <= 100e9
-    assert plan.needs_plugin and all(layer % 7 > 4 for layer in plan.wint4_layers)
+    assert needs_plugin(plan) and all(layer % 7 > 4 for layer in plan.wint4_layers)
 
 
 # --- files and flags ----------------------------------------------------------------------------

@@ -90,7 +90,6 @@ def test_defaults():
     assert model.moe_layer_end_index == 2
     assert model.moe_norm_min == 1e-12
     assert model.dtype == "bfloat16"
-    assert not model.use_bias
 
 
 def test_null_counts_as_absent():

@@ -185,7 +185,7 @@ def test_full_disk_is_seen_before_writing(tmp_path, monkeypatch, capsys):
     usage = type(shutil.disk_usage(tmp_path))(total=10, used=10, free=0)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
-    assert "the disk has 0.0 GB free" in capsys.readouterr().err
+    assert "the disk has 0.00 MB free" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 

@@ -13,15 +13,16 @@ from synthetic import tiny_config
 from synthetic import write_checkpoint as write_without_sentencepiece
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import check as check_module
-from paddle_ccq.fastdeploy.cards import host_memory, parse_cards
+from paddle_ccq.fastdeploy.cards import parse_cards
 from paddle_ccq.fastdeploy.check import CheckResult, Wish, check, judge_machine, main
 from paddle_ccq.fastdeploy.memory import GIB, card_memory, weight_bytes
 from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
+from paddle_ccq.host import available_memory
 from paddle_ccq.quantize import quantize
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tiny_config(
@@ -357,7 +358,7 @@ def test_what_nvidia_smi_says() -> None:
 
 def test_this_machine(monkeypatch, tmp_path) -> None:
     cards = parse_cards("NVIDIA H20, 143771, 9.0\nTesla T4, 15360, 7.5\n")
-    monkeypatch.setattr(check_module, "host_memory", lambda: 5)
+    monkeypatch.setattr(check_module, "available_memory", lambda: 5)
     result = CheckResult("x", host_bytes=10)
     judge_machine(result, [], 4)
     assert not result.problems and not result.warnings
@@ -368,8 +369,8 @@ def test_this_machine(monkeypatch, tmp_path) -> None:
     ]
     assert len(result.warnings) == 1
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4 kB\n")
-    assert host_memory(tmp_path / "meminfo") == 4096
-    assert host_memory(tmp_path / "none") is None
+    assert available_memory(tmp_path / "meminfo") == 4096
+    assert available_memory(tmp_path / "none") is None
 
 
 def test_cards_instead_of_a_number(made, monkeypatch, capsys) -> None:

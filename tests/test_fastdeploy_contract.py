@@ -12,13 +12,14 @@ from safetensors import safe_open
 from synthetic import tiny_config, write_checkpoint
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.fastdeploy import (
+from paddle_ccq.codec import formats, row_order
+from paddle_ccq.quantize import quantize
+from paddle_ccq.targets.fastdeploy.config import (
     config_problems,
     output_config,
     quantization_config,
 )
-from paddle_ccq.codec import formats, row_order
-from paddle_ccq.quantize import quantize
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 H, INNER, E, VOCAB = 128, 128, 4, 320
 NQ, NKV, D, DENSE_I, SHARED_I = 4, 2, 32, 256, 128
@@ -141,7 +142,7 @@ def test_defaults_that_fastdeploy_would_take_otherwise_are_spelled_out():
         del raw[key]
     raw |= {"moe_layer_start_index": None, "rope_parameters": {"rope_theta": 10_000.0}}
     config = ErnieConfig.from_json(raw)
-    written = output_config(config, quantization_config(config, "wint2", -1), {})
+    written = output_config(build_plan(config), {})
     assert written["rope_theta"] == 10_000.0
     assert written["head_dim"] == 32
     assert written["tie_word_embeddings"] is True
@@ -152,7 +153,7 @@ def test_defaults_that_fastdeploy_would_take_otherwise_are_spelled_out():
 def test_the_published_300b_recipe(tmp_path):
     raw = tiny_config(num_hidden_layers=54, moe_layer_start_index=3)
     config = ErnieConfig.from_json(raw)
-    quantization = quantization_config(config, "wint2", 6)["moe_quant_config"]
+    quantization = quantization_config(build_plan(config))["moe_quant_config"]
     assert quantization["moe_w4_quant_config"]["quant_end_layer"] == 6
     assert quantization["moe_w2_quant_config"]["quant_start_layer"] == 7
     assert quantization["moe_w2_quant_config"]["quant_end_layer"] == 53
@@ -221,7 +222,7 @@ def test_higher_rates_are_named_so_that_fastdeploy_refuses_them(source, tmp_path
 )
 def test_config_problems(change, text):
     config = ErnieConfig.from_json(tiny_config())
-    good = output_config(config, quantization_config(config, "wint2", -1), {})
+    good = output_config(build_plan(config), {})
     assert config_problems(good) == []
     assert config_problems({**good, "transformers_version": "4.56.0"}) == []
     assert any(text in problem for problem in config_problems({**good, **change}))

@@ -17,11 +17,11 @@ paddle = pytest.importorskip("paddle")
 
 import fastdeploy_standin as standin  # noqa: E402
 
-from paddle_ccq.checkpoint.fastdeploy import wint4_layers_of  # noqa: E402
 from paddle_ccq.codec.row_order import permute_rows  # noqa: E402
 from paddle_ccq.encoder.factory import make_encoder  # noqa: E402
 from paddle_ccq.errors import CcqError  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
+from paddle_ccq.targets.fastdeploy.config import wint4_layers_of  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 HIDDEN, WIDTH, EXPERTS = 128, 256, 4

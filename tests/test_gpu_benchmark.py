@@ -23,7 +23,7 @@ def rows() -> list[dict]:
         ("ccq", 16, 55, 300e-6, -1),
     ]  # fmt: skip
     return [
-        measure.figures(who, tokens, 8 * tokens, SHAPE, hit, seconds)
+        measure.figures(who, tokens, 8 * tokens, SHAPE, hit, seconds, 4.5e12)
         | {"pairs": "integer", "variant": variant}
         for who, tokens, hit, seconds, variant in made
     ]
@@ -32,7 +32,7 @@ def rows() -> list[dict]:
 def test_the_roof_is_the_bytes_of_the_experts_hit_over_the_bandwidth() -> None:
     ours, _, marlin, _ = rows()
     weights, activations = 8 * 7168 * 8192 * 2.0625 / 8, 8 * (7168 + 8192) * 2
-    assert ours["roof_us"] == pytest.approx((weights + activations) / 3.0e12 * 1e6)
+    assert ours["roof_us"] == pytest.approx((weights + activations) / 4.5e12 * 1e6)
     assert ours["percent"] == pytest.approx(100 * ours["roof_us"] / 60)
     # A peer's bandwidth counts its own bytes, its share of the roof ours.
     assert marlin["GBps"] == pytest.approx((2 * weights + activations) / 100e-6 / 1e9)

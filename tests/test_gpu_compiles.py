@@ -42,3 +42,18 @@ def test_calibrated_search_compiles_without_warnings_and_local_memory(
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     if "release 13.0" in version.stdout:
         assert set(frames) == {("0", "0")}
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("tile", ["4, 48, 5", "2, 128, 4", "2, 144, 4"])
+def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str) -> None:
+    """A path too many, or a branch among them, and the compiler waits after each, and says so."""
+    source = tmp_path / "wide.cu"
+    source.write_text(
+        '#include "moe_gemm.h"\n#include "moe_wide.cuh"\nnamespace ccq {\n'
+        f"template __global__ void wide_kernel<WideConfig<Pairs::kInteger, true, {tile}>>(\n"
+        "    const GemmParams, const __grid_constant__ CUtensorMap);\n}\n"
+    )
+    flags = ("-O3", f"-I{SOURCES}", "-Xptxas", "-v")
+    said = compiled(tmp_path, str(source), "90a", *flags)
+    assert "wide_kernel" in said and "serialized" not in said

@@ -16,8 +16,8 @@ import ldlq_gpu
 import ldlq_work
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
 FOLDERS = ("ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b")

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import reference_ernie
@@ -13,7 +11,6 @@ from synthetic import random_weights, tiny_config
 paddle = pytest.importorskip("paddle")
 
 from paddle_ccq.checkpoint.config import ErnieConfig  # noqa: E402
-from paddle_ccq.errors import CcqError  # noqa: E402
 from paddle_ccq.models.ernie import QUERY_BLOCK, Cache, Ernie  # noqa: E402
 from paddle_ccq.models.generation import generate, left_padded  # noqa: E402
 from paddle_ccq.models.weights import OverriddenWeights  # noqa: E402
@@ -167,8 +164,3 @@ def test_overridden_weights_replace_by_name():
     np.testing.assert_array_equal(result, all_logits(direct, tokens))
     np.testing.assert_array_equal(result, all_logits(lazy, tokens))
     assert np.abs(result - all_logits(model, tokens)).max() > 1e-3
-
-
-def test_biases_are_refused():
-    with pytest.raises(CcqError, match="use_bias"):
-        Ernie(SimpleNamespace(config=SimpleNamespace(use_bias=True)))

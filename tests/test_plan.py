@@ -9,10 +9,16 @@ import pytest
 from synthetic import tiny_config
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import Layout, build_plan, rule_forced_layers
+from paddle_ccq.checkpoint.plan import Layout, rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule, load_rules
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.tensor import Role
+from paddle_ccq.targets.fastdeploy.layout import (
+    build_plan,
+    needs_plugin,
+    not_converted,
+    wint4_end_layer,
+)
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -42,7 +48,7 @@ def test_300b_comes_to_the_published_size(large):
     assert counts["f32"] == 51 * 2
     assert counts["bf16"] == 54 * 2 + 3
     assert sum(len(item.specs) for item in plan.items) == 47 * 640 + 4 * 256 + 114 * 2 + 102 + 111
-    assert plan.wint4_end_layer == 6
+    assert wint4_end_layer(plan) == 6
     assert plan.peak_memory() < 16e9
 
 
@@ -54,7 +60,7 @@ def test_memory_does_not_grow_with_depth(large):
 def test_small_models_get_no_wint4_prefix():
     config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-21b-a3b")
     plan = build_plan(config)
-    assert plan.wint4_end_layer == -1
+    assert wint4_end_layer(plan) == -1
     assert {item.format for item in plan.items if item.tensor.is_expert} == {"wint2"}
     assert 6.5e9 < plan.output_bytes < 7.5e9
 
@@ -132,9 +138,9 @@ def test_any_list_of_layers_only_where_it_is_allowed():
         build_plan(tiny(), rules=rules)
     plan = build_plan(tiny(), rules=rules, plugin_layout=True)
     assert plan.layer_formats == {1: "wint2", 2: "wint4"}
-    assert plan.wint4_layers == [2] and plan.needs_plugin
+    assert plan.wint4_layers == [2] and needs_plugin(plan)
     # FastDeploy without the plugin must not take this for a checkpoint without wint4 ...
-    assert plan.wint4_end_layer == -1
+    assert wint4_end_layer(plan) == -1
     assert any("plugin" in message for message in plan.messages)
     assert plan.reasons == {1: "--format", 2: "rule *.layers.2.mlp.experts.*"}
 
@@ -142,7 +148,7 @@ def test_any_list_of_layers_only_where_it_is_allowed():
 def test_rules_come_before_an_allocation():
     layout = Layout({1: "wint4", 2: "wint2"}, "allocation")
     plan = build_plan(tiny(), layout=layout)
-    assert plan.wint4_end_layer == 1 and not plan.needs_plugin
+    assert wint4_end_layer(plan) == 1 and not needs_plugin(plan)
     assert plan.reasons == {1: "allocation", 2: "allocation"}
     rules = [Rule("*.layers.1.mlp.experts.*", "wint2"), Rule("*.o_proj", "bf16")]
     plan = build_plan(tiny(), layout=layout, rules=rules)
@@ -164,7 +170,7 @@ def formats_of(plan, part: str) -> set[str]:
 def test_first_matching_rule_wins():
     rules = [Rule("*.0.self_attn.o_proj", "bf16"), Rule("*.self_attn.*", "wint8")]
     plan = build_plan(tiny(), rules=rules)
-    assert plan.not_converted() == ["ernie.layers.0.self_attn.o_proj"]
+    assert not_converted(plan) == ["ernie.layers.0.self_attn.o_proj"]
     assert any("2.5" in message for message in plan.messages)
     stored = {name: dtype for item in plan.items for name, dtype, _ in item.specs}
     assert stored["ernie.layers.0.self_attn.o_proj.quant_weight"] == "BF16"
@@ -172,14 +178,14 @@ def test_first_matching_rule_wins():
 
 def test_rules_may_make_a_wint4_prefix():
     plan = build_plan(tiny(), rules=[Rule("*.layers.1.mlp.experts.*", "wint4")])
-    assert plan.wint4_end_layer == 1
+    assert wint4_end_layer(plan) == 1
     assert formats_of(plan, "layers.1.mlp.experts") == {"wint4"}
     assert formats_of(plan, "layers.2.mlp.experts") == {"wint2"}
 
 
 def test_rules_may_remove_the_wint4_prefix(large):
     plan = build_plan(large, rules=[Rule("*.mlp.experts.*", "wint2")])
-    assert plan.wint4_end_layer < 3
+    assert wint4_end_layer(plan) < 3
     assert formats_of(plan, ".mlp.experts.") == {"wint2"}
 
 

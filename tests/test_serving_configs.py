@@ -23,7 +23,6 @@ import yaml
 from synthetic import tiny_config, write_checkpoint
 
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import launch
 from paddle_ccq.fastdeploy.memory import GIB, card_memory
@@ -31,6 +30,7 @@ from paddle_ccq.fastdeploy.releases import RELEASES, release_of
 from paddle_ccq.fastdeploy.server_flags import PORTS, arguments, unknown_settings
 from paddle_ccq.fastdeploy.settings import load_settings, wish_of, with_overrides, with_ports
 from paddle_ccq.quantize import quantize
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "serving"

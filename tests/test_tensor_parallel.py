@@ -161,7 +161,7 @@ def test_sizes_that_do_not_fit_are_refused_before_work(folders, tmp_path, capsys
 
 def test_expert_width_decides(tmp_path):
     config = ErnieConfig.from_json(tiny_config(moe_intermediate_size=384))
-    from paddle_ccq.checkpoint.plan import build_plan
+    from paddle_ccq.targets.fastdeploy.layout import build_plan
 
     with pytest.raises(CcqError, match=r"down_proj.weight: wint2 needs K .* got 192"):
         build_plan(config, tensor_parallel_size=2)

@@ -55,6 +55,7 @@ def made(tmp_path_factory) -> dict[int, Path]:
     write_checkpoint(root / "m", CONFIG)
     (root / "m" / "LICENSE").write_text("terms")
     (root / "m" / "merges.txt").write_text("a b")
+    (root / "m" / "tokenizer.model").write_bytes(b"spm")
     for ranks in (1, 2):
         quantize(
             root / "m", root / f"tp{ranks}", tensor_parallel_size=ranks, preset="fast", quiet=True

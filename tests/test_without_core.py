@@ -26,6 +26,7 @@ def tree(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tree")
     shutil.copytree(PACKAGE, root / "paddle_ccq", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
     write_checkpoint(root / "model", CONFIG)
+    (root / "model" / "tokenizer.model").write_bytes(b"spm")
     quantize(root / "model", root / "quantized", preset="fast", quiet=True)
     return root
 

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from paddle_ccq.checkpoint.model_card import Recipe
-from paddle_ccq.checkpoint.plan import build_plan
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.checkpoint.writer import Workplace
 from paddle_ccq.encoder.base import DEVICES, PRESETS
@@ -25,6 +23,8 @@ from paddle_ccq.encoder.ldlq import Moments
 from paddle_ccq.encoder.ldlq_metric import InputMoments
 from paddle_ccq.quantization.options import QuantizeOptions
 from paddle_ccq.quantization.run import QuantizeRun, encoders_for
+from paddle_ccq.targets.fastdeploy.card import Recipe
+from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 TOKENS = 512
 # One matrix in so many has no statistics.

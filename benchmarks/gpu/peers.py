@@ -49,8 +49,10 @@ class Ccq:
     ) -> list:
         x, out = buffers(self.torch, routes, shape)
         workspace = self.library.workspace(len(x), shape.k, shape.n, shape.experts)
-        gemm = self.library.gemm
-        return [[lambda r=r: gemm(x, r.offsets, weights, out, workspace) for r in routes]]
+        gemm, order = self.library.gemm, ccqlib.FASTDEPLOY  # that of checkpoints
+        return [
+            [lambda r=r: gemm(x, r.offsets, weights, out, workspace, order=order) for r in routes]
+        ]
 
     def check(self) -> float:
         return 0.0
@@ -137,8 +139,10 @@ def buffers(torch: Any, routes: list[Routing], shape: Shape) -> tuple[Any, Any]:
 
 
 def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | None,
-           pairs: str) -> list[Peer]:  # fmt: skip
+           pairs: str, cases: list[tuple[Shape, int]]) -> list[Peer]:  # fmt: skip
     """The project's kernel first, then the peers asked for, each checked.
+
+    cases: (shape, rows) to come, for peers that compile themselves.
 
     Raises:
         SystemExit: naming the peer whose result is wrong.
@@ -150,6 +154,12 @@ def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | 
         found.append(Marlin(torch, marlin))
     if "triton" in names:
         found += [Triton(torch, who) for who in ("triton-wint2", "triton-w4", "triton-w8")]
+    if "humming" in names:
+        from humming_peer import FORMATS, Humming
+
+        for who in FORMATS:
+            found.append(Humming(torch, who))
+            found[-1].compile(cases)
     if "cublas" in names:
         found.append(Cublas(torch))
     for peer in found:
@@ -159,8 +169,8 @@ def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | 
     return found
 
 
-def best(torch: Any, peer: Peer, shape: Shape, tokens: int, weights: Any,
-         replays: int) -> dict | None:  # fmt: skip
+def best(torch: Any, peer: Peer, shape: Shape, tokens: int, weights: Any, replays: int,
+         bandwidth: float) -> dict | None:  # fmt: skip
     """The figures of one contestant on one case."""
     routes = measure.routings(torch, shape, tokens)
     lists = peer.variants(shape, tokens, routes, weights)
@@ -169,4 +179,4 @@ def best(torch: Any, peer: Peer, shape: Shape, tokens: int, weights: Any,
     seconds = min(measure.time_calls(torch, calls, replays) for calls in lists)
     rows = routes[0].ids.numel()
     hit = sum(r.hit for r in routes) / len(routes)
-    return measure.figures(peer.who, tokens, rows, shape, hit, seconds)
+    return measure.figures(peer.who, tokens, rows, shape, hit, seconds, bandwidth)

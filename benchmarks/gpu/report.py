@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 LABELS = {
-    "ccq": "WINT2, this project", "marlin-w4": "Marlin W4A16 (vLLM)",
+    "ccq": "WINT2, this project", "humming-int2": "Humming int2 g64",
+    "humming-int4": "Humming int4 g128", "marlin-w4": "Marlin W4A16 (vLLM)",
     "triton-wint2": "Triton WINT2", "triton-w4": "Triton W4A16", "triton-w8": "Triton W8A16",
     "cublas-bf16": "cuBLAS bf16", "ccq-2.5": "2.5 bits, stored", "ccq-2.75": "2.75 bits, stored",
 }  # fmt: skip
@@ -56,7 +57,7 @@ def block_line(row: dict) -> str:
 
 def block_markdown(result: dict) -> str:
     """The whole block's table for a document."""
-    lines = ["| shape | tokens | µs | up | down | rest | 1.3 roofs + 10 µs |"]
+    lines = ["| shape | tokens | µs | up | down | rest | 1.2 roofs + 8 µs |"]
     lines.append("|---|" + "---:|" * 6)
     for r in result["block"]:
         cells = [r["shape"], str(r["tokens"])]
@@ -148,7 +149,7 @@ def plot(result: dict, path: str) -> None:
                           label=label, **style)  # fmt: skip
         ours = [case["ccq"] for case in rows if "ccq" in case]
         axis.plot([p["tokens"] for p in ours], [p["roof_us"] for p in ours], "--", color="gray",
-                  label="roof at 2.06 bits, 3.0 TB/s")  # fmt: skip
+                  label=f"roof at 2.06 bits, {result['rates']['read']:.1f} TB/s")  # fmt: skip
         axis.set(title=shape, xscale="log", yscale="log", xlabel="tokens", ylabel="µs")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)

@@ -36,7 +36,7 @@ class Ernie:
     """The architecture; weights are passed to it, so that several sets share it."""
 
     def __init__(self, config: Any, device: str) -> None:
-        if config.moe_num_shared_experts or config.use_bias or not config.tie_word_embeddings:
+        if config.moe_num_shared_experts or not config.tie_word_embeddings:
             raise SystemExit(
                 "this script knows MoE models with tied embeddings and no shared expert"
             )

@@ -8,12 +8,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
+#include "choice.h"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
+#include "wide_map.h"
 #endif
 
 namespace ccq {
@@ -21,8 +22,8 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
-struct Device {
-  int id, sms, major, shared;  // shared: bytes of shared memory that a block may have
+struct Device : Gpu {
+  int id;
 };
 
 cudaError_t current_device(Device* device) {
@@ -49,8 +50,6 @@ cudaError_t current_device(Device* device) {
 int g_variant = -1;  // forced by benchmarks
 #endif
 
-// Kernels by number: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh.
-constexpr int kWide = 10, kFew = 20;
 // Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
 template <Pairs kPairs, typename F>
 auto with_few(int variant, F&& use) {
@@ -83,15 +82,26 @@ static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLe
 
 #ifdef CCQ_SM90A
 // Of moe_wide.cuh: 16-column tiles a warp, rows, stages.
-template <Pairs kPairs, typename F>
+template <Pairs kPairs, bool kBf16, typename F>
 auto with_wide(int variant, F&& use) {
   switch (variant) {
-    case kWide: return use(WideConfig<kPairs, 4, 32, 6>{});
-    case kWide + 1: return use(WideConfig<kPairs, 4, 48, 5>{});
-    case kWide + 2: return use(WideConfig<kPairs, 4, 64, 5>{});
-    case kWide + 3: return use(WideConfig<kPairs, 2, 96, 5>{});
-    default: return use(WideConfig<kPairs, 2, 128, 4>{});
+    case kWide: return use(WideConfig<kPairs, kBf16, 4, 32, 6>{});
+    case kWide + 1: return use(WideConfig<kPairs, kBf16, 4, 48, 5>{});
+    case kWide + 2: return use(WideConfig<kPairs, kBf16, 4, 64, 5>{});
+    case kWide + 3: return use(WideConfig<kPairs, kBf16, 2, 96, 5>{});
+    case kWide + 4: return use(WideConfig<kPairs, kBf16, 2, 128, 4>{});
+    default: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
   }
+}
+#endif
+
+#ifdef CCQ_SM90A
+// One of choice.h's candidates has the configuration's tiles.
+template <typename C>
+constexpr bool of_wide() {
+  for (const WideCost& c : kWideCosts)
+    if (c.columns == C::kTiles * 16 && c.rows == C::kN) return true;
+  return false;
 }
 #endif
 
@@ -99,78 +109,29 @@ auto with_wide(int variant, F&& use) {
 size_t shared_of(int variant, int k, int experts) {
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
+#ifdef CCQ_SM90A
+  if (variant >= kWide)
+    return with_wide<Pairs::kGeneral, true>(variant, [](auto c) {
+      using C = decltype(c);
+      static_assert(of_wide<C>(), "choice.h knows the same tiles");
+      return C::shared_bytes(kMaxExperts);
+    });
+#endif
   return with_some<Pairs::kGeneral>(variant, [](auto c) { return decltype(c)::shared_bytes(kMaxExperts); });
 }
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// The choice. Borders are measured (docs/notes/kernels.md), on an H100; what does not fit a smaller GPU is passed over.
-
-// Up to four rows an expert. -1: another kernel.
-int few_variant(const Device& device, int rows, int k, int n, int experts) {
-  const double mean = static_cast<double>(rows) / experts;
-  const int pairs = k / 256;  // of units, which warps along K share
-  const int most_of_one = static_cast<int64_t>(k) * n <= 1 << 23 ? 16 : 8;  // a small matrix is not worth two launches
-  if (experts == 1 ? rows > most_of_one : mean > (pairs < 4 ? 0.6 : 2.4)) return -1;
-  // Tiles of 64 columns, or narrower ones where there would not be about one for every multiprocessor.
-  const int enough = device.sms * 3 / 4;
-  const int of_mean = experts == 1 ? (rows > 2 ? 4 : rows) : mean <= (pairs < 4 ? 0.6 : 0.3) ? 1 : mean <= 0.75 ? 2 : 4;
-  int choices[4], count = 0;
-  for (int tile_rows : {of_mean, 1}) {
-    const int blocks = experts == 1 ? ceil_div(rows, tile_rows) : std::min(rows, experts);
-    auto tiles = [&](int columns) { return blocks * ceil_div(n, columns); };
-    if (tiles(64) >= enough) {
-      const bool long_k = pairs >= 16 || tiles(tile_rows == 1 ? 256 : 128) < enough;
-      if (tile_rows == 1) choices[count++] = long_k ? kFew + 2 : pairs >= 4 || tiles(512) < enough ? kFew + 3 : kFew + 4;
-      else if (tile_rows == 2) choices[count++] = pairs >= 8 ? kFew + 5 : kFew + 6;
-      // Two projections that run different kernels of four rows push each other out of the instruction cache: one for both.
-      else choices[count++] = kFew + 9;
-    } else if (tile_rows != 2 && tiles(32) >= enough) {
-      choices[count++] = tile_rows == 1 ? kFew + 1 : kFew + 8;
-    } else if (tile_rows == 1 || (tile_rows == 4 && tiles(16) >= enough)) {
-      choices[count++] = tile_rows == 1 ? kFew : kFew + 7;
-    }
-  }
-  for (int i = 0; i < count; ++i)
-    if (shared_of(choices[i], k, experts) <= static_cast<size_t>(device.shared)) return choices[i];
-  return -1;
-}
-
-#ifdef CCQ_SM90A
-int wide_variant(const Device& device, const ccq_moe_gemm_args& a) {
-  // Rows and columns of a tile, and its time in some unit (ERNIE-4.5-300B's up_gate_proj).
-  constexpr struct { int rows, columns; double time; } kConfigs[] = {
-      {32, 512, 68}, {48, 512, 80}, {64, 512, 91}, {96, 256, 139}, {128, 256, 170}};
-  const double mean = static_cast<double>(a.rows) / a.experts;
-  // Tiles of an expert: one if its rows, and a deviation more than the mean, fit; else half of the last one is empty.
-  auto cost = [&](int i) {
-    return (mean + std::sqrt(mean) <= kConfigs[i].rows ? 1 : mean / kConfigs[i].rows + 0.5) * kConfigs[i].time;
-  };
-  int best = 0;
-  for (int i = 1; i < 5; ++i)
-    if (cost(i) < cost(best)) best = i;
-  // A matrix of few tiles: smaller ones occupy more multiprocessors.
-  const int tiles = a.experts * ceil_div(a.rows / a.experts, kConfigs[best].rows) * ceil_div(a.n, kConfigs[best].columns);
-  return kWide + (tiles < device.sms / 5 ? 0 : best);
-}
-#endif
 
 int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
 #ifdef CCQ_TUNING
   if (g_variant >= 0) return g_variant;
 #endif
-  const int few = few_variant(device, a.rows, a.k, a.n, a.experts);
-  if (few >= 0) return few;
-  const int mean = a.rows / a.experts;
-  // A matrix of few tiles: narrow ones, so that not too many blocks share each.
-  const int blocks = std::min(a.rows, a.experts * ceil_div(ceil_div(a.rows, a.experts), 16));
-  if (static_cast<int64_t>(blocks) * ceil_div(a.n, 256) <= device.sms / 2) return 3;
 #ifdef CCQ_SM90A
-  if (device.major == 9 && mean >= 18) return wide_variant(device, a);
+  constexpr bool kHasWide = true;
+#else
+  constexpr bool kHasWide = false;
 #endif
-  for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
-    if (shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared)) return variant;
-  return 3;
+  return kernel_choice(device, {a.rows, a.k, a.n, a.experts}, kHasWide, [&](int variant) {
+    return shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared);
+  });
 }
 
 // The workspace's parts, each on a 256-byte border. Partial results: for each SM what one tile of each of its blocks has,
@@ -180,7 +141,7 @@ struct Layout {
 };
 
 constexpr int kWarpsPerSm = 16;
-constexpr int kMaxPartialFloat4 = 8192;
+constexpr int kMaxPartialFloat4 = 9216;
 
 Layout layout_of(int rows, int k, int experts, int sms) {
   const size_t blocks = static_cast<size_t>(rows) / 8 + experts + 1;  // of prepared rows, see first_prepared_block
@@ -192,7 +153,7 @@ Layout layout_of(int rows, int k, int experts, int sms) {
     return at;
   };
   const int mean = rows / experts;
-  l.partial_float4 = mean < 24 ? kMaxPartialFloat4 / 2 : kMaxPartialFloat4;
+  l.partial_float4 = mean < 24 ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
   l.partial_float4 = kMaxPartialFloat4;
 #endif
@@ -206,8 +167,8 @@ Layout layout_of(int rows, int k, int experts, int sms) {
 
 // Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
 // shared-memory limit raised. 0: an error, in *error.
-template <typename C>
-int resident_blocks(const Device& device, void (*kernel)(GemmParams), cudaError_t* error) {
+template <typename C, typename K>
+int resident_blocks(const Device& device, K* kernel, cudaError_t* error) {
   static std::atomic<int> cache[kMaxDevices];
   int known = device.id < kMaxDevices ? cache[device.id].load() : 0;
   if (known == 0) {
@@ -223,9 +184,9 @@ int resident_blocks(const Device& device, void (*kernel)(GemmParams), cudaError_
   return known;
 }
 
-template <typename C>
-cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), GemmParams p, size_t partial_float4,
-                        cudaStream_t stream) {
+template <typename C, typename K, typename... A>
+cudaError_t launch_gemm(const Device& device, K* kernel, GemmParams p, size_t partial_float4, cudaStream_t stream,
+                        const A&... more) {
   static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
                 "the workspace is laid out for less");
   if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
@@ -233,16 +194,22 @@ cudaError_t launch_gemm(const Device& device, void (*kernel)(GemmParams), GemmPa
   p.column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
   const int blocks = resident_blocks<C>(device, kernel, &error);
   if (blocks == 0) return error;
-  return launch_early(kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), stream, p);
+  return launch_early(kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), stream, p, more...);
 }
 
 template <Pairs kPairs>
-cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, size_t partial, cudaStream_t stream) {
+cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, const void* x, size_t partial,
+                        cudaStream_t stream) {
 #ifdef CCQ_SM90A
-  if (variant >= kWide)
-    return with_wide<kPairs>(variant, [&](auto config) {
-      return launch_gemm<decltype(config)>(device, wide_kernel<decltype(config)>, p, partial, stream);
-    });
+  if (variant >= kWide) {
+    auto launch = [&](auto config) {
+      CUtensorMap map;
+      const cudaError_t error = map_rows(x, p.rows, p.k, p.dtype, decltype(config)::kN / 2, &map);
+      if (error != cudaSuccess) return error;
+      return launch_gemm<decltype(config)>(device, wide_kernel<decltype(config)>, p, partial, stream, map);
+    };
+    return p.dtype == CCQ_BF16 ? with_wide<kPairs, true>(variant, launch) : with_wide<kPairs, false>(variant, launch);
+  }
 #endif
   return with_some<kPairs>(variant, [&](auto config) {
     return launch_gemm<decltype(config)>(device, gemm_kernel<decltype(config)>, p, partial, stream);
@@ -283,7 +250,7 @@ bool valid(const ccq_moe_gemm_args* a) {
   if (a->rows == 0) return true;
   if (!a->x || !a->quant || !a->scales || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
       !aligned(a->x, 16) || !aligned(a->quant, 16) || !aligned(a->scales, 16) || !aligned(a->columns, 16) ||
-      !aligned(a->workspace, 256))
+      !aligned(a->workspace, 256) || !aligned(a->out, 16))
     return false;
   // Units are counted in 32 bits: row blocks (of 8, at worst) x column tiles (of 128) x K blocks.
   return (a->rows / 8.0 + a->experts) * (a->n / 128.0 + 1) * (a->k / 128.0) < 2147483647.0;
@@ -294,6 +261,18 @@ cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, int
   const int tickets = kWarpsPerSm * device.sms;
   return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
                       a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, tickets, out);
+}
+
+// Before moe_wide.cuh: activations in plain order are arranged in the workspace. *x: where the kernel shall read them.
+cudaError_t launch_arrange(const ccq_moe_gemm_args& a, const Device& device, const Prepared& room, const void** x,
+                           cudaStream_t stream) {
+  const int64_t chunks = static_cast<int64_t>(a.rows) * (a.k / 16);
+  const bool arrange = a.row_order == CCQ_ROWS_PLAIN;
+  const unsigned blocks = arrange ? static_cast<unsigned>((chunks + kPrepareThreads - 1) / kPrepareThreads) : 1;
+  if (arrange) *x = room.x;
+  return launch_early(arrange_kernel, blocks, kPrepareThreads, 0, stream, static_cast<const uint4*>(a.x),
+                      arrange ? reinterpret_cast<uint4*>(room.x) : nullptr, chunks, room.tickets,
+                      kWarpsPerSm * device.sms);
 }
 
 }  // namespace
@@ -330,14 +309,24 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   char* base = static_cast<char*>(a->workspace);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = {base + l.x, variant >= kWide ? base + l.x : nullptr, reinterpret_cast<float*>(base + l.row_scale),
+  p.prepared = {base + l.x, reinterpret_cast<float*>(base + l.row_scale),
                 reinterpret_cast<int*>(base + l.tickets)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
-  error = launch_prepare(*a, device, variant == 1 ? 32 : 16, p.prepared, stream);
+  p.caller_scale = a->row_scale;
+  const void* x = a->x;
+  error = variant >= kWide ? launch_arrange(*a, device, p.prepared, &x, stream)
+                           : launch_prepare(*a, device, variant == 1 ? 32 : 16, p.prepared, stream);
   if (error != cudaSuccess) return error;
-  return a->pairs == CCQ_PAIRS_INTEGER ? choose_gemm<Pairs::kInteger>(variant, device, p, l.partial_float4, stream)
-                                       : choose_gemm<Pairs::kGeneral>(variant, device, p, l.partial_float4, stream);
+  return a->pairs == CCQ_PAIRS_INTEGER
+             ? choose_gemm<Pairs::kInteger>(variant, device, p, x, l.partial_float4, stream)
+             : choose_gemm<Pairs::kGeneral>(variant, device, p, x, l.partial_float4, stream);
+}
+
+extern "C" int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int k, int n, int experts) {
+  return ccq::kernel_choice(ccq::Gpu{sms, major, shared}, {rows, k, n, experts}, major == 9, [&](int variant) {
+    return ccq::shared_of(variant, k, experts) <= static_cast<size_t>(shared);
+  });
 }
 
 #ifdef CCQ_TUNING

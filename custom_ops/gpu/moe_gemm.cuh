@@ -73,6 +73,7 @@ struct Warp {
     return {shared() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
   }
   __device__ Line<C> line() const { return line(p); }
+  __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
   __device__ int owner(const Part& part, int kb) const { return line().owner(part.expert, part.column, part.block, kb); }
   __device__ char* slot(int number) const {
     return shared() + warp * C::kWarpBytes + Ring<kR, C::kStages>::kBytes + number * C::kSlotBytes;
@@ -323,7 +324,8 @@ __device__ void run_part(Warp<C>& w, int units, int number, int slot, Shares<C>&
     const float2 s = load_supers(w.slot(slot) + 32 + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * kFactor, super[r][1] = s.y * kUpper;
   }
-  finish_part<C, kNT>(w, *reinterpret_cast<const Part*>(w.slot(slot)), super, shares, acc);
+  const Part& part = *reinterpret_cast<const Part*>(w.slot(slot));
+  finish_part<C, kNT>(w, part, shares, acc, [&] { write_out<C, kNT>(w, part, super, acc); });
 }
 
 template <typename C>

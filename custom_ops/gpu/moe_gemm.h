@@ -23,7 +23,7 @@ struct ccq_moe_gemm_args {
   const uint8_t* scales;     //   "
   const uint32_t* columns;   //   "
   const float* row_scale;    // device [rows] float32, multiplied into the fp32 result; NULL: 1
-  void* out;                 // [rows, n] of `dtype`; each row below offsets[experts-1] is written, others are untouched
+  void* out;                 // [rows, n] of `dtype`; 16-byte aligned; rows below offsets[experts-1] are written, others untouched
   void* workspace;           // ccq_moe_gemm_workspace(...) bytes, 256-byte aligned; contents need not be initialized
   int rows, k, n, experts;   // rows may be 0; k % 128 == 0; n % 16 == 0; 1 <= experts <= 1024
   int dtype;                 // enum ccq_dtype, of x and out
@@ -43,6 +43,10 @@ cudaError_t ccq_moe_gemm(const struct ccq_moe_gemm_args* args, cudaStream_t stre
 // Which kernel serves a call, for tests and profiles: below 10 moe_gemm.cuh, below 20 moe_wide.cuh, else moe_few.cuh.
 // -1: an argument is wrong, or there are no rows.
 int ccq_moe_gemm_variant(const struct ccq_moe_gemm_args* args);
+
+// The same for any GPU, which need not be there: its multiprocessors, the major number of its compute capability, and the bytes
+// of shared memory that a block may have.
+int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int k, int n, int experts);
 
 #ifdef __cplusplus
 }

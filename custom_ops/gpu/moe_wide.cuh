@@ -1,65 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM for many rows an expert, on Hopper's warpgroup tensor instructions (sm_90a).
 //
-// Decoding costs the same for 8 rows and for 128, so here a tile has up to kN rows and the weights, decoded once, meet all
-// of them: `wgmma` takes A (weights) from the registers that decode.cuh fills, in the same layout as mma.sync, and B
-// (activations) from shared memory. Scaling accumulators group by group, as moe_gemm.cuh does, would cost per row; so the
-// weights become exact fp16 integers instead: (window - 32) * scale nibble, at most 480 in magnitude, times a power of
-// two. One half-precision multiply-add makes two of them, nothing is rounded, and accumulators run through all of K.
+// A tile has up to kN rows, and the weights, decoded once, meet all of them: `wgmma` takes A (weights) from the registers
+// that wide_weights.cuh fills, and B (activations, as the caller has them) from shared memory. Scaling accumulators group by
+// group, as moe_gemm.cuh does, would cost per row; so the scales are in the weights, and accumulators run through all of K.
 //
 // A ninth warp orders everything, weights and activations, by bulk copies into a ring of stages, and does nothing else (it
 // and three idle ones make a warpgroup, so that it can hand its registers over); the other eight, two warpgroups, wait for
-// stages and give them back, each at its own pace. Tiles go in waves (waves.cuh).
+// stages and give them back, each at its own pace. Every copy is an instruction, and dozens of cycles, of its own: so few,
+// large ones. Tiles go in waves (waves.cuh).
 #pragma once
+
+#include <cuda.h>
 
 #include "output.cuh"
 #include "waves.cuh"
 #include "wgmma.cuh"
+#include "wide_weights.cuh"
 
 namespace ccq {
 
-template <Pairs kPairs_, int kR_, int kN_, int kStages_>
+// kR: 16-column tiles a warp; kN: the most rows of a tile.
+template <Pairs kPairs_, bool kBf16_, int kR_, int kN_, int kStages_>
 struct WideConfig {
   static constexpr Pairs kPairs = kPairs_;
+  static constexpr bool kBf16 = kBf16_;  // the activations' type
   static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kMinBlocks = 1;
+  // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
+  // three the compiler would serialize `wgmma`.)
+  static constexpr int kClasses = kN <= 128 ? 2 : 1;
   static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // that multiply; with the ordering one and three idle ones
-  static constexpr int kTileTokens = kN, kTiles = kR * kWarps;
-  // Registers of a thread: 168 at the beginning; then the ordering warp's (and the idle ones'), and the others'.
+  static constexpr int kTiles = kR * kWarps;
+  // Registers of a thread: 168 at the beginning; then of those that order and of those that multiply.
   static constexpr int kOrdering = 40, kMultiplying = 232;
-  // A stage: the activations as tensor cores want them (kWideRowsBytes a block of 8 rows), then each warp's weights.
-  static constexpr int kRowsBytes = kNT * kWideRowsBytes, kUnitBytes = kR * 528;
-  static constexpr int kStageBytes = kRowsBytes + (kWarps * kUnitBytes + 1023) / 1024 * 1024;
-  // Tiles on their way or in work: a Part and the columns of each.
+  // A stage: the activations in two groups of 64 values along K, [2][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
+  // their place (the 128-byte swizzle); the tiles' codes; their scales.
+  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup, kScalesAt = kRowsBytes + kTiles * 512;
+  static constexpr int kStageBytes = (kScalesAt + kTiles * 16 + 1023) / 1024 * 1024;
+  // Tiles on their way or in work: a WidePart and the columns of each.
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kPlane = kTiles * kPlaneBytes;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kPlane * kPlanes;
   static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
   static constexpr int kLineAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
-  static constexpr int kMostWeight = 1;
-  __host__ __device__ static constexpr int weight(int) { return 1; }
-  static constexpr size_t shared_bytes(int experts) { return 1024 + kLineAt + Line<WideConfig>::shared_bytes(experts); }
-};
-
-__device__ inline uint32_t half2_bits(__half2 v) { return *reinterpret_cast<uint32_t*>(&v); }
-__device__ inline __half2 bits_half2(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
-
-// A column's scale in one group as fp16 pairs: the nibble (times 16 in odd groups, divided out of the activations), and
-// -32 nibbles in the units of even and of odd windows.
-struct Scale {
-  __half2 n, even, odd;
-  // `both`: the byte of the column's two nibbles, in both halves.
-  template <int kGroup>
-  __device__ static Scale of(uint32_t both) {
-    const uint32_t bits = (both & (kGroup ? 0x00F000F0u : 0x000F000Fu)) | 0x64006400u;  // 1024 + nibble
-    Scale s;
-    s.n = __hsub2(bits_half2(bits), bits_half2(0x64006400u));
-    s.even = __hmul2(s.n, bits_half2(0x80208020u));  // -2^-19
-    s.odd = __hmul2(s.n, bits_half2(0x81008100u));   // -2^-16
-    return s;
-  }
-  // (window - 32) * nibble of both halves: exact, see the head of this file.
-  __device__ uint32_t even_window(uint32_t w) const { return half2_bits(__hfma2(bits_half2(w), n, even)); }
-  __device__ uint32_t odd_window(uint32_t w) const { return half2_bits(__hfma2(bits_half2(w), n, odd)); }
+  static constexpr size_t shared_bytes(int experts) { return 1024 + kLineAt + TileLine<WideConfig>::shared_bytes(experts); }
 };
 
 // Shared memory, by whoever needs it: its addresses are known, so nothing of it stays in registers.
@@ -74,43 +58,43 @@ struct WideShared {
   __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
   __device__ static Barrier* free() { return full() + C::kStages; }
   __device__ static Barrier* shares_there() { return free() + C::kStages; }
-  __device__ static Line<C> line(const GemmParams& p) {
+  __device__ static TileLine<C> line(const GemmParams& p) {
     return {memory() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
   }
 };
 
 // The ninth warp.
 template <typename C>
-__device__ void order_stages(const GemmParams& p) {
+__device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
   using S = WideShared<C>;
-  const Line<C> line = S::line(p);
+  const TileLine<C> line = S::line(p);
   const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
   for (Waves<C> at(line); at.left > 0; at.next(line)) {
-    const Part part = at.part(line);
-    const int first = part.column * C::kTiles, there = min(C::kTiles, tiles_n - first), row_blocks = (part.rows + 7) / 8;
+    const WidePart part = at.part(line);
+    const int first = part.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
+    const int halves = part.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
     const bool new_tile = at.tile != last_tile;
     last_tile = at.tile;
     S::free()[stage].wait(parity);
     Barrier* const full = S::full() + stage;
+    char* const to = S::stage(stage);
     if (lane == 0) {
-      if (new_tile) *reinterpret_cast<Part*>(S::slot(slot)) = part;
-      full->arrive_and_expect(row_blocks * kWideRowsBytes + there * 528 + (new_tile ? there * kPlaneBytes * C::kPlanes : 0));
+      if (new_tile) *reinterpret_cast<WidePart*>(S::slot(slot)) = part;
+      full->arrive_and_expect(halves * C::kRowsGroup + there * 528 + (new_tile ? there * kPlaneBytes * C::kPlanes : 0));
+      for (int half = 0; half < halves; ++half)
+#pragma unroll
+        for (int group = 0; group < 2; ++group)
+          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, part.kb * 128 + group * 64,
+                   part.row + half * (C::kN / 2), full);
     }
     __syncwarp();
-    char* const to = S::stage(stage);
-    if (lane < row_blocks)
-      bulk_copy(to + lane * kWideRowsBytes,
-                p.prepared.rows + (static_cast<size_t>(part.prepared_block + lane) * blocks_k + part.kb) * kWideRowsBytes,
-                kWideRowsBytes, full);
-    // A warp's tiles lie in one group of four (repack.h).
-    const int t16 = first + lane * C::kR, mine = min(C::kR, tiles_n - t16);
-    if (lane < C::kWarps && mine > 0) {
-      const size_t unit = ccq_unit_index(part.expert, t16, part.kb, tiles_n, blocks_k);
-      char* const weights = to + C::kRowsBytes + lane * C::kUnitBytes;
-      bulk_copy(weights, p.quant + unit * 512, mine * 512, full);
-      bulk_copy(weights + C::kR * 512, p.scales + unit * 16, mine * 16, full);
+    const int t16 = lane * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
+    if (tiles > 0) {
+      const size_t unit = ccq_unit_index(part.expert, first + t16, part.kb, tiles_n, blocks_k);
+      bulk_copy(to + C::kRowsBytes + t16 * 512, p.quant + unit * 512, tiles * 512, full);
+      bulk_copy(to + C::kScalesAt + t16 * 16, p.scales + unit * 16, tiles * 16, full);
     }
     if (new_tile) {
       if (lane < C::kPlanes) {
@@ -132,9 +116,19 @@ struct WideWarp {
   int stage = 0;
   uint32_t parity = 0;
 
-  __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
-  __device__ int owner(const Part& part, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), part, kb); }
+  __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
+  __device__ int owner(const WidePart& part, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), part, kb); }
   __device__ void leave(int which) const { WideShared<C>::free()[which].arrive_together(); }
+  // The same without a branch, which among `wgmma` would serialize them.
+  __device__ void leave_if(bool condition, int which) const {
+    __syncwarp();
+    const bool arrives = condition && (kWarpArrivals == 32 || lane == 0);
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 s; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 s, [%0]; }\n" ::"r"(
+            shared_address(WideShared<C>::free() + which)),
+        "r"(static_cast<int>(arrives))
+        : "memory");
+  }
 };
 
 // `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
@@ -144,11 +138,17 @@ __device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Ac
   constexpr int kR = C::kR;
   const int g = w.lane / 4;
   Column<C::kPairs> column[kR][2];
-  int add = 0;  // the first step of all overwrites the accumulators: set to zero by moves they would serialize the rest
-  int before = -1, last = -1;  // the stages of the two units before: the later one the tensor cores may still read
+  // K is even: a constant that the compiler does not know, and so leaves in a register.
+  const uint32_t magic = Two<C::kBf16>::kMagic | (w.p.k & 1);
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
+  int last = -1;  // the stage of the unit before
   uint32_t a[2][4][4];  // two steps' weights: one is multiplied while the other is decoded
   for (int i = 0; i < units; ++i) {
-    if (before >= 0) w.leave(before);
     S::full()[w.stage].wait(w.parity);
     if (i == 0) {
 #pragma unroll
@@ -157,59 +157,115 @@ __device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Ac
         load_columns<C::kPairs>(c, c + C::kPlane, g, column[r]);
       }
     }
-    const char* const weights = S::stage(w.stage) + C::kRowsBytes + w.warp * C::kUnitBytes;
-    const uint64_t b = descriptor(shared_address(S::stage(w.stage)), kWideRowsBytes);
+    const char* const stage = S::stage(w.stage);
+    const uint64_t b = descriptor(shared_address(stage), 1024);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      const uint4 q = *reinterpret_cast<const uint4*>(weights + r * 512 + w.lane * 16);
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(weights + kR * 512 + r * 16 + g * 2);
+      const uint4 q = *reinterpret_cast<const uint4*>(stage + C::kRowsBytes + (w.warp * kR + r) * 512 + w.lane * 16);
+      const uint32_t scale = *reinterpret_cast<const uint16_t*>(stage + C::kScalesAt + (w.warp * kR + r) * 16 + g * 2);
       const uint32_t left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t(&v)[4][4] = a[half];
         wgmma_wait<1>();  // the step before the last one, which read these registers
+        if (r == 0 && half == 1) w.leave_if(last >= 0, last);  // nor is the unit before read any more
         const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
-        const Scale s = half ? Scale::of<1>(left) : Scale::of<0>(left), u = half ? Scale::of<1>(right) : Scale::of<0>(right);
+        const auto s = WideScale<C::kBf16>::of(half ? left >> 4 : left);
+        const auto u = WideScale<C::kBf16>::of(half ? right >> 4 : right);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          const Windows x(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low));
-          const Windows y(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high));
+          uint32_t first[2][2], second[2][2];
+          s.weights(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low), magic, first[0], second[0]);
+          u.weights(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high), magic, first[1], second[1]);
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            v[pair * 2 + j][0] = s.even_window(x.w[j * 2]), v[pair * 2 + j][1] = u.even_window(y.w[j * 2]);
-            v[pair * 2 + j][2] = s.odd_window(x.w[j * 2 + 1]), v[pair * 2 + j][3] = u.odd_window(y.w[j * 2 + 1]);
+          for (int i = 0; i < 2; ++i) {
+            uint32_t(&step)[4] = v[pair + 2 * i];
+            step[0] = first[0][i], step[1] = first[1][i], step[2] = second[0][i], step[3] = second[1][i];
           }
         }
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) wgmma(acc.o[r], v[j], b + half * (1024 / 16) + j * 2, half + j > 0 ? 1 : add);
+        for (int j = 0; j < 4; ++j) wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
         wgmma_commit();
       }
     }
-    add = 1, before = last, last = w.stage;
+    last = w.stage;
     if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
   }
   wgmma_wait<0>();
-  if (before >= 0) w.leave(before);
   w.leave(last);
+}
+
+// An 8 x 8 matrix of 16-bit values, row g in lanes 4g to 4g + 3, transposed.
+__device__ inline uint32_t transpose_8x8(uint32_t v) {
+  uint32_t to;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(to) : "r"(v));
+  return to;
+}
+template <bool kBf16>
+__device__ inline uint32_t two_outputs(float a, float b) {
+  uint32_t v;
+  if (kBf16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(b), "f"(a));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(b), "f"(a));
+  return v;
+}
+
+// A finished tile. A lane has columns g of 8-column blocks and rows 2t and 2t + 1; transposed twice, four accumulators give it 8
+// neighbouring columns of row g, which is one store of 16 bytes.
+template <typename C, int kNT>
+__device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const char* columns, const Accumulator<C, kNT>& acc) {
+  constexpr int kR = C::kR, kBlocks = 2 * kR, kFour = kBlocks < 4 ? 4 / kBlocks : 1;  // row blocks for four accumulators
+  const GemmParams& p = w.p;
+  const int g = w.lane / 4, t = w.lane % 4, first = part.column * C::kTiles + w.warp * kR;
+  float super[kR][2];
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const float2 s = load_supers(columns + (w.warp * kR + r) * kPlaneBytes, g);
+    super[r][0] = s.x, super[r][1] = s.y;
+  }
+  const float* const scales = p.caller_scale ? p.caller_scale + part.row : nullptr;
+#pragma unroll
+  for (int nt0 = 0; nt0 < kNT; nt0 += kFour) {
+    if (nt0 * 8 >= part.rows) continue;
+    uint32_t e[kFour * kBlocks];
+#pragma unroll
+    for (int i = 0; i < kFour; ++i) {
+      const int nt = nt0 + i, row = nt * 8 + 2 * t;
+      const float left = scales && row < part.rows ? scales[row] : 1.f;
+      const float right = scales && row + 1 < part.rows ? scales[row + 1] : 1.f;
+#pragma unroll
+      for (int r = 0; r < kR; ++r)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float* const o = acc.o[r][nt] + 2 * h;
+          const uint32_t two = two_outputs<C::kBf16>(o[0] * super[r][h] * left, o[1] * super[r][h] * right);
+          e[i * kBlocks + 2 * r + h] = transpose_8x8(two);
+        }
+    }
+#pragma unroll
+    for (int q = 0; q < kFour * kBlocks / 4; ++q) {
+      uint32_t four[4] = {e[4 * q], e[4 * q + 1], e[4 * q + 2], e[4 * q + 3]};
+      transpose_quad(four);
+      const int own = 4 * q + t, block = own % kBlocks, row = (nt0 + own / kBlocks) * 8 + g;
+      if (row < part.rows && first + block / 2 < p.n / 16) {
+        const size_t at = static_cast<size_t>(part.row + row) * p.n + first * 16 + block * 8;
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) = make_uint4(four[0], four[1], four[2], four[3]);
+      }
+    }
+  }
 }
 
 template <typename C, int kNT>
 __device__ void run_wide_part(WideWarp<C>& w, const char* slot, Shares<C>& shares) {
-  const Part& part = *reinterpret_cast<const Part*>(slot);
+  const WidePart& part = *reinterpret_cast<const WidePart*>(slot);
   Accumulator<C, kNT> acc;
   multiply_wide<C, kNT>(w, part.kb_end - part.kb, slot + 128, acc);
-  float super[C::kR][2];
-#pragma unroll
-  for (int r = 0; r < C::kR; ++r) {
-    const float2 s = load_supers(slot + 128 + (w.warp * C::kR + r) * kPlaneBytes, w.lane / 4);
-    super[r][0] = s.x * 16777216.f, super[r][1] = s.y * 16777216.f;
-  }
-  finish_part<C, kNT>(w, part, super, shares, acc);
+  finish_part<C, kNT>(w, part, shares, acc, [&] { write_wide<C, kNT>(w, part, slot + 128, acc); });
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const GemmParams p) {
+__global__ void __launch_bounds__(C::kThreads, 1)
+wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   using S = WideShared<C>;
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -218,12 +274,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const GemmParams p
     if (warp == C::kWarps) S::shares_there()->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
-  const Line<C> line = S::line(p);
+  const TileLine<C> line = S::line(p);
   line.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
     give_registers<C::kOrdering>();
-    if (warp == C::kWarps) order_stages<C>(p);
+    if (warp == C::kWarps) order_stages<C>(p, rows);
   } else {
     take_registers<C::kMultiplying>();
     WideWarp<C> w{p, lane, warp};
@@ -232,9 +288,14 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const GemmParams p
     while (left > 0) {
       S::full()[w.stage].wait(w.parity);  // the part's description comes with its first unit
       const char* const at = S::slot(slot);
-      const Part& part = *reinterpret_cast<const Part*>(at);
+      const WidePart& part = *reinterpret_cast<const WidePart*>(at);
       left -= part.kb_end - part.kb;
-      run_wide_part<C, C::kNT>(w, at, shares);
+      if constexpr (C::kClasses == 1) {
+        run_wide_part<C, C::kNT>(w, at, shares);
+      } else {
+        if (TileLine<C>::class_of(part.rows) == 0) run_wide_part<C, C::kNT>(w, at, shares);
+        else run_wide_part<C, C::kNT / 2>(w, at, shares);
+      }
       if (++slot == C::kSlots) slot = 0;
     }
     shares.publish(w);

@@ -17,6 +17,7 @@ struct GemmParams {
   Prepared prepared;
   float4* partial;
   void* out;
+  const float* caller_scale;  // for moe_wide.cuh, which prepares no rows: what the caller multiplies them by, or NULL
   int rows, k, n, experts, dtype;
   int column_tiles;  // of the kernel's tiles
 };
@@ -60,8 +61,6 @@ __device__ float4* share_of(const W& w, int block) {
 }
 
 // Only the rows that the tile has: most tiles of a decoding step have one or two.
-__device__ inline bool has_rows(int rows, int nt, int lane) { return nt * 8 + lane % 4 * 2 < rows; }
-
 template <typename C, int kNT, typename W>
 __device__ void leave_share(const W& w, int rows, const Accumulator<C, kNT>& acc) {
   float4* const mine = share_of<C, kNT>(w, blockIdx.x);
@@ -70,7 +69,7 @@ __device__ void leave_share(const W& w, int rows, const Accumulator<C, kNT>& acc
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
       const float* o = acc.o[r][nt];
-      if (has_rows(rows, nt, w.lane)) __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
+      if (W::first_row(rows, nt) + w.lane % 4 * 2 < rows) __stcg(mine + (r * kNT + nt) * 32, make_float4(o[0], o[1], o[2], o[3]));
     }
 }
 
@@ -101,7 +100,7 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   // A vote: lanes stay together, and the compiler knows.
   while (!__all_sync(~0u, there >= last - static_cast<int>(blockIdx.x)));
   // Shares on their way at once, added in order: several blocks' where each is small, parts of one where it is large.
-  constexpr int kAll = C::kR * kNT, kBatch = kNT == 1 ? 4 : 1, kSpan = kAll % 8 ? kAll : 8;
+  constexpr int kAll = C::kR * kNT, kBatch = kNT == 1 ? 4 : 1, kSpan = kAll % 8 == 0 ? 8 : kAll % 4 == 0 ? 4 : kAll;
   for (int base = blockIdx.x + 1; base <= last; base += kBatch) {
 #pragma unroll
     for (int j0 = 0; j0 < kAll; j0 += kSpan) {
@@ -124,10 +123,9 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   }
 }
 
-// What a warp does with its part of a tile.
-template <typename C, int kNT, typename W>
-__device__ void finish_part(const W& w, const Part& part, const float (&super)[C::kR][2], Shares<C>& shares,
-                            Accumulator<C, kNT>& acc) {
+// What a warp does with its part of a tile; `write`: with a whole one.
+template <typename C, int kNT, typename W, typename P, typename F>
+__device__ void finish_part(const W& w, const P& part, Shares<C>& shares, Accumulator<C, kNT>& acc, F&& write) {
   shares.publish(w);
   if (part.kb > 0) {
     leave_share<C, kNT>(w, part.rows, acc);
@@ -137,7 +135,7 @@ __device__ void finish_part(const W& w, const Part& part, const float (&super)[C
   }
   const int blocks_k = w.p.k / 128;
   if (part.kb_end < blocks_k) collect_shares<C, kNT>(w, part.rows, w.owner(part, blocks_k - 1), acc);
-  write_out<C, kNT>(w, part, super, acc);
+  write();
 }
 
 }  // namespace ccq

@@ -24,13 +24,8 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 constexpr int kRowsUnitBytes = 128 + 2048, kFourRowsBytes = 128 + 1024;
 constexpr int kMostIntegerRows = 4;
 
-// What moe_wide.cuh copies: 128 values of each of 8 rows as wgmma wants them, [2 groups][8 rows][128 bytes] with the 16-byte
-// pieces of row r at r ^ their place (the 128-byte swizzle).
-constexpr int kWideRowsBytes = 2048;
-
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
-  char* rows;        // for moe_wide.cuh instead of x: [blocks of 8 rows, K/128, kWideRowsBytes]
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
   int* tickets;      // set to zero here, for the split of K
 };
@@ -181,19 +176,6 @@ __device__ inline int quad_sum(int v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// Sixteen values of one row in the order that wgmma's fragments have along K: step 2p + i / 2 of 16 values, in it registers
-// i even (the first 8) and odd (the last 8, with the factor 1/8), two values a lane.
-__device__ inline void store_wide(const float (&v)[16], int t, float odd, int row, char* group) {
-#pragma unroll
-  for (int p = 0; p < 2; ++p)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float f = i % 2 ? 0.125f * odd : odd;
-      const __half2 two = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
-      *reinterpret_cast<__half2*>(group + row * 128 + ((p * 4 + i) ^ row) * 16 + t * 4) = two;
-    }
-}
-
 __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
                int tile_rows, int tickets, Prepared out) {
@@ -232,7 +214,7 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   // Rows of a tile; its mode goes by how many there are.
   const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);
   const int in_tile = (row - start) % tile_rows, count = min(tile_rows, end - (row - in_tile));
-  const bool integers = !out.rows && count <= kMostIntegerRows;
+  const bool integers = count <= kMostIntegerRows;
   const RowScale half_scale(largest);
   const IntegerScale integer_scale(largest);
   if (threadIdx.x == 0) {
@@ -269,16 +251,45 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     if (c >= chunks) continue;
     const float odd = group % 2 ? kOddGroup : 1.f;
     const int own = place % 8;
-    if (out.rows) {
-      const size_t block = static_cast<size_t>(place / 8) * (k / 128) + group / 2;
-      store_wide(v, t, odd, own, out.rows + block * kWideRowsBytes + group % 2 * 1024);
-      continue;
-    }
     if (t < 2) reinterpret_cast<float*>(unit)[group % 2 * 16 + own / 2 * 4 + t * 2 + own % 2] = sum * odd * kOffset;
 #pragma unroll
     for (int p = 0; p < 2; ++p)
       *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd);
   }
+}
+
+// A quad's 4 x 4 words, transposed: lane t has word t of every lane. All lanes of a warp together.
+__device__ inline void transpose_quad(uint32_t (&e)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      if (a & bit) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? e[a] : e[a + bit], bit);
+      if (upper) e[a] = got; else e[a + bit] = got;
+    }
+  }
+}
+
+// What moe_wide.cuh needs before it: tickets set to zero and, if weights have their rows in plain order, activations in the order
+// in which such weights stand in fragments (`to` [rows, k], from `x`): of a 64-group, words (pairs of rows) 8t + q to 4q + t.
+// Without them (`to` NULL) one block will do.
+__global__ void __launch_bounds__(kPrepareThreads)
+arrange_kernel(const uint4* x, uint4* to, int64_t chunks, int* ticket, int tickets) {
+  wait_for_prerequisites();
+  dependents_may_start();
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) ticket[i] = 0;
+  if (!to) return;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;  // of 16 values; 4 a 64-group
+  const bool there = chunk < chunks;
+  const uint4 a = there ? x[2 * chunk] : uint4{}, b = there ? x[2 * chunk + 1] : uint4{};
+  uint32_t low[4] = {a.x, a.y, a.z, a.w}, high[4] = {b.x, b.y, b.z, b.w};
+  transpose_quad(low), transpose_quad(high);
+  if (!there) return;
+  uint4* const group = to + chunk / 4 * 8 + chunk % 4;
+  group[0] = make_uint4(low[0], low[1], low[2], low[3]), group[4] = make_uint4(high[0], high[1], high[2], high[3]);
 }
 
 }  // namespace ccq

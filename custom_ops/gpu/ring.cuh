@@ -120,6 +120,18 @@ __device__ inline void bulk_copy(void* to, const void* from, int bytes, Barrier*
 #endif
 }
 
+// A box of a matrix, of the size that its map says, from column `x` and row `y` on; what lies outside the matrix becomes zero.
+template <typename Map>
+__device__ inline void box_copy(void* to, const Map& map, int x, int y, Barrier* barrier) {
+#if CCQ_BULK
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
 // Towards L2. Allowed before an earlier kernel has ended, for nothing is read: what that kernel still writes is in L2 too.
 __device__ inline void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from)); }
 

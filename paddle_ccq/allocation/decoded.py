@@ -12,9 +12,10 @@ from ..codec import formats as codec_formats
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..encoder.factory import make_encoders
 from ..encoder.ldlq import Moments
+from ..families.tensor import DOWN, UP_GATE
 
 # Projection -> attribute of an expert in models/ernie.py.
-ATTRIBUTES = {"up_gate_proj": "up_gate", "down_proj": "down"}
+ATTRIBUTES = {UP_GATE: "up_gate", DOWN: "down"}
 
 
 class Decoded:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.text import spread
 from .costs import PROJECTIONS
 
 
@@ -39,12 +40,6 @@ class Probing:
         if self.method == "kl":
             found.pop("experts")
         return found
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of 0 .. count - 1, evenly spread; all of them if there are no more."""
-    wanted = min(count, wanted)
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 def held_out(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ..checkpoint.plan import Layout, Plan, gigabytes
+from ..checkpoint.plan import Layout, Plan
 from ..codec import formats
 from ..errors import CcqError
+from ..units import gigabytes
 from .costs import Sensitivities
 from .knapsack import Option, allocate, allocate_prefix, total_cost, total_size
 from .target import Target

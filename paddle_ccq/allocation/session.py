@@ -14,7 +14,7 @@ from .. import reporting
 from ..calibration.session import Request as Calibration
 from ..calibration.settings import ROUTER
 from ..checkpoint.config import ErnieConfig
-from ..checkpoint.plan import Plan, gigabytes, rule_forced_layers
+from ..checkpoint.plan import Plan, rule_forced_layers
 from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
 from ..checkpoint.rules import Rule
 from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
@@ -22,6 +22,7 @@ from ..codec.formats import FORMATS
 from ..errors import CcqError
 from ..families.tensor import Role
 from ..host import default_threads
+from ..units import gigabytes
 from .costs import (
     PROJECTIONS,
     Sensitivities,

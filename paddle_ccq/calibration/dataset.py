@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
+from ..files import write_whole
 from ..texts.documents import TEXT_FIELDS, Chat, document_of
 
 # About four million tokens: calibration takes its windows spread evenly over the text, and more
@@ -111,11 +112,10 @@ def _columns(row: dict[str, Any], what: str) -> dict[str, str]:
 
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
+
+    def write(to: Path) -> None:
+        with to.open("w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(path, write)

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.config import ErnieConfig
-from ..checkpoint.plan import Plan, gigabytes
+from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..families.tensor import UP_GATE
 from ..host import default_threads, require_paddle
 from ..texts.documents import Texts, read_texts
 from ..texts.files import check_readable
+from ..units import gigabytes
 from .settings import GRADIENT, TOKEN_WEIGHTS, Settings
 
 FLAG = "--calibration"

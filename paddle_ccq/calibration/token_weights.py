@@ -13,7 +13,6 @@ layer's weights in memory at a time, each layer computed anew from its inputs.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -27,14 +26,15 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ..checkpoint.plan import gigabytes
 from ..checkpoint.writer import TOKEN_WEIGHTS_FILE
 from ..errors import CcqError
 from ..families.ernie45 import FINAL_NORM, head_name
 from ..families.tensor import PROJECTIONS
+from ..files import write_whole
 from ..models.ernie import Block, positions_of
 from ..models.gradients import CHUNK_LOGITS, LayerPass
 from ..models.weights import WeightSource
+from ..units import gigabytes
 from .settings import Settings
 from .text import CalibrationText
 from .walk import MEMORY_FOR_STATES, LayerWalk, state_array, state_bytes
@@ -246,13 +246,12 @@ class _Recording(LayerPass):
 
 def _save(path: Path, said: str, found: dict[int, LayerWeights]) -> None:
     arrays = {f"{layer}.{k}": v for layer, w in found.items() for k, v in vars(w).items()}
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
+
+    def write(to: Path) -> None:
+        with open(to, "wb") as file:
             np.savez(file, of=np.array(said), **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
 def _load(path: Path, said: str) -> dict[int, LayerWeights]:

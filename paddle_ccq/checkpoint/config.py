@@ -44,7 +44,6 @@ class ErnieConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    use_bias: bool
     tie_word_embeddings: bool
     moe_num_experts: int  # 0: a dense model
     moe_k: int
@@ -197,7 +196,6 @@ def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:
         head_dim=head_dim,
         rms_norm_eps=fields.positive("rms_norm_eps", 1e-5),
         rope_theta=theta,
-        use_bias=False,
         # The default of transformers' classes, where the weights hold no head.
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
         **_moe(fields, experts, layers),

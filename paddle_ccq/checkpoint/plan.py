@@ -6,20 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS, stored_order
-from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
+from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..errors import CcqError
 from ..families.tensor import Cut, Role, TensorSpec
 from .config import ErnieConfig
-from .fastdeploy import kept_format, output_specs, shape_problem
-from .rules import Candidate, Rule, forced_layers, layer_formats, matching_rules, prefix_gap
+from .rules import Candidate, Rule, forced_layers, layer_formats, matching_rules
 from .safetensors_format import StoredSpec, shard_name, tensor_bytes
 
-# FastDeploy's name for the row order, by --fastdeploy-layout.
-ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
 DEFAULT_SHARD_BYTES = 5_000_000_000
+# What dense linear layers become; formats of experts that lose less than the experts' own.
+DENSE, WIDER = "wint8", "wint4"
 
 # The published 54-layer recipe keeps MoE layers up to 6 at wint4. On a measured 10-layer model a
 # wint4 prefix bought 4 % of KL for 0.22 bits per weight, so smaller models get none.
@@ -32,11 +30,6 @@ BASE_MEMORY = 150_000_000
 # or float32, a re-ordered copy and one encoder slice (quantized); measured 8.4 with the output.
 QUANTIZED_BYTES_PER_WEIGHT = 9
 KEPT_BYTES_PER_WEIGHT = 4
-
-
-def gigabytes(size: float) -> str:
-    """A size in GB (1e9 bytes), or MB where that says more."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 @dataclass(frozen=True)
@@ -91,43 +84,118 @@ class Shard:
         return [spec for item in self.items for spec in item.specs]
 
 
+class Target(Protocol):
+    """What a plan asks of the engine that it is made for (targets/)."""
+
+    @property
+    def shard_metadata(self) -> Mapping[str, str]:
+        """The metadata of every weight file."""
+        ...
+
+    def with_any_layers(self) -> Target:
+        """The same target, any of whose layers may have any format of experts."""
+        ...
+
+    def row_order(self, format: str) -> str:
+        """The order in which rows of a format are stored (codec/row_order.py)."""
+        ...
+
+    def kept_format(self, tensor: TensorSpec) -> str:
+        """The float type of a tensor that is never quantized: "f32" or "bf16"."""
+        ...
+
+    def stored(
+        self, tensor: TensorSpec, format: str, shape: tuple[int, ...]
+    ) -> tuple[StoredSpec, ...]:
+        """The stored tensors of a tensor in a format; `shape` is a rank's."""
+        ...
+
+    def shape_problem(self, format: str, shape: tuple[int, ...]) -> str | None:
+        """Why a tensor cannot take a format, in plain words; None if it can."""
+        ...
+
+    def check_layers(self, formats: Mapping[int, str]) -> None:
+        """Refuse formats of MoE layers that the engine cannot load."""
+        ...
+
+    def model_notes(self, config: ErnieConfig) -> list[str]:
+        """What the engine will not do with a model, though the checkpoint can be written."""
+        ...
+
+    def plan_notes(self, plan: Plan) -> list[str]:
+        """What the user of a plan must know of the engine."""
+        ...
+
+    def facts(self, plan: Plan) -> list[tuple[str, str]]:
+        """What of a plan is the engine's, for the table of a dry run."""
+        ...
+
+    def choices(self, plan: Plan) -> dict[str, Any]:
+        """What of the target decides the bytes of the output, for the journal."""
+        ...
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Formats of whole MoE layers that something other than a rule has chosen.
+    """Formats of the experts of every MoE layer, where no rule decides.
 
     Attributes:
-        formats: of every MoE layer.
+        formats: by layer.
         reason: who chose, in a word, for the plan's table.
+        wider_reason: who chose the wint4 layers, if somebody else did.
     """
 
     formats: Mapping[int, str]
     reason: str
+    wider_reason: str | None = None
+
+    @classmethod
+    def prefix(cls, config: ErnieConfig, format: str, end: int | None) -> Layout:
+        """wint4 up to layer `end` (None: the default of the model's depth), then `format`."""
+        last = default_wint4_end_layer(config) if end is None else end
+        formats = {layer: WIDER if layer <= last else format for layer in config.moe_layers()}
+        return cls(formats, "--format", "prefix")
+
+    def reason_of(self, layer: int) -> str:
+        """Who chose the format of a layer."""
+        wider = self.wider_reason is not None and self.formats[layer] == WIDER
+        return self.wider_reason if wider else self.reason
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """All choices that decide a plan.
+    """The choices that a plan is made from.
 
     Attributes:
+        target: the engine that the checkpoint is for.
         format: of routed experts.
-        wint4_end_layer: MoE layers up to this one are wint4; -1 for none, None for the default of
+        wint4_end_layer: MoE layers up to this one are wint4, -1 for none; None: the default of
             the model's depth.
-        fastdeploy_layout: row order of WINT2, a key of ROW_ORDERS.
         tensor_parallel_size: number of rank folders.
         rules: formats of single matrices; they come before everything else.
         max_shard_bytes: of one file.
         layout: formats of whole MoE layers, in the place of a wint4 prefix.
-        plugin_layout: wint4 layers need not be the first ones.
     """
 
+    target: Target
     format: str = DEFAULT_EXPERTS
     wint4_end_layer: int | None = None
-    fastdeploy_layout: str = "2.1"
     tensor_parallel_size: int = 1
     rules: Sequence[Rule] = ()
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     layout: Layout | None = None
-    plugin_layout: bool = False
+
+    def check(self, config: ErnieConfig) -> None:
+        """Refuse what no model, or not this one, can be given."""
+        if self.format not in EXPERT_FORMATS:
+            raise CcqError(f"--format {self.format}: not one of {', '.join(EXPERT_FORMATS)}")
+        last, end = config.num_hidden_layers - 1, self.wint4_end_layer
+        if end is not None and not -1 <= end <= last:
+            raise CcqError(
+                f"--wint4-end-layer {end}: this model's layers are 0 to {last} (-1 for none)"
+            )
+        if self.max_shard_bytes < 1:
+            raise CcqError(f"--max-shard-size: {self.max_shard_bytes} bytes is no size")
 
 
 @dataclass(frozen=True)
@@ -137,19 +205,36 @@ class Plan:
     config: ErnieConfig
     options: PlanOptions  # what was asked for; the other fields are what came of it
     format: str  # what the 2-bit MoE layers become; "wint8" for a model without MoE layers
-    wint4_end_layer: int
-    row_order: str
-    tensor_parallel_size: int
     items: tuple[Item, ...]
     shards: tuple[Shard, ...]
-    max_shard_bytes: int
-    messages: tuple[str, ...]
     # Why each MoE layer's experts have their format.
     reasons: Mapping[int, str]
+    messages: tuple[str, ...] = ()
 
     def with_layout(self, layout: Layout) -> Plan:
         """The same choices with other formats of MoE layers, wint4 in any of them."""
-        return build_plan(self.config, self.options, layout=layout, plugin_layout=True)
+        target = self.target.with_any_layers()
+        return make_plan(self.config, replace(self.options, target=target, layout=layout))
+
+    @property
+    def target(self) -> Target:
+        """The engine that the checkpoint is for."""
+        return self.options.target
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Number of ranks; every rank has its own folder where there are several."""
+        return self.options.tensor_parallel_size
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Of one file."""
+        return self.options.max_shard_bytes
+
+    @property
+    def row_order(self) -> str:
+        """The order in which rows of the experts' format are stored."""
+        return self.target.row_order(self.format)
 
     @property
     def layer_formats(self) -> dict[int, str]:
@@ -160,12 +245,7 @@ class Plan:
     @property
     def wint4_layers(self) -> list[int]:
         """MoE layers in wint4."""
-        return [layer for layer, format in self.layer_formats.items() if format == "wint4"]
-
-    @property
-    def needs_plugin(self) -> bool:
-        """Whether the wint4 layers are no prefix: only our FastDeploy plugin reads a list."""
-        return prefix_gap(self.layer_formats) is not None
+        return [layer for layer, format in self.layer_formats.items() if format == WIDER]
 
     @property
     def weights(self) -> int:
@@ -197,14 +277,6 @@ class Plan:
         )
         return BASE_MEMORY + largest
 
-    def not_converted(self) -> list[str]:
-        """Dense linear layers that stay in bf16 (without `.weight`)."""
-        return [
-            item.tensor.stem
-            for item in self.items
-            if item.tensor.is_dense and item.format == "bf16"
-        ]
-
 
 def default_wint4_end_layer(config: ErnieConfig) -> int:
     """The published prefix for models of the 300B's depth, none for smaller ones."""
@@ -212,174 +284,100 @@ def default_wint4_end_layer(config: ErnieConfig) -> int:
     return PUBLISHED_WINT4_END_LAYER if deep else -1
 
 
-def build_plan(config: ErnieConfig, options: PlanOptions | None = None, **changes: Any) -> Plan:
+def make_plan(config: ErnieConfig, options: PlanOptions) -> Plan:
     """Resolve every choice for a model, or refuse it in one line before any work starts.
 
-    Args:
-        options: the choices; `changes` are fields of PlanOptions that replace some of them.
-
     Raises:
-        CcqError: naming the flag or the tensor that does not fit the model.
+        CcqError: naming the flag or the tensor that does not fit the model or the target.
     """
-    options = replace(options or PlanOptions(), **changes)
-    _check_choices(config, options)
-    format, wint4_end_layer, layout = options.format, options.wint4_end_layer, options.layout
-    rules, tensor_parallel_size = options.rules, options.tensor_parallel_size
-    messages = _messages(config)
-    if wint4_end_layer is None:
-        wint4_end_layer = -1 if layout else default_wint4_end_layer(config)
-    candidates = _candidates(config, format, wint4_end_layer, layout)
-    found = matching_rules(rules, candidates, format)
-    resolved = {
-        c.tensor.name: found[c.tensor.name].format if c.tensor.name in found else c.default
-        for c in candidates
-    }
+    options.check(config)
+    target, size = options.target, options.tensor_parallel_size
+    layout = options.layout or Layout.prefix(config, options.format, options.wint4_end_layer)
+    candidates = _candidates(target, config, layout)
+    found = matching_rules(options.rules, candidates, options.format)
+    formats, reasons = {}, {}
+    for candidate in candidates:
+        tensor, rule = candidate.tensor, found.get(candidate.tensor.name)
+        formats[tensor.name] = rule.format if rule else candidate.default
+        if tensor.is_expert and tensor.layer is not None:
+            reasons[tensor.layer] = f"rule {rule.match}" if rule else candidate.reason
     experts = [c.tensor for c in candidates if c.tensor.is_expert]
-    if experts and (rules or layout):
-        by_layer = layer_formats(resolved, experts)
-        gap = prefix_gap(by_layer)
-        if gap and not options.plugin_layout:
-            raise CcqError(
-                f"--rules: layer {gap[0]} would be wint4 after layer {gap[1]} is not; FastDeploy"
-                " can't load that: wint4 layers must be the first MoE layers without a gap"
-                " (--allow-plugin-layout, for our FastDeploy plugin, takes any)"
-            )
-        four = [layer for layer, chosen in by_layer.items() if chosen == "wint4"]
-        first = experts[0].layer or 0
-        # A prefix that ends before the first MoE layer holds nothing: keep what was asked for.
-        # Of a list, too, FastDeploy without our plugin must not take a part for the whole.
-        wint4_end_layer = four[-1] if four and not gap else min(wint4_end_layer, first - 1)
-    _check_tensor_parallel(config, resolved, tensor_parallel_size)
+    target.check_layers(layer_formats(formats, experts))
+    _check_tensor_parallel(target, config, formats, size)
     items = tuple(
-        _item(i, tensor, resolved[tensor.name], tensor_parallel_size)
+        _item(target, i, tensor, formats[tensor.name], size)
         for i, tensor in enumerate(config.tensors.values())
     )
-    for item in items:
-        if item.tensor.is_dense and item.format == "bf16":
-            messages.append(
-                "dense layers that stay in bf16 are listed in modules_to_not_convert, which needs"
-                " FastDeploy 2.5 or later"
-            )
-            break
-    reasons = {}
-    for candidate in candidates:
-        if candidate.tensor.is_expert:
-            rule = found.get(candidate.tensor.name)
-            reasons[candidate.tensor.layer] = f"rule {rule.match}" if rule else candidate.reason
-    if not experts:
-        format = "wint8"
-        messages.append(
-            "this model has no MoE layer, so nothing becomes 2-bit: its linear layers are wint8"
-        )
-    elif all(item.format == "wint4" for item in items if item.tensor.is_expert):
-        messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
     plan = Plan(
         config=config,
         options=options,
-        format=format,
-        wint4_end_layer=wint4_end_layer,
-        row_order=stored_order(format, ROW_ORDERS[options.fastdeploy_layout]),
-        tensor_parallel_size=tensor_parallel_size,
+        format=options.format if experts else DENSE,
         items=items,
         shards=_split(items, options.max_shard_bytes),
-        max_shard_bytes=options.max_shard_bytes,
-        messages=tuple(messages),
         reasons=reasons,
     )
-    if plan.needs_plugin:
-        note = (
-            "wint4 layers are no prefix: FastDeploy needs our plugin (FD_PLUGINS=paddle_ccq) and"
-            " refuses these files without it"
+    return replace(plan, messages=tuple(_messages(plan)))
+
+
+def _messages(plan: Plan) -> list[str]:
+    messages = plan.target.model_notes(plan.config)
+    formats = set(plan.layer_formats.values())
+    if not formats:
+        messages.append(
+            "this model has no MoE layer, so nothing becomes 2-bit: its linear layers are wint8"
         )
-        plan = replace(plan, messages=(*plan.messages, note))
-    return plan
+    elif formats == {WIDER}:
+        messages.append("the wint4 prefix covers every MoE layer, so nothing becomes 2-bit")
+    return [*messages, *plan.target.plan_notes(plan)]
 
 
 def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) -> dict[int, str]:
     """Formats of the MoE layers that rules decide; the others are free for an allocation."""
-    candidates = _candidates(config, format, -1, None)
+    candidates = [Candidate(tensor, format) for tensor in config.tensors.values()]
     found = matching_rules(rules, candidates, format)
     return forced_layers(found, (c.tensor for c in candidates if c.tensor.is_expert))
 
 
-def _check_choices(config: ErnieConfig, options: PlanOptions) -> None:
-    format, layout = options.format, options.fastdeploy_layout
-    end_layer, max_shard_bytes = options.wint4_end_layer, options.max_shard_bytes
-    if format not in EXPERT_FORMATS:
-        raise CcqError(f"--format {format}: not one of {', '.join(EXPERT_FORMATS)}")
-    if layout not in ROW_ORDERS:
-        raise CcqError(f"--fastdeploy-layout {layout}: not one of {', '.join(ROW_ORDERS)}")
-    last = config.num_hidden_layers - 1
-    if end_layer is not None and not -1 <= end_layer <= last:
-        raise CcqError(
-            f"--wint4-end-layer {end_layer}: this model's layers are 0 to {last} (-1 for none)"
-        )
-    if max_shard_bytes < 1:
-        raise CcqError(f"--max-shard-size: {max_shard_bytes} bytes is no size")
-
-
-def _messages(config: ErnieConfig) -> list[str]:
-    """What FastDeploy will not do with this model, though the checkpoint can be written."""
-    messages = []
-    moe = config.moe_layers()
-    expected = list(range(config.moe_layer_start_index, config.num_hidden_layers))
-    if moe and moe != expected:
-        messages.append(
-            f"FastDeploy takes every layer from {expected[0]} on as a MoE layer, this model"
-            " doesn't; FastDeploy can't load it"
-        )
-    if config.vocab_size % 64:
-        messages.append(
-            f"vocabulary of {config.vocab_size}: FastDeploy pads to a multiple of 64 and refuses"
-            " embeddings of another size"
-        )
-    return messages
-
-
-def _candidates(
-    config: ErnieConfig, format: str, wint4_end_layer: int, layout: Layout | None
-) -> list[Candidate]:
+def _candidates(target: Target, config: ErnieConfig, layout: Layout) -> list[Candidate]:
     """Every tensor with what it becomes where no rule speaks of it."""
     candidates = []
     for tensor in config.tensors.values():
         layer = tensor.layer
         if tensor.is_expert and layer is not None:
-            if layout is not None:
-                default, reason = layout.formats[layer], layout.reason
-            elif layer <= wint4_end_layer:
-                default, reason = "wint4", "prefix"
-            else:
-                default, reason = format, "--format"
-            candidates.append(Candidate(tensor, default, reason))
+            candidates.append(Candidate(tensor, layout.formats[layer], layout.reason_of(layer)))
         elif tensor.is_dense:
-            candidates.append(Candidate(tensor, "wint8"))
+            candidates.append(Candidate(tensor, DENSE))
         else:
-            candidates.append(Candidate(tensor, kept_format(tensor)))
+            candidates.append(Candidate(tensor, target.kept_format(tensor)))
     return candidates
 
 
-def rank_problem(config: ErnieConfig, tensor: TensorSpec, format: str, size: int) -> str | None:
+def _rank_problem(
+    target: Target, config: ErnieConfig, tensor: TensorSpec, format: str, size: int
+) -> str | None:
     """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""
     cut = tensor.cut
     if cut is None or size == 1:
-        return shape_problem(format, tensor.shape)
+        return target.shape_problem(format, tensor.shape)
     if not cut.fits(size):
         if tensor.role is Role.ATTENTION:
             heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key heads"
             return f"{heads} can't be shared out evenly over {size} ranks"
         return f"{cut.parts[0]} can't be cut into {size} equal parts"
-    return shape_problem(format, cut.rank_shape(tensor.shape, size))
+    return target.shape_problem(format, cut.rank_shape(tensor.shape, size))
 
 
-def _check_tensor_parallel(config: ErnieConfig, resolved: dict[str, str], size: int) -> None:
+def _check_tensor_parallel(
+    target: Target, config: ErnieConfig, formats: Mapping[str, str], size: int
+) -> None:
     # Layers and experts repeat a few shapes; one of each kind is enough to look at.
     kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}
     for tensor in config.tensors.values():
-        kinds.setdefault((tensor.template, tensor.shape, resolved[tensor.name]), tensor)
+        kinds.setdefault((tensor.template, tensor.shape, formats[tensor.name]), tensor)
 
     def problem(ranks: int) -> str | None:
         for (_, _, format), tensor in kinds.items():
-            found = rank_problem(config, tensor, format, ranks)
+            found = _rank_problem(target, config, tensor, format, ranks)
             if found:
                 return f"{tensor.name}: {found}"
         return None
@@ -399,10 +397,10 @@ def _check_tensor_parallel(config: ErnieConfig, resolved: dict[str, str], size: 
         )
 
 
-def _item(index: int, tensor: TensorSpec, format: str, size: int) -> Item:
+def _item(target: Target, index: int, tensor: TensorSpec, format: str, size: int) -> Item:
     cut, shape = tensor.cut, tensor.shape
     rank_shape = cut.rank_shape(shape, size) if cut and size > 1 else shape
-    return Item(index, tensor, format, output_specs(tensor, format, rank_shape))
+    return Item(index, tensor, format, target.stored(tensor, format, rank_shape))
 
 
 def _split(items: Sequence[Item], max_bytes: int) -> tuple[Shard, ...]:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,12 @@ class Checkpoint:
             else:
                 _turn_into(target, values)
         return result
+
+    def with_replaced(self, tensors: Mapping[str, np.ndarray]) -> Checkpoint:
+        """The checkpoint as it would be with other values of some stored tensors."""
+        changed = copy.copy(self)
+        changed.tensors = self.tensors.with_replaced(tensors)
+        return changed
 
     def packed(self, name: str) -> dict[str, np.ndarray]:
         """The stored tensors of a quantized matrix by suffix, in the dtypes of its format."""

@@ -158,18 +158,3 @@ def layer_formats(formats: Mapping[str, str], experts: Iterable[TensorSpec]) -> 
                 " alike"
             )
     return {layer: next(iter(by_layer[layer])) for layer in sorted(by_layer)}
-
-
-def prefix_gap(formats: Mapping[int, str]) -> tuple[int, int] | None:
-    """(a wint4 layer, an earlier one that is not), or None where the first layers are wint4.
-
-    FastDeploy decides by `layer <= quant_end_layer` alone (quantization/wint2.py), so a layer that
-    returns to wint4 cannot be written down for it.
-    """
-    left = None
-    for layer, format in sorted(formats.items()):
-        if format != "wint4":
-            left = layer if left is None else left
-        elif left is not None:
-            return layer, left
-    return None

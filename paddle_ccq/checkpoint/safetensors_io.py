@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -198,6 +200,7 @@ class TensorFolder:
         self.unlisted: list[str] = []
         self.files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, str] = {}
+        self._replaced: Mapping[str, np.ndarray] = {}
         index = self.folder / INDEX_FILE
         if index.is_file():
             self._open_shards(index)
@@ -270,7 +273,15 @@ class TensorFolder:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype."""
+        if name in self._replaced:
+            return self._replaced[name]
         return self.files[self._home[name]].read(name)
+
+    def with_replaced(self, tensors: Mapping[str, np.ndarray]) -> TensorFolder:
+        """The same folder, with some tensors taken from memory instead of the files."""
+        changed = copy.copy(self)
+        changed._replaced = {**self._replaced, **tensors}
+        return changed
 
 
 def _nothing_to_open(folder: Path) -> str:

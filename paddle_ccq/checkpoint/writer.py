@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import CcqError
-from .fastdeploy import SHARD_METADATA
 from .journal import Journal, fingerprint_differences
 from .manifest import MANIFEST_FILE, manifest_bytes
 from .plan import Item, Plan
@@ -251,7 +250,9 @@ class CheckpointWriter:
 
         if not path.is_file():
             raise CcqError(f"{path}: is gone; start over with --restart")
-        return SafetensorsWriter.resume(path, specs, SHARD_METADATA, len(expected), check)
+        return SafetensorsWriter.resume(
+            path, specs, self.plan.target.shard_metadata, len(expected), check
+        )
 
     def write(
         self, item: Item, parts: list[dict[str, np.ndarray]], stats: dict[str, Any]
@@ -265,7 +266,7 @@ class CheckpointWriter:
         if item.index in self._first_of:
             shard = self.plan.shards[self._first_of[item.index]]
             self._open = [
-                SafetensorsWriter(folder / shard.name, shard.specs, SHARD_METADATA)
+                SafetensorsWriter(folder / shard.name, shard.specs, self.plan.target.shard_metadata)
                 for folder in self.ranks
             ]
             for folder in self.ranks:

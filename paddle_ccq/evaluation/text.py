@@ -125,6 +125,12 @@ def token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndar
     return np.asarray(stream, dtype=np.int64)
 
 
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of 0 .. count - 1, the middles of equal parts; all if there are no more."""
+    wanted = min(count, wanted)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
 def cut_windows(stream: np.ndarray, window: int, max_tokens: int | None = None) -> list[np.ndarray]:
     """Non-overlapping full windows from the start of the stream.
 
@@ -142,8 +148,7 @@ def cut_windows(stream: np.ndarray, window: int, max_tokens: int | None = None) 
         wanted = min(full, max_tokens // window)
         if wanted < 1:
             raise CcqError(f"--max-tokens {max_tokens}: less than one window of {window} tokens")
-    # The middles of `wanted` equal parts of the list of windows; all of it if wanted == full.
-    chosen = [(2 * i + 1) * full // (2 * wanted) for i in range(wanted)]
+    chosen = spread(full, wanted)
     return [stream[index * window : (index + 1) * window] for index in chosen]
 
 

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 _QUERY = ("--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 # FastDeploy's WINT2 kernel needs Ampere or newer.
@@ -47,12 +45,3 @@ def parse_cards(answer: str) -> list[Card]:
         except ValueError:
             continue
     return cards
-
-
-def host_memory(path: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of host memory that are free or can be freed; None where Linux does not tell."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", path.read_text("ascii"), re.M)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None

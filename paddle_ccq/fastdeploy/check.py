@@ -13,12 +13,13 @@ from typing import Any
 
 from .. import reporting
 from ..arguments import Arguments
-from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
-from ..checkpoint.plan import gigabytes
 from ..command import run_command
 from ..errors import CcqError, visible
-from .cards import Card, find_cards, host_memory
+from ..host import available_memory
+from ..targets.fastdeploy.inspection import Inspection
+from ..units import gigabytes
+from .cards import Card, find_cards
 from .contract import contract_problems, contract_warnings, plugin_reason
 from .memory import (
     BLOCK_TOKENS,
@@ -290,7 +291,7 @@ def judge_machine(result: CheckResult, cards: list[Card], ranks: int) -> None:
     if not cards:
         return
     result.problems += card_problems(cards, ranks)
-    free = host_memory()
+    free = available_memory()
     if free is not None and free < result.host_bytes:
         result.warnings.append(
             f"{gigabytes(free)} of host memory are free, loading passes"

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastDeploy's rules that depend on its version and on the number of cards.
 
-The rules that hold for every version are in checkpoint/inspection.py.
+The rules that hold for every version are in targets/fastdeploy/inspection.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.inspection import Inspection
 from ..codec.row_order import FASTDEPLOY_2_1
+from ..targets.fastdeploy.inspection import Inspection
+from ..targets.fastdeploy.layout import VOCABULARY_MULTIPLE, needs_plugin, not_converted
 from .plugin import SUPPORTED as PLUGIN_RELEASES
 from .releases import Release
 
@@ -39,7 +40,7 @@ def contract_problems(
 
 def plugin_reason(inspection: Inspection, release: Release) -> str | None:
     """Why this release cannot serve the checkpoint without our plugin; None if it can."""
-    if inspection.plan.needs_plugin:
+    if needs_plugin(inspection.plan):
         return (
             "wint4 layers by a list: FastDeploy must load our plugin (FD_PLUGINS=paddle_ccq);"
             " without it the load stops at missing tensors"
@@ -86,13 +87,13 @@ def _format_problems(inspection: Inspection, release: Release) -> list[str]:
             f"rows in {recorded} order, FastDeploy {release.name} reads {release.row_order}:"
             f" nonsense without any error; quantize with --fastdeploy-layout {layout}"
         )
-    if plan.needs_plugin and release.name not in PLUGIN_RELEASES:
+    if needs_plugin(plan) and release.name not in PLUGIN_RELEASES:
         problems.append(
             f"wint4 layers by a list, which FastDeploy {release.name} can't load even with our"
             f" plugin; {', '.join(PLUGIN_RELEASES)} can, or quantize without"
             " --allow-plugin-layout"
         )
-    kept = plan.not_converted()
+    kept = not_converted(plan)
     if kept and not release.keeps_dense:
         problems.append(
             f"{len(kept)} dense layers are bf16 (modules_to_not_convert), which FastDeploy"
@@ -116,7 +117,7 @@ def _config_problems(inspection: Inspection, release: Release) -> list[str]:
             "config.json: moe_use_aux_free is absent: FastDeploy would leave out the router's"
             " correction bias"
         )
-    if config.vocab_size % 64:
+    if config.vocab_size % VOCABULARY_MULTIPLE:
         problems.append(
             f"config.json: vocab_size {config.vocab_size}: FastDeploy pads it to a multiple of 64"
             " and then refuses the stored embeddings"

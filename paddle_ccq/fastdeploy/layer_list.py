@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint.fastdeploy import wint4_layers_of
+from ..targets.fastdeploy.config import wint4_layers_of
 
 
 def make_config(base: type) -> type:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CcqError
+from ..families.tensor import PROJECTIONS
 from .fused_ops import FusedOps, Repacked, load_ops, shape_refusal
 
 logger = logging.getLogger("paddle_ccq")
 
-PROJECTIONS = ("up_gate_proj", "down_proj")
 # FastDeploy's names of a projection's parameters, in the order that ccq_repack takes them.
 PARAMETERS = ("weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 _WEIGHTS = "ccq_weights"

@@ -20,7 +20,6 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
-from ..errors import CcqError
 from .weights import WeightSource
 
 # Queries attended at once. A block sees only the keys up to its own end, which saves nearly half
@@ -40,8 +39,6 @@ class Ernie:
 
     def __init__(self, weights: WeightSource) -> None:
         config = self.config = weights.config
-        if config.use_bias:
-            raise CcqError("config.json: use_bias: ERNIE-4.5 with biases is not supported")
         self.embed = _tensor(weights, "ernie.embed_tokens.weight")
         self.blocks = [Block(weights, layer) for layer in range(config.num_hidden_layers)]
         self.norm = _tensor(weights, "ernie.norm.weight")

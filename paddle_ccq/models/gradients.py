@@ -26,7 +26,6 @@ from .ernie import MLP, Attention, Block, Ernie, MoE, Rope, Span, positions_of
 CHUNK_LOGITS = 1 << 22
 
 # Given a parameter's name, its kind ("factors", "whole") and the gradient, adds it up.
-Collect = Callable[[str, Any], None]
 # What is wanted of a tensor: the gradient of its column factors, of itself, or nothing.
 FACTORS, WHOLE = "factors", "whole"
 Wanted = dict[str, str]

@@ -18,6 +18,7 @@ from ..codec.formats import DEFAULT_EXPERTS
 from ..encoder.base import DEVICES, ENCODERS, PRESETS
 from ..errors import CcqError
 from ..host import thread_count
+from ..targets.fastdeploy.layout import FastDeploy
 
 PathLike = str | os.PathLike[str]
 
@@ -89,13 +90,12 @@ class QuantizeOptions:
         """What decides the plan; reads the file of rules."""
         size = self.max_shard_size
         return PlanOptions(
+            target=FastDeploy(self.fastdeploy_layout, self.allow_plugin_layout),
             format=self.format,
             wint4_end_layer=self.wint4_end_layer,
-            fastdeploy_layout=self.fastdeploy_layout,
             tensor_parallel_size=self.tensor_parallel_size,
             rules=load_rules(self.rules) if self.rules is not None else (),
             max_shard_bytes=size if isinstance(size, int) else parse_size(size),
-            plugin_layout=self.allow_plugin_layout,
         )
 
     def calibration_request(self, fetch: bool) -> CalibrationRequest | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from rich.table import Table
@@ -12,10 +13,11 @@ from rich.table import Table
 from .. import reporting
 from ..allocation.session import comparison_table, measuring_facts
 from ..calibration.session import memory_facts
-from ..checkpoint.plan import Plan, build_plan, gigabytes
+from ..checkpoint.plan import Plan, make_plan
 from ..encoder.base import MatrixEncoder
 from ..encoder.ldlq_metric import InputMoments
 from ..errors import CoreMissingError
+from ..units import gigabytes
 from .job import Job
 from .options import QuantizeOptions
 from .run import QuantizeResult, check_devices, encoders_for
@@ -31,7 +33,7 @@ def dry_run(job: Job, plan: Plan) -> QuantizeResult:
     allocation = None
     if wanted is not None and job.costs is not None:
         allocation = wanted.resolve(plan, job.costs)
-        plan = build_plan(plan.config, job.options.plan, layout=allocation.layout)
+        plan = make_plan(plan.config, replace(job.options.plan, layout=allocation.layout))
     out.print(reporting.plan_table(plan))
     out.print()
     if plan.layer_formats:

@@ -20,10 +20,8 @@ from ..calibration.session import output_errors
 from ..checkpoint.companions import read_companions
 from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.convert import Converter
-from ..checkpoint.fastdeploy import output_config, quantization_config
 from ..checkpoint.journal import make_fingerprint
-from ..checkpoint.model_card import Recipe, model_card
-from ..checkpoint.plan import Plan, gigabytes
+from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from ..codec.formats import CCQ_FORMATS
@@ -32,6 +30,10 @@ from ..encoder.base import MatrixEncoder
 from ..encoder.ldlq import Moments
 from ..errors import CcqError
 from ..ops import gpu_library
+from ..targets.fastdeploy.card import Recipe, model_card
+from ..targets.fastdeploy.config import output_config
+from ..targets.fastdeploy.layout import wint4_end_layer
+from ..units import gigabytes
 from ..version import __version__
 from .options import QuantizeOptions
 
@@ -132,15 +134,11 @@ class QuantizeRun:
             "format": plan.format,
             "preset": options.preset,
             "encoder": options.encoder,
-            "wint4_end_layer": plan.wint4_end_layer,
-            "fastdeploy_layout": plan.row_order,
+            **plan.target.choices(plan),
             "tensor_parallel_size": plan.tensor_parallel_size,
-            "rules": plan.not_converted(),
             "max_shard_size": plan.max_shard_bytes,
             "allow_nonfinite": options.allow_nonfinite,
         }
-        if plan.needs_plugin:
-            chosen["wint4_layers"] = plan.wint4_layers
         if self.recipe.calibration:
             chosen["calibration"] = self.recipe.calibration
         if self.recipe.allocation:
@@ -208,7 +206,7 @@ class QuantizeRun:
             "encoder": self.options.encoder,
             "row_order": plan.row_order,
             "source_model": self.recipe.source_model,
-            "wint4_end_layer": plan.wint4_end_layer,
+            "wint4_end_layer": wint4_end_layer(plan),
             "tensor_parallel_size": plan.tensor_parallel_size,
         }
         if self.recipe.calibration:
@@ -218,14 +216,7 @@ class QuantizeRun:
             }
         if self.recipe.allocation:
             provenance["allocation"] = self.recipe.allocation
-        quantization = quantization_config(
-            plan.config,
-            plan.format,
-            plan.wint4_end_layer,
-            plan.not_converted(),
-            plan.wint4_layers if plan.needs_plugin else None,
-        )
-        config = output_config(plan.config, quantization, provenance)
+        config = output_config(plan, provenance)
         files = dict(read_companions(self.checkpoint.path).files)
         files[CONFIG_FILE] = json_bytes(config)
         files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")

@@ -17,8 +17,7 @@ from ..allocation.session import comparison_table
 from ..calibration.session import coverage
 from ..checkpoint.companions import check_regular, read_companions
 from ..checkpoint.config import CONFIG_FILE
-from ..checkpoint.model_card import Recipe
-from ..checkpoint.plan import Layout, Plan, build_plan
+from ..checkpoint.plan import Layout, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_folder
 from ..checkpoint.source_card import read_source_card
@@ -26,6 +25,7 @@ from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, to_stderr
 from ..errors import CcqError
+from ..targets.fastdeploy.card import Recipe
 from . import report
 from .job import Job
 from .options import PathLike, QuantizeOptions
@@ -124,9 +124,10 @@ def planned(job: Job) -> Plan:
     assert job.config is not None
     config, options, wanted = job.config, job.options.plan, job.wanted
     if wanted is None:
-        return build_plan(config, options)
+        return make_plan(config, options)
     uniform = Layout(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
-    plan = build_plan(config, replace(options, layout=uniform, plugin_layout=True))
+    target = options.target.with_any_layers()
+    plan = make_plan(config, replace(options, target=target, layout=uniform))
     job.costs = wanted.check(plan)
     return plan
 
@@ -167,7 +168,7 @@ def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace
         else:
             job.costs = _measured(job, checkpoint, workplace)
         job.allocation = wanted.resolve(plan, job.costs)
-        plan = build_plan(plan.config, options.plan, layout=job.allocation.layout)
+        plan = make_plan(plan.config, replace(options.plan, layout=job.allocation.layout))
         job.say(report.as_text(comparison_table(job.allocation)))
         for note in wanted.notes:
             job.say(note)

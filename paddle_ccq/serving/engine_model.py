@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.reader import Checkpoint
-from ..errors import CcqError
 from ..models.weights import ExactWeights
 from ..ops.attention import attend
 from ..ops.gpu_memory import Device
@@ -59,8 +58,6 @@ class EngineModel:
         device: Device | None = None,
     ) -> None:
         config = self.config = checkpoint.config
-        if config.use_bias:
-            raise CcqError("config.json: use_bias: ERNIE-4.5 with biases is not supported")
         weights = ExactWeights(checkpoint)
         self.max_length = max_length or config.max_position_embeddings
         self.embed = Embedding(weights, threads)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from ..checkpoint.config import ErnieConfig
-from ..host import default_threads
+from ..host import available_memory, default_threads, proc_bytes
 from .kv_cache import bytes_per_token
 
 # Part of the free memory that the cache may reserve where the operator names no size.
@@ -17,12 +17,12 @@ THREAD_BYTES = 1 << 20
 
 def resident_bytes(process: int | str = "self") -> int:
     """Memory of a process that is really there; 0 where the system does not tell."""
-    return _proc_kib(f"/proc/{process}/status", "VmRSS:") * 1024
+    return proc_bytes(f"/proc/{process}/status", "VmRSS") or 0
 
 
 def available_bytes() -> int:
     """Memory that can be had without swapping; 0 where the system does not tell."""
-    return _proc_kib("/proc/meminfo", "MemAvailable:") * 1024
+    return available_memory() or 0
 
 
 def cache_tokens(config: ErnieConfig, max_length: int, max_sequences: int) -> int:
@@ -40,22 +40,6 @@ def threads_for(config: ErnieConfig) -> int:
     width = config.moe_intermediate_size if config.moe_num_experts else config.intermediate_size
     packed = 3 * config.hidden_size * width * max(1, config.moe_k) // 4
     return default_threads() if packed >= THREAD_BYTES else 1
-
-
-def _proc_kib(path: str, key: str) -> int:
-    try:
-        with open(path, encoding="ascii") as file:
-            for line in file:
-                if line.startswith(key):
-                    return int(line.split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
-
-
-def readable(value: int) -> str:
-    """Bytes for people."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
 
 
 API_KEY_VARIABLE = "PADDLE_CCQ_API_KEY"

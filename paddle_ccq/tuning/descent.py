@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CcqError
+from ..evaluation.text import spread
 from ..models.ernie import Ernie
 from ..models.gradients import WHOLE, Pass, loss_of
 from .optimizer import Adam, schedule
@@ -37,7 +38,7 @@ def split_held_out(count: int, every: int) -> tuple[list[int], list[int]]:
             " use more text"
         )
     wanted = max(1, count // every)
-    held = [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+    held = spread(count, wanted)
     return [i for i in range(count) if i not in set(held)], held
 
 

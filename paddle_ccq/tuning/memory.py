@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 
 from ..checkpoint.config import ErnieConfig
-from ..checkpoint.plan import gigabytes
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..families.tensor import Role
 from ..host import available_memory
+from ..units import gigabytes
 from .settings import Settings
 
 # A tensor that is tuned whole: its value and the best one so far in float64, Adam's two means and

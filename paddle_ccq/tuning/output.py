@@ -12,7 +12,6 @@ import numpy as np
 
 from ..checkpoint.companions import read_companions
 from ..checkpoint.config import CONFIG_FILE
-from ..checkpoint.fastdeploy import SHARD_METADATA
 from ..checkpoint.manifest import MANIFEST_FILE, manifest_bytes
 from ..checkpoint.reader import PROVENANCE_KEY, Checkpoint
 from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, StoredSpec
@@ -20,6 +19,8 @@ from ..checkpoint.safetensors_writer import SafetensorsWriter, sync_folder
 from ..checkpoint.values import count_nonfinite
 from ..checkpoint.writer import SMALL_FILES_BYTES, json_bytes, write_file
 from ..errors import CcqError
+from ..targets.fastdeploy.layout import SHARD_METADATA
+from ..units import gigabytes
 
 CARD = "README.md"
 SECTION = "## Tuning"
@@ -33,7 +34,7 @@ def check_room(checkpoint: Checkpoint, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CcqError(
-            f"{folder}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make"
+            f"{folder}: needs {gigabytes(needed)}, the disk has {gigabytes(free)} free; make"
             " room and run the same command again"
         )
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 from ..calibration.settings import Settings as TextSettings
 from ..calibration.text import CalibrationText, read_calibration_text
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.safetensors_io import TensorFolder
 from ..checkpoint.writer import Workplace
 from ..errors import CcqError
 from ..families.ernie45 import EMBEDDING
@@ -70,23 +69,6 @@ def check_same_model(quantized: Checkpoint, source: Checkpoint) -> None:
 def _as_stored(values: np.ndarray, checkpoint: Checkpoint, name: str) -> np.ndarray:
     stored = checkpoint.read_stored(name).dtype
     return values.astype(stored).astype(np.float32)
-
-
-class _Replaced(Checkpoint):
-    """A checkpoint as it will be once some stored tensors are replaced."""
-
-    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray]) -> None:
-        self.__dict__.update(checkpoint.__dict__)
-        self.tensors = _ReplacedTensors(checkpoint.tensors, tensors)
-
-
-class _ReplacedTensors(TensorFolder):
-    def __init__(self, folder: TensorFolder, tensors: Mapping[str, np.ndarray]) -> None:
-        self.__dict__.update(folder.__dict__)
-        self._replaced = tensors
-
-    def read(self, name: str) -> np.ndarray:
-        return self._replaced[name] if name in self._replaced else super().read(name)
 
 
 def run_tuning(
@@ -148,7 +130,7 @@ def _tuned(
     for parameter in parameters.values():
         tensors |= stored_tensors(parameter, quantized, model)
     del model, parameters
-    rounded = Ernie(_Replaced(quantized, tensors))
+    rounded = Ernie(quantized.with_replaced(tensors))
     with ThreadPoolExecutor(threads) as pool:
         after = mean_loss(rounded, held_out, pool)
     if not after < before:

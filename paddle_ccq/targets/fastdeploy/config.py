@@ -1,74 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastDeploy's contract as code: tensor names and shapes, quantization_config, config.json."""
+"""The config.json that FastDeploy reads: what is written into it, and what it must not hold."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ..codec import formats
-from ..errors import CcqError
-from ..families.tensor import EXACT_ROLES, TensorSpec
-from ..version import __version__
-from .config import ErnieConfig
-from .reader import PROVENANCE_KEY
-from .safetensors_format import StoredSpec
+from ...checkpoint.plan import Plan
+from ...checkpoint.reader import PROVENANCE_KEY
+from ...errors import CcqError
+from ...version import __version__
+from .layout import needs_plugin, not_converted, wint4_end_layer
 
 MOE_ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 DENSE_ARCHITECTURE = "Ernie4_5_ForCausalLM"
-# Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
-# the same bytes.
-SHARD_METADATA = {"format": "np"}
 # Newer than this, a `dtype` in config.json reads as a torch checkpoint (FastDeploy config.py).
 NEWEST_TRANSFORMERS = (4, 56, 0)
-# weight_quantize(algo="weight_only_int4") only works on whole pairs of 64-row tiles.
-WINT4_ROW_MULTIPLE = 128
 # Key of moe_quant_config that our FastDeploy plugin reads, and no FastDeploy by itself.
 WINT4_LAYERS = "wint4_layers"
 # config.json entries that speak of the source's files or code and not of what is written.
 _DROPPED = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path", PROVENANCE_KEY)
 
 
-def kept_format(tensor: TensorSpec) -> str:
-    """The float type of a tensor that is never quantized: "f32" or "bf16"."""
-    # FastDeploy holds the router and its bias in float32.
-    return "f32" if tensor.role in EXACT_ROLES else "bf16"
-
-
-def output_specs(tensor: TensorSpec, format: str, shape: tuple[int, ...]) -> tuple[StoredSpec, ...]:
-    """The stored tensors (name, dtype, shape) of a tensor in a format; `shape` is a rank's."""
-    name, stem = tensor.name, tensor.stem
-    if format == "f32":
-        return ((name, "F32", shape),)
-    if format == "bf16":
-        # In a quantized checkpoint FastDeploy looks for `.quant_weight` even where
-        # modules_to_not_convert leaves a linear layer unquantized (layers/linear.py).
-        return ((f"{stem}.quant_weight" if tensor.is_dense else name, "BF16", shape),)
-    specs = formats.tensor_specs(format, *shape)
-    return tuple((f"{stem}.{suffix}", dtype, dims) for suffix, (dims, dtype) in specs.items())
-
-
-def shape_problem(format: str, shape: tuple[int, ...]) -> str | None:
-    """Why a matrix [K, N] cannot take a format, in plain words; None if it can."""
-    if format in ("bf16", "f32"):
-        return None
-    k, n = shape
-    if format == "wint4" and k % WINT4_ROW_MULTIPLE:
-        return f"wint4 needs K (input size) a multiple of {WINT4_ROW_MULTIPLE}, got {k}"
-    return formats.shape_problem(format, k, n)
-
-
-def quantization_config(
-    config: ErnieConfig,
-    format: str,
-    wint4_end_layer: int,
-    not_converted: Sequence[str] = (),
-    wint4_layers: Sequence[int] | None = None,
-) -> dict[str, Any]:
+def quantization_config(plan: Plan) -> dict[str, Any]:
     """The quantization_config of config.json, in the published structure.
 
-    `wint4_layers` is for layers that are no prefix; FastDeploy's own key then says none, so that
+    Of wint4 layers that are no prefix there is a list; FastDeploy's own key then says none, so that
     it misses tensors of the first such layer and stops instead of misreading any.
 
     FastDeploy reads `quantization` and the nested moe_quant_config; the top-level moe_quant_type
@@ -76,10 +34,10 @@ def quantization_config(
     refuses as an invalid method instead of misreading the tensors.
     """
     result: dict[str, Any] = {"dense_quant_type": "wint8"}
+    format, end = plan.format, wint4_end_layer(plan)
     if format == "wint8":
         result["quantization"] = "wint8"
     else:
-        last = config.num_hidden_layers - 1
         result["moe_quant_type"] = "w4w2"
         result["quantization"] = format
         result["moe_quant_config"] = {
@@ -88,27 +46,27 @@ def quantization_config(
                 "quant_type": "wint4",
                 "quant_granularity": "per_channel",
                 "quant_start_layer": 0,
-                "quant_end_layer": wint4_end_layer,
+                "quant_end_layer": end,
             },
             "moe_w2_quant_config": {
                 "quant_type": format,
                 "quant_granularity": "pp_acc",
                 "quant_group_size": 64,
-                "quant_start_layer": wint4_end_layer + 1,
-                "quant_end_layer": last,
+                "quant_start_layer": end + 1,
+                "quant_end_layer": plan.config.num_hidden_layers - 1,
             },
         }
-        if wint4_layers is not None:
-            result["moe_quant_config"][WINT4_LAYERS] = list(wint4_layers)
-    if not_converted:
-        result["modules_to_not_convert"] = list(not_converted)
+        if needs_plugin(plan):
+            result["moe_quant_config"][WINT4_LAYERS] = plan.wint4_layers
+    kept = not_converted(plan)
+    if kept:
+        result["modules_to_not_convert"] = kept
     return result
 
 
-def output_config(
-    config: ErnieConfig, quantization: dict[str, Any], provenance: dict[str, Any]
-) -> dict[str, Any]:
+def output_config(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
     """config.json of the output: the source's, as FastDeploy wants it, plus our provenance."""
+    config = plan.config
     moe = config.moe_num_experts > 0
     result = {key: value for key, value in config.raw.items() if key not in _DROPPED}
     result["architectures"] = [MOE_ARCHITECTURE if moe else DENSE_ARCHITECTURE]
@@ -116,7 +74,7 @@ def output_config(
     # Where config.json is silent, FastDeploy's defaults (PRETRAINED_INIT_CONFIGURATION in its
     # config.py) are not those of the ERNIE classes; so everything it reads is spelled out.
     config.spell_out(result)
-    result["quantization_config"] = quantization
+    result["quantization_config"] = quantization_config(plan)
     result[PROVENANCE_KEY] = {"version": __version__, **provenance}
     return result
 

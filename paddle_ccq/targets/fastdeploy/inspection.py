@@ -12,28 +12,29 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
-from ..codec.row_order import ROW_ORDERS
-from ..codec.wint2 import CODE_MAX, code_range
-from ..errors import CcqError
-from ..families.tensor import Role
-from .companions import check_file
-from .config import CONFIG_FILE, ErnieConfig
-from .fastdeploy import (
+from ...checkpoint.companions import check_file
+from ...checkpoint.config import CONFIG_FILE, ErnieConfig
+from ...checkpoint.manifest import is_foreign
+from ...checkpoint.plan import Item, Layout, Plan
+from ...checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
+from ...checkpoint.rules import Rule
+from ...checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
+from ...checkpoint.safetensors_io import SafetensorsFile, load_json
+from ...checkpoint.source import snapshot_folder
+from ...checkpoint.values import count_nonfinite
+from ...checkpoint.writer import rank_folders
+from ...codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
+from ...codec.row_order import ROW_ORDERS
+from ...codec.wint2 import CODE_MAX, code_range
+from ...errors import CcqError
+from ...families.tensor import Role
+from .config import (
     WINT4_LAYERS,
     config_problems,
     wint4_end_layer_of,
     wint4_layers_of,
 )
-from .manifest import is_foreign
-from .plan import Item, Layout, Plan, build_plan
-from .reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
-from .rules import Rule
-from .safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
-from .safetensors_io import SafetensorsFile, load_json
-from .source import snapshot_folder
-from .values import count_nonfinite
-from .writer import rank_folders
+from .layout import build_plan
 
 
 class Inspection:

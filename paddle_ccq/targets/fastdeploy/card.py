@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..codec.row_order import FASTDEPLOY_2_1
-from ..families.tensor import OUT, PROJECTIONS, QKV, Role
-from ..version import __version__
-from .plan import Plan, gigabytes
-from .source_card import DEFAULT_PIPELINE, front_matter
+from ...checkpoint.plan import Plan
+from ...checkpoint.source_card import DEFAULT_PIPELINE, front_matter
+from ...codec.row_order import FASTDEPLOY_2_1
+from ...families.tensor import OUT, PROJECTIONS, QKV, Role
+from ...units import gigabytes
+from ...version import __version__
+from .layout import needs_plugin, not_converted
 
 # Rows of the table of errors: what is counted together.
 _KINDS = {
@@ -122,7 +124,7 @@ def _encoder(recipe: Recipe) -> str:
 
 
 def _dense(plan: Plan) -> str:
-    kept = len(plan.not_converted())
+    kept = len(not_converted(plan))
     total = sum(item.tensor.is_dense for item in plan.items)
     if not kept:
         return "wint8 per channel"
@@ -206,7 +208,7 @@ def _use(plan: Plan) -> str:
             "Builds of FastDeploy's develop branch since 2026-04-15 run it only with paddle-ccq's"
             " plugin (`FD_PLUGINS=paddle_ccq`)."
         )
-    if plan.needs_plugin:
+    if needs_plugin(plan):
         serve.append(
             "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"
             " (`FD_PLUGINS=paddle_ccq`) and stops at missing tensors without it."

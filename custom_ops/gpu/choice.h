@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernel serves a call of the grouped GEMM: candidates, those that are possible, the least cost. Host code alone, so that it
+// can be tried without a GPU.
+//
+// Kernels have numbers: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh.
+#pragma once
+
+#include <stdint.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace ccq {
+
+constexpr int kWide = 10, kFew = 20;
+
+struct Gpu {
+  int sms, major, shared;  // shared: bytes of shared memory that a block may have
+};
+struct Call {
+  int rows, k, n, experts;
+  double mean() const { return static_cast<double>(rows) / experts; }
+  int pairs() const { return k / 256; }  // of units of 128 input rows
+};
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A configuration of moe_wide.cuh: its tile, and what a multiprocessor needs for a unit (128 input rows) of a tile that multiplies
+// all its rows, or half of them, and for a tile besides its units. Microseconds, fitted to measurements on an H200 (seven
+// shapes, 256 to 4096 tokens, bfloat16, integer pairs), which they meet within 4 to 8 % in the mean.
+struct WideCost {
+  int variant, columns, rows;
+  double unit, half_unit, tile;
+};
+constexpr WideCost kWideCosts[] = {
+    {kWide, 512, 32, 1.482, 1.627, 3.05},     {kWide + 1, 512, 48, 1.835, 1.625, 2.90},
+    {kWide + 2, 512, 64, 2.064, 1.754, 4.86}, {kWide + 3, 256, 96, 1.301, 1.003, 2.00},
+    {kWide + 4, 256, 128, 1.633, 1.083, 2.34}, {kWide + 5, 256, 144, 1.613, 1.613, 3.16},
+};
+
+// Tiles that an expert is expected to have. Its rows are taken to be spread as random routing spreads them: by the square root of
+// their mean.
+struct Tiles {
+  double whole = 0, half = 0;
+};
+inline Tiles expected_tiles(const Call& call, int tile_rows) {
+  Tiles found;
+  auto add = [&](int rows, double share) {
+    const int rest = rows % tile_rows;
+    found.whole += share * (rows / tile_rows + (rest > tile_rows / 2));
+    found.half += share * (rest > 0 && rest <= tile_rows / 2);
+  };
+  if (call.experts == 1) {
+    add(call.rows, 1);
+    return found;
+  }
+  const double mean = call.mean(), spread = std::max(std::sqrt(mean), 1e-3);
+  const int from = std::max(0, static_cast<int>(mean - 4 * spread)), to = static_cast<int>(mean + 4 * spread) + 1;
+  double all = 0;
+  auto weight = [&](int rows) { return std::exp(-0.5 * (rows - mean) * (rows - mean) / (spread * spread)); };
+  for (int rows = from; rows <= to; ++rows) all += weight(rows);
+  for (int rows = from; rows <= to; ++rows) add(rows, weight(rows) / all);
+  return found;
+}
+
+// Microseconds, about.
+inline double wide_cost(const Gpu& gpu, const Call& call, const WideCost& c) {
+  const Tiles tiles = expected_tiles(call, c.rows);
+  const int columns = ceil_div(call.n, c.columns), units = call.k / 128;
+  const double work = (tiles.whole * (c.unit * units + c.tile) + tiles.half * (c.half_unit * units + c.tile)) * call.experts;
+  const double waves = (tiles.whole + tiles.half) * call.experts * columns / gpu.sms;
+  // Fewer tiles than multiprocessors are cut along K, into eight at most (waves.cuh).
+  return work * columns / gpu.sms * std::max(1.0, 1 / std::min(1.0, 8 * waves));
+}
+
+template <typename F>
+int wide_choice(const Gpu& gpu, const Call& call, F&& fits) {
+  int best = -1;
+  double least = 0;
+  for (const WideCost& c : kWideCosts) {
+    const double cost = wide_cost(gpu, call, c);
+    if (fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
+  }
+  return best;
+}
+
+// A configuration of moe_few.cuh: rows a tile; 16-column tiles a warp, warps along K and along N.
+struct Few {
+  int variant, rows, tiles, warps_k, warps_n;
+  int columns() const { return 16 * tiles * warps_n; }
+};
+constexpr Few kFews[] = {
+    {kFew, 1, 1, 16, 1},     {kFew + 1, 1, 2, 16, 1}, {kFew + 2, 1, 4, 16, 1}, {kFew + 3, 1, 4, 4, 4}, {kFew + 4, 1, 4, 2, 8},
+    {kFew + 5, 2, 4, 16, 1}, {kFew + 6, 2, 4, 8, 2},  {kFew + 7, 4, 1, 16, 1}, {kFew + 8, 4, 2, 16, 1}, {kFew + 9, 4, 4, 16, 1},
+};
+
+// What it must not do: leave multiprocessors idle, or warps without work along K. Borders measured on an H100.
+inline bool few_suits(const Gpu& gpu, const Call& call, const Few& c) {
+  const int enough = gpu.sms * 3 / 4, pairs = call.pairs();
+  const int blocks = call.experts == 1 ? ceil_div(call.rows, c.rows) : std::min(call.rows, call.experts);
+  auto tiles = [&](int columns) { return blocks * ceil_div(call.n, columns); };
+  // The widest tile of which there is about one for every multiprocessor.
+  const int width = tiles(64) >= enough ? 4 : tiles(32) >= enough ? 2 : 1;
+  if (c.rows == 2) {
+    if (width != 4) return false;
+    return (c.variant == kFew + 5) == (pairs >= 8);
+  }
+  if (c.tiles != width) return false;
+  // Two projections that run different kernels of four rows push each other out of the instruction cache: one for both.
+  if (c.rows == 4) return width > 1 || tiles(16) >= enough;
+  if (width < 4) return true;
+  const bool long_k = pairs >= 16 || tiles(256) < enough, middle = pairs >= 4 || tiles(512) < enough;
+  return c.variant == (long_k ? kFew + 2 : middle ? kFew + 3 : kFew + 4);
+}
+
+// Up to four rows an expert. -1: another kernel.
+template <typename F>
+int few_choice(const Gpu& gpu, const Call& call, F&& fits) {
+  const int pairs = call.pairs();
+  const double mean = call.mean();
+  const bool small = static_cast<int64_t>(call.k) * call.n <= 1 << 23;  // such a matrix is not worth two launches
+  if (call.experts == 1 ? call.rows > (small ? 16 : 8) : mean > (pairs < 4 ? 0.6 : 2.4)) return -1;
+  const int rows = call.experts == 1 ? (call.rows > 2 ? 4 : call.rows)
+                   : mean <= (pairs < 4 ? 0.6 : 0.3) ? 1 : mean <= 0.75 ? 2 : 4;
+  for (int tile_rows : {rows, 1})
+    for (const Few& c : kFews)
+      if (c.rows == tile_rows && few_suits(gpu, call, c) && fits(c.variant)) return c.variant;
+  return -1;
+}
+
+// `fits(variant)`: the kernel is compiled for this GPU and its shared memory is there. Kernel 3 always does.
+template <typename F>
+int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
+  const int few = few_choice(gpu, call, fits);
+  if (few >= 0) return few;
+  const int mean = call.rows / call.experts;
+  // A matrix of few tiles: narrow ones, so that not too many blocks share each.
+  const int blocks = std::min(call.rows, call.experts * ceil_div(ceil_div(call.rows, call.experts), 16));
+  if (static_cast<int64_t>(blocks) * ceil_div(call.n, 256) <= gpu.sms / 2) return 3;
+  if (has_wide && gpu.major == 9 && mean >= 18) return wide_choice(gpu, call, fits);
+  for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
+    if (fits(variant)) return variant;
+  return 3;
+}
+
+}  // namespace ccq

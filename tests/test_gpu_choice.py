@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel of the grouped GEMM serves which call: host code, tried without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
+H200 = (132, 9, 232448)
+PROGRAM = r"""
+#include <cstdio>
+#include "choice.h"
+// Lines of: multiprocessors, major, shared, the largest kernel that fits, rows, k, n, experts.
+// Answers: the kernel, and what the kernels for many rows would cost.
+int main() {
+  ccq::Gpu gpu{};
+  ccq::Call call{};
+  int most;
+  while (std::scanf("%d %d %d %d %d %d %d %d", &gpu.sms, &gpu.major, &gpu.shared, &most,
+                    &call.rows, &call.k, &call.n, &call.experts) == 8) {
+    auto fits = [&](int variant) { return variant <= most; };
+    std::printf("%d", ccq::kernel_choice(gpu, call, gpu.major == 9, fits));
+    for (const auto& c : ccq::kWideCosts) std::printf(" %.3f", ccq::wide_cost(gpu, call, c));
+    std::printf("\n");
+  }
+}
+"""
+
+# experts, n, k and, by tokens (top-8), the fastest of kernels 11 to 15 in one run on an H200 with
+# every kernel that took at most a twentieth longer.
+MEASURED = {
+    (64, 7168, 8192): {
+        256: {11}, 512: {13}, 1024: {15}, 2048: {14, 15}, 4096: {14, 15},
+    },
+    (64, 8192, 3584): {
+        256: {11}, 512: {13, 14}, 1024: {15}, 2048: {15}, 4096: {14, 15},
+    },
+    (64, 3072, 2560): {
+        256: {11, 12, 13}, 512: {13, 14}, 1024: {15}, 2048: {15}, 4096: {14, 15},
+    },
+    (64, 2560, 1536): {
+        256: {11, 13}, 512: {13, 14}, 1024: {15}, 2048: {15}, 4096: {14, 15},
+    },
+    (128, 3072, 4096): {
+        512: {11}, 1024: {13, 14}, 2048: {15}, 4096: {15},
+    },
+    (128, 4096, 1536): {
+        512: {11}, 1024: {13, 14}, 2048: {15}, 4096: {15},
+    },
+    (256, 1024, 7168): {
+        1024: {11, 12}, 2048: {13, 14}, 4096: {15},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("c++"):
+        pytest.skip("no c++")
+    folder = tmp_path_factory.mktemp("choice")
+    (folder / "main.cpp").write_text(PROGRAM)
+    command = ["c++", "-std=c++17", "-O1", f"-I{SOURCES}", str(folder / "main.cpp")]
+    subprocess.run([*command, "-o", str(folder / "choice")], check=True)
+    return folder / "choice"
+
+
+def choices(program: Path, calls: list[tuple], gpu: tuple = H200, most: int = 99) -> list[list]:
+    """Kernel and costs of each (rows, k, n, experts)."""
+    lines = "\n".join(" ".join(map(str, (*gpu, most, *call))) for call in calls)
+    done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+    return [[float(v) for v in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_many_rows_get_a_kernel_that_was_measured_to_be_the_fastest(program: Path) -> None:
+    cases = [
+        (8 * tokens, k, n, experts, best)
+        for (experts, n, k), found in MEASURED.items()
+        for tokens, best in found.items()
+    ]
+    found = choices(program, [case[:4] for case in cases])
+    wrong = [(c, f[0]) for c, f in zip(cases, found, strict=True) if int(f[0]) not in c[4]]
+    # A kernel that is a little slower may be taken where two are alike; no more than in one of ten.
+    assert len(wrong) <= len(cases) // 10, wrong
+
+
+def test_the_least_cost_wins_and_costs_grow_with_rows(program: Path) -> None:
+    calls = [(64 * mean, 4096, 7168, 64) for mean in range(18, 1200, 7)]
+    found = choices(program, calls)
+    for kernel, *costs in found:
+        assert costs[int(kernel) - 10] == min(costs)
+    least = [min(costs) for _, *costs in found]
+    # A tile more costs at once what its rows cost little by little: up to a tenth of ups and downs.
+    assert all(b > a * 0.9 for a, b in pairwise(least))
+    assert least[-1] > 15 * least[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "kernel"),
+    [
+        ((8, 8192, 7168, 64), 22),  # one token: one row a tile, long columns
+        ((128, 8192, 7168, 64), 29),  # 16 tokens: four rows a tile
+        ((8, 7168, 1024, 256), 22), ((1024, 8192, 7168, 64), 0), ((1088, 8192, 7168, 64), 1),
+        ((1, 4096, 1024, 1), 20), ((8, 512, 7168, 256), 24), ((64, 4096, 1024, 1), 3),
+    ],
+)  # fmt: skip
+def test_few_rows_get_the_kernels_for_few_rows(program: Path, call: tuple, kernel: int) -> None:
+    assert int(choices(program, [call])[0][0]) == kernel
+
+
+def test_what_does_not_fit_is_passed_over(program: Path) -> None:
+    call = (8 * 4096, 8192, 7168, 64)
+    assert int(choices(program, [call])[0][0]) in (14, 15)
+    assert int(choices(program, [call], most=12)[0][0]) in (11, 12)  # no tiles of 256 columns
+    assert int(choices(program, [call], gpu=(108, 8, 166912))[0][0]) == 1  # before Hopper
+    assert int(choices(program, [call], gpu=(108, 8, 101376), most=0)[0][0]) == 3
+    assert int(choices(program, [(8, 8192, 7168, 64)], most=19)[0][0]) in (0, 3)
