@@ -60,6 +60,14 @@ def build_parser() -> Arguments:
         action="store_true",
         help="wint4 in any layers; FastDeploy then needs our plugin",
     )
+    _add_run(parser)
+    parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})
+    return parser
+
+
+def _add_run(parser: Arguments) -> None:
+    """How the work is done, which changes no choice of formats."""
+    add = parser.add_argument
     add("--max-shard-size", metavar="SIZE", help="of one file (default: 5GB)")
     parser.threads("of the encoder; all processors by default, the same bytes")
     parser.device("where codes are searched; the same bytes")
@@ -74,8 +82,6 @@ def build_parser() -> Arguments:
     )
     add("--log", metavar="FILE", help="JSON lines, one a matrix (default: OUTPUT.log.jsonl)")
     parser.quiet("no progress, no messages, no summary")
-    parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
