@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each method costs a real model: the table of docs/accuracy.md.
+"""What each method costs a real model: the table of docs/notes/accuracy.md.
 
     python benchmarks/accuracy.py --model DIR --text FILE.jsonl --tasks FILE.jsonl ...
 
@@ -147,7 +147,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=102_400)
-    parser.add_argument("--marker", default="accuracy", help="table of docs/accuracy.md to write")
+    parser.add_argument(
+        "--marker", default="accuracy", help="table of docs/notes/accuracy.md to write"
+    )
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)
@@ -238,7 +240,7 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
         "in brackets; that of a task accuracy of 0.9 on 200 items is 0.021."
     )
     save_result(f"accuracy_{rows.source.path.name}", numbers)
-    put_into_doc("docs/accuracy.md", marker, f"{body}\n\n{paired}\n\n{note}")
+    put_into_doc("docs/notes/accuracy.md", marker, f"{body}\n\n{paired}\n\n{note}")
     if marker == "accuracy":
         write_summary(numbers)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What allocation gains on a real model: the tables of docs/allocation.md.
+"""What allocation gains on a real model: the tables of docs/notes/allocation.md.
 
     python benchmarks/allocation.py --model DIR --calibration FILE.jsonl --text FILE.jsonl \
         --tasks FILE.jsonl ... --work DIR
@@ -249,8 +249,8 @@ def report(
         f" {first['text']['windows']} windows{done}. Standard errors over windows in brackets."
     )
     save_result(f"allocation_{rows.source.path.name}", numbers)
-    put_into_doc("docs/allocation.md", "allocation", f"{body}\n\n{paired}\n\n{note}")
-    put_into_doc("docs/allocation.md", "sensitivity", sensitivity_table(costs))
+    put_into_doc("docs/notes/allocation.md", "allocation", f"{body}\n\n{paired}\n\n{note}")
+    put_into_doc("docs/notes/allocation.md", "sensitivity", sensitivity_table(costs))
 
 
 def sensitivity_table(costs: dict[str, Sensitivities]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration gains on a real model: the table of docs/calibration.md.
+"""What calibration gains on a real model: the table of docs/notes/calibration.md.
 
     python benchmarks/calibrated.py --model DIR --calibration FILE.jsonl --text FILE.jsonl \
         --tasks FILE.jsonl ...
@@ -206,7 +206,9 @@ def report(rows: Rows, scores: dict, summary: dict, seconds: dict, tokens: int) 
     paired = markdown(["same windows; negative: calibrated is better", "nll", "KL"], pairs)
     save_result(f"calibrated_{rows.source.path.name}", numbers)
     put_into_doc(
-        "docs/calibration.md", "calibrated", f"{markdown(header, table)}\n\n{paired}\n\n{note}"
+        "docs/notes/calibration.md",
+        "calibrated",
+        f"{markdown(header, table)}\n\n{paired}\n\n{note}",
     )
 
 

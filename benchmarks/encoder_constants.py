@@ -6,6 +6,8 @@ python benchmarks/encoder_constants.py
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 from common import save_result
 
@@ -107,6 +109,7 @@ def scales(result: dict) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     result: dict = {}
     code_scales(result)
     zero_points(result)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rel-MSE of every encoder on Gaussian, Student-t and a model's expert matrices -> docs/encoder.md.
+"""Tables of docs/notes/encoder.md: rel-MSE on Gaussian, Student-t and a model's expert matrices.
 
 python benchmarks/encoder_error.py [--model DIR]
 """
@@ -88,7 +88,7 @@ def main() -> None:
         f"\n\nrel-MSE over {len(SEEDS)} matrices of {K} x {N} (seeds 0 to {SEEDS[-1]}) and over 24 "
         f"matrices of each kind of `{name}`. `python benchmarks/encoder_error.py --model DIR`."
     )
-    put_into_doc("docs/encoder.md", "encoder error", text + note)
+    put_into_doc("docs/notes/encoder.md", "encoder error", text + note)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights per second of the compiled encoder -> docs/encoder.md.
+"""Weights per second of the compiled encoder: a table of docs/notes/encoder.md.
 
-python benchmarks/encoder_speed.py
+python benchmarks/encoder_speed.py [--write]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -37,6 +38,11 @@ def duration(seconds: float) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/notes/encoder.md"
+    )
+    args = parser.parse_args()
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((768, K)).astype(np.float32)
     threads = default_threads()
@@ -72,7 +78,6 @@ def main() -> None:
                 ]
             )
             print(rows[-1], flush=True)
-    save_result("encoder_speed", {"processor": processor(), "rows": results})
     header = ["format, preset", f"{isas[0]}, {threads} threads", "1 thread", *isas[1:]]
     text = markdown([*header, "300B's experts"], rows)
     note = (
@@ -80,7 +85,11 @@ def main() -> None:
         f"weights, K = {K}, median of {ROUNDS}; the last column is {WEIGHTS_300B / 1e9:.0f} "
         "billion weights at the first column's rate. `python benchmarks/encoder_speed.py`."
     )
-    put_into_doc("docs/encoder.md", "encoder speed", text + note)
+    if not args.write:
+        print(text + note)
+        return
+    save_result("encoder_speed", {"processor": processor(), "rows": results})
+    put_into_doc("docs/notes/encoder.md", "encoder speed", text + note)
 
 
 def _part(weight: np.ndarray, isa: str) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss against bits per weight for all methods: docs/loss-by-bits.svg and a table.
+"""Loss against bits per weight for all methods: docs/notes/loss-by-bits.svg and a table.
 
     python benchmarks/figure.py --model ernie-45-moe-42m
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from common import RESULTS, ROOT, markdown, put_into_doc, with_error
 
-FIGURE = ROOT / "docs" / "loss-by-bits.svg"
+FIGURE = ROOT / "docs" / "notes" / "loss-by-bits.svg"
 # How a method's label begins -> the series it belongs to, first match; a series is one line.
 SERIES = (
     (r"calibrated, allocated", "calibrated, allocated layers"),
@@ -166,7 +166,7 @@ def main() -> None:
     args = parser.parse_args()
     found = collect(args.model)
     draw(found, args.model, FIGURE)
-    put_into_doc("docs/accuracy.md", "all methods", table(found))
+    put_into_doc("docs/notes/accuracy.md", "all methods", table(found))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calibrated search on a GPU at the expert shapes of ERNIE-4.5: time, arithmetic, projection.
 
-    python benchmarks/ldlq_gpu.py --json ldlq_gpu.json       # on the GPU; about a minute
-    python benchmarks/ldlq_gpu.py --write ldlq_gpu.json      # the table of docs/calibration.md
+    python benchmarks/ldlq_gpu.py --json ldlq_gpu.json      # on the GPU; about a minute
+    python benchmarks/ldlq_gpu.py --write ldlq_gpu.json     # a table of docs/notes/calibration.md
 
 Weights are Gaussian and second moments those of made-up inputs; neither matters for the time. Whole
 matrices are searched, one of each shape and preset; a model's time is theirs times the matrices
@@ -222,7 +222,7 @@ def main() -> None:
         if result["device"]["name"] == "none":
             parser.error(f"--write {args.write}: of a --smoke run, not of a GPU")
         save_result("ldlq_gpu_h100", result)
-        put_into_doc("docs/calibration.md", "ldlq-gpu", table(result))
+        put_into_doc("docs/notes/calibration.md", "ldlq-gpu", table(result))
         return
     start = time.perf_counter()
     gpu = Device("none", 132, 1.98e9) if args.smoke else device()

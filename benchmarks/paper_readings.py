@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each reading of the paper's encoder costs on Gaussian weights: the table of docs/formats.md.
+"""Table of docs/notes/encoder.md: what each reading of the paper's encoder costs.
 
     python benchmarks/paper_readings.py [--channels 128] [--write]
 
@@ -150,7 +150,9 @@ def spare_rows(f: SpareScaleFormat) -> list[tuple[str, dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--channels", type=int, default=128, help="of each of two matrices")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/formats.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/notes/encoder.md"
+    )
     args = parser.parse_args()
 
     matrices = [
@@ -195,7 +197,7 @@ def main() -> None:
         )
         save_result("paper_readings", {"channels": args.channels, "rows": numbers})
         text = markdown(["reading", "rel-MSE"], table)
-        put_into_doc("docs/formats.md", "paper readings", text + note)
+        put_into_doc("docs/notes/encoder.md", "paper readings", text + note)
 
 
 if __name__ == "__main__":

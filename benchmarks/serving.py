@@ -32,7 +32,7 @@ PROMPT_TOKENS, NEW_TOKENS = 64, 64
 # The best run counts, of the server and of the float model alike: other work on a machine only
 # ever makes one slower.
 REPEATS = 3
-DOC = "docs/serving-embedded.md"
+DOC = "docs/notes/serving.md"
 
 
 def tokens(seed: int) -> list[int]:

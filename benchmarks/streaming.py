@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory and time shares of `quantize` on models of growing depth -> docs/checkpoints.md.
+"""Table of docs/notes/encoder.md: peak memory and time shares of `quantize`, growing depth.
 
     python benchmarks/streaming.py --scratch DIR [--depths 1 2 4] [--preset default]
 
@@ -115,7 +115,7 @@ def main() -> None:
         f"{args.preset}, files in the page cache or on the local disk as the system had them; "
         f"{processor()}. `python benchmarks/streaming.py --scratch DIR`."
     )
-    put_into_doc("docs/checkpoints.md", "streaming", markdown(header, rows) + note)
+    put_into_doc("docs/notes/encoder.md", "streaming", markdown(header, rows) + note)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tuning and made-up calibration text gain on a real model: the tables of docs/tuning.md.
+"""Tables of docs/notes/tuning.md: what tuning and made-up text gain on a real model.
 
     python benchmarks/tuning.py --model DIR --calibration FILE.jsonl --text FILE.jsonl \
         --tasks FILE.jsonl ... [--work FOLDER]
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=61_440)
     parser.add_argument("--rows", nargs="+", metavar="N", type=int, help="only these, from 0 on")
     parser.add_argument("--work", type=Path, help="keep checkpoints here and reuse them")
-    parser.add_argument("--marker", default="tuning", help="table of docs/tuning.md to write")
+    parser.add_argument("--marker", default="tuning", help="table of docs/notes/tuning.md to write")
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)
@@ -217,7 +217,7 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
     if pairs:
         parts.insert(1, markdown([f"same windows, less {base}", "nll", "KL"], pairs))
     save_result(f"{args.marker}_{name}", summary)
-    put_into_doc("docs/tuning.md", args.marker, "\n\n".join(parts))
+    put_into_doc("docs/notes/tuning.md", args.marker, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

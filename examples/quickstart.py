@@ -70,7 +70,7 @@ def run(output: Path) -> int:
     named = {"before, bf16": scores["reference"], "after, wint2": scores["model"]}
     console().print(detail_table(named))
     print(f"Tasks are in parts of 1, 200 items each; the text is examples/data/{TEXT.name}.")
-    print("So small a model pays far more than a larger one: docs/accuracy.md measures one.")
+    print("So small a model pays far more than a larger one: docs/notes/accuracy.md measures one.")
 
     print("\n4. Serve it behind the OpenAI API and ask one question\n")
     with socket.socket() as free:

@@ -51,8 +51,8 @@ def sensitivity(
     """KL that every layer and projection costs in every format, when only it is quantized.
 
     "quadratic" estimates it from squared errors and encodes a few experts of a layer only; "kl"
-    measures it and encodes the whole model once for each format (docs/allocation.md). `device` is
-    where codes are searched; the costs are the same.
+    measures it and encodes the whole model once for each format (docs/notes/allocation.md).
+    `device` is where codes are searched; the costs are the same.
     """
     if method not in METHODS:
         raise CcqError(f"--method {method}: not one of {', '.join(METHODS)}")

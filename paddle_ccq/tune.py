@@ -39,8 +39,8 @@ def tune(
 ) -> TuneResult:
     """Write a tuned copy of the quantized checkpoint `folder` into the new folder `output`.
 
-    `model` is the float checkpoint it was made from, `calibration` a text (docs/texts.md) or a
-    data set's hub id. The experts' codes, the format and the size stay (docs/tuning.md).
+    `model` is the float checkpoint it was made from, `calibration` a text (docs/reference/texts.md)
+    or a data set's hub id. The experts' codes, the format and the size stay (docs/notes/tuning.md).
 
     Raises:
         CcqError: for anything in the input or the options that is not right, and if the loss on

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for the few FastDeploy interfaces that the plugin touches, on the CPU.
 
-Written from the facts in docs/serving-fastdeploy.md: names, arguments, shapes, and the order in
-which things happen. The arithmetic is this package's decoder.
+Written from the facts in docs/reference/serving-fastdeploy.md: names, arguments, shapes, and the
+order in which things happen. The arithmetic is this package's decoder.
 """
 
 from __future__ import annotations

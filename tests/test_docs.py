@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,20 +14,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from paddle_ccq import api
 from paddle_ccq.cli import COMMANDS
 from paddle_ccq.codec import formats, row_order, spare_scale, weight_only, wint2
 from paddle_ccq.codec.convolution import ConvolutionalCode
 
 ROOT = Path(__file__).parent.parent
-DOCS = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("README*.md"))]
-DOCS.append(ROOT / "serving" / "README.md")
+PACKAGE = ROOT / "paddle_ccq"
+READMES = ("README.md", "README.zh.md")
+PAGES = sorted(ROOT.glob("docs/**/*.md"))
+DOCS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "serving/README.md", ROOT / "examples/README.md"]
 # What stands after `paddle-ccq` or `python -m paddle_ccq.` -> the module.
 MODULES = {name: module for name, (module, _) in COMMANDS.items()}
 MODULES |= {module: module for module in MODULES.values()}
-SPECIFICATION = ROOT / "docs" / "formats.md"
+SPECIFICATION = ROOT / "docs" / "reference" / "formats.md"
 # Documents that speak of no other program's flags.
-OWN_FLAGS_ONLY = ("architecture.md", "checkpoints.md", "encoder.md", "formats.md")
+OWN_FLAGS_ONLY = ("architecture.md", "notes/encoder.md", "reference/checkpoints.md")
+OWN_FLAGS_ONLY += ("reference/formats.md",)
 BF16 = np.dtype(ml_dtypes.bfloat16)
+CODE = (".py", ".cu", ".cuh", ".h", ".cpp", ".inc", ".md", ".sh", ".yaml")
 
 GOLDEN = json.loads(
     re.search(r"^```json golden\n(.*?)^```", SPECIFICATION.read_text("utf-8"), re.S | re.M)[1]
@@ -141,15 +147,102 @@ def test_the_documents_bits_per_weight() -> None:
         assert [float(cell) for cell in found] == pytest.approx(exact, abs=5.1e-5)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.S | re.M)
+
+
+def links_of(path: Path) -> list[tuple[Path, str]]:
+    """(file, anchor) of every link to a file of the repository; the anchor may be empty."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", without_blocks(path))
+    local = [t.partition("#") for t in targets if not re.match(r"[a-z]+:", t)]
+    return [((path.parent / file) if file else path, anchor) for file, _, anchor in local]
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What GitHub makes of the headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ +(.*)$", without_blocks(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_relative_links_resolve(path: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.S | re.M)
-    targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    local = [t.split("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
-    assert [t for t in local if not (path.parent / t).exists()] == []
+    links = links_of(path)
+    assert [str(file) for file, _ in links if not file.exists()] == []
+    marked = [(file, anchor) for file, anchor in links if anchor and file.suffix == ".md"]
+    assert [(str(f), a) for f, a in marked if a not in anchors_of(f)] == []
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_the_index_lists_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    listed = {file.resolve() for file, _ in links_of(index)} | {index}
+    assert [name_of(page) for page in PAGES if page.resolve() not in listed] == []
+
+
+def test_the_api_page_has_every_function_with_its_first_arguments() -> None:
+    text = (ROOT / "docs" / "reference" / "api.md").read_text("utf-8")
+    calls = dict(re.findall(r"^\| `[\w-]+` \| `(\w+)\(([^)]*)\)`", text, re.M))
+    assert sorted(calls) == sorted(api.__all__)
+    for name, arguments in calls.items():
+        parameters = list(inspect.signature(getattr(api, name)).parameters.values())
+        given = [a for a in arguments.split(", ") if not a.startswith("**")]
+        assert given == [p.name for p in parameters[: len(given)]], name
+        assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[: len(given)]), name
+
+
+def test_no_page_is_looked_for_where_none_is() -> None:
+    """Paths of documents in the code, in comments and in what benchmarks write."""
+    folders = ("paddle_ccq", "benchmarks", "custom_ops", "tests", "examples", "serving")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.suffix in CODE]
+    found = {
+        (name_of(file), page)
+        for file in files
+        for page in re.findall(r"\bdocs/[\w/-]+\.(?:md|svg)", file.read_text("utf-8"))
+    }
+    assert len(found) > 20
+    assert sorted(pair for pair in found if not (ROOT / pair[1]).exists()) == []
+
+
+def test_benchmarks_write_tables_that_exist() -> None:
+    call = re.compile(r"put_into_doc\(\s*\"([^\"]+)\",\s*\"([^\"]+)\"")
+    scripts = (ROOT / "benchmarks").rglob("*.py")
+    pairs = {pair for script in scripts for pair in call.findall(script.read_text("utf-8"))}
+    assert len(pairs) > 8
+    for page, table in pairs:
+        assert f"<!-- table: {table} -->" in (ROOT / page).read_text("utf-8"), (page, table)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_are_to_be_edited_exist(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8")
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text)
+    own = [path for path in named if not re.search(r"[A-Z]{4,}", path.removesuffix("README.md"))]
+    assert len(own) > 8
+    missing = [p for p in own if not any((base / p).exists() for base in (ROOT, PACKAGE))]
+    assert missing == []
+
+
+def test_both_readmes_have_the_same_commands_links_and_tables() -> None:
+    def facts(path: Path) -> dict[str, list[str]]:
+        text = path.read_text("utf-8")
+        blocks = "".join(re.findall(r"^```.*?^```", text, re.S | re.M))
+        table = re.search(r"<!-- table: summary -->.*?<!-- end -->", text, re.S)[0]
+        return {
+            "commands": [re.sub(r"\s+#.*", "", line) for line in blocks.splitlines()],
+            "links": sorted(set(re.findall(r"\]\(([^)\s]+)\)", text)) - set(READMES)),
+            "cells": re.findall(r"(?<=\| )[0-9.]+%?(?= \|)", table),
+            "headings": [line[: line.index(" ")] for line in re.findall(r"^#+ .*", text, re.M)],
+        }
+
+    english, chinese = (facts(ROOT / name) for name in READMES)
+    assert len(english["links"]) > 10 and len(english["cells"]) > 30
+    assert english == chinese
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_table_markers_come_in_pairs(path: Path) -> None:
     markers = re.findall(r"^<!-- (table|end)\b.*-->$", path.read_text("utf-8"), re.M)
     assert markers == ["table", "end"] * (len(markers) // 2)
@@ -169,7 +262,7 @@ def commands_in(text: str) -> list[tuple[str, str]]:
     return [found for part in blocks + inline for found in pattern.findall(part)]
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_flags_after_a_command_exist(path: Path) -> None:
     for command, rest in commands_in(path.read_text("utf-8")):
         assert command in MODULES or importlib.util.find_spec(f"paddle_ccq.{command}")

@@ -184,8 +184,8 @@ def write(result: dict) -> None:
         return [*shown, mean(nll - np.array(base["nll"])), mean(kl - np.array(base["kl"]))]
 
     for part, doc, first in (
-        ("codes", "docs/calibration.md", next(iter(CODES))),
-        ("tuning", "docs/tuning.md", None),
+        ("codes", "docs/notes/calibration.md", next(iter(CODES))),
+        ("tuning", "docs/notes/tuning.md", None),
     ):
         codes = result["codes"]
         base = codes[first] if first else codes[TUNED_CODES]

@@ -3,7 +3,8 @@
 
 python benchmarks/gpu/report.py RESULT.json [--markdown] [--plot OUT.svg] [--write]
 
-Several results of one machine make one table; --write puts it and the figure into docs/kernels.md.
+Several results of one machine make one table; --write puts it and the figure into
+docs/notes/kernels.md.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def main() -> None:
     """Print, and draw if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", nargs="+")
-    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="into docs/notes/kernels.md")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--plot", metavar="SVG")
     args = parser.parse_args()
@@ -181,9 +182,9 @@ def main() -> None:
         from common import ROOT, put_into_doc
 
         note = heading(result) + "."
-        put_into_doc("docs/kernels.md", "moe_gemm", f"{note}\n\n{markdown(result)}")
-        put_into_doc("docs/kernels.md", "moe_block", block_markdown(result))
-        plot(result, str(ROOT / "docs" / "kernels.svg"))
+        put_into_doc("docs/notes/kernels.md", "moe_gemm", f"{note}\n\n{markdown(result)}")
+        put_into_doc("docs/notes/kernels.md", "moe_block", block_markdown(result))
+        plot(result, str(ROOT / "docs" / "notes" / "kernels.svg"))
 
 
 if __name__ == "__main__":

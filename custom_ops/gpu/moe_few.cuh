@@ -11,7 +11,7 @@
 // runs on across tiles: the memory never waits for a tile's end. Nothing but the sums of a tile ties warps together, and
 // those go through kSumsSlots buffers: a warp leaves its share and goes on, another one adds up the tile before.
 //
-// Under way are 67 KB a multiprocessor (kStages). Twice as much is slower, by 3 to 5 % (docs/kernels.md, version 30).
+// Under way are 67 KB a multiprocessor (kStages). Twice as much is slower, by 3 to 5 % (docs/notes/kernels.md, version 30).
 //
 // Registers. 16 warps leave 128. What all lanes share must be known to be shared (`uniform`), and what is rarely needed is
 // worked out anew: else the compiler reads the thread's number in the inner loop, which costs more than any of this.

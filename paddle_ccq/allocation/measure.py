@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sensitivities of a model's MoE layers, measured in one walk with one layer in memory at a time.
 
-Two methods, docs/allocation.md. "kl" lets one copy of the hidden states go on for every part and
-format. "quadratic" lets one go on for every layer and format, which says how much a squared error
-there costs at the end, and takes the squared errors of the parts on the spot; a few experts of a
-layer do.
+Two methods, docs/notes/allocation.md. "kl" lets one copy of the hidden states go on for every part
+and format. "quadratic" lets one go on for every layer and format, which says how much a squared
+error there costs at the end, and takes the squared errors of the parts on the spot; a few experts
+of a layer do.
 """
 
 from __future__ import annotations

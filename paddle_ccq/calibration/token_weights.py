@@ -4,7 +4,7 @@
 To second order an error d of a matrix' output on a token changes the model's answer by half of
 d F d^T, F being the Fisher information of that output: the mean of g g^T over gradients g of
 -log p(label), with labels drawn from the model's own p. Its diagonal, taken alike for all channels,
-weighs the token: s^2 = mean over channels of g^2 (docs/calibration.md).
+weighs the token: s^2 = mean over channels of g^2 (docs/notes/calibration.md).
 
 The model is walked forward with the inputs of its layers kept in a file, then backward with one
 layer's weights in memory at a time, each layer computed anew from its inputs.

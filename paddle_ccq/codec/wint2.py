@@ -9,8 +9,8 @@ One byte q stands for rows 4i..4i+3 of a column. Its 15-bit code is
 code, 4i+1 bits 11..6, 4i+2 bits 8..3, 4i+3 bits 5..0; each 6-bit state minus 32, times the group's
 4-bit scale, times the column's super scale, is the weight.
 
-FastDeploy's kernels compute the code in float32 in different orders (see docs/formats.md); with
-integer code_scale and code_zp all orders agree exactly.
+FastDeploy's kernels compute the code in float32 in different orders (docs/reference/formats.md);
+with integer code_scale and code_zp all orders agree exactly.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's own encoder (Algorithm 1, equations 1 and 4): the baseline to compare with.
 
-The paper leaves several choices open; docs/formats.md lists the readings with what each costs. The
-one that decides is the code cluster. Read literally, equation (1) rounds a 15-bit code down to 8
-bits, which destroys its last state and most of the third: `literal=True` does that. The charitable
-reading keeps equation (1)'s code scale and zero-point (the channel's smallest and largest code
-spread over 0..255) and then searches again among the 256 vectors that are left.
+The paper leaves several choices open; docs/reference/formats.md lists the readings, and
+docs/notes/encoder.md what each costs. The one that decides is the code cluster. Read literally,
+equation (1) rounds a 15-bit code down to 8 bits, which destroys its last state and most of the
+third: `literal=True` does that. The charitable reading keeps equation (1)'s code scale and
+zero-point (the channel's smallest and largest code spread over 0..255) and then searches again
+among the 256 vectors that are left.
 """
 
 from __future__ import annotations

@@ -43,11 +43,11 @@ def quantize(
 
     `options` are the fields of QuantizeOptions. With `calibration`, a file of text or a data set's
     hub id, wint2 experts are encoded for the least error of their outputs on that text
-    (docs/calibration.md); without it no data is used. With `allocate`, a size such as "2.3bpw" or
-    "100GB", the formats of MoE layers are chosen by measured costs (docs/allocation.md): a wint4
-    prefix, or any layers with `allow_plugin_layout`. The same call after an interruption goes on
-    where it stopped and ends with the same bytes. With `dry_run` only the plan is printed; a folder
-    with nothing but config.json will do.
+    (docs/guide/calibrate.md); without it no data is used. With `allocate`, a size such as "2.3bpw"
+    or "100GB", the formats of MoE layers are chosen by measured costs (docs/guide/calibrate.md): a
+    wint4 prefix, or any layers with `allow_plugin_layout`. The same call after an interruption
+    goes on where it stopped and ends with the same bytes. With `dry_run` only the plan is printed;
+    a folder with nothing but config.json will do.
 
     Raises:
         CcqError: for anything in the input, the options or the environment that is not right.

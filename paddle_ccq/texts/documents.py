@@ -42,7 +42,7 @@ class Texts:
 
 
 def read_texts(path: str | os.PathLike[str], flag: str = "--text") -> Texts:
-    """Read a .txt file as one document, JSON as one document a record (docs/texts.md).
+    """Read a .txt file as one document, JSON as one document a record (docs/reference/texts.md).
 
     Raises:
         CcqError: in one line, with FILE:LINE where there is a line.
