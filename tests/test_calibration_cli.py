@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
-from test_journal_resume import contents, stop_after
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.calibration.session import memory_facts
 from paddle_ccq.calibration.settings import Settings
 from paddle_ccq.checkpoint.config import ErnieConfig
@@ -21,6 +20,7 @@ from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import main, quantize
 from paddle_ccq.verify import verify
+from test_journal_resume import contents, stop_after
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 CONFIG = tiny_config(num_hidden_layers=3, moe_num_experts=2, moe_k=1, moe_intermediate_size=256)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-import reference_ernie
-from synthetic import tiny_config, write_checkpoint
 
+from helpers import reference_ernie
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.moments import second_moments, shrink
 from paddle_ccq.calibration.settings import Settings, parse_tokens

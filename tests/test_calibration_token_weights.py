@@ -8,13 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_ernie
-from synthetic import write_checkpoint
-from test_calibration_cli import CONFIG as CLI_CONFIG
-from test_calibration_cli import text  # noqa: F401
-from test_journal_resume import contents, partial, stop_after
-from test_model_gradients import CONFIGS
 
+from helpers import reference_ernie
+from helpers.synthetic import write_checkpoint
 from paddle_ccq.calibration import token_weights as module
 from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.settings import GRADIENT, Settings
@@ -24,6 +20,10 @@ from paddle_ccq.calibration.token_weights import LayerWeights, draw, token_weigh
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import main, quantize
+from test_calibration_cli import CONFIG as CLI_CONFIG
+from test_calibration_cli import text  # noqa: F401
+from test_journal_resume import contents, partial, stop_after
+from test_model_gradients import CONFIGS
 
 LENGTH = 7
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import cli
 from paddle_ccq.quantize import main, quantize
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import emulated_gpu
 import numpy as np
 import pytest
-from synthetic import write_checkpoint
-from test_calibration_cli import CONFIG
-from test_encoder_ldlq import KINDS, SMALL, moments, weights
-from test_journal_resume import contents
 
+from helpers import emulated_gpu
+from helpers.synthetic import write_checkpoint
 from paddle_ccq import _core, sensitivity
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.factory import calibrated_encoder, make_encoder
@@ -24,6 +21,9 @@ from paddle_ccq.encoder.ldlq_metric import InputMoments, make_metric
 from paddle_ccq.errors import CcqError
 from paddle_ccq.ops import gpu_ldlq, gpu_library
 from paddle_ccq.quantize import main, quantize
+from test_calibration_cli import CONFIG
+from test_encoder_ldlq import KINDS, SMALL, moments, weights
+from test_journal_resume import contents
 
 MEGABYTES = 1 << 20
 

@@ -15,8 +15,7 @@ import pytest
 
 paddle = pytest.importorskip("paddle")
 
-import fastdeploy_standin as standin  # noqa: E402
-
+from helpers import fastdeploy_standin as standin  # noqa: E402
 from paddle_ccq.codec.row_order import permute_rows  # noqa: E402
 from paddle_ccq.encoder.factory import make_encoder  # noqa: E402
 from paddle_ccq.errors import CcqError  # noqa: E402

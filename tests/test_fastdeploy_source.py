@@ -25,10 +25,9 @@ SOURCE = os.environ.get("PADDLE_CCQ_FASTDEPLOY_SOURCE")
 if not SOURCE:
     pytest.skip("PADDLE_CCQ_FASTDEPLOY_SOURCE is not set", allow_module_level=True)
 
-import fastdeploy_standin as standin  # noqa: E402
-from test_fastdeploy_plugin import EXPERTS, HIDDEN, WIDTH, run, tensor, weights  # noqa: E402, F401
-
+from helpers import fastdeploy_standin as standin  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
+from test_fastdeploy_plugin import EXPERTS, HIDDEN, WIDTH, run, tensor, weights  # noqa: E402, F401
 
 MODELS = "fastdeploy.model_executor"
 KEYS = {"weight": "quant_weight"}

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
 import paddle_ccq.quantization.run as module
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint import journal as journals
 from paddle_ccq.checkpoint import safetensors_writer, writer
 from paddle_ccq.errors import CcqError

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import paddle
 import pytest
-import reference_ernie
-from synthetic import tiny_config, write_checkpoint
 
+from helpers import reference_ernie
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.gradients import FACTORS, WHOLE, Pass, loss_of

@@ -18,8 +18,8 @@ pytest.importorskip("httpx")
 import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_helpers import NAME, running, tokenizer
 
+from helpers.server import NAME, running, tokenizer
 from paddle_ccq.serving.protocol import CompletionRequest
 from paddle_ccq.serving.service import Service
 

@@ -28,7 +28,7 @@ from paddle_ccq.serving.engine_model import EngineModel
 if TYPE_CHECKING:
     from paddle_ccq.serving.service import Service
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
