@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import paddle_ccq.quantization.run as module
+from helpers.runs import contents, partial, stop_after
 from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint import journal as journals
 from paddle_ccq.checkpoint import safetensors_writer, writer
@@ -75,14 +75,6 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def expected(model, tmp_path_factory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("whole") / "out"
@@ -137,18 +129,6 @@ def test_killed_at_random_moments(model, expected, tmp_path):
     assert contents(out) == expected
 
 
-def stop_after(monkeypatch, items: int) -> None:
-    """Make the next runs in this process fail after some matrices."""
-    original = writer.CheckpointWriter.write
-
-    def limited(self, item, parts, stats):
-        if item.index >= items:
-            raise KeyboardInterrupt
-        return original(self, item, parts, stats)
-
-    monkeypatch.setattr(writer.CheckpointWriter, "write", limited)
-
-
 @pytest.fixture
 def interrupted(model, tmp_path, monkeypatch) -> Path:
     """The output path of a run that was stopped after 12 matrices."""
@@ -159,10 +139,6 @@ def interrupted(model, tmp_path, monkeypatch) -> Path:
             quantize(model, out, threads=1, **OPTIONS)
     assert not out.exists()
     return out
-
-
-def partial(out: Path) -> Path:
-    return out.with_name(out.name + ".ccq-partial")
 
 
 def test_resume_and_log(model, expected, interrupted):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.runs import contents, stop_after
 from helpers.synthetic import DTYPES, tiny_config, write_checkpoint
 from paddle_ccq.allocation.copies import Copies
 from paddle_ccq.allocation.costs import load_sensitivities
@@ -27,7 +28,6 @@ from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
 from paddle_ccq.sensitivity import main, sensitivity
 from paddle_ccq.verify import verify
-from test_journal_resume import contents, stop_after
 
 TOKENS = {"calibration_tokens": "2k", "probe_tokens": 1024, "threads": 1}
 

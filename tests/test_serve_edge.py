@@ -17,12 +17,22 @@ pytest.importorskip("httpx")
 
 import httpx
 
-from helpers.server import NAME, process, quantized_folder, running, tokenizer
+from helpers.server import (
+    CHAT,
+    COMPLETIONS,
+    NAME,
+    SMALL,
+    USER,
+    check_error,
+    process,
+    quantized_folder,
+    running,
+    tokenizer,
+)
 from paddle_ccq.addresses import http_address, local
 from paddle_ccq.serve import _is_loopback, build_parser, build_service, main
 from paddle_ccq.serving import answers
 from paddle_ccq.serving.service import Service
-from test_serve_http import CHAT, COMPLETIONS, SMALL, USER, check_error
 
 KEY, PAGE = "sécret key", "http://localhost:3000"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}".encode()}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.runs import contents
 from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.calibration.settings import Settings as TextSettings
 from paddle_ccq.calibration.text import read_calibration_text
@@ -24,7 +25,6 @@ from paddle_ccq.tuning.descent import split_held_out
 from paddle_ccq.tuning.settings import Settings
 from paddle_ccq.tuning.teacher import final_states
 from paddle_ccq.verify import verify
-from test_journal_resume import contents
 
 CONFIG = tiny_config(moe_num_experts=3, tie_word_embeddings=False)
 # A random model's gradients are noise beside a trained one's, so it takes a few larger steps.

@@ -29,6 +29,7 @@ from safetensors.numpy import load_file
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[place]) for place in (1, 2)]
 
+from helpers.runs import contents
 from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.allocation.costs import PROJECTIONS, Sensitivities, model_shape, weights_sha256
 from paddle_ccq.checkpoint.reader import open_checkpoint
@@ -312,8 +313,7 @@ def is_weights(name: str) -> bool:
 
 def hashes(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Hashes:
     """sha256 of the files below a folder, by relative name."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names if wanted(n)}
+    return {name: sha256 for name, sha256 in sorted(contents(folder).items()) if wanted(name)}
 
 
 def dry_run_text(options: Mapping[str, Any]) -> str:
