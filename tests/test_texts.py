@@ -267,7 +267,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_line(model, tmp_path) 
 
 def test_without_jinja_chats_say_what_is_missing(model, tmp_path, monkeypatch) -> None:
     path = write(tmp_path / "t.jsonl", json.dumps({"messages": [USER]}))
-    monkeypatch.setitem(sys.modules, "paddle_ccq.serving.chat", None)
+    monkeypatch.setitem(sys.modules, "paddle_ccq.texts.chat_template", None)
     tokenizer = Tokenizer(model, open_checkpoint(model).config.raw)
     with pytest.raises(CcqError, match=r"t\.jsonl:1: .*paddle-ccq\[eval\]"):
         token_stream(read_documents(path), tokenizer)
