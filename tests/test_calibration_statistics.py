@@ -11,7 +11,7 @@ import paddle
 import pytest
 
 from helpers import reference_ernie
-from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.synthetic import tiny_config
 from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.moments import second_moments, shrink
 from paddle_ccq.calibration.settings import Settings, parse_tokens
@@ -27,10 +27,8 @@ EXPERT = "ernie.layers.{}.mlp.experts.{}.{}.weight"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    write_checkpoint(folder, CONFIG)
-    return folder
+def folder(tiny_model) -> Path:
+    return tiny_model(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Runs the device code on the processor (tests/cuda_host); tests/gpu/test_ldlq.py 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from helpers import emulated_gpu
 from helpers.configs import CALIBRATED
 from helpers.ldlq_cases import KINDS, SMALL, arguments, moments, odd_weights, weights
 from helpers.runs import contents
-from helpers.synthetic import write_checkpoint
 from paddle_ccq import _core, sensitivity
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.factory import calibrated_encoder, make_encoder
@@ -181,37 +181,44 @@ def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
     assert (gpu.stats, gpu.measures) == (cpu.stats, cpu.measures)
 
 
-def test_quantize_with_calibration_on_the_gpu_writes_the_cpus_files(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", CALIBRATED)
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model(CALIBRATED)
+
+
+def test_quantize_with_calibration_on_the_gpu_writes_the_cpus_files(
+    model: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("alpha beta gamma delta " * 400)
     options = {"preset": "fast", "quiet": True, "calibration": text, "calibration_tokens": "1k"}
-    quantize(tmp_path / "model", tmp_path / "cpu", **options)
-    quantize(tmp_path / "model", tmp_path / "gpu", device="gpu", **options)
+    quantize(model, tmp_path / "cpu", **options)
+    quantize(model, tmp_path / "gpu", device="gpu", **options)
     assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
     assert gpu_ldlq.held_bytes() > 0
 
 
-def test_costs_measured_on_the_gpu_are_the_cpus(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", CALIBRATED)
+def test_costs_measured_on_the_gpu_are_the_cpus(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("alpha beta gamma delta " * 400)
     options = {"formats": ("wint2",), "calibration_tokens": "1k", "probe_tokens": 256}
     cpu, gpu = (
-        sensitivity.sensitivity(tmp_path / "model", text, experts=1, device=device, **options)
+        sensitivity.sensitivity(model, text, experts=1, device=device, **options)
         for device in ("cpu", "gpu")
     )
     assert gpu.costs == cpu.costs and all(sum(part.values()) for part in cpu.costs[1].values())
 
 
 def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(gpu_library.ENVIRONMENT, str(tmp_path / "none.so"))
     gpu_library.load.cache_clear()
-    write_checkpoint(tmp_path / "model", CALIBRATED)
     (tmp_path / "text.txt").write_text("alpha beta")
-    command = ["--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt")]
+    command = ["--model", str(model), "--calibration", str(tmp_path / "text.txt")]
     command += ["--device", "gpu"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert sensitivity.main(command) == 2

@@ -69,10 +69,8 @@ sys.exit(main(sys.argv[4:]))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CONFIG, shards=2)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(CONFIG, shards=2)
 
 
 @pytest.fixture(scope="module")

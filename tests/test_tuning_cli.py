@@ -32,10 +32,8 @@ OPTIONS = {"tokens": "2k", "batch": 1, "learning_rate": 0.01, "dense_learning_ra
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CONFIG)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
