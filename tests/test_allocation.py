@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import tiny_config
 
+from helpers.synthetic import tiny_config
 from paddle_ccq.allocation.costs import Sensitivities, load_sensitivities, model_shape
 from paddle_ccq.allocation.knapsack import (
     Option,

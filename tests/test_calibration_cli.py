@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
-from test_journal_resume import contents, stop_after
 
+from helpers.configs import CALIBRATED
+from helpers.runs import contents, stop_after
+from helpers.synthetic import write_checkpoint
 from paddle_ccq.calibration.session import memory_facts
 from paddle_ccq.calibration.settings import Settings
 from paddle_ccq.checkpoint.config import ErnieConfig
@@ -23,29 +23,21 @@ from paddle_ccq.quantize import main, quantize
 from paddle_ccq.verify import verify
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
-CONFIG = tiny_config(num_hidden_layers=3, moe_num_experts=2, moe_k=1, moe_intermediate_size=256)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CONFIG)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(CALIBRATED)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    rng = random.Random(0)
-    words = ["alpha", "beta", "gamma", "delta"]
-    lines = [{"text": " ".join(rng.choices(words, k=100))} for _ in range(8)]
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def options(text) -> dict:
-    return {"preset": "fast", "quiet": True, "calibration": text, "calibration_tokens": "1k"}
+def options(calibration_text) -> dict:
+    return {
+        "preset": "fast",
+        "quiet": True,
+        "calibration": calibration_text,
+        "calibration_tokens": "1k",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +93,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("unnamed", [False, True])
 def test_a_pipe_is_read_once_and_gives_the_same_model(
-    model, text, options, tmp_path, monkeypatch, unnamed
+    model, calibration_text, options, tmp_path, monkeypatch, unnamed
 ):
     """Also where the text is used twice, and where the run is taken up again."""
     options = {**options, "threads": 1, "allocate": "2.6bpw", "allow_plugin_layout": True}
@@ -110,7 +102,7 @@ def test_a_pipe_is_read_once_and_gives_the_same_model(
     os.mkfifo(pipe)
 
     def run(name: str, **more) -> None:
-        writer = threading.Thread(target=lambda: pipe.write_bytes(text.read_bytes()))
+        writer = threading.Thread(target=lambda: pipe.write_bytes(calibration_text.read_bytes()))
         writer.start()
         if unnamed:
             descriptor = os.open(pipe, os.O_RDONLY)
@@ -143,7 +135,7 @@ def test_a_pipe_is_read_once_and_gives_the_same_model(
     assert found == wanted
 
 
-def test_provenance(calibrated, text):
+def test_provenance(calibrated, calibration_text):
     config = json.loads((calibrated / "config.json").read_text())
     said = config["paddle_ccq"]["calibration"]
     assert said["text"] == "text.jsonl" and said["tokens_used"] == 1024
@@ -151,7 +143,7 @@ def test_provenance(calibrated, text):
     card = (calibrated / "README.md").read_text()
     assert "calibrated search, preset fast" in card and said["text_sha256"] in card
     assert "No data was used" not in card
-    assert str(text.parent) not in card + json.dumps(config)
+    assert str(calibration_text.parent) not in card + json.dumps(config)
 
 
 def test_every_rank_gets_the_statistics_of_its_own_rows(model, options, tmp_path):
@@ -161,12 +153,15 @@ def test_every_rank_gets_the_statistics_of_its_own_rows(model, options, tmp_path
     assert len(errors) == 8 and max(errors) < 0.05
 
 
-def test_coverage_is_said_and_experts_without_tokens_are_listed(text, options, tmp_path, capsys):
+def test_coverage_is_said_and_experts_without_tokens_are_listed(
+    calibration_text, options, tmp_path, capsys
+):
     bias = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
     extra = {bias: np.array([[0, -9.0]], np.float32)}
-    write_checkpoint(tmp_path / "model", CONFIG, extra=extra)
+    write_checkpoint(tmp_path / "model", CALIBRATED, extra=extra)
     flags = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    flags += ["--calibration", str(text), "--calibration-tokens", "1k", "--preset", "fast"]
+    flags += ["--calibration", str(calibration_text), "--calibration-tokens", "1k"]
+    flags += ["--preset", "fast"]
     assert main(flags) == 0
     said = capsys.readouterr().err
     assert "tokens per expert: min 0, median" in said and "max 1,024" in said
@@ -174,9 +169,9 @@ def test_coverage_is_said_and_experts_without_tokens_are_listed(text, options, t
     verify(tmp_path / "out")
 
 
-def test_the_plan_says_what_calibration_needs(text, capsys):
+def test_the_plan_says_what_calibration_needs(calibration_text, capsys):
     folder = str(CONFIGS / "ernie-4.5-300b-a47b")
-    assert main(["--model", folder, "--dry-run", "--calibration", str(text)]) == 0
+    assert main(["--model", folder, "--dry-run", "--calibration", str(calibration_text)]) == 0
     out = capsys.readouterr().out
     assert "at most 262,144 tokens" in out and "in a file of the partial folder" in out
     config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-300b-a47b")
@@ -196,8 +191,12 @@ def test_the_plan_says_what_calibration_needs(text, capsys):
         (["--calibration", "MODEL/config.json"], "config.json:1: none of the fields"),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(model, text, tmp_path, capsys, flags, message):
-    flags = [flag.replace("TEXT", str(text)).replace("MODEL", str(model)) for flag in flags]
+def test_mistakes_end_in_one_line_and_exit_code_2(
+    model, calibration_text, tmp_path, capsys, flags, message
+):
+    places = {"TEXT": str(calibration_text), "MODEL": str(model)}
+    for word, place in places.items():
+        flags = [flag.replace(word, place) for flag in flags]
     assert main(["--model", str(model), "--output", str(tmp_path / "out"), *flags]) == 2
     # Messages about the model may come first; the error is the last line.
     error = capsys.readouterr().err.strip().splitlines()[-1]

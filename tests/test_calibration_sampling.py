@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config
 from paddle_ccq.calibration.sampling import sample_documents, sample_streams
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
@@ -24,10 +24,8 @@ CONFIG = tiny_config(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CONFIG)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(CONFIG)
 
 
 def test_tokens_come_as_often_as_their_probability_says(model):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-import reference_ernie
-from synthetic import tiny_config, write_checkpoint
 
+from helpers import reference_ernie
+from helpers.synthetic import tiny_config
 from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.moments import second_moments, shrink
 from paddle_ccq.calibration.settings import Settings, parse_tokens
@@ -27,10 +27,8 @@ EXPERT = "ernie.layers.{}.mlp.experts.{}.{}.weight"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    write_checkpoint(folder, CONFIG)
-    return folder
+def folder(tiny_model) -> Path:
+    return tiny_model(CONFIG)
 
 
 @pytest.fixture(scope="module")

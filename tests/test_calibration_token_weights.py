@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_ernie
-from synthetic import write_checkpoint
-from test_calibration_cli import CONFIG as CLI_CONFIG
-from test_calibration_cli import text  # noqa: F401
-from test_journal_resume import contents, partial, stop_after
-from test_model_gradients import CONFIGS
 
+from helpers import reference_ernie
+from helpers.configs import CALIBRATED, TIED_AND_UNTIED
+from helpers.runs import contents, partial, stop_after
+from helpers.synthetic import write_checkpoint
 from paddle_ccq.calibration import token_weights as module
 from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.settings import GRADIENT, Settings
@@ -28,7 +26,7 @@ from paddle_ccq.quantize import main, quantize
 LENGTH = 7
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=TIED_AND_UNTIED, ids=["tied", "untied"])
 def case(request, tmp_path_factory):
     """Config, float weights, checkpoint, windows of two lengths."""
     folder = tmp_path_factory.mktemp("model")
@@ -167,18 +165,16 @@ def test_moments_are_weighed_by_them(case):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CLI_CONFIG)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(CALIBRATED)
 
 
 @pytest.fixture(scope="module")
-def options(text) -> dict:  # noqa: F811
+def options(calibration_text) -> dict:
     return {
         "preset": "fast",
         "quiet": True,
-        "calibration": text,
+        "calibration": calibration_text,
         "calibration_tokens": "1k",
         "calibration_weights": "gradient",
     }
@@ -249,14 +245,12 @@ def test_a_full_disk_is_said_before_the_walk(model, options, tmp_path, monkeypat
         token_weights(checkpoint, [np.arange(3, 9)], 1, tmp_path)
 
 
-def test_flags(model, tmp_path, text, capsys):  # noqa: F811
+def test_flags(model, tmp_path, calibration_text, capsys):
     flags = ["--model", str(model), "--output", str(tmp_path / "out")]
     assert main([*flags, "--calibration-weights", "gradient"]) == 2
     assert "--calibration-weights needs --calibration" in capsys.readouterr().err
     with pytest.raises(CcqError, match="--calibration-weights loss: not one of router, gradient"):
-        quantize(model, tmp_path / "out", calibration=text, calibration_weights="loss")
-    assert (
-        main([*flags, "--calibration", str(text), "--calibration-weights", "gradient", "--dry-run"])
-        == 0
-    )
+        quantize(model, tmp_path / "out", calibration=calibration_text, calibration_weights="loss")
+    flags += ["--calibration", str(calibration_text), "--calibration-weights", "gradient"]
+    assert main([*flags, "--dry-run"]) == 0
     assert "walked two times more" in " ".join(capsys.readouterr().out.split())

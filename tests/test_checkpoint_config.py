@@ -8,8 +8,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import random_weights, tiny_config
 
+from helpers.synthetic import random_weights, tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
 

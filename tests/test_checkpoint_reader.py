@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from synthetic import tiny_config, write_checkpoint, write_tensors
 
+from helpers.synthetic import tiny_config, write_checkpoint, write_tensors
 from paddle_ccq.checkpoint.reader import PROVENANCE_KEY, open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import DTYPES
 from paddle_ccq.codec import formats, row_order

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from synthetic import stored_weights, tiny_config, write_checkpoint, write_tensors
 
+from helpers.synthetic import stored_weights, tiny_config, write_checkpoint, write_tensors
 from paddle_ccq import dequantize as module
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import DTYPES, INDEX_FILE

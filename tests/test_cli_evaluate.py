@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.models.weights import READINGS, weight_source

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import cli
 from paddle_ccq.quantize import main, quantize
 
@@ -19,10 +19,8 @@ CONFIGS = ROOT / "examples" / "configs"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, tiny_config(num_hidden_layers=2, moe_num_experts=2))
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(tiny_config(num_hidden_layers=2, moe_num_experts=2))
 
 
 def test_dry_run_of_the_300b_from_its_config_alone(capsys):

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import quantize
 from paddle_ccq.verify import main, verify

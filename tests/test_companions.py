@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.companions import read_companions
 from paddle_ccq.checkpoint.manifest import check_manifest
 from paddle_ccq.checkpoint.reader import open_checkpoint

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.config_keys import ALIASES, FIXED, FIXED_MOE, NEUTRAL, READ
 from paddle_ccq.checkpoint.reader import open_checkpoint

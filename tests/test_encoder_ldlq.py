@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
+from helpers.ldlq_cases import KINDS, SMALL, arguments, moments, weights
 from paddle_ccq import _core
 from paddle_ccq.codec import formats, wint2
 from paddle_ccq.codec.row_order import permute_rows
@@ -22,41 +23,10 @@ from paddle_ccq.encoder.ldlq_metric import (
 )
 
 ARRAYS = ("words", "scales", "supers", "pairs", "loss")
-SMALL = ldlq.LdlqRecipe(code_pairs=3, keep_pairs=2, window=(-1, 1), sweeps=2)
-
-
-def moments(k: int, kind: str = "correlated", seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    if kind == "correlated":
-        distance = np.abs(np.subtract.outer(np.arange(k), np.arange(k)))
-        return 0.9**distance
-    basis = rng.standard_normal((k, 8 if kind == "few tokens" else k // 2))
-    h = basis @ basis.T + (0.2 * np.eye(k) if kind == "low rank" else 0)
-    scale = rng.lognormal(0, 0.6, k)
-    if kind == "dead inputs":
-        scale[: k // 4] = 0
-    return h * scale * scale[:, None]
-
-
-KINDS = ["correlated", "low rank", "few tokens", "dead inputs"]
-
-
-def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal((n, k)) * 0.02).astype(np.float32)
 
 
 def run_core(w, h, recipe, threads=1, isa="auto"):
-    prepared = ldlq.prepare(w, recipe)
-    metric = make_metric(h, recipe.damping).as_dict()
-    return _core.ldlq(
-        prepared.weight,
-        metric,
-        ldlq.books(recipe.code_pairs),
-        prepared.supers,
-        recipe.as_dict(),
-        threads,
-        isa,
-    )
+    return _core.ldlq(*arguments(w, h, recipe), threads, isa)
 
 
 def encoder(h: np.ndarray | None, recipe=None, preset="default") -> ldlq.LdlqEncoder:

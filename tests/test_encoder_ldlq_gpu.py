@@ -6,17 +6,17 @@ Runs the device code on the processor (tests/cuda_host); tests/gpu/test_ldlq.py 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import emulated_gpu
 import numpy as np
 import pytest
-from synthetic import write_checkpoint
-from test_calibration_cli import CONFIG
-from test_encoder_ldlq import KINDS, SMALL, moments, weights
-from test_journal_resume import contents
 
+from helpers import emulated_gpu
+from helpers.configs import CALIBRATED
+from helpers.ldlq_cases import KINDS, SMALL, arguments, moments, odd_weights, weights
+from helpers.runs import contents
 from paddle_ccq import _core, sensitivity
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.factory import calibrated_encoder, make_encoder
@@ -41,13 +41,6 @@ def on_the_library(library: Path, monkeypatch: pytest.MonkeyPatch):
     gpu_library.load.cache_clear()
 
 
-def arguments(w: np.ndarray, h: np.ndarray, recipe: ldlq.LdlqRecipe) -> list:
-    prepared = ldlq.prepare(w, recipe)
-    metric = make_metric(h, recipe.damping).as_dict()
-    books = ldlq.books(recipe.code_pairs)
-    return [prepared.weight, metric, books, prepared.supers, recipe.as_dict()]
-
-
 def assert_same(args: list, run_bytes: int = 64 * MEGABYTES) -> None:
     expected = _core.ldlq(*args, 1, "auto")
     found, _ = gpu_ldlq.ldlq(*args, run_bytes=run_bytes)
@@ -55,19 +48,6 @@ def assert_same(args: list, run_bytes: int = 64 * MEGABYTES) -> None:
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         assert found[name].tobytes() == value.tobytes(), name
-
-
-def odd_weights(n: int, k: int) -> np.ndarray:
-    """Zero, constant, tiny, huge, half empty, with outliers and in steps; the rest Gaussian."""
-    w = weights(n, k, seed=n)
-    w[0] = 0
-    w[1] = 0.5
-    w[2] *= np.float32(1e-36)
-    w[3] *= np.float32(1e37)
-    w[4, k // 2 :] = 0
-    w[5, ::7] *= 80
-    w[6] = np.round(w[6] * 100) / 64
-    return w
 
 
 # Both orders of threads: a missing barrier makes them differ.
@@ -78,23 +58,23 @@ def test_bytes_are_the_cpus_in_any_order_of_threads(
 ) -> None:
     monkeypatch.setenv("CCQ_EMULATE_REVERSED", order)
     # 320 rows: a whole panel and a part of one; 37 channels fill no block.
-    assert_same(arguments(odd_weights(37, 320), moments(320, kind), SMALL))
+    assert_same(arguments(odd_weights(37, 320, seed=37), moments(320, kind), SMALL))
 
 
 @pytest.mark.parametrize("preset", ["fast", "default", "best"])
 def test_every_preset(preset: str) -> None:
-    assert_same(arguments(odd_weights(13, 128), moments(128), ldlq.LDLQ_RECIPES[preset]))
+    assert_same(arguments(odd_weights(13, 128, seed=13), moments(128), ldlq.LDLQ_RECIPES[preset]))
 
 
 def test_more_than_one_panel_before_and_behind() -> None:
     recipe = replace(SMALL, code_pairs=2, keep_pairs=1, sweeps=1)
-    assert_same(arguments(odd_weights(9, 832), moments(832, "low rank"), recipe))
+    assert_same(arguments(odd_weights(9, 832, seed=9), moments(832, "low rank"), recipe))
 
 
 @pytest.mark.parametrize("window", [(0, 0), (0, 1), (-1, 3), (-3, 3), (-3, 4)])
 def test_every_number_of_local_scales(window: tuple[int, int]) -> None:
     recipe = replace(SMALL, window=window, sweeps=1)
-    assert_same(arguments(odd_weights(40, 128), moments(128), recipe))
+    assert_same(arguments(odd_weights(40, 128, seed=40), moments(128), recipe))
 
 
 @pytest.mark.parametrize(
@@ -104,19 +84,21 @@ def test_every_number_of_local_scales(window: tuple[int, int]) -> None:
 )
 def test_steps_that_are_left_out_and_a_bad_metric(change: dict) -> None:
     assert_same(
-        arguments(odd_weights(24, 128), moments(128, "few tokens"), replace(SMALL, **change))
+        arguments(
+            odd_weights(24, 128, seed=24), moments(128, "few tokens"), replace(SMALL, **change)
+        )
     )
 
 
 def test_of_equal_entries_the_first_is_taken() -> None:
-    args = arguments(odd_weights(24, 128), np.eye(128), SMALL)
+    args = arguments(odd_weights(24, 128, seed=24), np.eye(128), SMALL)
     # Eight vectors for 256 bytes: equal ones in every thread, next to each other and far apart.
     args[2] = np.ascontiguousarray(args[2][:, :, (np.arange(256) >> 4 & 7) * 31])
     assert_same(args)
 
 
 def test_little_memory_takes_fewer_channels_at_a_time() -> None:
-    args = arguments(odd_weights(300, 128), moments(128), replace(SMALL, sweeps=1))
+    args = arguments(odd_weights(300, 128, seed=300), moments(128), replace(SMALL, sweeps=1))
     with pytest.raises(ValueError, match="run_bytes 100000: too little"):
         assert_same(args, 100_000)
     assert_same(args, 450_000)
@@ -187,7 +169,7 @@ def test_a_metric_of_another_size_is_named() -> None:
 
 
 def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
-    w, h = odd_weights(24, 256), moments(256, "low rank")
+    w, h = odd_weights(24, 256, seed=24), moments(256, "low rank")
     free = make_encoder("wint2", "fast", threads=1)
     known = InputMoments(h, 1000)
     cpu, gpu = (
@@ -199,37 +181,44 @@ def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
     assert (gpu.stats, gpu.measures) == (cpu.stats, cpu.measures)
 
 
-def test_quantize_with_calibration_on_the_gpu_writes_the_cpus_files(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", CONFIG)
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model(CALIBRATED)
+
+
+def test_quantize_with_calibration_on_the_gpu_writes_the_cpus_files(
+    model: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("alpha beta gamma delta " * 400)
     options = {"preset": "fast", "quiet": True, "calibration": text, "calibration_tokens": "1k"}
-    quantize(tmp_path / "model", tmp_path / "cpu", **options)
-    quantize(tmp_path / "model", tmp_path / "gpu", device="gpu", **options)
+    quantize(model, tmp_path / "cpu", **options)
+    quantize(model, tmp_path / "gpu", device="gpu", **options)
     assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
     assert gpu_ldlq.held_bytes() > 0
 
 
-def test_costs_measured_on_the_gpu_are_the_cpus(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", CONFIG)
+def test_costs_measured_on_the_gpu_are_the_cpus(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("alpha beta gamma delta " * 400)
     options = {"formats": ("wint2",), "calibration_tokens": "1k", "probe_tokens": 256}
     cpu, gpu = (
-        sensitivity.sensitivity(tmp_path / "model", text, experts=1, device=device, **options)
+        sensitivity.sensitivity(model, text, experts=1, device=device, **options)
         for device in ("cpu", "gpu")
     )
     assert gpu.costs == cpu.costs and all(sum(part.values()) for part in cpu.costs[1].values())
 
 
 def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(gpu_library.ENVIRONMENT, str(tmp_path / "none.so"))
     gpu_library.load.cache_clear()
-    write_checkpoint(tmp_path / "model", CONFIG)
     (tmp_path / "text.txt").write_text("alpha beta")
-    command = ["--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt")]
+    command = ["--model", str(model), "--calibration", str(tmp_path / "text.txt")]
     command += ["--device", "gpu"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert sensitivity.main(command) == 2

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from serve_helpers import EXAMPLES, NAME, ROOT, quantized_folder, running
+from helpers.server import EXAMPLES, NAME, ROOT, quantized_folder, running
 
 ITEMS = 24
 TASKS = ("arith", "recall", "word", "defmc", "cont")

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint, write_tokenizer
+
+from helpers.synthetic import tiny_config, write_checkpoint, write_tokenizer
 
 paddle = pytest.importorskip("paddle")
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-from serve_helpers import EXAMPLES, NAME, ROOT, running
+from helpers.server import EXAMPLES, NAME, ROOT, running
 
 
 def run(*command: str, **environment: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import random_weights, stored_weights, tiny_config
 
 import paddle_ccq
+from helpers.synthetic import random_weights, stored_weights, tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.ernie45 import ERNIE45

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config
-from synthetic import write_checkpoint as write_without_sentencepiece
 
+from helpers.synthetic import tiny_config
+from helpers.synthetic import write_checkpoint as write_without_sentencepiece
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import check as check_module

@@ -15,37 +15,13 @@ import pytest
 
 paddle = pytest.importorskip("paddle")
 
-import fastdeploy_standin as standin  # noqa: E402
-
-from paddle_ccq.codec.row_order import permute_rows  # noqa: E402
-from paddle_ccq.encoder.factory import make_encoder  # noqa: E402
+from helpers import fastdeploy_standin as standin  # noqa: E402
+from helpers.fastdeploy_case import EXPERTS, HIDDEN, WIDTH, run, tensor  # noqa: E402
 from paddle_ccq.errors import CcqError  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
 from paddle_ccq.targets.fastdeploy.config import wint4_layers_of  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-HIDDEN, WIDTH, EXPERTS = 128, 256, 4
-
-
-@pytest.fixture(scope="module")
-def weights() -> dict[str, np.ndarray]:
-    """Tensors of a layer's experts, by "expert.projection.suffix"."""
-    rng = np.random.default_rng(0)
-    encoder = make_encoder("wint2", preset="fast")
-    found = {}
-    for expert in range(EXPERTS):
-        for projection, k, n in (("up_gate_proj", HIDDEN, 2 * WIDTH), ("down_proj", WIDTH, HIDDEN)):
-            matrix = permute_rows(rng.standard_normal((k, n)).astype(np.float32) / np.sqrt(k))
-            encoded = encoder.encode(np.ascontiguousarray(matrix.T))
-            for suffix, values in encoded.tensors.items():
-                found[f"{expert}.{projection}.{suffix}"] = values
-    return found
-
-
-def tensor(values: np.ndarray):
-    if values.dtype == standin.BFLOAT16:
-        return paddle.to_tensor(values.astype(np.float32)).cast("bfloat16")
-    return paddle.to_tensor(values)
 
 
 @pytest.fixture
@@ -75,29 +51,20 @@ def a_layer(modules: SimpleNamespace, index: int = 7, **quantization) -> standin
     return standin.Layer(config, index, HIDDEN, WIDTH, EXPERTS)
 
 
-def loaded(modules: SimpleNamespace, weights: dict[str, np.ndarray], index: int = 7):
+def loaded(modules: SimpleNamespace, experts: dict[str, np.ndarray], index: int = 7):
     layer = a_layer(modules, index)
     layer.create()
-    state = {name: tensor(values) for name, values in weights.items()}
+    state = {name: tensor(values) for name, values in experts.items()}
     layer.quant_method.process_prequanted_weights(layer, state)
     return layer
 
 
-def run(layer: standin.Layer, *args, tokens: int = 5, **more) -> np.ndarray:
-    rng = np.random.default_rng(1)
-    x = paddle.to_tensor(rng.standard_normal((tokens, HIDDEN)).astype(np.float32))
-    router = paddle.to_tensor(rng.standard_normal((HIDDEN, EXPERTS)).astype(np.float32))
-    out = layer.quant_method.apply(layer, x.cast("bfloat16"), lambda v: v @ router, *args, **more)
-    assert out.dtype == paddle.bfloat16
-    return out.cast("float32").numpy()
-
-
-def test_the_fused_op_takes_the_kernels_place(install, weights, monkeypatch) -> None:
+def test_the_fused_op_takes_the_kernels_place(install, experts, monkeypatch) -> None:
     modules = install("2.5.0")
-    expected = run(loaded(SimpleNamespace(config=modules.config, backend=None), weights))
+    expected = run(loaded(SimpleNamespace(config=modules.config, backend=None), experts))
     assert standin.calls == ["ccq_moe_ffn"]
     modules.backend.CutlassWint2FusedMoeMethod = standin.Wint2Method
-    own = run(loaded(modules, weights))
+    own = run(loaded(modules, experts))
     assert standin.calls == ["ccq_moe_ffn", "own kernel"]
     np.testing.assert_array_equal(expected, own)
 
@@ -113,35 +80,35 @@ CALLS = {
 
 @pytest.mark.parametrize("ops", [True, False])
 @pytest.mark.parametrize("version", CALLS)
-def test_fastdeploys_own_call_of_every_release(install, weights, version, ops) -> None:
-    layer = loaded(install(version, ops=ops), weights)
+def test_fastdeploys_own_call_of_every_release(install, experts, version, ops) -> None:
+    layer = loaded(install(version, ops=ops), experts)
     args, kwargs = CALLS[version]
     assert run(layer, *args, **kwargs).shape == (5, HIDDEN)
     assert standin.calls == ["ccq_moe_ffn" if ops else "own kernel"]
 
 
 @pytest.mark.parametrize("ops", [True, False])
-def test_the_hook_is_called_where_the_arguments_are_positional(install, weights, ops) -> None:
+def test_the_hook_is_called_where_the_arguments_are_positional(install, experts, ops) -> None:
     seen = []
-    layer = loaded(install("2.6.0-dev", ops=ops), weights)
+    layer = loaded(install("2.6.0-dev", ops=ops), experts)
     run(layer, lambda topk_ids: seen.append(topk_ids.shape), None, None, None)
     assert seen == [[5, 2]]
 
 
 @pytest.mark.parametrize("name", ["shared_experts", "fc1_latent_proj", "fc2_latent_proj"])
-def test_nothing_that_asks_for_something_is_left_out(install, weights, name) -> None:
-    layer = loaded(install("2.6.0-dev", ops=False), weights)
+def test_nothing_that_asks_for_something_is_left_out(install, experts, name) -> None:
+    layer = loaded(install("2.6.0-dev", ops=False), experts)
     with pytest.raises(TypeError, match=name):
         run(layer, **{"topk_ids_hookfunc": None, name: lambda x: x})
 
 
 @pytest.mark.parametrize("place", [2, 3])
-def test_latent_projections_are_fastdeploys(install, weights, monkeypatch, place, caplog) -> None:
+def test_latent_projections_are_fastdeploys(install, experts, monkeypatch, place, caplog) -> None:
     given = [None] * 4
     given[place] = paddle.nn.Identity()
     modules = install("2.6.0-dev")
     with pytest.raises(CcqError, match=r"MoE layer 7: latent .* without paddle_ccq"):
-        run(loaded(modules, weights), *given)
+        run(loaded(modules, experts), *given)
     seen = []
 
     def apply(self, layer, x, gate, hook=None, shared_experts=None, fc1=None, fc2=None):
@@ -152,24 +119,24 @@ def test_latent_projections_are_fastdeploys(install, weights, monkeypatch, place
     layer = a_layer(modules)
     layer.fd_config.model_config.hidden_size = 2 * HIDDEN
     layer.create()
-    state = {name: tensor(values) for name, values in weights.items()}
+    state = {name: tensor(values) for name, values in experts.items()}
     layer.quant_method.process_prequanted_weights(layer, state)
     run(layer, *given)
     assert seen == [tuple(given[2:])] and "latent projections" in caplog.text
 
 
-def test_weights_are_not_held_twice(install, weights) -> None:
-    layer = loaded(install(), weights)
+def test_weights_are_not_held_twice(install, experts) -> None:
+    layer = loaded(install(), experts)
     assert list(layer.parameters()) == []
     held = layer.ccq_weights
     assert held.up_gate.quant.shape == [EXPERTS, 2 * WIDTH // 16, HIDDEN // 128, 512]
     assert held.down.columns.shape == [2, EXPERTS, HIDDEN // 16, 32]
 
 
-def test_loading_a_second_time(install, weights) -> None:
-    layer = loaded(install(), weights)
+def test_loading_a_second_time(install, experts) -> None:
+    layer = loaded(install(), experts)
     first = run(layer)
-    state = {name: tensor(values) for name, values in weights.items()}
+    state = {name: tensor(values) for name, values in experts.items()}
     for name in state:
         if name.endswith("super_scales"):
             state[name] = (state[name].cast("float32") * 2).cast("bfloat16")
@@ -179,32 +146,32 @@ def test_loading_a_second_time(install, weights) -> None:
 
 
 @pytest.mark.parametrize("results", [7, 8])
-def test_every_release_gives_its_own_number_of_results(install, weights, monkeypatch, results):
+def test_every_release_gives_its_own_number_of_results(install, experts, monkeypatch, results):
     monkeypatch.setattr(standin, "results_of_dispatch", results)
     seen = []
-    layer = loaded(install("2.4.0"), weights)
+    layer = loaded(install("2.4.0"), experts)
     run(layer, topk_ids_hookfunc=lambda topk_ids: seen.append(topk_ids.shape), shared_experts=None)
     assert seen == [[5, 2]] and standin.calls == ["ccq_moe_ffn"]
 
 
-def test_without_the_ops_fastdeploy_goes_on_with_one_line(install, weights, caplog) -> None:
+def test_without_the_ops_fastdeploy_goes_on_with_one_line(install, experts, caplog) -> None:
     modules = install(ops=False)
     with caplog.at_level(logging.INFO, "paddle_ccq"):
         for index in (7, 8, 9):
-            run(loaded(modules, weights, index))
+            run(loaded(modules, experts, index))
     assert standin.calls == ["own kernel"] * 3
     (line,) = caplog.messages
     assert "FastDeploy's own WINT2 kernel is used" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(("ops", "text"), [(True, "run on ccq_moe_ffn"), (False, "own WINT2")])
-def test_a_process_without_any_logging_shows_the_line(install, weights, capsys, ops, text):
+def test_a_process_without_any_logging_shows_the_line(install, experts, capsys, ops, text):
     modules = install(ops=ops)
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, []  # as in FastDeploy's workers
     try:
         for index in (7, 8):
-            loaded(modules, weights, index)
+            loaded(modules, experts, index)
     finally:
         root.handlers = handlers
     assert capsys.readouterr().err.count(text) == 1
@@ -233,20 +200,20 @@ def test_layers_that_our_kernel_does_not_take(install, change, text) -> None:
     assert text in moe_method.refusal(layer)
 
 
-def test_a_gpu_that_is_too_old(install, weights, monkeypatch, caplog) -> None:
+def test_a_gpu_that_is_too_old(install, experts, monkeypatch, caplog) -> None:
     modules = install()
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (7, 5))
-    run(loaded(modules, weights))
+    run(loaded(modules, experts))
     assert standin.calls == ["own kernel"] and "7.5" in caplog.messages[0]
 
 
-def test_ops_that_refuse_leave_fastdeploys_weights(install, weights, monkeypatch, caplog) -> None:
+def test_ops_that_refuse_leave_fastdeploys_weights(install, experts, monkeypatch, caplog) -> None:
     def refuse(*tensors):
         raise RuntimeError("ccq_repack: code_zp\nhas the wrong dtype")
 
     modules = install()
     monkeypatch.setattr(standin.Ops, "ccq_repack", refuse)
-    run(loaded(modules, weights))
+    run(loaded(modules, experts))
     assert standin.calls == ["own kernel"]
     assert caplog.messages[0].endswith("ccq_repack: code_zp has the wrong dtype")
 

@@ -25,9 +25,8 @@ SOURCE = os.environ.get("PADDLE_CCQ_FASTDEPLOY_SOURCE")
 if not SOURCE:
     pytest.skip("PADDLE_CCQ_FASTDEPLOY_SOURCE is not set", allow_module_level=True)
 
-import fastdeploy_standin as standin  # noqa: E402
-from test_fastdeploy_plugin import EXPERTS, HIDDEN, WIDTH, run, tensor, weights  # noqa: E402, F401
-
+from helpers import fastdeploy_standin as standin  # noqa: E402
+from helpers.fastdeploy_case import EXPERTS, HIDDEN, WIDTH, run, tensor  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
 
 MODELS = "fastdeploy.model_executor"
@@ -166,7 +165,7 @@ class SourceLayer(standin.Layer):
         return (*found, None, None)
 
 
-def loaded(weights, index: int = 7) -> SourceLayer:  # noqa: F811
+def loaded(experts, index: int = 7) -> SourceLayer:
     config = sys.modules[plugin.CONFIG].WINT2Config.from_config({})
     previous = paddle.get_default_dtype()
     paddle.set_default_dtype("bfloat16")
@@ -177,19 +176,19 @@ def loaded(weights, index: int = 7) -> SourceLayer:  # noqa: F811
         layer.create()
     finally:
         paddle.set_default_dtype(previous)
-    state = {name: tensor(values) for name, values in weights.items()}
+    state = {name: tensor(values) for name, values in experts.items()}
     layer.quant_method.process_prequanted_weights(layer, state)
     return layer
 
 
-def test_same_outputs_as_fastdeploys_own_path(fastdeploy, weights, monkeypatch) -> None:  # noqa: F811
-    own = run(loaded(weights))
+def test_same_outputs_as_fastdeploys_own_path(fastdeploy, experts, monkeypatch) -> None:
+    own = run(loaded(experts))
     plugin.register()
-    kept = run(loaded(weights))
+    kept = run(loaded(experts))
     monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
-    layer = loaded(weights)
+    layer = loaded(experts)
     fused = run(layer)
     assert standin.calls == ["own kernel", "own kernel", "ccq_moe_ffn"]
     assert list(layer.parameters()) == []
@@ -197,9 +196,9 @@ def test_same_outputs_as_fastdeploys_own_path(fastdeploy, weights, monkeypatch) 
     np.testing.assert_array_equal(fused, own)
 
 
-def test_through_fastdeploys_own_call(fastdeploy, weights, monkeypatch) -> None:  # noqa: F811
+def test_through_fastdeploys_own_call(fastdeploy, experts, monkeypatch) -> None:
     """FusedMoE hands apply() what its line has; on develop, its own WINT2 method refuses that."""
-    layer = loaded(weights)
+    layer = loaded(experts)
     own = run(layer)
     if "fc1_latent_proj" in inspect.signature(own_call()).parameters:
         with pytest.raises(TypeError, match="positional arguments"):
@@ -211,23 +210,23 @@ def test_through_fastdeploys_own_call(fastdeploy, weights, monkeypatch) -> None:
     hook = None
     if "topk_ids_hookfunc" in inspect.signature(own_call()).parameters:
         hook = lambda topk_ids: seen.append(topk_ids.shape)  # noqa: E731
-    kept = through_moe(loaded(weights), hook)
+    kept = through_moe(loaded(experts), hook)
     monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
     standin.calls.clear()
-    fused = through_moe(loaded(weights), hook)
+    fused = through_moe(loaded(experts), hook)
     assert standin.calls == ["ccq_moe_ffn"]
     assert seen == ([[5, 2]] * 2 if hook else [])
     np.testing.assert_array_equal(kept, own)
     np.testing.assert_array_equal(fused, own)
 
 
-def test_its_config_with_and_without_a_list(fastdeploy, weights) -> None:  # noqa: F811
+def test_its_config_with_and_without_a_list(fastdeploy, experts) -> None:
     plugin.register()
     config = sys.modules[plugin.CONFIG].WINT2Config
     listed = config.from_config({"moe_quant_config": {"wint4_layers": [8]}})
-    layer = loaded(weights)
+    layer = loaded(experts)
     kinds = []
     for index in (6, 7, 8):
         layer.layer_idx = index

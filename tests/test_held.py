@@ -8,9 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
-import held_bytes
-import held_kernels
 import pytest
+
+from helpers import held_bytes, held_kernels
 
 WEIGHTS = json.loads(held_bytes.WEIGHTS.read_text())
 OTHERS = json.loads(held_bytes.OTHERS.read_text())
@@ -53,7 +53,7 @@ def test_other_files_are_what_they_were(runs, name):
         if runs.statistics(case) != WEIGHTS[name]["statistics"]:
             pytest.skip("errors in the model card depend on this processor's float products")
     assert held_bytes.others_of(runs, name) == stored, (
-        "meant? then store it: python tests/held_bytes.py --write"
+        "meant? then store it: python tests/helpers/held_bytes.py --write"
     )
 
 

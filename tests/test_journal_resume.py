@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -15,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
 import paddle_ccq.quantization.run as module
+from helpers.runs import contents, partial, stop_after
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint import journal as journals
 from paddle_ccq.checkpoint import safetensors_writer, writer
 from paddle_ccq.errors import CcqError
@@ -69,18 +69,8 @@ sys.exit(main(sys.argv[4:]))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CONFIG, shards=2)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def model(tiny_model) -> Path:
+    return tiny_model(CONFIG, shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +127,6 @@ def test_killed_at_random_moments(model, expected, tmp_path):
     assert contents(out) == expected
 
 
-def stop_after(monkeypatch, items: int) -> None:
-    """Make the next runs in this process fail after some matrices."""
-    original = writer.CheckpointWriter.write
-
-    def limited(self, item, parts, stats):
-        if item.index >= items:
-            raise KeyboardInterrupt
-        return original(self, item, parts, stats)
-
-    monkeypatch.setattr(writer.CheckpointWriter, "write", limited)
-
-
 @pytest.fixture
 def interrupted(model, tmp_path, monkeypatch) -> Path:
     """The output path of a run that was stopped after 12 matrices."""
@@ -159,10 +137,6 @@ def interrupted(model, tmp_path, monkeypatch) -> Path:
             quantize(model, out, threads=1, **OPTIONS)
     assert not out.exists()
     return out
-
-
-def partial(out: Path) -> Path:
-    return out.with_name(out.name + ".ccq-partial")
 
 
 def test_resume_and_log(model, expected, interrupted):

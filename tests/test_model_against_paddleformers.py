@@ -12,7 +12,8 @@ import importlib
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
+
+from helpers.synthetic import tiny_config, write_checkpoint
 
 paddle = pytest.importorskip("paddle")
 pytest.importorskip("paddleformers")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_ernie
-from synthetic import random_weights, stored_weights, tiny_config, write_tensors
+
+from helpers import reference_ernie
+from helpers.synthetic import random_weights, stored_weights, tiny_config, write_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.source import hub_id
 from paddle_ccq.checkpoint.source_card import read_source_card
 from paddle_ccq.quantize import main, quantize

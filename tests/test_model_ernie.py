@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference_ernie
-from synthetic import random_weights, tiny_config
+
+from helpers import reference_ernie
+from helpers.synthetic import random_weights, tiny_config
 
 paddle = pytest.importorskip("paddle")
 

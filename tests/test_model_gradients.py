@@ -8,23 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import paddle
 import pytest
-import reference_ernie
-from synthetic import tiny_config, write_checkpoint
 
+from helpers import reference_ernie
+from helpers.configs import TIED_AND_UNTIED
+from helpers.synthetic import write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.gradients import FACTORS, WHOLE, Pass, loss_of
 
 LENGTH = 9
-SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32}
-# Tied and untied heads, one key head for several query heads, with and without a shared expert.
-CONFIGS = [
-    tiny_config(**SMALL),
-    tiny_config(**SMALL, tie_word_embeddings=False, moe_num_shared_experts=0, moe_k=3),
-]
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=TIED_AND_UNTIED, ids=["tied", "untied"])
 def case(request, tmp_path_factory):
     """Config, weights, model, tokens, and final states of a made-up teacher."""
     config = request.param

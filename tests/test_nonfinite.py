@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from synthetic import random_weights, stored_weights, tiny_config, write_checkpoint
 
+from helpers.synthetic import random_weights, stored_weights, tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.checkpoint.values import count_nonfinite, difference_energy, energy, finite
 from paddle_ccq.dequantize import dequantize

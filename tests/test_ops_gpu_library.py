@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import _core
 from paddle_ccq.encoder import layouts, recipes
 from paddle_ccq.encoder.factory import make_encoder

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config
 
+from helpers.synthetic import tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import Layout, rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule, load_rules

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import DTYPES, tiny_config, write_checkpoint
-from test_journal_resume import contents, stop_after
 
+from helpers.runs import contents, stop_after
+from helpers.synthetic import DTYPES, tiny_config, write_checkpoint
 from paddle_ccq.allocation.copies import Copies
 from paddle_ccq.allocation.costs import load_sensitivities
 from paddle_ccq.allocation.decoded import Decoded

@@ -16,11 +16,11 @@ pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 import openai
-import serve_helpers
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_helpers import NAME, quantized_folder, running, tokenizer
 
+from helpers import server
+from helpers.server import NAME, quantized_folder, running, tokenizer
 from paddle_ccq.errors import CcqError
 from paddle_ccq.serve import main
 from paddle_ccq.serving.defaults import SamplingDefaults, read_defaults
@@ -54,7 +54,7 @@ def serving(
     shutil.copytree(quantized_folder(), folder)
     write(folder, **values)
     with monkeypatch.context() as patch:
-        patch.setattr(serve_helpers, "quantized_folder", lambda: folder)
+        patch.setattr(server, "quantized_folder", lambda: folder)
         with (
             running(*flags) as (base, _),
             openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client,

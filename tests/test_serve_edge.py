@@ -16,9 +16,19 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 import httpx
-from serve_helpers import NAME, process, quantized_folder, running, tokenizer
-from test_serve_http import CHAT, COMPLETIONS, SMALL, USER, check_error
 
+from helpers.server import (
+    CHAT,
+    COMPLETIONS,
+    NAME,
+    SMALL,
+    USER,
+    check_error,
+    process,
+    quantized_folder,
+    running,
+    tokenizer,
+)
 from paddle_ccq.addresses import http_address, local
 from paddle_ccq.serve import _is_loopback, build_parser, build_service, main
 from paddle_ccq.serving import answers

@@ -14,8 +14,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from serve_helpers import checkpoint, model, prompts, tokenizer
-
+from helpers.server import checkpoint, model, prompts, tokenizer
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.models.weights import EXACT, weight_source
 from paddle_ccq.serving.engine import (

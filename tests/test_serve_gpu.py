@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """--device gpu without a GPU: what is sent where, what is freed, and what is said when it fails.
 
-Driver and library are stand-ins (gpu_standin.py); tests/gpu/test_gpu_experts.py is for a GPU.
+Driver and library are stand-ins (helpers/gpu_standin.py). For a GPU: tests/gpu/test_gpu_experts.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from gpu_standin import Driver, Library
-from synthetic import tiny_config, write_checkpoint
-
+from helpers.gpu_standin import Driver, Library
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import serve
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError

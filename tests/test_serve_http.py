@@ -18,14 +18,10 @@ pytest.importorskip("httpx")
 import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_helpers import NAME, running, tokenizer
 
+from helpers.server import CHAT, COMPLETIONS, NAME, SMALL, USER, check_error, running, tokenizer
 from paddle_ccq.serving.protocol import CompletionRequest
 from paddle_ccq.serving.service import Service
-
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-USER = [{"role": "user", "content": "hi"}]
-SMALL = {"model": NAME, "prompt": "a", "max_tokens": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +35,6 @@ def server() -> Iterator[tuple[str, Service]]:
 def http(server: tuple[str, Service]) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server[0], timeout=20) as client:
         yield client
-
-
-def check_error(answer: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param
-    assert error["message"] and "\n" not in error["message"]
-    return error
 
 
 @pytest.mark.parametrize(

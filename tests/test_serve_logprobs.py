@@ -16,10 +16,10 @@ pytest.importorskip("fastapi")
 
 import openai
 import tokenizers
-from serve_helpers import EXAMPLES, NAME, checkpoint, model, running, tokenizer
 from tokenizers import decoders
 from tokenizers.models import BPE
 
+from helpers.server import EXAMPLES, NAME, checkpoint, model, running, tokenizer
 from paddle_ccq.evaluation.tasks import read_items
 from paddle_ccq.serving.answers import CompletionAnswer
 from paddle_ccq.serving.engine import Output

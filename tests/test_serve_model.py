@@ -14,8 +14,8 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("paddle")
 
 import paddle
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.models.ernie import Ernie

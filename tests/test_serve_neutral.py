@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionAssistantMessageParam, completion_create_params
 from openai.types.completion_create_params import CompletionCreateParamsBase
-from serve_helpers import NAME, running
 
+from helpers.server import NAME, running
 from paddle_ccq.serving.neutral import _NEUTRAL
 from paddle_ccq.serving.protocol import ChatRequest, CompletionRequest
 

@@ -13,8 +13,8 @@ pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 import openai
-from serve_helpers import NAME, prompts, running, tokenizer
 
+from helpers.server import NAME, prompts, running, tokenizer
 from paddle_ccq.serving.service import Service
 
 PROMPT = "Q: 585 - 17 = ?\nA:"

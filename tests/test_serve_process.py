@@ -19,12 +19,12 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 import httpx
-from serve_helpers import ROOT, checkpoint, process, quantized_folder
-from synthetic import tiny_config, write_tensors, write_tokenizer
 
+from helpers.server import ROOT, checkpoint, process, quantized_folder
+from helpers.synthetic import tiny_config, write_tensors, write_tokenizer
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.codec import formats
-from paddle_ccq.serving.chat import ChatTemplate
+from paddle_ccq.texts.chat_template import ChatTemplate
 
 LONG = {"model": "model", "prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
 
-from serve_helpers import tokenizer
-
+from helpers.server import tokenizer
 from paddle_ccq.serving.detokenizer import MAX_UNFINISHED, Detokenizer
 from paddle_ccq.serving.sampling import Sampler, SamplingParams
 

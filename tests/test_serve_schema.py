@@ -14,7 +14,8 @@ pytest.importorskip("schemathesis")
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode, checks
-from serve_helpers import running
+
+from helpers.server import running
 
 # A short context, so that a generated request for very many tokens is cheap or refused.
 FLAGS = ("--max-model-len", "48", "--max-num-seqs", "8")

@@ -12,9 +12,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from serve_helpers import process
-from synthetic import tiny_config, write_checkpoint
-
+from helpers.server import process
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.quantize import quantize
 from paddle_ccq.serving.resources import resident_bytes
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("jinja2")
 
 from paddle_ccq.errors import CcqError
-from paddle_ccq.serving.chat import ChatTemplate
+from paddle_ccq.texts.chat_template import ChatTemplate
 
 CHAT = [
     {"role": "system", "content": 'Be <brief> & "kind", 你好.'},

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import launch

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluation.text import Tokenizer, check_same_tokenizer
 from paddle_ccq.quantize import quantize

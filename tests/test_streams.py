@@ -18,8 +18,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import reporting
 from paddle_ccq.command import output_path, run_command
 from paddle_ccq.errors import CcqError, describe_os_error, readable, run_cli, visible

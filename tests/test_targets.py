@@ -7,9 +7,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config
 
 import paddle_ccq
+from helpers.synthetic import tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import Layout, PlanOptions, make_plan
 from paddle_ccq.errors import CcqError

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.tensor_parallel import join, take
 from paddle_ccq.codec import formats

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluation.text import Tokenizer, token_stream
@@ -267,7 +267,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_line(model, tmp_path) 
 
 def test_without_jinja_chats_say_what_is_missing(model, tmp_path, monkeypatch) -> None:
     path = write(tmp_path / "t.jsonl", json.dumps({"messages": [USER]}))
-    monkeypatch.setitem(sys.modules, "paddle_ccq.serving.chat", None)
+    monkeypatch.setitem(sys.modules, "paddle_ccq.texts.chat_template", None)
     tokenizer = Tokenizer(model, open_checkpoint(model).config.raw)
     with pytest.raises(CcqError, match=r"t\.jsonl:1: .*paddle-ccq\[eval\]"):
         token_stream(read_documents(path), tokenizer)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import tiny_config, write_checkpoint
-from test_journal_resume import contents
 
+from helpers.runs import contents
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.calibration.settings import Settings as TextSettings
 from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.checkpoint.reader import open_checkpoint
@@ -32,10 +32,8 @@ OPTIONS = {"tokens": "2k", "batch": 1, "learning_rate": 0.01, "dense_learning_ra
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    write_checkpoint(folder, CONFIG)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_ernie
 from safetensors.numpy import load_file
-from synthetic import DTYPES, random_weights, stored_weights, tiny_config, write_tensors
 
+from helpers import reference_ernie
+from helpers.synthetic import DTYPES, random_weights, stored_weights, tiny_config, write_tensors
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import INDEX_FILE
 from paddle_ccq.dequantize import dequantize

@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.evaluation.text import Tokenizer
 from paddle_ccq.fastdeploy.check import Wish, check

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.quantize import quantize
 
 PACKAGE = Path(__file__).parent.parent / "paddle_ccq"

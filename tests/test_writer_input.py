@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from synthetic import tiny_config, write_checkpoint
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.values import count_nonfinite
 from paddle_ccq.errors import CcqError
 from paddle_ccq.quantize import quantize

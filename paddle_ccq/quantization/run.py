@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import shutil
@@ -57,7 +56,7 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
     """
     used = {item.format for item in plan.items if item.quantized}
     if options.encoder == "search" and used & set(CCQ_FORMATS):
-        importlib.import_module("..compiled", __package__)
+        from .. import compiled  # noqa: F401
     if options.device == "gpu":
         if options.encoder != "search":
             raise CcqError("--device gpu: only --encoder search runs on a GPU")

@@ -17,8 +17,8 @@ from ..checkpoint.safetensors_io import load_json
 from ..errors import CcqError
 from ..evaluation.text import Tokenizer
 from ..ops.gpu_memory import Device
+from ..texts.chat_template import ChatTemplate, Message
 from . import defaults
-from .chat import ChatTemplate, Message
 from .engine import DrainingError, Engine, EngineSettings, Output, QueueFullError
 from .engine_model import EngineModel
 from .errors import RETRY_AFTER, ApiError

@@ -11,7 +11,7 @@ from ..errors import CcqError
 from .documents import Chat
 
 if TYPE_CHECKING:
-    from ..serving.chat import ChatTemplate
+    from .chat_template import ChatTemplate
 
 
 class ChatRenderer:
@@ -22,7 +22,7 @@ class ChatRenderer:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        from ..serving.chat import ChatTemplate
+        from .chat_template import ChatTemplate
 
         return ChatTemplate(self.folder)
 

@@ -7,7 +7,6 @@ python -m pytest -s tests/gpu/test_gpu_experts.py
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -23,10 +22,7 @@ from paddle_ccq.ops import gpu_library
 if not gpu_library.available():
     pytest.skip("no GPU, or no library for it", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from synthetic import tiny_config, write_checkpoint
-
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.ops.gpu_memory import Device
 from paddle_ccq.ops.gpu_moe import GpuExperts
 from paddle_ccq.quantize import quantize

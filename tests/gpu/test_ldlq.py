@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from helpers import ldlq_cases
+from helpers.ldlq_cases import arguments, moments, odd_weights
 from paddle_ccq import _core
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.ldlq_metric import make_metric
@@ -17,44 +19,8 @@ if not gpu_library.available():
     pytest.skip("no GPU, or no library for it", allow_module_level=True)
 
 SMALL = ldlq.LdlqRecipe(code_pairs=5, keep_pairs=2, window=(-1, 1), sweeps=2)
-KINDS = ["smooth", "low rank", "few tokens", "dead inputs", "identity"]
+KINDS = [*ldlq_cases.KINDS, "identity"]
 THREADS = 16
-
-
-def moments(kind: str, k: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    if kind == "identity":
-        return np.eye(k)
-    if kind == "smooth":
-        return 0.9 ** np.abs(np.subtract.outer(np.arange(k), np.arange(k)))
-    basis = rng.standard_normal((k, 8 if kind == "few tokens" else k // 2))
-    scale = rng.lognormal(0, 0.6, k)
-    if kind == "dead inputs":
-        scale[: k // 4] = 0
-    h = basis @ basis.T + (0.2 * np.eye(k) if kind == "low rank" else 0)
-    return h * scale * scale[:, None]
-
-
-def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
-    """Gaussian; zero, constant, tiny, huge, half empty, with outliers and in steps where n > 7."""
-    rng = np.random.default_rng(seed)
-    w = rng.standard_normal((n, k)).astype(np.float32) * np.float32(0.02)
-    if n > 7:
-        w[0] = 0
-        w[1] = 0.5
-        w[2] *= np.float32(1e-36)
-        w[3] *= np.float32(1e37)
-        w[4, k // 2 :] = 0
-        w[5, ::7] *= 80
-        w[6] = np.round(w[6] * 100) / 64
-    return w
-
-
-def arguments(w: np.ndarray, h: np.ndarray, recipe: ldlq.LdlqRecipe) -> list:
-    prepared = ldlq.prepare(w, recipe)
-    metric = make_metric(h, recipe.damping).as_dict()
-    books = ldlq.books(recipe.code_pairs)
-    return [prepared.weight, metric, books, prepared.supers, recipe.as_dict()]
 
 
 def on_cpu(args: list, at: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
@@ -74,7 +40,7 @@ def assert_same(args: list, run_bytes: int = gpu_ldlq.RUN_BYTES) -> None:
 def test_gpu_equals_cpu_bit_for_bit(kind: str, preset: str) -> None:
     recipe = ldlq.LDLQ_RECIPES[preset]
     for n, k in ((37, 320), (130, 128)):
-        assert_same(arguments(weights(n, k, seed=k), moments(kind, k), recipe))
+        assert_same(arguments(odd_weights(n, k, seed=k), moments(k, kind), recipe))
 
 
 def test_random_shapes_and_recipes() -> None:
@@ -92,18 +58,20 @@ def test_random_shapes_and_recipes() -> None:
             damping=float(10 ** rng.uniform(-9, -1)),
         )
         kind = KINDS[case % len(KINDS)]
-        assert_same(arguments(weights(n, k, seed=case), moments(kind, k, case), recipe))
+        assert_same(arguments(odd_weights(n, k, seed=case), moments(k, kind, case), recipe))
 
 
 @pytest.mark.parametrize("shape", [(1500, 1024), (60, 4096), (9000, 256)])
 def test_many_channels_and_long_rows(shape: tuple[int, int]) -> None:
     n, k = shape
     recipe = ldlq.LDLQ_RECIPES["default"]
-    assert_same(arguments(weights(n, k, seed=n), moments("low rank", k), recipe))
+    assert_same(arguments(odd_weights(n, k, seed=n), moments(k, "low rank"), recipe))
 
 
 def test_a_whole_expert_matrix_at_its_ends_and_in_the_middle() -> None:
-    args = arguments(weights(3072, 2560), moments("low rank", 2560), ldlq.LDLQ_RECIPES["default"])
+    args = arguments(
+        odd_weights(3072, 2560, seed=0), moments(2560, "low rank"), ldlq.LDLQ_RECIPES["default"]
+    )
     found, _ = gpu_ldlq.ldlq(*args)
     at = np.r_[0:24, 1500:1524, 3048:3072]
     for name, value in on_cpu(args, at).items():
@@ -111,15 +79,17 @@ def test_a_whole_expert_matrix_at_its_ends_and_in_the_middle() -> None:
 
 
 def test_of_equal_entries_the_first_is_taken() -> None:
-    args = arguments(weights(70, 256), np.eye(256), SMALL)
+    args = arguments(odd_weights(70, 256, seed=0), np.eye(256), SMALL)
     # Eight vectors for 256 bytes: equal ones in every thread, next to each other and far apart.
     args[2] = np.ascontiguousarray(args[2][:, :, (np.arange(256) >> 4 & 7) * 31])
     assert_same(args)
 
 
 def test_two_calls_give_the_same_whatever_came_between() -> None:
-    first = arguments(weights(600, 512), moments("low rank", 512), ldlq.LDLQ_RECIPES["fast"])
-    other = arguments(weights(600, 512, 1), moments("smooth", 512), SMALL)
+    first = arguments(
+        odd_weights(600, 512, seed=0), moments(512, "low rank"), ldlq.LDLQ_RECIPES["fast"]
+    )
+    other = arguments(odd_weights(600, 512, seed=1), moments(512, "correlated"), SMALL)
     a, _ = gpu_ldlq.ldlq(*first)
     assert_same(other)
     held = gpu_ldlq.held_bytes()
@@ -131,12 +101,12 @@ def test_two_calls_give_the_same_whatever_came_between() -> None:
 
 @pytest.mark.parametrize("megabytes", [1, 3, 20])
 def test_memory_for_fewer_channels_at_a_time(megabytes: int) -> None:
-    args = arguments(weights(700, 256), moments("low rank", 256), SMALL)
+    args = arguments(odd_weights(700, 256, seed=0), moments(256, "low rank"), SMALL)
     assert_same(args, megabytes << 20)
 
 
 def test_wrong_arguments_are_named() -> None:
-    args = arguments(weights(8, 128), moments("smooth", 128), SMALL)
+    args = arguments(odd_weights(8, 128, seed=0), moments(128, "correlated"), SMALL)
     with pytest.raises(ValueError, match="run_bytes 1000: too little"):
         gpu_ldlq.ldlq(*args, run_bytes=1000)
     for index, value, name in (

@@ -6,7 +6,7 @@ extern "C" {
 
 int pretended_device = 0;
 
-// Multiprocessors, major compute capability, shared memory a block may have (tests/held_kernels.py has the names).
+// Multiprocessors, major compute capability, shared memory a block may have (tests/helpers/held_kernels.py has the names).
 static const int kDevices[][3] = {{132, 9, 232448}, {108, 8, 166912}, {128, 8, 101376}};
 
 int cudaGetDevice(int* device) {

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.evaluation.text import Tokenizer
@@ -26,9 +26,11 @@ from paddle_ccq.serve import build_parser, build_service
 from paddle_ccq.serving.engine_model import EngineModel
 
 if TYPE_CHECKING:
+    import httpx
+
     from paddle_ccq.serving.service import Service
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
@@ -66,6 +68,9 @@ def prompts(count: int = 5) -> list[list[int]]:
 
 
 NAME = "example"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = [{"role": "user", "content": "hi"}]
+SMALL = {"model": NAME, "prompt": "a", "max_tokens": 1}
 
 
 @contextlib.contextmanager
@@ -118,3 +123,13 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
         server.kill()
         server.wait()
         server.stdout.close()
+
+
+def check_error(answer: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:
+    """The answer's error object, after a look at its form."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["message"] and "\n" not in error["message"]
+    return error

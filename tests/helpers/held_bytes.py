@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `quantize` and `dequantize` write, by sha256; the script stores the hashes.
 
-    python tests/held_bytes.py              # what differs from the stored hashes
-    python tests/held_bytes.py --write      # store the hashes of the present code
+    python tests/helpers/held_bytes.py            # what differs from the stored hashes
+    python tests/helpers/held_bytes.py --write    # store the hashes of the present code
 
 tests/held/weights.json holds every weight file and index: they change only where a change of the
 numbers is meant. tests/held/others.json holds the small files and what a dry run prints; a commit
@@ -25,18 +25,22 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
-from synthetic import tiny_config, write_checkpoint
 
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[place]) for place in (1, 2)]
+
+from helpers.runs import contents
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.allocation.costs import PROJECTIONS, Sensitivities, model_shape, weights_sha256
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.dequantize import dequantize
 from paddle_ccq.quantize import quantize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "ernie-45-moe-3m"
 SAMPLE = ROOT / "examples" / "data" / "public-domain-sample.txt"
 LARGE = ROOT / "examples" / "configs" / "ernie-4.5-300b-a47b"
-FOLDER = Path(__file__).resolve().parent / "held"
+FOLDER = Path(__file__).resolve().parents[1] / "held"
 WEIGHTS, OTHERS = FOLDER / "weights.json", FOLDER / "others.json"
 # Of the sample: a few hundred tokens for each expert.
 SAMPLE_CHARACTERS = 6000
@@ -309,8 +313,7 @@ def is_weights(name: str) -> bool:
 
 def hashes(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Hashes:
     """sha256 of the files below a folder, by relative name."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names if wanted(n)}
+    return {name: sha256 for name, sha256 in sorted(contents(folder).items()) if wanted(name)}
 
 
 def dry_run_text(options: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("ldlq.cu", "host_ldlq.cu")
 # As setup.py compiles the CPU's core: no fused operations. Contexts are switched by longjmp, which
 # the fortified C library takes for an attack.

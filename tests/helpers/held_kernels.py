@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU library's exported functions and its choices of kernels, held still.
 
-    python tests/held_kernels.py --write    # store those of the present sources
+    python tests/helpers/held_kernels.py --write    # store those of the present sources
 
 The functions are read from the sources. The choice is made on the host: nvcc compiles it, and it is
-asked through a library that pretends to be the driver of a GPU (held/pretended_gpu.cpp).
+asked through a library that pretends to be the driver of a GPU (tests/held/pretended_gpu.cpp).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "custom_ops" / "gpu"
-FOLDER = Path(__file__).resolve().parent / "held"
+FOLDER = Path(__file__).resolve().parents[1] / "held"
 STORED = FOLDER / "kernels.json"
 
-# Id of the pretended device -> its name: held/pretended_gpu.cpp has multiprocessors and memory.
+# Id of the pretended device -> its name; tests/held/pretended_gpu.cpp has what each one answers.
 DEVICES = {0: "H100 or H200", 1: "A100", 2: "RTX 4090"}
 # (experts, n, k) of the benchmarks' layers and matrices (benchmarks/gpu/measure.py), and of the
 # ERNIE-4.5-21B.

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of several test files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.synthetic import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a model with `write_checkpoint`'s arguments; returns its folder.
+
+    The same arguments give the same folder again, in all files: a test that changes a model writes
+    its own.
+    """
+    made: dict[str, Path] = {}
+
+    def model(config: dict[str, Any], **options: Any) -> Path:
+        key = json.dumps([config, options], sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("source") / "tiny"
+            write_checkpoint(made[key], config, **options)
+        return made[key]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight documents of four words."""
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta"]
+    lines = [{"text": " ".join(rng.choices(words, k=100))} for _ in range(8)]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def experts() -> dict[str, np.ndarray]:
+    """Stored tensors of the FastDeploy plugin's expert block."""
+    from helpers import fastdeploy_case
+
+    return fastdeploy_case.expert_tensors()
