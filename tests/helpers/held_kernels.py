@@ -3,14 +3,13 @@
 
     python tests/helpers/held_kernels.py --write    # store those of the present sources
 
-The functions are read from the sources. The choice is made on the host: nvcc compiles it, and it is
-asked through a library that pretends to be the driver of a GPU (tests/held/pretended_gpu.cpp).
+The functions are read from the sources. The choice is host code (custom_ops/gpu/choice.h), which
+the host's compiler builds.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import re
 import shutil
@@ -26,8 +25,9 @@ SOURCES = ROOT / "custom_ops" / "gpu"
 FOLDER = Path(__file__).resolve().parents[1] / "held"
 STORED = FOLDER / "kernels.json"
 
-# Id of the pretended device -> its name; tests/held/pretended_gpu.cpp has what each one answers.
-DEVICES = {0: "H100 or H200", 1: "A100", 2: "RTX 4090"}
+# Multiprocessors, compute capability, shared memory a block may have: every kernel fits there. What
+# fits on smaller GPUs only their driver knows.
+DEVICES = {"H100 or H200": (132, 9, 232448)}
 # (experts, n, k) of the benchmarks' layers and matrices (benchmarks/gpu/measure.py), and of the
 # ERNIE-4.5-21B.
 SHAPES = (
@@ -46,15 +46,18 @@ TOP_K = 8
 TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
 
-class GemmArgs(ctypes.Structure):
-    """struct ccq_moe_gemm_args (custom_ops/gpu/moe_gemm.h)."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("x", "offsets", "quant", "scales", "columns")],
-        *[(name, ctypes.c_void_p) for name in ("row_scale", "out", "workspace")],
-        *[(name, ctypes.c_int) for name in ("rows", "k", "n", "experts")],
-        *[(name, ctypes.c_int) for name in ("dtype", "pairs", "row_order")],
-    ]
+PROGRAM = r"""
+#include <cstdio>
+#include "choice.h"
+// Lines of: multiprocessors, major, shared, rows, k, n, experts. Answers: the kernel.
+int main() {
+  ccq::Gpu gpu{};
+  ccq::Call call{};
+  while (std::scanf("%d %d %d %d %d %d %d", &gpu.sms, &gpu.major, &gpu.shared, &call.rows,
+                    &call.k, &call.n, &call.experts) == 7)
+    std::printf("%d\n", ccq::kernel_choice(gpu, call, gpu.major == 9, [](int) { return true; }));
+}
+"""
 
 
 def exported() -> list[str]:
@@ -66,33 +69,25 @@ def exported() -> list[str]:
     return sorted(found)
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """The choice of kernels over a pretended GPU; needs nvcc, but no GPU."""
-    gemm, library = folder / "moe_gemm.o", folder / "libchoices.so"
-    nvcc = ["nvcc", "-std=c++17", "-O0", "-Xcicc", "-O0", "-DCCQ_SM90A", "-Xcompiler", "-fPIC"]
-    nvcc += ["-gencode=arch=compute_90a,code=compute_90a", "-c", str(SOURCES / "moe_gemm.cu")]
-    pretended = ["g++", "-shared", "-fPIC", "-o", str(library), str(gemm)]
-    for command in ([*nvcc, "-o", str(gemm)], [*pretended, str(FOLDER / "pretended_gpu.cpp")]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
+def build(folder: Path) -> Path:
+    """The choice of kernels as a program that reads calls and prints kernels; needs g++ alone."""
+    source, program = folder / "choice.cpp", folder / "choice"
+    source.write_text(PROGRAM, "utf-8")
+    command = ["g++", "-std=c++17", "-O1", f"-I{SOURCES}", "-o", str(program), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return program
 
 
-def choices(library: ctypes.CDLL) -> Iterator[tuple[str, list[int]]]:
+def choices(program: Path) -> Iterator[tuple[str, list[int]]]:
     """For each device and shape: the kernels' numbers, by TOKENS."""
-    # Never read: the choice looks at alignment and sizes alone.
-    place = ctypes.c_void_p(4096)
-    pointers = dict.fromkeys(("x", "offsets", "quant", "scales", "columns", "out"), place)
-    for device, name in DEVICES.items():
-        ctypes.c_int.in_dll(library, "pretended_device").value = device
+    for name, device in DEVICES.items():
         for experts, n, k in SHAPES:
             top = TOP_K if experts > 1 else 1
-            found = []
-            for tokens in TOKENS:
-                sizes = {"rows": top * tokens, "k": k, "n": n, "experts": experts}
-                args = GemmArgs(**pointers, **sizes, workspace=place, dtype=0, pairs=0, row_order=1)
-                found.append(library.ccq_moe_gemm_variant(ctypes.byref(args)))
-            yield f"{name}: {experts} experts, N {n}, K {k}", found
+            lines = [(*device, top * tokens, k, n, experts) for tokens in TOKENS]
+            text = "".join(" ".join(map(str, line)) + "\n" for line in lines)
+            done = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+            yield f"{name}: {experts} experts, N {n}, K {k}", [int(x) for x in done.stdout.split()]
 
 
 def found(folder: Path) -> dict[str, Any]:
@@ -104,8 +99,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="store what these sources have")
     args = parser.parse_args()
-    if not shutil.which("nvcc"):
-        print("nvcc is not on PATH", file=sys.stderr)
+    if not shutil.which("g++"):
+        print("g++ is not on PATH", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="ccq-held-") as folder:
         now = found(Path(folder))
