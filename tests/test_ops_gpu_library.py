@@ -88,3 +88,43 @@ def test_every_recipe_fits_the_c_structures(format: str) -> None:
         assert np.array(arguments[1], np.int32).tobytes() == bytes(c)
         assert np.array(arguments[2], np.int32).tobytes() == bytes(r)
     assert ctypes.sizeof(gpu_library.EncodeVector) == 5
+
+
+def test_a_wheels_library_is_taken_before_a_built_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(gpu_library.ENVIRONMENT, raising=False)
+    packaged, built = tmp_path / "packaged.so", tmp_path / "built.so"
+    monkeypatch.setattr(gpu_library, "_PACKAGED", packaged)
+    monkeypatch.setattr(gpu_library, "_BUILT", built)
+    built.touch()
+    assert gpu_library.library_path() == built
+    packaged.touch()
+    assert gpu_library.library_path() == packaged
+    monkeypatch.setenv(gpu_library.ENVIRONMENT, "elsewhere.so")
+    assert gpu_library.library_path() == Path("elsewhere.so")
+
+
+def test_the_version_is_the_sources_and_others_are_refused() -> None:
+    from paddle_ccq.ops import gpu_abi
+
+    folder = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
+    source = (folder / "library.cu").read_text()
+    assert f"return {gpu_abi.VERSION};" in source
+
+    class Other:
+        @staticmethod
+        def ccq_library_version() -> int:
+            return gpu_abi.VERSION + 1
+
+    with pytest.raises(CcqError, match=rf"interface {gpu_abi.VERSION + 1}, this package needs"):
+        gpu_library._check_version(Other(), Path("x.so"))
+
+
+def test_every_source_of_the_library_is_compiled() -> None:
+    from paddle_ccq.ops.gpu_build import SOURCES, nvcc_command
+
+    folder = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
+    assert {path.name for path in folder.glob("*.cu")} == set(SOURCES)
+    command = nvcc_command(folder, Path("out.so"), (80, 90))
+    assert "-gencode=arch=compute_90a,code=sm_90a" in command and "-DCCQ_SM90A" in command

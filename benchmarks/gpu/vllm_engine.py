@@ -200,6 +200,7 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "graphs": arguments.graphs,
                         "nll": -found.mean(),
                         "reference": -expected.mean(),
+                        "error": float((found - expected).std() / np.sqrt(found.size)),
                         "mean_difference": difference.mean(),
                         "greedy_agreement": greedy_agreement(reference, answers),
                         "seconds": time.perf_counter() - start,

@@ -26,7 +26,7 @@ struct Kernel {
     return error;
   }
 
-  static size_t workspace(int k, int n) {
+  static size_t parts(int k, int n) {
     Line at{};
     return line(k, n, &at) == cudaSuccess ? 2 * kPart * at.blocks : 0;
   }
@@ -37,6 +37,7 @@ struct Kernel {
     auto kernel = product<kM, kN, kStages, kBlocks>;
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));
+    if (error == cudaSuccess) error = ccq::launch_early(prepare, dim3(a.rows), kPrepareThreads, 0, stream, a);
     if (error != cudaSuccess) return error;
     return ccq::launch_early(kernel, dim3(at.blocks), kThreads, kShared, stream, a, at);
   }
@@ -86,7 +87,11 @@ bool valid(int k, int n) { return k > 0 && k % kRows == 0 && n > 0 && n % 16 == 
 extern "C" size_t ccq_linear_w8_workspace(int rows, int k, int n) {
   using namespace ccq_w8;
   if (!valid(k, n)) return 0;
-  return choose(rows, [&](auto kernel) { return decltype(kernel)::workspace(k, n); });
+  // The largest of the kernels for this and for fewer rows: one workspace serves them all.
+  size_t parts = 0;
+  for (int r : {8, 16, 32, 64})
+    if (r == 8 || r / 2 < rows) parts = std::max(parts, choose(r, [&](auto kernel) { return decltype(kernel)::parts(k, n); }));
+  return Prepared::bytes(rows, k) + parts;
 }
 
 extern "C" int ccq_linear_w8_counters(int n) {

@@ -21,7 +21,7 @@ struct ccq_linear_w8_args {
   const void* weight;   // uint8 [n/16, k/64, 1024], 16-byte aligned
   const void* scale;    // bfloat16 [n]
   void* out;            // bfloat16 [rows, n]
-  void* workspace;      // ccq_linear_w8_workspace(...) bytes; contents need not be initialized
+  void* workspace;      // ccq_linear_w8_workspace(...) bytes, 16-byte aligned; contents need not be initialized
   int32_t* counters;    // ccq_linear_w8_counters(n) integers, zero before the first call; each call leaves them zero
   int rows, k, n;       // 0 <= rows <= CCQ_LINEAR_W8_MAX_ROWS; 64 | k, 16 | n
 };
@@ -30,7 +30,7 @@ size_t ccq_linear_w8_workspace(int rows, int k, int n);
 int ccq_linear_w8_counters(int n);
 
 // out = (x @ states) * scale: float32 sums in an order that depends on the shape and the GPU model alone, rounded once.
-// One kernel on `stream`; never synchronizes or allocates; may be captured into a CUDA graph. Calls that may run at the same
+// Values of x below 2^-31 of their row's largest lose digits. Two kernels on `stream`; never synchronizes or allocates; may be captured into a CUDA graph. Calls that may run at the same
 // time need workspaces and counters of their own. cudaErrorInvalidValue: a size out of range or a pointer that is NULL.
 cudaError_t ccq_linear_w8(const struct ccq_linear_w8_args* args, cudaStream_t stream);
 

@@ -11,6 +11,8 @@ SOURCES = (
     *("ldlq.cu", "host_ldlq.cu", "repack.cu", "moe_gemm.cu", "activation.cu", "dispatch.cu"),
     *("moe_block.cu", "linear_ccq.cu", "linear_w8.cu"),
 )
+# The library's name in a wheel that brings it.
+PACKAGED = "_gpu_packaged.so"
 # Compute capabilities times ten: of a build for this machine, and of a wheel for others.
 ARCHITECTURES = (80, 90)
 WHEEL_ARCHITECTURES = (80, 86, 89, 90, 100, 120)

@@ -19,14 +19,14 @@ from pathlib import Path
 from ..command import run_command
 from ..errors import CcqError
 from . import gpu_abi
-from .gpu_build import ARCHITECTURES, SOURCES, nvcc_command
+from .gpu_build import ARCHITECTURES, PACKAGED, SOURCES, nvcc_command
 
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent.parent
 _BUILT = _PACKAGE / "_gpu.so"
 # What a wheel made with CCQ_BUILD_GPU=1 brings; taken before a library that was built here.
-_PACKAGED = _PACKAGE / "_gpu_packaged.so"
+_PACKAGED = _PACKAGE / PACKAGED
 
 MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
 
