@@ -18,7 +18,7 @@ from ..ops import gpu_abi, gpu_library
 # Tokens of one call of the expert block: bounds its workspace, which grows by the row.
 MOE_TOKENS = 4096
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
-LINEAR_ROWS = 256
+LINEAR_ROWS = 128
 # Bytes of decoded weights at a time.
 DECODED_BYTES = 128 << 20
 
