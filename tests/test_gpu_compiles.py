@@ -24,7 +24,7 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["repack.cu", "moe_gemm.cu", "host_ldlq.cu"])
+@pytest.mark.parametrize("source", ["repack.cu", "moe_gemm.cu", "host_ldlq.cu", "linear_w8.cu"])
 def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
     compiled(tmp_path, source, arch, "-O1")
 

@@ -7,8 +7,7 @@
 
 `quality` scores text through the engine's prompt log-probabilities beside the float32 model of this
 package; `speed` runs the 300B's shape with random weights; `linear` checks and times the product
-with 8-bit weights. With vLLM and the GPU library; report.py's companion vllm_report.py makes the
-tables.
+with 8-bit weights. With vLLM and the GPU library; vllm_report.py makes the tables.
 """
 
 from __future__ import annotations

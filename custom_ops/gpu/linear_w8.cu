@@ -12,7 +12,7 @@ constexpr int kLeastSteps = 4;
 // One kernel: columns and rows of a tile, how deep its ring is, blocks a multiprocessor.
 template <int kM, int kN, int kStages, int kBlocks>
 struct Kernel {
-  static constexpr size_t kShared = size_t{kWarps} * kStages * kM * kUnitBytes;
+  static constexpr size_t kShared = Ring<kM, kN, kStages>::kBytes;
   static constexpr size_t kPart = size_t{kWarps} * kM * kN * 4 * 32 * sizeof(float);
 
   static cudaError_t line(int k, int n, Line* line) {
@@ -37,23 +37,17 @@ struct Kernel {
     auto kernel = product<kM, kN, kStages, kBlocks>;
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));
-    if (error == cudaSuccess) error = ccq::launch_early(prepare, dim3(a.rows), kPrepareThreads, 0, stream, a);
     if (error != cudaSuccess) return error;
     return ccq::launch_early(kernel, dim3(at.blocks), kThreads, kShared, stream, a, at);
   }
 };
 
-using Rows8 = Kernel<2, 1, 6, 4>;
-using Rows16 = Kernel<2, 2, 6, 4>;
-using Rows32 = Kernel<4, 4, 4, 3>;
-using Rows64 = Kernel<4, 8, 5, 2>;
-
 template <typename Do>
 auto choose(int rows, Do run) {
-  if (rows <= 8) return run(Rows8{});
-  if (rows <= 16) return run(Rows16{});
-  if (rows <= 32) return run(Rows32{});
-  return run(Rows64{});
+  if (rows <= 8) return run(Kernel<2, 1, 6, 4>{});
+  if (rows <= 16) return run(Kernel<2, 2, 5, 4>{});
+  if (rows <= 32) return run(Kernel<4, 4, 3, 3>{});
+  return run(Kernel<4, 8, 4, 2>{});
 }
 
 // A thread takes 16 bytes: one column, 16 rows of the weight.
@@ -91,7 +85,7 @@ extern "C" size_t ccq_linear_w8_workspace(int rows, int k, int n) {
   size_t parts = 0;
   for (int r : {8, 16, 32, 64})
     if (r == 8 || r / 2 < rows) parts = std::max(parts, choose(r, [&](auto kernel) { return decltype(kernel)::parts(k, n); }));
-  return Prepared::bytes(rows, k) + parts;
+  return parts;
 }
 
 extern "C" int ccq_linear_w8_counters(int n) {

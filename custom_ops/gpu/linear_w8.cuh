@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of linear_w8.h: weights as the tensor core's A, rows of x as its B, both as float16.
-//
-// A byte becomes an exact float16 in half an instruction, and an exact bfloat16 only in four times as many; the memory of a
-// Hopper GPU is fast enough for that to count. So a first kernel turns x into float16, each row times the power of two that
-// brings its largest value to 2^14..2^15: exact but for values 2^-31 of the largest or smaller.
+// The kernel of linear_w8.h: weights as the tensor core's A, rows of x as its B, both as bfloat16.
 //
 // A tile is 64 * kM columns, 16 * kM of them for each of four warps. Tile after tile, each in steps of 64 rows of the weight,
 // lies in one line of units that is cut into equal pieces, one a block (stream-K): every block reads the same number of bytes
-// whatever the shape. A warp fetches its own weights through a ring of asynchronous copies in which each lane reads what it
-// has itself copied, so that no barrier is needed anywhere. Where a tile is cut, each part writes its sums to the workspace,
-// and the warp that comes last adds them in the order of the blocks: the result does not depend on who was last.
+// whatever the shape. Weights, and the rows of x that belong to a step, come through a ring of asynchronous copies in the
+// order in which lanes want them. Where a tile is cut, each part writes its sums to the workspace, and the warp that comes
+// last adds them in the order of the blocks: the result does not depend on who was last.
+//
+// Tried on an H200 and slower: float16 in bfloat16's place, a byte in half an instruction, which needs a kernel before that
+// scales x (docs/serving-vllm.md).
 #pragma once
 
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "launch.cuh"
 #include "linear_w8.h"
@@ -38,76 +36,17 @@ template <int kByte>
 __device__ inline float state(uint32_t word) {
   return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + kByte)) - 8388736.0f;
 }
-// Four bytes, states plus 128, as two pairs of exact float16: 1024 + byte, less 1152.
-__device__ inline void to_half(uint32_t word, uint32_t* low, uint32_t* high) {
-  const __half2 offset = __half2half2(__ushort_as_half(0x6480));  // 1152
-  const uint32_t pairs[2] = {__byte_perm(word, 0x64646464u, 0x4140), __byte_perm(word, 0x64646464u, 0x4342)};
-  const __half2 a = __hsub2(*reinterpret_cast<const __half2*>(&pairs[0]), offset);
-  const __half2 b = __hsub2(*reinterpret_cast<const __half2*>(&pairs[1]), offset);
-  *low = *reinterpret_cast<const uint32_t*>(&a), *high = *reinterpret_cast<const uint32_t*>(&b);
+// Four bytes as two pairs of bfloat16; 8 significant bits hold every state, so cutting the lower half off is exact.
+__device__ inline void to_bfloat16(uint32_t word, uint32_t* low, uint32_t* high) {
+  *low = __byte_perm(__float_as_uint(state<0>(word)), __float_as_uint(state<1>(word)), 0x7632);
+  *high = __byte_perm(__float_as_uint(state<2>(word)), __float_as_uint(state<3>(word)), 0x7632);
 }
 
 __device__ inline void multiply(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-
-constexpr int kPrepareThreads = 512;
-
-// What the first kernel leaves at the start of the workspace, and where the parts of tiles begin.
-struct Prepared {
-  __half* x;       // [rows, k]
-  float* inverse;  // [kMaxRows], of each row's power of two
-  float* parts;
-  static constexpr int kMaxRows = CCQ_LINEAR_W8_MAX_ROWS;
-  static __host__ __device__ size_t rows_bytes(int rows, int k) { return size_t{2} * rows * k; }  // 128 divides it
-  static __host__ __device__ size_t bytes(int rows, int k) { return rows_bytes(rows, k) + sizeof(float) * kMaxRows; }
-  __device__ Prepared(const ccq_linear_w8_args& a) {
-    char* start = static_cast<char*>(a.workspace);
-    x = reinterpret_cast<__half*>(start), inverse = reinterpret_cast<float*>(start + rows_bytes(a.rows, a.k));
-    parts = inverse + kMaxRows;
-  }
-};
-
-// One block a row.
-__global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant__ ccq_linear_w8_args a) {
-  __shared__ uint32_t largest[kPrepareThreads / 32];
-  ccq::dependents_may_start();
-  ccq::wait_for_prerequisites();
-  const Prepared to(a);
-  const int row = blockIdx.x, words = a.k / 8;
-  const auto* x = reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(a.x) + static_cast<int64_t>(row) * a.k);
-  uint32_t most = 0;  // magnitudes of bfloat16 compare as integers
-  for (int i = threadIdx.x; i < words; i += kPrepareThreads) {
-    const uint4 v = x[i];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t word = word_of(v, w);
-      most = max(most, max(word & 0x7FFFu, word >> 16 & 0x7FFFu));
-    }
-  }
-  most = __reduce_max_sync(0xFFFFFFFFu, most);
-  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
-  __syncthreads();
-  for (int i = 0; i < kPrepareThreads / 32; ++i) most = max(most, largest[i]);
-  const int power = min(141 - static_cast<int>(most >> 7), 126);  // 2^power * largest in [2^14, 2^15)
-  const float scale = __uint_as_float(static_cast<uint32_t>(power + 127) << 23);
-  if (threadIdx.x == 0) to.inverse[row] = __uint_as_float(static_cast<uint32_t>(127 - power) << 23);
-  auto* out = reinterpret_cast<uint4*>(to.x + static_cast<int64_t>(row) * a.k);
-  for (int i = threadIdx.x; i < words; i += kPrepareThreads) {
-    const uint4 v = x[i];
-    uint32_t made[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t word = word_of(v, w);
-      const __half2 pair = __floats2half2_rn(__uint_as_float(word << 16) * scale, __uint_as_float(word & 0xFFFF0000u) * scale);
-      made[w] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    out[i] = make_uint4(made[0], made[1], made[2], made[3]);
-  }
 }
 
 // Which units belong to a block, and which blocks to a tile.
@@ -128,7 +67,7 @@ struct Sums {
 };
 
 template <int kM, int kN>
-__device__ inline void store(const ccq_linear_w8_args& a, const Prepared& from, const Sums<kM, kN>& sums, int first_unit) {
+__device__ inline void store(const ccq_linear_w8_args& a, const Sums<kM, kN>& sums, int first_unit) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   auto* out = static_cast<__nv_bfloat16*>(a.out);
   const auto* scale = static_cast<const __nv_bfloat16*>(a.scale);
@@ -146,7 +85,7 @@ __device__ inline void store(const ccq_linear_w8_args& a, const Prepared& from, 
           const int row = 8 * n + 2 * t + i;
           if (row < a.rows)
             out[static_cast<int64_t>(row) * a.n + column] =
-                __float2bfloat16_rn(sums.value[m][n][2 * h + i] * from.inverse[row] * s);
+                __float2bfloat16_rn(sums.value[m][n][2 * h + i] * s);
         }
     }
   }
@@ -154,13 +93,14 @@ __device__ inline void store(const ccq_linear_w8_args& a, const Prepared& from, 
 
 // Puts a part of a tile aside; the last of its parts adds all and stores.
 template <int kM, int kN>
-__device__ inline void combine(const ccq_linear_w8_args& a, const Prepared& from_x, const Line& line, Sums<kM, kN>& sums,
+__device__ inline void combine(const ccq_linear_w8_args& a, const Line& line, Sums<kM, kN>& sums,
                                int tile, int first_unit, bool first_of_block) {
   // Parts read at once: one after the other each would wait for the cache.
   constexpr int kFloats = kM * kN * 4, kAtOnce = kFloats <= 8 ? 8 : kFloats <= 16 ? 4 : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  auto* parts = static_cast<float*>(a.workspace);
   auto place = [&](int block, bool first) {
-    return from_x.parts + ((static_cast<int64_t>(block) * 2 + (first ? 0 : 1)) * kWarps + warp) * kFloats * 32 + lane;
+    return parts + ((static_cast<int64_t>(block) * 2 + (first ? 0 : 1)) * kWarps + warp) * kFloats * 32 + lane;
   };
   float* own = place(blockIdx.x, first_of_block);
 #pragma unroll
@@ -191,80 +131,100 @@ __device__ inline void combine(const ccq_linear_w8_args& a, const Prepared& from
         if (first + j <= to) (&sums.value[0][0][0])[i] += found[j][i];
   }
   if (lane == 0) *counter = 0;
-  store<kM, kN>(a, from_x, sums, first_unit);
+  store<kM, kN>(a, sums, first_unit);
 }
+
+template <int kM, int kN, int kStages>
+struct Ring {
+  static constexpr int kX = kWarps * 2 * kM * 32, kStage = kX + 2 * kN * 32;  // in 16-byte pieces
+  static constexpr size_t kBytes = size_t{16} * kStages * kStage;
+};
 
 template <int kM, int kN, int kStages, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     product(const __grid_constant__ ccq_linear_w8_args a, const __grid_constant__ Line line) {
-  extern __shared__ uint4 ring[];  // [warp][stage][2 kM][lane]
+  using R = Ring<kM, kN, kStages>;
+  extern __shared__ uint4 ring[];  // [stage]: weights [warp][2 kM][lane], then x [2 kN][lane]
   ccq::dependents_may_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
   const int steps = line.steps, left = static_cast<int>(end - begin);
-  uint4* mine = ring + warp * kStages * 2 * kM * 32 + lane;
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(ring)) + lane * 16;
   const auto* weight = static_cast<const char*>(a.weight) + lane * 16;
   // The weights are nobody's result: the first may be fetched while the kernel before still runs.
-  int next_tile = static_cast<int>(begin / steps), next_step = static_cast<int>(begin % steps), asked = 0;
-  auto fetch = [&](int stage) {
-    if (asked < left) {
+  int tile_w = static_cast<int>(begin / steps), step_w = static_cast<int>(begin % steps), asked_w = 0;
+  auto fetch_weights = [&] {
+    if (asked_w >= left) return;
+    const uint32_t to = address + (asked_w % kStages * R::kStage + warp * 2 * kM * 32) * 16;
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        const int unit = (next_tile * kWarps + warp) * kM + m;
-        const bool valid = unit * 16 < a.n;
-        const char* from = weight + (static_cast<int64_t>(valid ? unit : 0) * steps + next_step) * kUnitBytes;
-        copy16(address + (stage * 2 * kM + 2 * m) * 512, from, valid);
-        copy16(address + (stage * 2 * kM + 2 * m + 1) * 512, from + 512, valid);
-      }
-      ++asked;
-      if (++next_step == steps) next_step = 0, ++next_tile;
+    for (int m = 0; m < kM; ++m) {
+      const int unit = (tile_w * kWarps + warp) * kM + m;
+      const bool valid = unit * 16 < a.n;
+      const char* from = weight + (static_cast<int64_t>(valid ? unit : 0) * steps + step_w) * kUnitBytes;
+      copy16(to + 2 * m * 512, from, valid);
+      copy16(to + (2 * m + 1) * 512, from + 512, valid);
     }
-    commit();
+    ++asked_w;
+    if (++step_w == steps) step_w = 0, ++tile_w;
+  };
+  const char* x = static_cast<const char*>(a.x) + t * 32;
+  int step_x = static_cast<int>(begin % steps), asked_x = 0;
+  auto fetch_x = [&] {
+    if (asked_x >= left) return;
+    const uint32_t to = address + (asked_x % kStages * R::kStage + R::kX) * 16;
+#pragma unroll
+    for (int p = 0; p < 2 * kN; p += kWarps) {
+      const int piece = p + warp, row = piece / 2 * 8 + g;
+      if (piece >= 2 * kN) break;
+      const bool valid = row < a.rows;
+      const char* from = x + (static_cast<int64_t>(valid ? row : 0) * a.k + step_x * kRows) * 2 + piece % 2 * 16;
+      copy16(to + piece * 512, from, valid);
+    }
+    ++asked_x;
+    if (++step_x == steps) step_x = 0;
   };
 #pragma unroll
-  for (int s = 0; s < kStages; ++s) fetch(s);
+  for (int s = 0; s < kStages - 1; ++s) fetch_weights(), commit();
   ccq::wait_for_prerequisites();
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) fetch_x(), commit();
 
-  const Prepared prepared(a);
-  const auto* x = reinterpret_cast<const uint4*>(prepared.x) + 2 * t;  // of 8 float16
-  const int64_t row_words = a.k / 8;
-  int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps), stage = 0;
+  int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);
   bool whole = step == 0, first_of_block = true;
   Sums<kM, kN> sums;
   sums.clear();
   for (int u = 0; u < left; ++u) {
-    wait<kStages - 1>();
+    wait<kStages - 2>();
+    __syncthreads();  // what all have copied is there, and all are done with the stage that is filled next
+    fetch_weights(), fetch_x(), commit();
+    const uint4* stage = ring + u % kStages * R::kStage + lane;
     uint4 w[kM][2];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      w[m][0] = mine[(stage * 2 * kM + 2 * m) * 32];
-      w[m][1] = mine[(stage * 2 * kM + 2 * m + 1) * 32];
-    }
-    fetch(stage);
-    if (++stage == kStages) stage = 0;
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) w[m][h] = stage[(warp * 2 * kM + 2 * m + h) * 32];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 b[kN];
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
-        b[n] = 8 * n + g < a.rows ? x[(8 * n + g) * row_words + step * (kRows / 8) + half] : make_uint4(0, 0, 0, 0);
+      for (int n = 0; n < kN; ++n) b[n] = stage[R::kX + (2 * n + half) * 32];
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           uint32_t fragment[4];
-          to_half(word_of(w[m][0], 2 * half + s), &fragment[0], &fragment[2]);
-          to_half(word_of(w[m][1], 2 * half + s), &fragment[1], &fragment[3]);
+          const uint32_t low = word_of(w[m][0], 2 * half + s), high = word_of(w[m][1], 2 * half + s);
+          to_bfloat16(low, &fragment[0], &fragment[2]), to_bfloat16(high, &fragment[1], &fragment[3]);
 #pragma unroll
-          for (int n = 0; n < kN; ++n) multiply(sums.value[m][n], fragment, word_of(b[n], 2 * s), word_of(b[n], 2 * s + 1));
+          for (int n = 0; n < kN; ++n)
+            multiply(sums.value[m][n], fragment, word_of(b[n], 2 * s), word_of(b[n], 2 * s + 1));
         }
     }
     if (++step < steps && u + 1 < left) continue;
     const int first_unit = (tile * kWarps + warp) * kM;
     if (first_unit * 16 < a.n) {
-      if (whole && step == steps) store<kM, kN>(a, prepared, sums, first_unit);
-      else combine<kM, kN>(a, prepared, line, sums, tile, first_unit, first_of_block);
+      if (whole && step == steps) store<kM, kN>(a, sums, first_unit);
+      else combine<kM, kN>(a, line, sums, tile, first_unit, first_of_block);
     }
     sums.clear();
     step = 0, ++tile, whole = true, first_of_block = false;

@@ -30,7 +30,7 @@ size_t ccq_linear_w8_workspace(int rows, int k, int n);
 int ccq_linear_w8_counters(int n);
 
 // out = (x @ states) * scale: float32 sums in an order that depends on the shape and the GPU model alone, rounded once.
-// Values of x below 2^-31 of their row's largest lose digits. Two kernels on `stream`; never synchronizes or allocates; may be captured into a CUDA graph. Calls that may run at the same
+// One kernel on `stream`; never synchronizes or allocates; may be captured into a CUDA graph. Calls that may run at the same
 // time need workspaces and counters of their own. cudaErrorInvalidValue: a size out of range or a pointer that is NULL.
 cudaError_t ccq_linear_w8(const struct ccq_linear_w8_args* args, cudaStream_t stream);
 

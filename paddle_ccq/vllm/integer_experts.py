@@ -15,7 +15,8 @@ from . import layout
 from .experts import PROJECTIONS, ExpertsMethod, _parameter
 
 # vLLM's int4 experts have one scale a group; a channel's one scale is repeated for each of them.
-_LARGEST_GROUP = 512
+# For few tokens it has a kernel of its own, which takes groups of up to 128.
+_GROUP = 128
 
 
 class Wint4ExpertsMethod(ExpertsMethod):
@@ -24,10 +25,7 @@ class Wint4ExpertsMethod(ExpertsMethod):
     format = "wint4"
 
     def allocate(self, layer: Any) -> None:
-        group = _LARGEST_GROUP
-        while self.hidden % group or self.width % group:
-            group //= 2
-        self.group = group
+        self.group = group = _GROUP  # divides hidden size and width (ExpertsMethod)
         for part in PROJECTIONS:
             k, n = self.shape_of(part)
             _parameter(layer, f"ccq_{part}_weight", (self.experts, n, k // 2), torch.uint8)
