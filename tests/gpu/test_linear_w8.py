@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("no GPU", allow_module_level=True)
+pytest.importorskip("torch")
+import torch
 
 from paddle_ccq.ops import gpu_library
 from paddle_ccq.vllm import torch_ops
 from paddle_ccq.vllm.layout import product_units
 
-if not gpu_library.available():
-    pytest.skip("no GPU library", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or not gpu_library.available(), reason="no GPU or no library"
+)
 
 SHAPES = [(64, 16), (128, 48), (192, 144), (512, 768), (3584, 1040)]
 ROWS = [1, 7, 8, 9, 16, 17, 33, 64, 65, 100, torch_ops.LINEAR_ROWS, torch_ops.LINEAR_ROWS + 1, 300]
