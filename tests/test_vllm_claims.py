@@ -13,7 +13,6 @@ from synthetic import tiny_config
 
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.fastdeploy import output_specs, quantization_config
-from paddle_ccq.checkpoint.naming import is_linear
 from paddle_ccq.errors import CcqError
 from paddle_ccq.vllm import names, releases
 from paddle_ccq.vllm.claims import (
@@ -67,7 +66,7 @@ def test_every_layer_has_the_format_that_is_written(format: str) -> None:
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"quantization": "wint3"}, "quantization 'wint3': not one of"),
+        ({"quantization": "wint3"}, "quantization 'wint3': served are"),
         ({"dense_quant_type": "wint4"}, "dense_quant_type 'wint4'"),
         ({"modules_to_not_convert": "all"}, "modules_to_not_convert: not a list"),
         ({"moe_quant_config": {"moe_w4_quant_config": {"quant_end_layer": "x"}}}, "not a number"),
@@ -159,24 +158,22 @@ def test_tied_heads_and_pipelines_do_not_go_together() -> None:
 def test_every_written_name_is_taken_apart(format: str) -> None:
     config = config_of(moe_num_shared_experts=1)
     seen = 0
-    for name, shape in config.canonical_shapes().items():
-        expert = ".mlp.experts." in name
-        chosen = format if expert else "wint8" if is_linear(name) else "bf16"
-        specs = output_specs(name, "expert" if expert else "kept", chosen, shape)
-        for stored, _, _ in specs:
+    for tensor in config.tensors.values():
+        chosen = format if tensor.is_expert else "wint8" if tensor.is_dense else "bf16"
+        for stored, _, _ in output_specs(tensor, chosen, tensor.shape):
             found = names.parse(stored)
-            if not is_linear(name):
+            if not tensor.is_linear:
                 assert found is None
                 continue
             seen += 1
             assert found is not None and stored.endswith(found.suffix)
             assert f".{found.layer}." in stored
-            if expert:
+            if tensor.is_expert:
                 assert isinstance(found, names.ExpertTensor)
                 assert f"experts.{found.expert}.{found.projection}_proj" in stored
             else:
                 assert isinstance(found, names.DenseTensor)
-                assert found.canonical == name.removesuffix(".weight")
+                assert found.canonical == tensor.stem
                 module = f"model.layers.{found.layer}.{found.vllm_module}"
                 assert names.canonical_of(module) == found.canonical
     assert seen > 30

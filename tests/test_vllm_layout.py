@@ -12,7 +12,7 @@ from synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import TensorFolder
 from paddle_ccq.codec import formats, weight_only
-from paddle_ccq.encoder.base import make_encoder
+from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.quantize import main
 from paddle_ccq.vllm import layout
 from paddle_ccq.vllm.layout import Piece
@@ -39,13 +39,13 @@ def part_of(format: str, columns: list[Piece], rows: Piece) -> dict[str, np.ndar
 
 @pytest.mark.parametrize("format", ["wint2", "ccq-2.5", "ccq-2.75"])
 def test_a_part_decodes_to_the_part_of_the_whole(format: str) -> None:
-    whole = formats.dequantize(format, stored(format))
+    whole = formats.decode(format, stored(format), "float32")
     columns = layout.pieces([32, 32], 1, 2)
     assert columns == [Piece(0, 16, 16), Piece(16, 48, 16)]
-    part = formats.dequantize(format, part_of(format, columns, Piece(0, 0, K)))
+    part = formats.decode(format, part_of(format, columns, Piece(0, 0, K)), "float32")
     np.testing.assert_array_equal(part, np.concatenate([whole[:, 16:32], whole[:, 48:]], axis=1))
     rows = Piece(0, 128, 128)
-    part = formats.dequantize(format, part_of(format, [Piece(0, 0, N)], rows))
+    part = formats.decode(format, part_of(format, [Piece(0, 0, N)], rows), "float32")
     np.testing.assert_array_equal(part, whole[128:])
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from .. import reporting
 from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import check_manifest
-from ..errors import CcqError, run_cli
+from ..command import run_command
+from ..errors import CcqError
 from ..ops import gpu_library
 from . import releases
 from .claims import Claim, Parallel, check_parallel
@@ -76,7 +77,7 @@ def check(folder: str | os.PathLike[str], wish: Wish) -> CheckResult:
     memory = card_memory(inspection.plan, wish)
     result = CheckResult(str(folder), memory, list(inspection.problems))
     named = {problem.split(":", 1)[0] for problem in result.problems}
-    found = check_manifest(inspection.folder, False)
+    found = check_manifest(inspection.folder, False).problems
     result.problems += [problem for problem in found if problem.split(":", 1)[0] not in named]
     if memory.cache <= 0:
         result.problems.append(
@@ -193,9 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-
-    def body() -> int:
+    def body(args: argparse.Namespace) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
         wish = Wish(
@@ -215,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.good else 1
 
-    return run_cli(body)
+    return run_command(build_parser(), argv, body)
 
 
 if __name__ == "__main__":

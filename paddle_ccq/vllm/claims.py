@@ -14,14 +14,18 @@ from typing import Any
 
 from ..checkpoint.config import ErnieConfig
 from ..checkpoint.fastdeploy import wint4_end_layer_of, wint4_layers_of
-from ..checkpoint.plan import EXPERT_FORMATS, rank_problem
+from ..checkpoint.plan import rank_problem
 from ..checkpoint.reader import PROVENANCE_KEY
+from ..codec.formats import EXPERT_FORMATS
 from ..codec.row_order import FASTDEPLOY_2_1, ROW_ORDERS
 from ..errors import CcqError
+from ..families.tensor import Role, TensorSpec
 
 METHOD = "ccq"
 # What stands in quantization_config.quantization: an experts' format, or a dense model's.
-FORMATS = (*EXPERT_FORMATS, "wint8")
+CLAIMED = (*EXPERT_FORMATS, "wint8")
+# Those that there are products for in vLLM.
+FORMATS = ("wint2", "ccq-2.5", "ccq-2.75", "wint8")
 
 
 def claims(quantization: Mapping[str, Any] | None) -> bool:
@@ -29,7 +33,7 @@ def claims(quantization: Mapping[str, Any] | None) -> bool:
     if not quantization:
         return False
     method = quantization.get("quant_method") or ""
-    return method == METHOD or (not method and quantization.get("quantization") in FORMATS)
+    return method == METHOD or (not method and quantization.get("quantization") in CLAIMED)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Claim:
         where = "config.json: quantization_config"
         format = quantization.get("quantization")
         if format not in FORMATS:
-            raise CcqError(f"{where}.quantization {format!r}: not one of {', '.join(FORMATS)}")
+            raise CcqError(f"{where}.quantization {format!r}: served are {', '.join(FORMATS)}")
         dense = quantization.get("dense_quant_type", "wint8")
         if dense != "wint8":
             raise CcqError(f"{where}.dense_quant_type {dense!r}: dense layers can be wint8 only")
@@ -81,11 +85,11 @@ class Claim:
         kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.kept)
         return "bf16" if kept else "wint8"
 
-    def format_of(self, name: str) -> str:
-        """The format of a linear layer's matrix, by its canonical name."""
-        if ".mlp.experts." in name:
-            return self.expert_format(int(name.split(".")[2]))
-        return self.dense_format(name.removesuffix(".weight"))
+    def format_of(self, tensor: TensorSpec) -> str:
+        """The format of a linear layer's matrix."""
+        if tensor.is_expert and tensor.layer is not None:
+            return self.expert_format(tensor.layer)
+        return self.dense_format(tensor.stem)
 
     def check_model(self, config: ErnieConfig) -> None:
         """Refuse a model whose config contradicts the claim."""
@@ -128,32 +132,29 @@ class Parallel:
 
 
 def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> str | None:
-    size, seen = parallel.tensor, set()
-    for name, shape in config.canonical_shapes().items():
-        if not name.endswith("_proj.weight"):
-            continue
-        kind = (name.split(".", 3)[-1].split(".experts.")[0], name.split(".")[-2], shape)
-        format = claim.format_of(name)
-        if (kind, format) in seen:
-            continue
-        seen.add((kind, format))
-        expert = ".mlp.experts." in name
-        if name.endswith("qkv_proj.weight"):
+    # Layers and experts repeat a few shapes; one of each kind is enough to look at.
+    kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}
+    for tensor in config.tensors.values():
+        if tensor.is_linear:
+            kinds.setdefault((tensor.template, tensor.shape, claim.format_of(tensor)), tensor)
+    size = parallel.tensor
+    for (_, _, format), tensor in kinds.items():
+        if tensor.role is Role.ATTENTION:
             # Key heads may be repeated where there are fewer of them than ranks.
             heads, keys = config.num_attention_heads, config.num_key_value_heads
             if heads % size or (keys % size and size % keys):
                 return f"{heads} query and {keys} key heads can't be shared out evenly"
             continue
-        if expert and parallel.experts:
+        if tensor.is_expert and parallel.experts:
             if config.moe_num_experts % size:
                 return f"{config.moe_num_experts} experts can't be shared out evenly"
             continue
-        problem = rank_problem(config, name, shape, format, size)
-        if problem is None and expert and config.moe_intermediate_size // size % 128:
+        problem = rank_problem(config, tensor, format, size)
+        if problem is None and tensor.is_expert and config.moe_intermediate_size // size % 128:
             width = config.moe_intermediate_size
             problem = f"the width {width} of an expert is cut in steps of 128 rows"
         if problem:
-            return f"{name}: {problem}"
+            return f"{tensor.name}: {problem}"
     return None
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..checkpoint.plan import cut_of
 from ..errors import CcqError
 from . import names
 from .config import CcqConfig
@@ -127,7 +126,6 @@ def _rank_folders(quantization: CcqConfig) -> Iterator[tuple[str, torch.Tensor]]
     own, ranks = get_tensor_model_parallel_rank(), quantization.ranks
     folders = [Path(quantization.folder) / f"rank{i}" for i in range(ranks)]
     config = quantization.model
-    shapes = config.canonical_shapes()
     files = [sorted(folder.glob("*.safetensors")) for folder in folders]
     if not files[own]:
         raise CcqError(f"{folders[own]}: no safetensors files")
@@ -137,8 +135,8 @@ def _rank_folders(quantization: CcqConfig) -> Iterator[tuple[str, torch.Tensor]]
             for name in mine.keys():  # noqa: SIM118 (not a dictionary)
                 tensor = mine.get_tensor(name)
                 canonical = name.replace("_proj.quant_weight", "_proj.weight")
-                shape = shapes.get(canonical)
-                cut = cut_of(config, canonical, shape) if shape else None
+                spec = config.tensors.get(canonical)
+                cut = None if spec is None else spec.cut
                 found = names.parse(name)
                 packed = isinstance(found, DenseTensor) and _packed(found, tensor)
                 if cut is None or packed or isinstance(found, ExpertTensor):

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.plan import Plan, cut_of
+from ..checkpoint.plan import Plan
+from ..families.tensor import Role
 
 GIB = 1 << 30
 BLOCK_TOKENS = 16
@@ -55,11 +56,11 @@ def _weights(plan: Plan, wish: Any) -> int:
     per_stage = -(-config.num_hidden_layers // parallel.pipeline)
     for item in plan.items:
         size = item.rank_bytes
-        expert = item.role == "expert" and parallel.experts
-        if plan.tensor_parallel_size == 1 and (expert or cut_of(config, item.name, item.shape)):
+        expert = item.tensor.is_expert and parallel.experts
+        if plan.tensor_parallel_size == 1 and (expert or item.cut):
             size = -(-size // parallel.tensor)
         if item.layer is None:
-            stages[0 if item.name.startswith("ernie.embed") else -1] += size
+            stages[0 if item.tensor.role is Role.EMBEDDING else -1] += size
         else:
             stages[min(item.layer // per_stage, parallel.pipeline - 1)] += size
     return max(stages)
