@@ -7,8 +7,9 @@ from typing import Any
 
 from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
+from vllm.platforms import current_platform
 
-from . import loading
+from . import cpu_router, loading
 from .config import CcqConfig
 
 
@@ -21,6 +22,8 @@ class _Loads:
         if self.ccq is not None:
             self.ccq.check_parallel(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.ccq is not None and current_platform.is_cpu():
+            cpu_router.correct(self)
 
     def load_weights(self, weights: loading.Weights) -> set[str]:
         if self.ccq is None:
