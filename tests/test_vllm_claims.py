@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config
 
+from helpers.synthetic import tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.fastdeploy import output_specs, quantization_config
+from paddle_ccq.checkpoint.plan import PlanOptions, make_plan
+from paddle_ccq.checkpoint.rules import Rule
 from paddle_ccq.errors import CcqError
+from paddle_ccq.targets.fastdeploy.config import quantization_config
+from paddle_ccq.targets.fastdeploy.layout import FastDeploy
 from paddle_ccq.vllm import names, releases
 from paddle_ccq.vllm.claims import (
     Claim,
@@ -29,8 +32,21 @@ def config_of(**changes: object) -> ErnieConfig:
     return ErnieConfig.from_json(tiny_config(**changes))
 
 
-def claim_of(config: ErnieConfig, format: str = "wint2", end: int = -1, **more: object) -> Claim:
-    return Claim.read(quantization_config(config, format, end, **more))
+def quantization_of(
+    config: ErnieConfig, format: str = "wint2", end: int = -1, **rules: str
+) -> dict[str, object]:
+    """What `quantize` writes; `rules` are formats by pattern."""
+    options = PlanOptions(
+        FastDeploy(plugin_layout=True),
+        format=format,
+        wint4_end_layer=end,
+        rules=[Rule(match, chosen) for match, chosen in rules.items()],
+    )
+    return quantization_config(make_plan(config, options))
+
+
+def claim_of(config: ErnieConfig, format: str = "wint2", end: int = -1, **rules: str) -> Claim:
+    return Claim.read(quantization_of(config, format, end, **rules))
 
 
 @pytest.mark.parametrize(
@@ -53,12 +69,12 @@ def test_only_our_configs_are_claimed(quantization: dict | None, ours: bool) -> 
 
 @pytest.mark.parametrize("format", ["wint2", "ccq-2.5", "ccq-2.75"])
 def test_every_layer_has_the_format_that_is_written(format: str) -> None:
-    config = config_of()
+    config = config_of(num_hidden_layers=4)
     prefix = claim_of(config, format, 1)
     assert [prefix.expert_format(n) for n in range(4)] == ["wint4", "wint4", format, format]
-    listed = claim_of(config, format, -1, wint4_layers=[2])
+    listed = claim_of(config, format, **{"ernie.layers.2.mlp.experts.*": "wint4"})
     assert [listed.expert_format(n) for n in range(4)] == [format, format, "wint4", format]
-    kept = claim_of(config, format, -1, not_converted=["ernie.layers.1.self_attn.o_proj"])
+    kept = claim_of(config, format, **{"ernie.layers.1.self_attn.o_proj": "bf16"})
     assert kept.dense_format("ernie.layers.1.self_attn.o_proj") == "bf16"
     assert kept.dense_format("ernie.layers.11.self_attn.o_proj") == "wint8"
 
@@ -74,12 +90,12 @@ def test_every_layer_has_the_format_that_is_written(format: str) -> None:
 )
 def test_what_cannot_be_served_is_named(change: dict, said: str) -> None:
     with pytest.raises(CcqError, match=said):
-        Claim.read(quantization_config(config_of(), "wint2", -1) | change)
+        Claim.read(quantization_of(config_of()) | change)
 
 
 def test_eight_bit_experts_are_refused() -> None:
     with pytest.raises(CcqError, match="MoE layers"):
-        claim_of(config_of(), "wint8").check_model(config_of())
+        Claim.read({"quantization": "wint8"}).check_model(config_of())
 
 
 def test_an_unknown_row_order_is_refused() -> None:
@@ -160,7 +176,7 @@ def test_every_written_name_is_taken_apart(format: str) -> None:
     seen = 0
     for tensor in config.tensors.values():
         chosen = format if tensor.is_expert else "wint8" if tensor.is_dense else "bf16"
-        for stored, _, _ in output_specs(tensor, chosen, tensor.shape):
+        for stored, _, _ in FastDeploy().stored(tensor, chosen, tensor.shape):
             found = names.parse(stored)
             if not tensor.is_linear:
                 assert found is None

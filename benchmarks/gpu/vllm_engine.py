@@ -270,13 +270,14 @@ def register_random() -> None:
 def shape_folder(target: Path, layers: int, wint4_end: int) -> Path:
     """A folder with the config.json of the 300B's shape and nothing else."""
     from paddle_ccq.checkpoint.config import ErnieConfig
-    from paddle_ccq.checkpoint.fastdeploy import output_config, quantization_config
+    from paddle_ccq.checkpoint.plan import PlanOptions, make_plan
+    from paddle_ccq.targets.fastdeploy.config import output_config
+    from paddle_ccq.targets.fastdeploy.layout import FastDeploy
 
     raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
     config = ErnieConfig.from_json(raw)
-    written = output_config(
-        config, quantization_config(config, "wint2", wint4_end), {"row_order": "fastdeploy-2.1"}
-    )
+    plan = make_plan(config, PlanOptions(FastDeploy(), wint4_end_layer=wint4_end))
+    written = output_config(plan, {"row_order": plan.row_order})
     (target / "config.json").write_text(json.dumps(written))
     return target
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/serving-vllm.md from benchmarks/results/vllm_engine_h200.json."""
+"""The tables of docs/reference/serving-vllm.md from benchmarks/results/vllm_engine_h200.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, markdown, put_into_doc
 
-DOC = "docs/serving-vllm.md"
+DOC = "docs/reference/serving-vllm.md"
 RATE = 4.54e12  # bytes a second that a read reaches on this card
 MATRICES = {
     "qkv": (8192, 10240),

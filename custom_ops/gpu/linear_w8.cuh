@@ -8,7 +8,7 @@
 // last adds them in the order of the blocks: the result does not depend on who was last.
 //
 // Tried on an H200 and slower: float16 in bfloat16's place, a byte in half an instruction, which needs a kernel before that
-// scales x (docs/serving-vllm.md).
+// scales x (docs/reference/serving-vllm.md).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import reporting
-from ..checkpoint.inspection import Inspection
 from ..checkpoint.manifest import check_manifest
 from ..command import run_command
 from ..errors import CcqError
 from ..ops import gpu_library
+from ..targets.fastdeploy.inspection import Inspection
 from . import releases
 from .claims import Claim, Parallel, check_parallel
 from .memory import GIB, CardMemory, card_memory
