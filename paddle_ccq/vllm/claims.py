@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.config import ErnieConfig
-from ..checkpoint.plan import rank_problem
 from ..checkpoint.reader import PROVENANCE_KEY
+from ..codec import formats
 from ..codec.formats import EXPERT_FORMATS
 from ..codec.row_order import FASTDEPLOY_2_1, ROW_ORDERS
 from ..errors import CcqError
 from ..families.tensor import Role, TensorSpec
 from ..targets.fastdeploy.config import wint4_end_layer_of, wint4_layers_of
-from ..targets.fastdeploy.layout import FastDeploy
 
 METHOD = "ccq"
 # What stands in quantization_config.quantization: an experts' format, or a dense model's.
@@ -132,6 +131,16 @@ class Parallel:
     experts: bool = False  # whole experts on each card (--enable-expert-parallel)
 
 
+def _part_problem(tensor: TensorSpec, format: str, size: int) -> str | None:
+    """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""
+    cut, shape = tensor.cut, tensor.shape
+    if cut is not None and size > 1:
+        if not cut.fits(size):
+            return f"{cut.parts[0]} can't be cut into {size} equal parts"
+        shape = cut.rank_shape(shape, size)
+    return None if format == "bf16" else formats.shape_problem(format, *shape)
+
+
 def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> str | None:
     # Layers and experts repeat a few shapes; one of each kind is enough to look at.
     kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}
@@ -150,7 +159,7 @@ def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> st
             if config.moe_num_experts % size:
                 return f"{config.moe_num_experts} experts can't be shared out evenly"
             continue
-        problem = rank_problem(FastDeploy(), config, tensor, format, size)
+        problem = _part_problem(tensor, format, size)
         if problem is None and tensor.is_expert and config.moe_intermediate_size // size % 128:
             width = config.moe_intermediate_size
             problem = f"the width {width} of an expert is cut in steps of 128 rows"
