@@ -38,6 +38,7 @@ from .checkpoint.safetensors_io import (
 )
 from .checkpoint.source import resolve_model
 from .checkpoint.values import count_nonfinite
+from .checkpoint.writer import write_file
 from .command import no_message, output_path, run_command, to_stderr
 from .errors import CcqError
 from .families.ernie45 import ERNIE45
@@ -79,7 +80,7 @@ def dequantize(
         config = json.dumps(_config(checkpoint, naming), indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(config, encoding="utf-8")
         for name, data in companions.files.items():
-            (partial / name).write_bytes(data)
+            write_file(partial / name, data)
         sync_folder(partial)
         os.rename(partial, target)
         sync_folder(target.parent)
