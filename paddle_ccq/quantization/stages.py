@@ -112,7 +112,7 @@ def resolve_locally(job: Job) -> None:
     job.notes = (*job.config.notes, *assumed)
     quantization = job.config.raw.get("quantization_config")
     # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
-    if isinstance(quantization, dict) and quantization.get("is_quantized", True):
+    if quantization and quantization.get("is_quantized", True):
         raise CcqError(
             f"{folder / CONFIG_FILE if folder.is_dir() else folder}: has a quantization_config, so"
             " the model is quantized already; quantize the original float checkpoint instead"
