@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -18,9 +19,28 @@ _FLAG = "_model_flag"
 
 def count(text: str) -> int:
     """A whole number from 1 on."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
 
 
@@ -32,13 +52,12 @@ class Arguments(argparse.ArgumentParser):
         self._subject: str | None = None
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        """As argparse's; `--max-items` is `--max_items` too."""
-        other = [
-            "--" + name[2:].replace("-", "_")
-            for name in names
-            if name.startswith("--") and "-" in name[2:]
-        ]
-        return super().add_argument(*names, *other, **kwargs)
+        """As argparse's; `--max-items` is `--max_items` too, which help and errors don't repeat."""
+        action = super().add_argument(*names, **kwargs)
+        for name in names:
+            if name.startswith("--"):
+                self._option_string_actions["--" + name[2:].replace("-", "_")] = action
+        return action
 
     def subject(self, dest: str, help: str, metavar: str = "MODEL") -> None:
         """What the command works on: its first argument, or --model."""
@@ -47,7 +66,7 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--model", dest=_FLAG, metavar=metavar, help="the same by a flag")
 
     def threads(self, what: str = "all processors by default; the result is the same") -> None:
-        self.add_argument("--threads", type=int, metavar="N", help=what)
+        self.add_argument("--threads", type=whole, metavar="N", help=what)
 
     def source(self) -> None:
         """The hub that models are downloaded from."""

@@ -66,3 +66,14 @@ def output_path(path: str | os.PathLike[str], flag: str = "--output") -> Path:
         code = found[0].encode("unicode_escape").decode("ascii")
         raise CcqError(f"{flag} {name!r}: the name holds a control character, {code}; use another")
     return Path(os.path.abspath(name))
+
+
+def refuse_inside(target: Path, folder: Path) -> None:
+    """Refuse to write a new folder into the one that is read, wherever links lead.
+
+    Raises:
+        CcqError: naming the target.
+    """
+    place = target.resolve()
+    if folder.resolve() in (place, *place.parents):
+        raise CcqError(f"--output {target}: lies in the model's own folder; choose another")

@@ -38,7 +38,8 @@ from .checkpoint.safetensors_io import (
 )
 from .checkpoint.source import resolve_model
 from .checkpoint.values import count_nonfinite
-from .command import no_message, output_path, run_command, to_stderr
+from .checkpoint.writer import write_file
+from .command import no_message, output_path, refuse_inside, run_command, to_stderr
 from .errors import CcqError
 from .families.ernie45 import ERNIE45
 from .families.tensor import EXACT_ROLES
@@ -69,6 +70,7 @@ def dequantize(
     if target.exists() or target.is_symlink():
         raise CcqError(f"{target}: already exists; give another --output or remove it")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log), row_order)
+    refuse_inside(target, checkpoint.path)
     companions = read_companions(checkpoint.path)
     for message in (*checkpoint.messages, *companions.messages):
         log(message)
@@ -79,7 +81,7 @@ def dequantize(
         config = json.dumps(_config(checkpoint, naming), indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(config, encoding="utf-8")
         for name, data in companions.files.items():
-            (partial / name).write_bytes(data)
+            write_file(partial / name, data)
         sync_folder(partial)
         os.rename(partial, target)
         sync_folder(target.parent)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import reporting
-from .arguments import Arguments
+from .arguments import Arguments, whole
 from .checkpoint.reader import Checkpoint, open_checkpoint
-from .checkpoint.source import resolve_model
+from .checkpoint.source import model_name, resolve_model
 from .command import no_message, run_command, to_stderr
 from .errors import CcqError, readable
 from .host import available_memory, require_paddle, thread_count
@@ -123,7 +123,7 @@ def evaluate(
 
     for checkpoint in checkpoints.values():
         for message in checkpoint.messages:
-            log(f"{checkpoint.path.name}: {message}")
+            log(f"{model_name(checkpoint.path)}: {message}")
     _check_memory(checkpoints)
     models = {name: Ernie(source) for name, source in sources.items()}
     compared = REFERENCE if reference is not None else None
@@ -179,14 +179,14 @@ def build_parser() -> Arguments:
         default=[],
         help='.jsonl items: "task", "prompt", "answer" and, for multiple choice, "choices"',
     )
-    add("--window", type=int, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)")
+    add("--window", type=whole, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)")
     add(
         "--max-tokens",
-        type=int,
+        type=whole,
         metavar="N",
         help="use at most N tokens of the text, in windows spread evenly over it",
     )
-    add("--max-items", type=int, metavar="N", help="use at most N items of each file")
+    add("--max-items", type=whole, metavar="N", help="use at most N items of each file")
     add(
         "--weights",
         choices=READINGS,

@@ -7,7 +7,7 @@ import argparse
 import sys
 from dataclasses import fields
 
-from .arguments import Arguments
+from .arguments import Arguments, whole
 from .calibration.settings import TOKEN_WEIGHTS
 from .codec.formats import EXPERT_FORMATS
 from .command import run_command
@@ -42,7 +42,7 @@ def build_parser() -> Arguments:
     )
     add(
         "--wint4-end-layer",
-        type=int,
+        type=whole,
         metavar="N",
         help="MoE layers up to N are wint4, -1 for none (default: 6 from 40 layers on, else -1)",
     )
@@ -51,7 +51,7 @@ def build_parser() -> Arguments:
         choices=tuple(ROW_ORDERS),
         help="row order of WINT2: for FastDeploy 2.1 and later, or for 2.0",
     )
-    add("--tensor-parallel-size", type=int, metavar="N", help="write N rank folders")
+    add("--tensor-parallel-size", type=whole, metavar="N", help="write N rank folders")
     add("--rules", metavar="FILE", help="YAML list of {match: GLOB, format: NAME}")
     add("--allocate", metavar="TARGET", help="formats of MoE layers for 2.3bpw, 100GB, ...")
     add("--sensitivity", metavar="FILE", help="costs for --allocate, from paddle_ccq.sensitivity")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from . import reporting
-from .arguments import Arguments
+from .arguments import Arguments, whole
 from .calibration.settings import DEFAULT_WINDOW, parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
@@ -84,7 +84,7 @@ def build_parser() -> Arguments:
     add = parser.add_argument
     add("--output", required=True, metavar="FILE", help="new .jsonl file")
     add("--tokens", default=DEFAULT_TOKENS, metavar="N", help="about so many (default: 128k)")
-    add("--seed", type=int, default=0, metavar="N", help="of the random choices (default: 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="of the random choices (default: 0)")
     parser.threads("all processors by default; the text is the same")
     parser.source()
     parser.quiet()

@@ -16,7 +16,7 @@ from . import reporting
 from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
 from .allocation.plot import plot, require_matplotlib
 from .allocation.probing import Probing
-from .arguments import Arguments
+from .arguments import Arguments, whole
 from .calibration.dataset import local_text
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name, resolve_model
@@ -142,7 +142,7 @@ def build_parser() -> Arguments:
         help="estimate from squared errors, or measure the divergence (small models)",
     )
     add("--formats", default=",".join(DEFAULT_FORMATS), help="(default: %(default)s)")
-    add("--experts", type=int, default=Probing.experts, help="of a layer, for quadratic (16)")
+    add("--experts", type=whole, default=Probing.experts, help="of a layer, for quadratic (16)")
     add("--preset", choices=PRESETS, default="fast", help="of the encoders (default: fast)")
     add("--plot", metavar="FILE", help="figure (.png, .svg, .pdf); needs the extra plot")
     parser.json(["--plot"])

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .addresses import bare, http_address
-from .arguments import Arguments, count
+from .arguments import Arguments, count, whole
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
-from .command import run_command
+from .command import no_message, run_command
 from .errors import CcqError, describe_os_error, visible
 from .units import gibibytes
 
@@ -59,9 +59,11 @@ def build_service(args: argparse.Namespace) -> Service:
             f"serving needs more packages; install them with: pip install 'paddle-ccq[serve]' "
             f"(import {error.name}: {error})"
         ) from None
+    say = no_message if args.quiet else _say
     checkpoint = open_checkpoint(args.folder, args.row_order)
+    name = model_name(checkpoint.path)
     for message in checkpoint.messages:
-        print(visible(f"{checkpoint.path.name}: {message}"))
+        say(f"{name}: {message}")
     config = checkpoint.config
     longest = config.max_position_embeddings
     length = args.max_model_len or min(longest, DEFAULT_MAX_LENGTH)
@@ -76,7 +78,7 @@ def build_service(args: argparse.Namespace) -> Service:
         )
     engine = EngineSettings(args.max_num_seqs, tokens, args.max_num_batched_tokens, args.max_queue)
     settings = ServiceSettings(
-        name=args.served_model_name or model_name(checkpoint.path),
+        name=args.served_model_name or name,
         max_length=length,
         engine=engine,
         api_key=resources.api_key(args.api_key),
@@ -87,12 +89,12 @@ def build_service(args: argparse.Namespace) -> Service:
         generation_config=args.generation_config == "auto",
     )
     if settings.api_key is None and not _is_loopback(args.host):
-        print(f"warning: {args.host} can be reached by others, and there is no --api-key")
+        say(f"warning: {args.host} can be reached by others, and there is no --api-key")
     service = Service(checkpoint, settings)
     if defaults := service.defaults.describe():
-        print(f"generation_config.json: {defaults}, where a request does not say")
+        say(f"generation_config.json: {defaults}, where a request does not say")
     if service.without_effect:
-        print(f"generation_config.json: {', '.join(service.without_effect)}: no effect here")
+        say(f"generation_config.json: {', '.join(service.without_effect)}: no effect here")
     return service
 
 
@@ -130,6 +132,7 @@ def run_server(service: Service, args: argparse.Namespace) -> int:
     from .serving.app import create_app
     from .serving.service import load_in_background
 
+    say = no_message if args.quiet else _say
     failure: list[Exception] = []
 
     class Server(uvicorn.Server):
@@ -140,14 +143,14 @@ def run_server(service: Service, args: argparse.Namespace) -> int:
                 self.force_exit = self.should_exit = True
                 return
             service.drain()
-            print("draining: what runs is finished, new requests get 503", flush=True)
+            say("draining: what runs is finished, new requests get 503")
             threading.Thread(target=self._exit_when_idle, daemon=True).start()
 
         def _exit_when_idle(self) -> None:
             engine = service.engine
             idle = engine is None or engine.wait_until_idle(args.drain_timeout)
             if not idle:
-                print(f"ending with requests unfinished after {args.drain_timeout} s", flush=True)
+                say(f"ending with requests unfinished after {args.drain_timeout} s")
                 engine.stop()
             self.should_exit = True
 
@@ -168,7 +171,8 @@ def run_server(service: Service, args: argparse.Namespace) -> int:
 
     def load() -> None:
         service.load()
-        _print_ready(service, args)
+        for line in _ready(service, args):
+            say(line)
 
     listening = _bind(args.host, args.port)
     args.port = listening.getsockname()[1]
@@ -202,20 +206,25 @@ def _bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _print_ready(service: Service, args: argparse.Namespace) -> None:
+def _say(text: str) -> None:
+    """Messages are the command's results: they go to standard output, at once."""
+    print(visible(text), flush=True)
+
+
+def _ready(service: Service, args: argparse.Namespace) -> tuple[str, str]:
     from .serving.resources import resident_bytes
 
     engine, settings = service.engine, service.settings
     model = engine.model
     floats = 4 * sum(_size(service, name) for name in service.checkpoint.names())
     on_gpu = f" and {gibibytes(model.gpu_bytes)} on the GPU" if model.gpu_bytes else ""
-    print(
+    return (
         f"{settings.name}: experts {gibibytes(model.expert_bytes)}{on_gpu}, other weights"
         f" {gibibytes(model.dense_bytes)} (all as float32: {gibibytes(floats)}); KV cache"
         f" {gibibytes(engine.cache.nbytes)} for {engine.cache.tokens} tokens, touched as it is"
-        f" used; resident {gibibytes(resident_bytes())}"
+        f" used; resident {gibibytes(resident_bytes())}",
+        f"serving {settings.name} at {http_address(args.host, args.port)}/v1",
     )
-    print(f"serving {settings.name} at {http_address(args.host, args.port)}/v1", flush=True)
 
 
 def _size(service: Service, name: str) -> int:
@@ -233,7 +242,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _port(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if not 0 <= value < 1 << 16:
         raise argparse.ArgumentTypeError("must be 0 to 65535")
     return value
@@ -321,6 +330,7 @@ def build_parser() -> Arguments:
         "--threads", type=count, metavar="N", help="of the packed products (default: by size)"
     )
     parser.row_order()
+    parser.quiet("no messages; errors only")
     return parser
 
 

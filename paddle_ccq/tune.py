@@ -8,13 +8,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Arguments
+from .arguments import Arguments, number, whole
 from .calibration.dataset import local_text
 from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
-from .command import output_path, run_command, to_stderr
-from .errors import CcqError
+from .command import no_message, output_path, refuse_inside, run_command, to_stderr
 from .host import require_paddle, thread_count
 from .texts.documents import read_texts
 
@@ -61,13 +60,13 @@ def tune(
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     target = output_path(output)
     texts = read_texts(local_text(calibration), "--calibration")
+    log = no_message if quiet else to_stderr
     quantized = open_checkpoint(folder)
-    original = open_checkpoint(resolve_model(model, source, log=to_stderr))
+    original = open_checkpoint(resolve_model(model, source, log=log))
     for checkpoint in (quantized, original):
         for message in checkpoint.messages:
-            to_stderr(f"{checkpoint.path}: {message}")
-    if quantized.path.resolve() in (target.resolve(), *target.resolve().parents):
-        raise CcqError(f"--output {target}: lies in the checkpoint's own folder; choose another")
+            log(f"{checkpoint.path}: {message}")
+        refuse_inside(target, checkpoint.path)
 
     def report(step: int, steps: int, loss: float) -> None:
         if not quiet:
@@ -104,12 +103,12 @@ def build_parser() -> Arguments:
     )
     add("--output", required=True, help="new folder for the result")
     add("--tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
-    add("--passes", type=int, metavar="N", help="times that the text is used (default: 1)")
-    add("--batch", type=int, metavar="N", help="windows of one step (default: 4)")
-    add("--learning-rate", type=float, metavar="X", help="relative, a step (default: 0.003)")
+    add("--passes", type=whole, metavar="N", help="times that the text is used (default: 1)")
+    add("--batch", type=whole, metavar="N", help="windows of one step (default: 4)")
+    add("--learning-rate", type=number, metavar="X", help="relative, a step (default: 0.003)")
     add(
         "--dense-learning-rate",
-        type=float,
+        type=number,
         metavar="X",
         help="the same of dense matrices, 0 to leave them alone (default: 0.001)",
     )

@@ -22,7 +22,7 @@ from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES
 from .checkpoint.source import resolve_model
 from .checkpoint.tensor_parallel import join
-from .checkpoint.values import difference_energy, energy, finite, product
+from .checkpoint.values import difference_energy, energy, finite, is_approximation, product
 from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
@@ -142,7 +142,7 @@ def _compare(
                     " FastDeploy would compute nonsense without complaint"
                 )
         limit = formats.get(item.format).largest_error
-        if not error["rel_mse"] <= limit:
+        if not is_approximation(error["rel_mse"], weight, limit):
             result.problems.append(
                 f"{item.name}: rel-MSE {error['rel_mse']:.3g} to the reference; these are other"
                 " weights"

@@ -19,7 +19,7 @@ PARSERS = {
 WITHOUT = {
     "--threads": {"verify", "dequantize", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
     "--source": {"serve", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
-    "--quiet": {"serve", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
+    "--quiet": {"fastdeploy-check", "fastdeploy-launch", "vllm-check"},
 }
 
 
@@ -40,6 +40,28 @@ def test_flags_may_have_underscores_and_are_never_abbreviated(name: str) -> None
     assert "--json" not in parser._option_string_actions or (
         "--force" in parser._option_string_actions
     )
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_what_is_no_number_is_named_with_its_flag_and_no_name_of_ours(name: str, capsys) -> None:
+    for action in PARSERS[name]._actions:
+        if action.type in (None, str.upper):
+            continue
+        flag = action.option_strings[0]
+        for value in ("x", "", "nan", "inf", "1e999", "0x10", "1 2"):
+            for written in (flag, "--" + flag[2:].replace("-", "_")):
+                assert main([name, "x", f"{written}={value}"]) == 2
+                out, err = capsys.readouterr()
+                assert not out and err.count("\n") == 1, err
+                assert err.startswith(f"error: argument {flag}: {value!r} is not a "), err
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_names_every_flag_once(name: str) -> None:
+    text = PARSERS[name].format_help()
+    for flag in PARSERS[name]._option_string_actions:
+        if "_" in flag:
+            assert flag not in text
 
 
 @pytest.mark.parametrize("name", sorted(PARSERS.keys() - {"tune", "fastdeploy-launch"}))

@@ -224,3 +224,15 @@ def test_as_a_module(tmp_path):
     )
     assert again.returncode == 2
     assert len(again.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["in", "in/deep/er", "link/out"])
+def test_the_output_does_not_lie_in_the_model(tmp_path, capsys, place):
+    write_checkpoint(tmp_path / "in", CONFIG)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = sorted(path.name for path in (tmp_path / "in").iterdir())
+    assert run(tmp_path / "in", "--output", tmp_path / place) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "already exists" in said or "lies in the model's own folder" in said
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == before

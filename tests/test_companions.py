@@ -92,6 +92,40 @@ def test_both_commands_copy_the_same_files(model, tmp_path):
     assert check_manifest(tmp_path / "quantized").problems == []
 
 
+@pytest.mark.parametrize("form", ["folder", "link", "cache"])
+def test_named_chat_templates_are_copied(model, tmp_path, form):
+    templates = model / "additional_chat_templates"
+    templates.mkdir()
+    for name in ("tool_use.jinja", "default.jinja", ".hidden.jinja", "notes.md", "code.py"):
+        (templates / name).write_text(name)
+    source = model
+    if form == "link":
+        source = linked(model, tmp_path / "links")
+    elif form == "cache":
+        repository = tmp_path / "models--me--tiny"
+        templates = templates.rename(tmp_path / "templates")
+        source = cached(model, repository)
+        folder = source / "additional_chat_templates"
+        folder.mkdir()
+        for path in templates.iterdir():
+            path.rename(repository / "blobs" / path.name)
+            (folder / path.name).symlink_to(Path("../../../blobs") / path.name)
+    outputs = both(source, tmp_path)
+    tuned = tmp_path / "tuned"
+    write_tuned(open_checkpoint(outputs[0]), tuned, {}, TUNED)
+    for output in (*outputs, tuned):
+        copied = output / "additional_chat_templates"
+        assert {p.name: p.read_text() for p in copied.iterdir()} == {
+            name: name for name in ("tool_use.jinja", "default.jinja")
+        }, output
+        assert not copied.is_symlink() and check_manifest(output).notes == []
+    outside = "links out of" in " ".join(read_companions(source).messages)
+    assert outside == (form == "link")
+    (outputs[0] / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+    [problem] = check_manifest(outputs[0]).problems
+    assert problem.startswith("additional_chat_templates/tool_use.jinja: ")
+
+
 def test_links_are_followed_wherever_they_lead(model, tmp_path):
     (model / "LICENSE").write_text("terms")
     folder = linked(model, tmp_path / "elsewhere" / "links")

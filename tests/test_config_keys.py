@@ -236,6 +236,17 @@ def test_router_keys_mean_nothing_in_a_dense_model(key):
         ({"sliding_window": 4096}, "sliding_window: 4096"),
         ({"sliding_window": 4096, "use_sliding_window": True}, "use_sliding_window: true"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"] * 7}, "layer_types: has 7 entries, but num_hidden_la"),
+        ({"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types: has 2 entries"),
+        ({"mlp_layer_types": ["sparse"] * 3}, "'sparse' for layer 0, which is 'dense'"),
+        ({"mlp_layer_types": ["dense", "sparse", "moe"]}, "'moe' for layer 2, which is 'sparse'"),
+        ({"mlp_layer_types": "dense"}, "mlp_layer_types: 'dense' is not a list"),
+        ({"router_activation": "sigmoid"}, "router_activation: 'sigmoid'"),
+        ({"moe_norm_topk": False}, "moe_norm_topk: false"),
+        ({"use_rms_norm": False}, "use_rms_norm: false"),
+        ({"num_dense_layers": 2}, "num_dense_layers says 2"),
+        ({"quantization_config": "int4"}, "quantization_config: 'int4' is not an object"),
+        ({"quantization_config": [8]}, "quantization_config: [8] is not an object"),
         ({"attention_bias": True}, "attention_bias: true"),
         ({"rope_is_neox_style": True}, "rope_is_neox_style: true"),
         ({"vision_config": {"depth": 32}}, "vision_config: "),
@@ -256,6 +267,19 @@ def test_router_keys_mean_nothing_in_a_dense_model(key):
 )
 def test_forms_that_cannot_be_honoured_are_named(changes, text):
     assert text in refusal(**changes)
+
+
+def test_lists_that_agree_with_the_other_keys():
+    for kinds in ({"layer_types": ["full_attention"] * 3}, {"layer_types": []}):
+        assert read(**kinds).notes == ()
+    assert read(mlp_layer_types=["dense", "sparse", "sparse"]).notes == ()
+    assert read(moe_num_experts=0, mlp_layer_types=["dense"] * 3).notes == ()
+
+
+def test_an_empty_quantization_config_is_none_to_a_dry_run_too(tmp_path):
+    write_checkpoint(tmp_path / "m", tiny_config(quantization_config={}))
+    for flags in (["--dry-run"], ["--output", str(tmp_path / "out"), "--preset", "fast"]):
+        assert quantize_main(["--model", str(tmp_path / "m"), *flags]) == 0
 
 
 def test_a_window_that_is_not_used():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,16 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from helpers.server import EXAMPLES, NAME, ROOT, quantized_folder, running
+from helpers.server import (
+    EXAMPLES,
+    NAME,
+    ROOT,
+    quantized_folder,
+    reference,
+    rolling_windows,
+    running,
+    tokenizer,
+)
 
 ITEMS = 24
 TASKS = ("arith", "recall", "word", "defmc", "cont")
@@ -56,6 +66,30 @@ def test_lm_eval_gives_evaluates_numbers(base: str, tmp_path: Path) -> None:
     [own] = json.loads(Path(report).read_text())["results"].values()
     wanted = {task: own["tasks"][task]["accuracy"] for task in TASKS}
     assert {task: results[f"ccq_{task}"]["acc,none"] for task in TASKS} == pytest.approx(wanted)
+
+
+@pytest.mark.skipif(shutil.which("lm_eval") is None, reason="lm_eval is not on the PATH")
+def test_lm_evals_rolling_log_likelihood_is_the_models(base: str, tmp_path: Path) -> None:
+    longest = 64  # of a request, its one answer token among them: texts take several
+    model = (
+        f"model={NAME},base_url={base}/completions,tokenizer={quantized_folder()},"
+        f"tokenizer_backend=huggingface,max_length={longest}"
+    )
+    program(
+        "lm_eval", "run", "--model", "local-completions", "--model_args", model,
+        "--include_path", "examples/lm_eval", "--tasks", "ccq_text", "--limit", "4",
+        "--batch_size", "4", "--output_path", str(tmp_path), scratch=tmp_path,
+    )  # fmt: skip
+    found = json.loads(newest(tmp_path, "results_*.json").read_text())["results"]["ccq_text"]
+    lines = (EXAMPLES / "data" / "cont.jsonl").read_text("utf-8").splitlines()[:4]
+    nats, size = 0.0, 0
+    for item in map(json.loads, lines):
+        text = f"{item['prompt']} {item['answer']}"
+        size += len(text.encode())
+        for context, scored in rolling_windows(tokenizer().encode(text), longest - 2):
+            scores = reference([*context, *scored], 1)[len(context) - 1 :]
+            nats -= sum(score.logprob for score in scores)
+    assert found["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
 
 
 @pytest.mark.skipif(shutil.which("evalscope") is None, reason="evalscope is not on the PATH")

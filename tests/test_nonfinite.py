@@ -98,6 +98,65 @@ def test_huge_values_of_packed_matrices(tmp_path, name, value, wint4):
     found = {m["name"]: m["rel_mse"] for m in verify(tmp_path / "out", tmp_path / "m").matrices}
     assert found == pytest.approx(recorded, rel=1e-3)
     assert all(np.isfinite(error) for error in found.values())
+    assert verify(tmp_path / "out", tmp_path / "m").sound
+
+
+EXPERT = "model.layers.1.mlp.experts.1.down_proj.weight"
+
+
+@pytest.mark.parametrize("value", [1e3, -1e6, 1e20])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *({}, {"preset": "best"}, {"encoder": "paper"}),
+        *({"format": "ccq-2.5"}, {"format": "ccq-2.75"}, {"tensor_parallel_size": 2}),
+    ],
+)
+def test_a_value_that_hides_all_others_is_refused_before_verify_would(tmp_path, value, flags):
+    if "tensor_parallel_size" in flags:
+        config = {**CONFIG, "moe_intermediate_size": 256}
+        weights = random_weights(config)
+        tensor = stored_weights(config, weights, "pt", "f32")[EXPERT]
+        tensor[3, 5] = value
+        write_checkpoint(tmp_path / "m", config, dtype="f32", extra={EXPERT: tensor})
+    else:
+        with_value(tmp_path / "m", EXPERT, value)
+    try:
+        quantize(tmp_path / "m", tmp_path / "out", **{**OPTIONS, **flags})
+    except CcqError as error:
+        said = str(error)
+        assert "experts.1.down_proj.weight cannot be stored as" in said and "rel-MSE" in said
+        assert f"its largest value, {abs(value):.7g}," in said and "--wint4-end-layer" in said
+        assert not (tmp_path / "out").exists()
+        return
+    assert flags == {"encoder": "paper"}  # which keeps a single value better, and all others worse
+    assert verify(tmp_path / "out", tmp_path / "m").sound
+
+
+@pytest.mark.parametrize("wint4", [1, -1])
+def test_the_remedy_for_a_large_value_works(tmp_path, wint4):
+    """One that is large but not all there is needs none."""
+    with_value(tmp_path / "m", EXPERT, 1e3 if wint4 == 1 else 5.0)
+    quantize(tmp_path / "m", tmp_path / "out", **OPTIONS, wint4_end_layer=wint4)
+    assert verify(tmp_path / "out", tmp_path / "m").sound
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-25, 1e-30, 1e-37, 1e-45, 0.0])
+@pytest.mark.parametrize("format", ["wint2", "ccq-2.75", "wint4"])
+def test_an_expert_that_vanished_is_sound(tmp_path, scale, format):
+    """Zeros may stand for it, and nothing else."""
+    tensor = stored_weights(CONFIG, random_weights(CONFIG), "pt", "f32")[EXPERT]
+    write_checkpoint(
+        tmp_path / "m", CONFIG, dtype="f32", extra={EXPERT: tensor * np.float32(scale)}
+    )
+    options = {"wint4_end_layer": 1} if format == "wint4" else {"format": format}
+    quantize(tmp_path / "m", tmp_path / "out", **OPTIONS, **options)
+    result = verify(tmp_path / "out", tmp_path / "m")
+    assert result.sound, result.problems
+    write_checkpoint(tmp_path / "other", CONFIG, dtype="f32")
+    quantize(tmp_path / "other", tmp_path / "full", **OPTIONS, **options)
+    [problem] = verify(tmp_path / "full", tmp_path / "m").problems
+    assert "experts.1.down_proj.weight: rel-MSE" in problem
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])

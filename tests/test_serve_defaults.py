@@ -134,6 +134,10 @@ def test_the_start_says_which_defaults_hold(
     assert "generation_config.json: num_beams: no effect" in said and "typical_p" not in said
     with serving(tmp_path / "b", monkeypatch, "--generation-config", "none", **ERNIE):
         assert "generation_config" not in capsys.readouterr().out
+    flags = ("--quiet", "--host", "0.0.0.0")
+    with serving(tmp_path / "c", monkeypatch, *flags, **ERNIE, num_beams=4) as client:
+        assert client.models.list().data
+        assert capsys.readouterr() == ("", "")
     with running():
         assert "generation_config" not in capsys.readouterr().out
 

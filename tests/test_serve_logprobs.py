@@ -19,13 +19,20 @@ import tokenizers
 from tokenizers import decoders
 from tokenizers.models import BPE
 
-from helpers.server import EXAMPLES, NAME, checkpoint, model, running, tokenizer
+from helpers.server import (
+    EXAMPLES,
+    NAME,
+    checkpoint,
+    reference,
+    rolling_windows,
+    running,
+    tokenizer,
+)
 from paddle_ccq.evaluation.tasks import read_items
 from paddle_ccq.serving.answers import CompletionAnswer
 from paddle_ccq.serving.engine import Output
-from paddle_ccq.serving.engine_model import Piece
 from paddle_ccq.serving.protocol import CompletionRequest
-from paddle_ccq.serving.sampling import TokenLogprob, token_logprob
+from paddle_ccq.serving.sampling import TokenLogprob
 from paddle_ccq.serving.service import Service
 from paddle_ccq.serving.token_text import TokenText
 
@@ -51,17 +58,6 @@ def ask(client: openai.OpenAI, **given: Any) -> openai.types.Completion:
     return client.completions.create(model=NAME, **{"temperature": 0, **given})
 
 
-def reference(tokens: list[int], top: int) -> list[TokenLogprob]:
-    """Scores of the tokens from the second, from one step for every beginning."""
-    cache = model().new_cache(len(tokens))
-    region = cache.allocate(len(tokens))
-    found = []
-    for place, token in enumerate(tokens[:-1]):
-        [logits] = model().forward([Piece([token], place, region)], cache)
-        found.append(token_logprob(logits, tokens[place + 1], top))
-    return found
-
-
 def test_an_echo_has_the_prompts_log_probabilities(client: openai.OpenAI) -> None:
     long = " ".join(item.prompt for item in read_items(EXAMPLES / "data" / "word.jsonl")[:3])
     for text in (*TEXTS, long):
@@ -77,6 +73,30 @@ def test_an_echo_has_the_prompts_log_probabilities(client: openai.OpenAI) -> Non
             assert max(top.values()) == score.top[0][1] and len(top) <= 4
         starts = [0, *(start for start, _ in tokenizer().fast.encode(text).offsets)]
         assert found.text_offset == starts
+
+
+@pytest.mark.parametrize("longest", [7, 16, 1000])
+def test_rolling_log_likelihood_of_a_text_is_the_models(
+    client: openai.OpenAI, longest: int
+) -> None:
+    text = (EXAMPLES / "data" / "public-domain-sample.txt").read_text("utf-8")[:300]
+    tokens = tokenizer().encode(text)
+    windows = rolling_windows(tokens, longest)
+    assert [token for _, scored in windows for token in scored] == tokens
+    assert (len(windows) > 2) == (longest < 1000)
+    wanted = sum(
+        score.logprob
+        for context, scored in windows
+        for score in reference([*context, *scored], 1)[len(context) - 1 :]
+    )
+    batch = [[*context, *scored] for context, scored in windows]
+    for asked, end in (({"max_tokens": 0}, None), ({"max_tokens": 1}, -1)):
+        choices = ask(client, prompt=batch, echo=True, logprobs=1, **asked).choices
+        found = sum(
+            sum(choice.logprobs.token_logprobs[len(context) : end])
+            for choice, (context, _) in zip(choices, windows, strict=True)
+        )
+        assert found == pytest.approx(wanted, rel=1e-9)
 
 
 def test_an_echo_goes_before_the_answer(client: openai.OpenAI) -> None:

@@ -177,6 +177,22 @@ def test_several_templates_by_name(tmp_path: Path) -> None:
             made(tmp_path, without)
 
 
+def test_a_folder_of_named_templates(tmp_path: Path) -> None:
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("t")
+    with pytest.raises(CcqError, match=r"additional_chat_templates: .*'default', but tool_use"):
+        made(tmp_path, None)
+    assert made(tmp_path, "settings").render(CHAT) == "settings"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert made(tmp_path, "settings").render(CHAT) == "file"
+    (folder / "default.jinja").write_text("d{{ messages | length }}")
+    assert made(tmp_path, "settings").render(CHAT) == "d4"
+    (folder / "default.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(CcqError, match=r"default\.jinja: not UTF-8"):
+        made(tmp_path, None)
+
+
 def test_tokens_that_only_the_older_file_names(tmp_path: Path) -> None:
     found = {"mask_token": {"content": "<mask:1>"}, "bos_token": "<other>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(found))

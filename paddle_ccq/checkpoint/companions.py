@@ -35,6 +35,9 @@ _NEVER = (
 )
 MAX_BYTES = 64_000_000
 
+# Where transformers keeps templates beside chat_template.jinja, as NAME.jinja.
+TEMPLATE_FOLDER = "additional_chat_templates"
+
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What FastDeploy's ERNIE processor looks for (input/ernie4_5_tokenizer.py), in its order.
@@ -44,7 +47,10 @@ _AUTO_MAP = "auto_map"
 
 @dataclass(frozen=True)
 class Companions:
-    """The content of every companion file by name, and what a user should know about them."""
+    """The content of every companion file by its name, and what a user should know about them.
+
+    Names are relative to the folder, with / where a file lies in TEMPLATE_FOLDER.
+    """
 
     files: dict[str, bytes]
     messages: tuple[str, ...]
@@ -58,21 +64,23 @@ def read_companions(folder: Path) -> Companions:
     """
     files, messages, outside = {}, [], []
     for path in _candidates(folder):
+        name = path.relative_to(folder).as_posix()
         status = check_file(path)
         if stat.S_ISDIR(status.st_mode):
             continue
         if status.st_size > MAX_BYTES:
             messages.append(
-                f"{path.name}: left out, its {status.st_size} bytes are more than the"
+                f"{name}: left out, its {status.st_size} bytes are more than the"
                 f" {MAX_BYTES} that a companion file may have"
             )
             continue
         data, dropped = _without_code(path, path.read_bytes(), folder)
-        files[path.name] = data
+        files[name] = data
         if dropped:
             messages.append(dropped)
-        if path.is_symlink() and not _belongs(path, folder):
-            outside.append(path.name)
+        linked = path.is_symlink() or (path.parent != folder and path.parent.is_symlink())
+        if linked and not _belongs(path, folder):
+            outside.append(name)
     if outside:
         shown = ", ".join(outside[:4]) + (f" and {len(outside) - 4} more" if outside[4:] else "")
         messages.append(f"links out of {folder} are followed, their content is copied: {shown}")
@@ -95,6 +103,9 @@ def check_regular(folder: Path) -> None:
 def _candidates(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         name = entry.name.lower()
+        if entry.name == TEMPLATE_FOLDER and stat.S_ISDIR(check_file(entry).st_mode):
+            yield from sorted(entry.glob("[!.]*.jinja"))
+            continue
         if (
             not name.startswith(".")
             and any(fnmatchcase(name, pattern) for pattern in PATTERNS)

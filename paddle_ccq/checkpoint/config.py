@@ -207,6 +207,8 @@ def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:
         notes=tuple(config_checks.notes(fields)),
     )
     config_checks.check_derived(fields, config.head_dim, config.shared_intermediate_size)
+    moe = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    config_checks.check_layers(fields, moe)
     return config
 
 

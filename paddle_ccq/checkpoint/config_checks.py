@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ def refuse_unsupported(fields: Fields, experts: bool, problems: list[str] | None
     if fields.get("compression_config", None) is not None:
         raise fields.fail("compression_config", "a quantized checkpoint of an unknown format")
     quantization = fields.get("quantization_config", {})
-    if isinstance(quantization, dict) and "quantization" not in quantization:
+    if not isinstance(quantization, dict):
+        raise fields.fail("quantization_config", f"{show(quantization)} is not an object")
+    if "quantization" not in quantization:
         method = quantization.get("quant_method")
         if method is not None:
             raise fields.fail(
@@ -140,6 +142,28 @@ def check_derived(fields: Fields, head_dim: int, shared_size: int) -> None:
             shared_size,
             fields.fail,
         )
+
+
+def check_layers(fields: Fields, moe: Sequence[bool]) -> None:
+    """Lists with an entry for each layer; `moe` says which layers have experts."""
+    for key, expected in (
+        ("layer_types", ["full_attention"] * len(moe)),
+        ("mlp_layer_types", ["sparse" if sparse else "dense" for sparse in moe]),
+    ):
+        stated = fields.get(key, None)
+        if stated in (None, []):
+            continue
+        if not isinstance(stated, list):
+            raise fields.fail(key, f"{show(stated)} is not a list")
+        if len(stated) != len(expected):
+            raise fields.fail(
+                key, f"has {len(stated)} entries, but num_hidden_layers says {len(expected)}"
+            )
+        for layer, (found, wanted) in enumerate(zip(stated, expected, strict=True)):
+            if found != wanted:
+                raise fields.fail(
+                    key, f"{show(found)} for layer {layer}, which is {wanted!r} by the other keys"
+                )
 
 
 def notes(fields: Fields) -> list[str]:

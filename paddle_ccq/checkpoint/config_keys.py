@@ -53,7 +53,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "moe_k": ("moe_topk", "moe_top_k", "num_experts_per_tok", "num_experts_per_token"),
     "moe_num_shared_experts": ("n_shared_experts", "num_shared_experts"),
     "moe_intermediate_size": ("moe_ffn_hidden_size", "expert_intermediate_size"),
-    "moe_layer_start_index": ("first_k_dense_replace",),
+    "moe_layer_start_index": ("first_k_dense_replace", "num_dense_layers"),
     "num_nextn_predict_layers": ("num_mtp_layers", "mtp_num_layers"),
 }
 _READ_NAME = {other: name for name, others in ALIASES.items() for other in others}
@@ -74,8 +74,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     **_fixed("hidden_act", "silu"),
     **_fixed("attention_bias mlp_bias qkv_bias use_qkv_bias add_bias_linear lm_head_bias", False),
     **_fixed("use_qk_norm qk_norm use_qk_layernorm qk_layernorm", False),
-    **_fixed("use_rmsnorm", True),
-    **_fixed("norm_type normalization", "rms_norm", "rmsnorm", "RMSNorm", "rms"),
+    **_fixed("use_rmsnorm use_rms_norm", True),
+    **_fixed(
+        "norm_type normalization layernorm_type layer_norm_type",
+        "rms_norm",
+        "rmsnorm",
+        "RMSNorm",
+        "rms",
+    ),
     **_fixed(
         "scale_qk_coeff attention_multiplier embedding_multiplier embedding_scale scale_emb"
         " residual_multiplier logit_scale logits_scaling compression_ratio partial_rotary_factor"
@@ -84,6 +90,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     ),
     **_fixed(
         "attn_logit_softcapping attn_logit_softcap final_logit_softcapping logit_softcap"
+        " logit_softcapping router_logit_softcapping qk_norm_type"
         " query_pre_attn_scalar attention_scale scale_depth no_rope_layers no_rope_layer_interval"
         " sparse_attention attention_chunk_size swiglu_limit mrope_section freq_allocation"
         " vision_config audio_config vision_tower mm_projector_type"
@@ -91,7 +98,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     **_fixed(
         "use_sliding_window use_attention_sink attention_sinks attn_output_gate use_alibi alibi"
         " use_sparse_attn parallel_attn use_parallel_residual use_mla cachekv_quant"
-        " is_encoder_decoder add_cross_attention tie_encoder_decoder use_post_norm"
+        " multi_query is_encoder_decoder add_cross_attention tie_encoder_decoder use_post_norm"
         " apply_residual_connection_post_layernorm",
         False,
     ),
@@ -111,17 +118,25 @@ FIXED: dict[str, tuple[Any, ...]] = {
 FIXED_MOE: dict[str, tuple[Any, ...]] = {
     **_fixed(
         "moe_gate_act scoring_func score_func score_function moe_score_func"
-        " moe_router_score_function moe_router_activation_func router_activation_func",
+        " moe_router_score_function moe_router_activation_func router_activation_func"
+        " router_activation router_act gate_act scoring_function",
         "softmax",
     ),
-    **_fixed("moe_norm_gate_logits norm_topk_prob moe_renormalize route_norm", True),
+    **_fixed(
+        "moe_norm_gate_logits norm_topk_prob moe_renormalize route_norm norm_topk moe_norm_topk"
+        " normalize_expert_weights norm_expert_weight",
+        True,
+    ),
     **_fixed(
         "routed_scaling_factor moe_routed_scaling_factor route_scale router_scaling_factor"
+        " router_scale moe_router_scale"
         " moe_router_topk_scaling_factor",
         1,
     ),
     # The correction bias takes part in the choice of experts.
-    **_fixed("moe_use_aux_free", True),
+    **_fixed(
+        "moe_use_aux_free use_expert_bias use_routing_bias moe_router_enable_expert_bias", True
+    ),
     **_fixed("n_group topk_group num_expert_group n_expert_groups moe_n_group", 0, 1),
     **_fixed("topk_method", "noaux_tc"),
     # All of them choose the moe_k best; the names tell kernels apart.
@@ -129,6 +144,7 @@ FIXED_MOE: dict[str, tuple[Any, ...]] = {
     **_fixed("moe_use_hard_gate moe_group_experts moe_use_token_type_bias", False),
     **_fixed("use_shared_expert_gate moe_shared_expert_gate shared_expert_gate", False),
     **_fixed("moe_latent_size moe_latent_dim", 0),
+    **_fixed("router_bias moe_router_bias gate_bias add_router_bias", False),
     **_fixed("moe_layer_freq decoder_sparse_step", 1),
     **_fixed("mlp_only_layers", []),
 }
@@ -137,6 +153,7 @@ FIXED_MOE: dict[str, tuple[Any, ...]] = {
 READ = _names(
     """architectures model_type use_bias dtype torch_dtype rope_scaling rope_parameters rotary_dim
     moe_layer_end_index moe_layer_interval moe_norm_min use_moe sliding_window layer_types
+    mlp_layer_types
     shared_expert_intermediate_size moe_shared_expert_intermediate_size quantization_config
     compression_config bos_token_id eos_token_id pad_token_id paddle_ccq text_config"""
 )

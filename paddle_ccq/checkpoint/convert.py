@@ -18,7 +18,7 @@ from .plan import Item, Plan
 from .reader import Checkpoint
 from .safetensors_format import DTYPES, FLOAT_DTYPES
 from .tensor_parallel import take
-from .values import count_nonfinite, finite
+from .values import count_nonfinite, energy, finite, is_approximation
 
 # In these formats output columns are independent in blocks of SLICE_COLUMNS and lie first in every
 # stored tensor, so wide matrices are encoded in slices: the encoder's copies stay small.
@@ -64,6 +64,8 @@ class Converter:
         read = time.perf_counter()
         parts, error = self._encoded(item, weight) if item.quantized else self._kept(item, weight)
         self._check_finite(item, parts, error, weight)
+        if item.quantized:
+            self._check_error(item, error, weight)
         stats: dict[str, Any] = {
             "format": item.format,
             "shape": list(item.shape),
@@ -114,6 +116,20 @@ class Converter:
                 f" reach {float(np.abs(weight).max()):.7g}, too large for"
                 f" {broken[0] if broken else 'the search'}; the file is damaged"
             )
+
+    def _check_error(self, item: Item, error: dict[str, Any], weight: np.ndarray) -> None:
+        """A matrix that `verify` would take for another one is not written."""
+        limit = formats.get(item.format).largest_error
+        if is_approximation(error["rel_mse"], weight, limit):
+            return
+        largest = float(np.abs(weight).max())
+        typical = math.sqrt(energy(weight) / weight.size)
+        raise CcqError(
+            f"{self.checkpoint.path}: {item.name} cannot be stored as {item.format}: rel-MSE"
+            f" {error['rel_mse']:.3g} is more than {limit:g}; its largest value, {largest:.7g}, is"
+            f" {largest / typical:.3g} times the root mean square: the file is damaged, or the"
+            " layer needs more bits (--wint4-end-layer, --rules)"
+        )
 
     def _kept(
         self, item: Item, weight: np.ndarray

@@ -19,6 +19,8 @@ DEFAULT_PIPELINE = "text-generation"
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CODE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*|code|multilingual", re.IGNORECASE)
+# Ids that hubs write in lower case, and people as they are spoken of: Apache-2.0, MIT.
+_LOWER = ("license", "language")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -31,7 +33,7 @@ def read_source_card(folder: Path) -> tuple[dict[str, Any], list[str]]:
     given, messages = _metadata(folder / CARD_FILE)
     found: dict[str, Any] = {}
     for key, accepted in _ACCEPTED.items():
-        value = _values(given.get(key), accepted)
+        value = _values(given.get(key), accepted, key in _LOWER)
         if value is not None:
             found[key] = value
         elif given.get(key) is not None:
@@ -70,13 +72,15 @@ def _metadata(path: Path) -> tuple[dict[str, Any], list[str]]:
     return (content if isinstance(content, dict) else {}), []
 
 
-def _values(value: object, accepted: Callable[[str], bool]) -> str | list[str] | None:
-    """A string, or a list of them, if all are accepted."""
+def _values(value: object, accepted: Callable[[str], bool], lower: bool) -> str | list[str] | None:
+    """A string, or a list of them, if all are accepted, `lower`: in lower case."""
     if isinstance(value, list):
-        parts = [_values(part, accepted) for part in value]
+        parts = [_values(part, accepted, lower) for part in value]
         return parts if parts and all(isinstance(part, str) for part in parts) else None
     if value is False:
         value = "no"  # YAML reads the code of Norwegian so
+    if isinstance(value, str) and lower:
+        value = value.strip().lower()
     return value if isinstance(value, str) and accepted(value) else None
 
 

@@ -15,6 +15,12 @@ _F32_INFINITY = np.uint32(0x7F800000)
 # Half way from bfloat16's largest value to the next power of two: rounds to even, to infinity.
 _F32_BEYOND_BF16 = np.uint32(0x7F7F8000)
 
+# Matrices without a larger value add nothing that a norm's epsilon would not hide, and encoders
+# may store them as zeros: squares of such values are none in float32.
+_VANISHING = 1e-24
+# rel-MSE up to which what is stored for one of these is as small; 1 is that of zeros.
+_VANISHING_ERROR = 4.0
+
 
 def finite(values: np.ndarray, stored_as: str) -> tuple[np.ndarray, int]:
     """The values with 0 for those that `stored_as` ("BF16", "F32") cannot hold, and their count.
@@ -49,6 +55,16 @@ def _nonfinite(chunk: np.ndarray, stored_as: str) -> np.ndarray:
         limit = _F32_BEYOND_BF16 if stored_as == "BF16" else _F32_INFINITY
         return (chunk.view(np.uint32) & _MAGNITUDE) >= limit
     return ~np.isfinite(chunk)  # half precision, whose range is within bfloat16's
+
+
+def is_approximation(rel_mse: float, weight: np.ndarray, limit: float) -> bool:
+    """Whether what is stored for a matrix can stand for it, by its rel-MSE and its format's limit.
+
+    What `quantize` writes and what `verify` accepts are decided here alike.
+    """
+    if rel_mse <= limit:
+        return True
+    return rel_mse <= _VANISHING_ERROR and float(np.abs(weight).max()) <= _VANISHING
 
 
 def energy(values: np.ndarray) -> float:

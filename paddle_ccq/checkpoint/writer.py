@@ -49,8 +49,9 @@ def rank_folders(folder: Path, size: int) -> list[Path]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and force it to the disk."""
+    """Write a small file, in a folder that is made where it is missing; force it to the disk."""
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(path, "wb") as file:
             file.write(data)
             file.flush()

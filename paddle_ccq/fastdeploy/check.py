@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import reporting
-from ..arguments import Arguments
+from ..arguments import Arguments, number, whole
 from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from ..command import run_command
 from ..errors import CcqError, visible
@@ -152,6 +152,8 @@ def _check_wish(wish: Wish) -> None:
     for flag, value in numbers.items():
         if value < 1:
             raise CcqError(f"{flag} must be positive")
+    if wish.draft_tokens < 0:
+        raise CcqError(f"--draft-tokens {wish.draft_tokens}: must not be negative")
     if wish.max_model_len < 16:
         raise CcqError(f"--max-model-len {wish.max_model_len}: FastDeploy wants at least 16")
     if wish.release.block_divides and wish.max_model_len % wish.block_size:
@@ -303,24 +305,29 @@ def build_parser() -> Arguments:
     parser = Arguments("fastdeploy-check", __doc__)
     parser.subject("folder", "quantized checkpoint", "DIR")
     add = parser.add_argument
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="cards (1)")
+    add("--tensor-parallel-size", type=whole, default=1, metavar="N", help="cards (1)")
     add(
         "--gpu-memory",
-        type=float,
+        type=number,
         metavar="GIB",
         help="memory of one card as nvidia-smi reports it, in GiB (this machine's cards)",
     )
-    add("--max-model-len", type=int, default=DEFAULT_MODEL_LEN, help="tokens of a sequence (32768)")
-    add("--max-num-seqs", type=int, default=DEFAULT_SEQUENCES, help="sequences at once (128)")
-    add("--max-num-batched-tokens", type=int, help="tokens of one step (8192)")
-    add("--gpu-memory-utilization", type=float, default=DEFAULT_UTILIZATION, help="(0.9)")
-    add("--block-size", type=int, default=BLOCK_TOKENS, help="tokens of a cache block (64)")
-    add("--draft-tokens", type=int, default=0, metavar="N", help="of speculative decoding (0)")
-    add("--workers", type=int, metavar="N", help="API processes (1; 2.6 and develop alone: 4)")
-    add("--max-concurrency", type=int, metavar="N", help="requests at once (the release's)")
+    add(
+        "--max-model-len",
+        type=whole,
+        default=DEFAULT_MODEL_LEN,
+        help="tokens of a sequence (32768)",
+    )
+    add("--max-num-seqs", type=whole, default=DEFAULT_SEQUENCES, help="sequences at once (128)")
+    add("--max-num-batched-tokens", type=whole, help="tokens of one step (8192)")
+    add("--gpu-memory-utilization", type=number, default=DEFAULT_UTILIZATION, help="(0.9)")
+    add("--block-size", type=whole, default=BLOCK_TOKENS, help="tokens of a cache block (64)")
+    add("--draft-tokens", type=whole, default=0, metavar="N", help="of speculative decoding (0)")
+    add("--workers", type=whole, metavar="N", help="API processes (1; 2.6 and develop alone: 4)")
+    add("--max-concurrency", type=whole, metavar="N", help="requests at once (the release's)")
     add("--plugin", action="store_true", default=None, help="our plugin will be loaded")
     add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
-    add("--port", type=int, default=DEFAULT_PORT, help="first of four ports (8180)")
+    add("--port", type=whole, default=DEFAULT_PORT, help="first of four ports (8180)")
     add("--hash", action="store_true", help="compare sha256 with the manifest: reads everything")
     parser.json()
     return parser
@@ -333,13 +340,14 @@ def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
         raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")
     smallest = min((card.memory for card in cards), default=0)
     batched = args.max_num_batched_tokens
+    if batched is None:
+        batched = min(DEFAULT_BATCHED_TOKENS, args.max_model_len * args.max_num_seqs)
     return Wish(
         tensor_parallel_size=args.tensor_parallel_size,
         card_bytes=smallest if memory is None else int(memory * GIB),
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=batched
-        or min(DEFAULT_BATCHED_TOKENS, args.max_model_len * args.max_num_seqs),
+        max_num_batched_tokens=batched,
         gpu_memory_utilization=args.gpu_memory_utilization,
         release=release_of(args.fastdeploy_version),
         port=args.port,

@@ -15,7 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from ..addresses import http_address, local
-from ..arguments import Arguments
+from ..arguments import Arguments, number, whole
 from ..command import run_command
 from ..errors import CcqError
 from .cards import Card, find_cards
@@ -160,18 +160,18 @@ def build_parser() -> Arguments:
     add("config", metavar="FILE.yaml", help="server settings, see serving/*.yaml")
     add("--model", metavar="DIR", help="folder of the quantized checkpoint")
     add("--devices", metavar="0,1", help="sets CUDA_VISIBLE_DEVICES")
-    add("--port", type=int, help="first of four ports, instead of those in the file")
+    add("--port", type=whole, help="first of four ports, instead of those in the file")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="another server flag")
     add("--log-dir", metavar="DIR", help="sets FD_LOG_DIR")
     add("--plugin", action="store_true", help="load our kernels into FastDeploy (FD_PLUGINS)")
     add("--fastdeploy-version", metavar="X.Y", help=f"(the installed one, else {DEFAULT_RELEASE})")
-    add("--gpu-memory", type=float, metavar="GIB", help="memory of one card (asks nvidia-smi)")
+    add("--gpu-memory", type=number, metavar="GIB", help="memory of one card (asks nvidia-smi)")
     add("--no-check", action="store_true", help="start without looking at the checkpoint")
     add("--dry-run", action="store_true", help="print the command and stop")
     add(
         "--wait",
         nargs="?",
-        type=float,
+        type=number,
         const=WAIT_SECONDS,
         metavar="SECONDS",
         help=f"start nothing; wait for this config's server to be healthy ({WAIT_SECONDS})",

@@ -23,7 +23,7 @@ from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_fold
 from ..checkpoint.source_card import read_source_card
 from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
-from ..command import no_message, output_path, to_stderr
+from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
 from ..targets.fastdeploy.card import Recipe
 from . import report
@@ -112,7 +112,7 @@ def resolve_locally(job: Job) -> None:
     job.notes = (*job.config.notes, *assumed)
     quantization = job.config.raw.get("quantization_config")
     # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
-    if isinstance(quantization, dict) and quantization.get("is_quantized", True):
+    if quantization and quantization.get("is_quantized", True):
         raise CcqError(
             f"{folder / CONFIG_FILE if folder.is_dir() else folder}: has a quantization_config, so"
             " the model is quantized already; quantize the original float checkpoint instead"
@@ -134,9 +134,7 @@ def planned(job: Job) -> Plan:
 
 def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
     """Refuse what cannot be, before any work."""
-    source = job.source.resolve()
-    if target.resolve() == source or source in target.resolve().parents:
-        raise CcqError(f"--output {target}: lies in the model's own folder; choose another")
+    refuse_inside(target, job.source)
     # A run that goes on writes its log anew; any other file of that name is somebody's.
     if job.options.log is not None and log_path.exists() and not partial_folder(target).exists():
         raise CcqError(f"--log {log_path}: exists already; name another file or remove it")

@@ -20,6 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..checkpoint.companions import TEMPLATE_FOLDER
 from ..checkpoint.safetensors_io import load_json
 from ..errors import CcqError
 
@@ -154,17 +155,12 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
 def _template(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, Path]:
     """The template's text and the file it came from, in the order that transformers looks.
 
-    chat_template.jinja, then tokenizer_config.json, then chat_template.json, where processors of
-    several kinds of input kept theirs.
+    "default" of the folder of named templates, chat_template.jinja, then tokenizer_config.json,
+    then chat_template.json, where processors of several kinds of input kept theirs.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise CcqError(f"{path}: larger than a chat template may be")
-        try:
-            return path.read_text(encoding="utf-8"), path
-        except UnicodeDecodeError as error:
-            raise CcqError(f"{path}: not UTF-8: byte {error.start}") from None
+    for path in (folder / TEMPLATE_FOLDER / "default.jinja", folder / "chat_template.jinja"):
+        if path.is_file():
+            return _text(path), path
     path = folder / "tokenizer_config.json"
     template = settings.get("chat_template")
     if template is None:
@@ -175,6 +171,10 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, Pa
         # Several by name, as for chats with and without tools.
         named = [entry for entry in template if isinstance(entry, dict)]
         template = {str(entry.get("name")): entry.get("template") for entry in named}
+    if template is None:
+        others = sorted(entry.stem for entry in (folder / TEMPLATE_FOLDER).glob("[!.]*.jinja"))
+        if others:
+            template, path = dict.fromkeys(others), folder / TEMPLATE_FOLDER
     if isinstance(template, dict):
         if "default" not in template:
             names = ", ".join(map(str, template)) or "nothing"
@@ -183,3 +183,12 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, Pa
     if template is not None and not isinstance(template, str):
         raise CcqError(f"{path}: chat_template: not a string")
     return template, path
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise CcqError(f"{path}: larger than a chat template may be")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CcqError(f"{path}: not UTF-8: byte {error.start}") from None

@@ -116,7 +116,7 @@ def _decode(file: TextFile, place: int) -> tuple[Any, int]:
             f"{file.path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise CcqError(f"{_where(file, place)}: not JSON: {error}") from None
+        raise CcqError(f"{_where(file, place)}: {_too_large(error)}") from None
 
 
 def _loads(where: str, line: str) -> Any:
@@ -125,8 +125,15 @@ def _loads(where: str, line: str) -> Any:
     except json.JSONDecodeError as error:
         raise CcqError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise CcqError(f"{where}: not JSON: {error}") from None
+        raise CcqError(f"{where}: {_too_large(error)}") from None
 
 
 def _where(file: TextFile, place: int) -> str:
     return f"{file.path}:{file.text.count(chr(10), 0, place) + 1}"
+
+
+def _too_large(error: Exception) -> str:
+    """What Python does not read though it is JSON; its own words are for programmers."""
+    if isinstance(error, RecursionError):
+        return "not JSON that can be read: lists or objects are nested too deeply"
+    return "not JSON that can be read: a whole number has too many digits"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import reporting
-from ..arguments import Arguments
+from ..arguments import Arguments, count, number
 from ..checkpoint.manifest import check_manifest
 from ..command import run_command
 from ..errors import CcqError
@@ -180,14 +180,14 @@ def build_parser() -> Arguments:
     parser = Arguments("vllm-check", __doc__)
     parser.subject("folder", "quantized checkpoint", "DIR")
     add = parser.add_argument
-    add("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of one card")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="(1)")
-    add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="(1)")
+    add("--gpu-memory", type=number, required=True, metavar="GIB", help="memory of one card")
+    add("--tensor-parallel-size", type=count, default=1, metavar="N", help="(1)")
+    add("--pipeline-parallel-size", type=count, default=1, metavar="N", help="(1)")
     add("--enable-expert-parallel", action="store_true", help="whole experts on each card")
-    add("--max-model-len", type=int, default=32768, help="tokens of a sequence (32768)")
-    add("--max-num-seqs", type=int, default=128, help="sequences at once (128)")
-    add("--max-num-batched-tokens", type=int, default=8192, help="tokens of one step (8192)")
-    add("--gpu-memory-utilization", type=float, default=0.92, help="(0.92)")
+    add("--max-model-len", type=count, default=32768, help="tokens of a sequence (32768)")
+    add("--max-num-seqs", type=count, default=128, help="sequences at once (128)")
+    add("--max-num-batched-tokens", type=count, default=8192, help="tokens of one step (8192)")
+    add("--gpu-memory-utilization", type=number, default=0.92, help="(0.92)")
     add("--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="(auto: bfloat16)")
     parser.json()
     return parser

@@ -23,7 +23,8 @@ from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.evaluation.text import Tokenizer
 from paddle_ccq.quantize import quantize
 from paddle_ccq.serve import build_parser, build_service
-from paddle_ccq.serving.engine_model import EngineModel
+from paddle_ccq.serving.engine_model import EngineModel, Piece
+from paddle_ccq.serving.sampling import TokenLogprob, token_logprob
 
 if TYPE_CHECKING:
     import httpx
@@ -65,6 +66,31 @@ def prompts(count: int = 5) -> list[list[int]]:
         texts = [json.loads(line)["prompt"] for line in lines[:count]]
         found += [[tokenizer().bos, *tokenizer().encode(text)] for text in texts]
     return found
+
+
+def reference(tokens: list[int], top: int) -> list[TokenLogprob]:
+    """Scores of the tokens from the second, from one step for every beginning."""
+    cache = model().new_cache(len(tokens))
+    region = cache.allocate(len(tokens))
+    found = []
+    for place, token in enumerate(tokens[:-1]):
+        [logits] = model().forward([Piece([token], place, region)], cache)
+        found.append(token_logprob(logits, tokens[place + 1], top))
+    return found
+
+
+def rolling_windows(tokens: list[int], longest: int) -> list[tuple[list[int], list[int]]]:
+    """Contexts and what is scored after them, as lm-eval cuts a text: every token is scored once.
+
+    After the first window, each context is the token before, or more where the rest is short.
+    """
+    rest = tokens[longest:]
+    windows = [([tokenizer().bos], tokens[:longest])]
+    for begin in range(0, len(rest), longest):
+        scored = rest[begin : begin + longest]
+        end = longest + begin + len(scored)
+        windows.append((tokens[end - longest - 1 : end - len(scored)], scored))
+    return windows
 
 
 NAME = "example"
