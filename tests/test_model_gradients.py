@@ -60,12 +60,12 @@ def test_gradients_are_the_slopes_of_the_float64_loss(case, kind):
     config, weights, model, tokens, teacher = case
     rng = np.random.default_rng(2)
     names = [n for n in tunable(weights) if kind == WHOLE or n.endswith("_proj.weight")]
-    way = Pass(model, dict.fromkeys(names, kind))
-    way.run(tokens, teacher)
+    window_pass = Pass(model, dict.fromkeys(names, kind))
+    window_pass.run(tokens, teacher)
     # Layer 1 has experts, layer 0 is dense, layer 2 has both behind it.
     seen = 0
     for name in names:
-        if name not in way.gradients:
+        if name not in window_pass.gradients:
             assert ".experts." in name  # one that no token went to
             continue
         weight = weights[name].astype(np.float64)
@@ -84,8 +84,8 @@ def test_gradients_are_the_slopes_of_the_float64_loss(case, kind):
         else:
             in_model = direction
         slope = (loss(1) - loss(-1)) / (2 * step)
-        found = float((way.gradients[name].astype(np.float64) * in_model).sum())
-        size = np.linalg.norm(way.gradients[name]) * np.linalg.norm(in_model)
+        found = float((window_pass.gradients[name].astype(np.float64) * in_model).sum())
+        size = np.linalg.norm(window_pass.gradients[name]) * np.linalg.norm(in_model)
         assert abs(found - slope) < 1e-4 * size, name
         seen += 1
     assert seen > len(names) // 2
@@ -104,9 +104,9 @@ def test_threads_do_not_disturb_each_other(case):
     ]
 
     def one(job: tuple) -> dict[str, np.ndarray]:
-        way = Pass(model, wanted)
-        way.run(*job)
-        return way.gradients
+        window_pass = Pass(model, wanted)
+        window_pass.run(*job)
+        return window_pass.gradients
 
     alone = [one(job) for job in jobs]
     with ThreadPoolExecutor(3) as pool:

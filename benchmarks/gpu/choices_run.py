@@ -121,7 +121,7 @@ class Lab:
         self._turn = np.linalg.qr(normal)[0]
         self.moments = Moments()
         generator = torch.Generator(device="cuda").manual_seed(0)
-        # A weight that needs a gradient, so that PyTorch keeps the way back at all.
+        # One weight needs a gradient: without any, PyTorch records no backward pass.
         weights = dict(self.float)
         name = "ernie.embed_tokens.weight"
         weights[name] = weights[name].clone().requires_grad_()

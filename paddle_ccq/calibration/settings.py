@@ -14,7 +14,7 @@ DEFAULT_TOKENS = 256 * 1024
 # but what counts here is how many different documents are seen.
 DEFAULT_WINDOW = 1024
 # What each token's x is weighed by. ROUTER: its router weight for the expert. GRADIENT: the size of
-# the gradient that comes back to the matrix' outputs (token_weights.py). EQUAL: nothing.
+# the gradient at the matrix' outputs (token_weights.py). EQUAL: nothing.
 ROUTER, GRADIENT, EQUAL = "router", "gradient", "equal"
 TOKEN_WEIGHTS = (ROUTER, GRADIENT, EQUAL)
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each token counts for an expert: the gradient that comes back to its outputs.
+"""How much each token counts for an expert: the size of the gradient at the expert's outputs.
 
 To second order an error d of a matrix' output on a token changes the model's answer by half of
 d F d^T, F being the Fisher information of that output: the mean of g g^T over gradients g of
@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..families.ernie45 import FINAL_NORM, head_name
 from ..families.tensor import PROJECTIONS
 from ..files import write_whole
 from ..models.ernie import Block, positions_of
-from ..models.gradients import CHUNK_LOGITS, LayerPass
+from ..models.gradients import CHUNK_LOGITS, Backward, LayerPass
 from ..models.weights import WeightSource
 from ..units import gigabytes
 from .settings import Settings
@@ -110,7 +110,8 @@ def token_weights(
     states = state_bytes(tokens, config.hidden_size)
     needed = layer_input_bytes(config, tokens)
     if states > MEMORY_FOR_STATES:
-        needed += states * 3 // 2  # the walk's two arrays and the changes lie on the disk as well
+        # Both arrays of the forward pass and the array of gradients are files on this disk too.
+        needed += states * 3 // 2
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if free < needed:
         raise CcqError(
@@ -131,12 +132,12 @@ def token_weights(
                 walk.enter()
                 walk.leave()
             spilled = isinstance(walk.states, np.memmap)
-            changes = state_array(walk.states.shape, folder if spilled else None)
-            _changes_at_the_end(source, windows, walk, changes)
+            gradients = state_array(walk.states.shape, folder if spilled else None)
+            _last_layer_gradients(source, windows, walk, gradients)
             walk.states = walk.inputs = None
             found = {}
             for layer in reversed(range(first, config.num_hidden_layers)):
-                weights = _go_back(source, layer, walk, inputs[layer - first], changes)
+                weights = _layer_backward(source, layer, walk, inputs[layer - first], gradients)
                 if weights is not None:
                     found[layer] = weights
             del inputs
@@ -145,8 +146,8 @@ def token_weights(
     return found
 
 
-def _changes_at_the_end(
-    source: WeightSource, windows: Sequence[np.ndarray], walk: LayerWalk, changes: np.ndarray
+def _last_layer_gradients(
+    source: WeightSource, windows: Sequence[np.ndarray], walk: LayerWalk, gradients: np.ndarray
 ) -> None:
     """Gradients of -log p(label), summed over a window's tokens, at the last layer's outputs."""
     config = source.config
@@ -159,7 +160,7 @@ def _changes_at_the_end(
         rng = np.random.default_rng([SEED, index])
         first, last = walk.spans[index]
         states = paddle.to_tensor(walk.states[first:last])
-        hidden, back = LayerPass(config, {}).norm(FINAL_NORM, states, norm)
+        hidden, backward = LayerPass(config, {}).norm(FINAL_NORM, states, norm)
         at_once = max(1, CHUNK_LOGITS // config.vocab_size)
         parts = []
         for row in range(0, last - first, at_once):
@@ -167,8 +168,8 @@ def _changes_at_the_end(
             p = paddle.nn.functional.softmax(logits, axis=-1).numpy()
             p[np.arange(len(p)), draw(p, rng)] -= 1
             parts.append(paddle.matmul(paddle.to_tensor(p), head, transpose_y=not tied))
-        changes[first:last] = back(paddle.concat(parts)).numpy()
-        if not np.isfinite(changes[first:last]).all():
+        gradients[first:last] = backward(paddle.concat(parts)).numpy()
+        if not np.isfinite(gradients[first:last]).all():
             raise CcqError(
                 "--calibration: the model's gradients are not finite; its weights are damaged"
             )
@@ -183,37 +184,40 @@ def draw(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.minimum((sums <= at).sum(axis=1), p.shape[1] - 1)
 
 
-def _go_back(
-    source: WeightSource, layer: int, walk: LayerWalk, inputs: np.ndarray, changes: np.ndarray
+def _layer_backward(
+    source: WeightSource, layer: int, walk: LayerWalk, inputs: np.ndarray, gradients: np.ndarray
 ) -> LayerWeights | None:
-    """Take `changes` from a layer's outputs to its inputs; its experts' weights on the way."""
+    """Turn `gradients` at a layer's outputs into those at its inputs, in place.
+
+    Returns the token weights of the layer's experts, or None for a layer without experts.
+    """
     config = source.config
     block = Block(source, layer)
     lengths = {last - first for first, last in walk.spans}
     positions = {n: positions_of(config, 0, n) for n in lengths}
     moe = config.is_moe_layer(layer)
-    shape = (len(changes), config.moe_k)
+    shape = (len(gradients), config.moe_k)
     chosen = np.zeros(shape, np.int16)
     found = {name: np.zeros(shape, np.float32) for name in PROJECTIONS}
 
     @paddle.no_grad()
     def one(index: int) -> None:
         first, last = walk.spans[index]
-        way = _Recording(config)
+        layer_pass = _Recording(config)
         x = paddle.to_tensor(inputs[first:last].astype(np.float32))
-        _, back = way.block(f"ernie.layers.{layer}", block, x, *positions[last - first])
-        changes[first:last] = back(paddle.to_tensor(changes[first:last])).numpy()
+        _, backward = layer_pass.block(f"ernie.layers.{layer}", block, x, *positions[last - first])
+        gradients[first:last] = backward(paddle.to_tensor(gradients[first:last])).numpy()
         if moe:
-            chosen[first:last] = way.chosen
+            chosen[first:last] = layer_pass.chosen
             for name, into in found.items():
-                way.put(name, into[first:last])
+                layer_pass.put(name, into[first:last])
 
     walk.map(one, len(walk.spans))
     return LayerWeights(chosen, **found) if moe else None
 
 
 class _Recording(LayerPass):
-    """Keeps the size of what comes back to every expert's matrix."""
+    """Keeps the size of the gradient at the output of every expert's matrix."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config, {})
@@ -223,16 +227,14 @@ class _Recording(LayerPass):
     def routed(self, name: str, chosen: Tensor) -> None:
         self.chosen = chosen.numpy()
 
-    def _product(
-        self, name: str, x: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        y, back = super()._product(name, x, weight)
+    def _product(self, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Backward]:
+        y, backward = super()._product(name, x, weight)
         if not self.config.tensors[name].is_expert:
-            return y, back
+            return y, backward
 
-        def recorded(change: Tensor) -> Tensor:
-            self.sizes[name] = paddle.square(change).mean(axis=-1).sqrt().numpy()
-            return back(change)
+        def recorded(gradient: Tensor) -> Tensor:
+            self.sizes[name] = paddle.square(gradient).mean(axis=-1).sqrt().numpy()
+            return backward(gradient)
 
         return y, recorded
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's forward pass with what its backward pass needs, and that backward pass.
 
-Written out instead of left to Paddle's automatic differentiation, which crashes when two threads
-use it at once: here each thread works on one window, as everywhere in this package, and no product
-is computed that no gradient needs. The tests hold it against finite differences and against
-Paddle's own gradients.
+The backward pass is written out because Paddle's automatic differentiation crashes when two threads
+use it at once. Here each thread works on one window, as everywhere in this package, and no product
+is computed that no gradient needs. The tests compare it with finite differences and with Paddle's
+own gradients.
 
 The gradient of a matrix' column factors needs no gradient of the matrix: with y = x W and each
-column n of W multiplied by exp(f_n), the loss changes by sum over tokens of y_n dL/dy_n.
+column n of W multiplied by exp(f_n), dL/df_n is the sum over tokens of y_n dL/dy_n.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ from .ernie import MLP, Attention, Block, Ernie, MoE, Rope, Span, positions_of
 # Logits computed at once, as in evaluation.
 CHUNK_LOGITS = 1 << 22
 
-# Given a parameter's name, its kind ("factors", "whole") and the gradient, adds it up.
-# What is wanted of a tensor: the gradient of its column factors, of itself, or nothing.
+# Which gradient of a tensor is wanted: that of its column factors, or that of the tensor itself.
+# A tensor that is not in the dictionary gets none.
 FACTORS, WHOLE = "factors", "whole"
 Wanted = dict[str, str]
 
 
+# The gradient with respect to an operation's output -> the gradient with respect to its input.
+Backward = Callable[[Tensor], Tensor]
+
+
 class LayerPass:
-    """One window's way through layers and back. Gradients are added to `gradients`."""
+    """Forward and backward pass of one window through layers.
+
+    Every forward method returns the output and its backward function. That function adds the
+    wanted gradients of the parameters to `gradients`.
+    """
 
     def __init__(self, config: Any, wanted: Wanted) -> None:
         self.config = config
@@ -44,65 +52,63 @@ class LayerPass:
         known = self.gradients.get(name)
         self.gradients[name] = value if known is None else known + value
 
-    def _product(
-        self, name: str, x: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """x W, and the way from its gradient to that of x."""
+    def _product(self, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Backward]:
+        """The product x W, and its backward function."""
         y = paddle.matmul(x, weight)
         wanted = self.wanted.get(name)
 
-        def back(change: Tensor) -> Tensor:
+        def backward(gradient: Tensor) -> Tensor:
             if wanted == FACTORS:
-                self._add(name, (change * y).sum(axis=0))
+                self._add(name, (gradient * y).sum(axis=0))
             elif wanted == WHOLE:
-                self._add(name, paddle.matmul(x, change, transpose_x=True))
-            return paddle.matmul(change, weight, transpose_y=True)
+                self._add(name, paddle.matmul(x, gradient, transpose_x=True))
+            return paddle.matmul(gradient, weight, transpose_y=True)
 
-        return y, back
+        return y, backward
 
-    def norm(self, name: str, x: Tensor, gain: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """RMSNorm of x [tokens, hidden], and the way back."""
+    def norm(self, name: str, x: Tensor, gain: Tensor) -> tuple[Tensor, Backward]:
+        """RMSNorm of x [tokens, hidden], and its backward function."""
         scale = paddle.rsqrt(
             paddle.square(x).mean(axis=-1, keepdim=True) + self.config.rms_norm_eps
         )
         normed = x * scale
 
-        def back(change: Tensor) -> Tensor:
+        def backward(gradient: Tensor) -> Tensor:
             if name in self.wanted:
-                self._add(name, (change * normed).sum(axis=0))
-            change = change * gain
-            along = (change * normed).mean(axis=-1, keepdim=True)
-            return (change - normed * along) * scale
+                self._add(name, (gradient * normed).sum(axis=0))
+            gradient = gradient * gain
+            along = (gradient * normed).mean(axis=-1, keepdim=True)
+            return (gradient - normed * along) * scale
 
-        return normed * gain, back
+        return normed * gain, backward
 
     def block(
         self, name: str, block: Block, x: Tensor, rope: Rope, spans: list[Span]
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """A decoder layer on x [tokens, hidden] of one window, and the way back."""
-        normed, back_norm = self.norm(f"{name}.input_layernorm.weight", x, block.attention_norm)
-        mixed, back_attention = self._attention(
+    ) -> tuple[Tensor, Backward]:
+        """A decoder layer on x [tokens, hidden] of one window, and its backward function."""
+        normed, backward_norm = self.norm(f"{name}.input_layernorm.weight", x, block.attention_norm)
+        mixed, backward_attention = self._attention(
             f"{name}.self_attn", block.attention, normed, rope, spans
         )
         middle = x + mixed
-        normed, back_mlp_norm = self.norm(
+        normed, backward_mlp_norm = self.norm(
             f"{name}.post_attention_layernorm.weight", middle, block.mlp_norm
         )
         layer = self._moe if isinstance(block.mlp, MoE) else self._mlp
-        y, back_mlp = layer(f"{name}.mlp", block.mlp, normed)
+        y, backward_mlp = layer(f"{name}.mlp", block.mlp, normed)
 
-        def back(change: Tensor) -> Tensor:
-            change = change + back_mlp_norm(back_mlp(change))
-            return change + back_norm(back_attention(change))
+        def backward(gradient: Tensor) -> Tensor:
+            gradient = gradient + backward_mlp_norm(backward_mlp(gradient))
+            return gradient + backward_norm(backward_attention(gradient))
 
-        return middle + y, back
+        return middle + y, backward
 
     def _attention(
         self, name: str, attention: Attention, x: Tensor, rope: Rope, spans: list[Span]
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    ) -> tuple[Tensor, Backward]:
         heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
         group, length, half = heads // kv_heads, x.shape[0], attention.rotated // 2
-        qkv, back_qkv = self._product(f"{name}.qkv_proj.weight", x, attention.qkv)
+        qkv, backward_qkv = self._product(f"{name}.qkv_proj.weight", x, attention.qkv)
         a, b, v = paddle.split(qkv, [half, half, kv_heads * dim], axis=-1)
         cos, sin = rope[0][0], rope[1][0]
         a, b = a * cos - b * sin, a * sin + b * cos
@@ -125,16 +131,16 @@ class LayerPass:
                 parts.append(paddle.matmul(scores, values[:seen]))
             kept.append((queries, keys, values, probabilities, paddle.concat(parts)))
             mixed.append(kept[-1][4].reshape([length, group * dim]))
-        out, back_out = self._product(
+        out, backward_out = self._product(
             f"{name}.o_proj.weight", paddle.concat(mixed, axis=-1), attention.out
         )
 
-        def back(change: Tensor) -> Tensor:
-            change = back_out(change)
+        def backward(gradient: Tensor) -> Tensor:
+            gradient = backward_out(gradient)
             dq, dk, dv = [], [], []
             for head, (queries, keys, values, probabilities, result) in enumerate(kept):
                 width = group * dim
-                d_out = change[:, head * width : (head + 1) * width].reshape([-1, dim])
+                d_out = gradient[:, head * width : (head + 1) * width].reshape([-1, dim])
                 along = (d_out * result).sum(axis=-1, keepdim=True)
                 d_keys, d_values = paddle.zeros_like(keys), paddle.zeros_like(values)
                 d_queries = []
@@ -154,28 +160,28 @@ class LayerPass:
                 for part in d_turned.split([dim // 2, dim // 2], axis=-1)
             )
             da, db = da * cos + db * sin, db * cos - da * sin
-            return back_qkv(paddle.concat([da, db, *dv], axis=-1))
+            return backward_qkv(paddle.concat([da, db, *dv], axis=-1))
 
-        return out, back
+        return out, backward
 
-    def _mlp(self, name: str, mlp: MLP, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        h, back_up = self._product(f"{name}.up_gate_proj.weight", x, mlp.up_gate)
-        y, back_down = self._product(f"{name}.down_proj.weight", F.swiglu(h), mlp.down)
+    def _mlp(self, name: str, mlp: MLP, x: Tensor) -> tuple[Tensor, Backward]:
+        h, backward_up = self._product(f"{name}.up_gate_proj.weight", x, mlp.up_gate)
+        y, backward_down = self._product(f"{name}.down_proj.weight", F.swiglu(h), mlp.down)
 
-        def back(change: Tensor) -> Tensor:
+        def backward(gradient: Tensor) -> Tensor:
             gate, up = paddle.split(h, 2, axis=-1)
-            change = back_down(change)
+            gradient = backward_down(gradient)
             open_ = F.sigmoid(gate)
             passed = gate * open_
-            d_gate = change * up * (open_ + passed * (1 - open_))
-            return back_up(paddle.concat([d_gate, change * passed], axis=-1))
+            d_gate = gradient * up * (open_ + passed * (1 - open_))
+            return backward_up(paddle.concat([d_gate, gradient * passed], axis=-1))
 
-        return y, back
+        return y, backward
 
     def routed(self, name: str, chosen: Tensor) -> None:
-        """Told of the experts [tokens, k] that an MoE layer chose; for subclasses."""
+        """Called with the experts [tokens, k] that an MoE layer chose; subclasses override it."""
 
-    def _moe(self, name: str, moe: MoE, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _moe(self, name: str, moe: MoE, x: Tensor) -> tuple[Tensor, Backward]:
         chosen, weights = moe.route(x)
         self.routed(name, chosen)
         flat = chosen.numpy().reshape(-1)
@@ -185,31 +191,34 @@ class LayerPass:
         tokens, inverse = paddle.to_tensor(order // moe.top_k), paddle.to_tensor(inverse)
         counts = np.bincount(flat, minlength=len(moe.experts)).tolist()
         gathered = paddle.gather(x, tokens)
-        outputs, ways_back, start = [], [], 0
+        outputs, backwards, start = [], [], 0
         for index, count in enumerate(counts):
             if count:
                 rows = slice(start, start + count)
-                y, back = self._mlp(f"{name}.experts.{index}", moe.experts[index], gathered[rows])
+                expert = moe.experts[index]
+                y, expert_backward = self._mlp(f"{name}.experts.{index}", expert, gathered[rows])
                 outputs.append(y)
-                ways_back.append((rows, back))
+                backwards.append((rows, expert_backward))
                 start += count
         pairs = [x.shape[0], moe.top_k, x.shape[1]]
         outputs = paddle.gather(paddle.concat(outputs), inverse).reshape(pairs)
         y = paddle.matmul(weights.unsqueeze(1), outputs).squeeze(1)
-        back_shared = None
+        backward_shared = None
         if moe.shared is not None:
-            shared, back_shared = self._mlp(f"{name}.shared_experts", moe.shared, x)
+            shared, backward_shared = self._mlp(f"{name}.shared_experts", moe.shared, x)
             y = y + shared
 
-        def back(change: Tensor) -> Tensor:
-            d_weights = paddle.matmul(outputs, change.unsqueeze(2)).squeeze(2)
-            by_expert = paddle.gather(change, tokens)
+        def backward(gradient: Tensor) -> Tensor:
+            d_weights = paddle.matmul(outputs, gradient.unsqueeze(2)).squeeze(2)
+            by_expert = paddle.gather(gradient, tokens)
             factor = paddle.gather(weights.reshape([-1, 1]), paddle.to_tensor(order))
             by_expert = by_expert * factor
-            d_gathered = paddle.concat([way(by_expert[rows]) for rows, way in ways_back])
+            d_gathered = paddle.concat(
+                [expert_backward(by_expert[rows]) for rows, expert_backward in backwards]
+            )
             d_x = paddle.gather(d_gathered, inverse).reshape(pairs).sum(axis=1)
-            # The weights are the softmax over the chosen experts alone: the others' share of the
-            # probability cancels when the chosen ones are made to sum to one.
+            # The routing weights are the softmax over the chosen experts alone: the probability of
+            # the other experts cancels when the chosen ones are made to sum to one.
             d_chosen = weights * (d_weights - (d_weights * weights).sum(axis=-1, keepdim=True))
             d_logits = paddle.put_along_axis(
                 paddle.zeros([x.shape[0], len(moe.experts)]), chosen, d_chosen, axis=1
@@ -217,13 +226,13 @@ class LayerPass:
             if f"{name}.gate.weight" in self.wanted:
                 self._add(f"{name}.gate.weight", paddle.matmul(x, d_logits, transpose_x=True))
             d_x = d_x + paddle.matmul(d_logits, moe.gate, transpose_y=True)
-            return d_x if back_shared is None else d_x + back_shared(change)
+            return d_x if backward_shared is None else d_x + backward_shared(gradient)
 
-        return y, back
+        return y, backward
 
 
 class Pass(LayerPass):
-    """One window's way through the whole model and back."""
+    """Forward and backward pass of one window through the whole model."""
 
     def __init__(self, model: Ernie, wanted: Wanted) -> None:
         super().__init__(model.config, wanted)
@@ -238,15 +247,15 @@ class Pass(LayerPass):
         model = self.model
         rope, spans = positions_of(model.config, 0, window.size)
         x = F.embedding(paddle.to_tensor(window), model.embed)
-        ways_back = []
+        backwards = []
         for layer, block in enumerate(model.blocks):
-            x, back = self.block(f"ernie.layers.{layer}", block, x, rope, spans)
-            ways_back.append(back)
-        hidden, back_of_norm = self.norm("ernie.norm.weight", x, model.norm)
-        loss, change = head_loss(model, hidden, teacher)
-        change = back_of_norm(change)
-        while ways_back:
-            change = ways_back.pop()(change)
+            x, backward = self.block(f"ernie.layers.{layer}", block, x, rope, spans)
+            backwards.append(backward)
+        hidden, backward_norm = self.norm("ernie.norm.weight", x, model.norm)
+        loss, gradient = head_loss(model, hidden, teacher)
+        gradient = backward_norm(gradient)
+        while backwards:
+            gradient = backwards.pop()(gradient)
         return loss
 
 
@@ -254,24 +263,25 @@ class Pass(LayerPass):
 def head_loss(model: Ernie, hidden: Tensor, teacher: np.ndarray) -> tuple[float, Tensor]:
     """Sum of KL(teacher || model) over tokens, and its gradient with respect to `hidden`."""
     rows = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    loss, changes = 0.0, []
+    loss, gradients = 0.0, []
     for first in range(0, hidden.shape[0], rows):
         ours = model.logits(hidden[first : first + rows])
         theirs = model.logits(paddle.to_tensor(teacher[first : first + rows]))
         q, p = F.softmax(ours, axis=-1), F.softmax(theirs, axis=-1)
-        # log of the normalizer from the largest entry, which is the same one in both.
+        # The log of the normalizer is the largest logit less the log of its probability. Both
+        # maxima are of the same entry.
         normalizers = [
             (z.max(axis=-1) - paddle.log(s.max(axis=-1))).astype("float64").numpy()
             for z, s in ((ours, q), (theirs, p))
         ]
         gap = (theirs.subtract_(ours).multiply_(p)).sum(axis=-1).astype("float64").numpy()
         loss += float((gap - normalizers[1] + normalizers[0]).sum())
-        change = q.subtract_(p)
+        gradient = q.subtract_(p)
         if model.head is None:
-            changes.append(paddle.matmul(change, model.embed))
+            gradients.append(paddle.matmul(gradient, model.embed))
         else:
-            changes.append(paddle.matmul(change, model.head, transpose_y=True))
-    return loss, paddle.concat(changes)
+            gradients.append(paddle.matmul(gradient, model.head, transpose_y=True))
+    return loss, paddle.concat(gradients)
 
 
 @paddle.no_grad()

@@ -74,13 +74,13 @@ def descend(
     every = max(1, steps // settings.checks)
 
     def one(index: int) -> dict[str, np.ndarray]:
-        way = Pass(model, wanted)
-        loss = way.run(learned[index].tokens, learned[index].teacher)
+        window_pass = Pass(model, wanted)
+        loss = window_pass.run(learned[index].tokens, learned[index].teacher)
         if not np.isfinite(loss):
             raise CcqError(
                 "the loss is not finite: the weights are damaged or --learning-rate is too high"
             )
-        return way.gradients
+        return window_pass.gradients
 
     with ThreadPoolExecutor(threads) as pool:
         before = best = mean_loss(model, held_out, pool)

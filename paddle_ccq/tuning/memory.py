@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tuning needs of memory, said before the system ends the process for it."""
+"""How much memory tuning needs, checked before the system ends the process for lack of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .settings import Settings
 WHOLE_BYTES = 28
 # Of experts only column scales are tuned, of these nothing.
 NOT_TUNED = frozenset({Role.EXPERT, Role.EMBEDDING, Role.HEAD})
-# Float32 copies, in hidden sizes, that a token's way back keeps of one layer: residual stream,
-# norms, projections and their sums.
-COPIES = 10
+# Float32 activations, in hidden sizes, that the backward pass needs for one token and layer:
+# residual stream, norms, projections and their sums.
+ACTIVATIONS = 10
 
 
 def needed_bytes(checkpoint: Checkpoint, settings: Settings, threads: int) -> int:
@@ -33,18 +33,21 @@ def needed_bytes(checkpoint: Checkpoint, settings: Settings, threads: int) -> in
         if config.tensors[name].role not in NOT_TUNED:
             whole += size
     states = 2 * 4 * settings.tokens * config.hidden_size
-    way_back = threads * settings.window * _token_bytes(config, settings.window)
-    return 4 * weights + (WHOLE_BYTES + 4 * settings.batch) * whole + states + way_back
+    backward = threads * settings.window * _token_bytes(config, settings.window)
+    return 4 * weights + (WHOLE_BYTES + 4 * settings.batch) * whole + states + backward
 
 
 def _token_bytes(config: ErnieConfig, window: int) -> int:
-    """Kept of one token until its way back: per layer, attention's probabilities and the MLP."""
+    """Bytes that one token's backward pass needs of all layers.
+
+    Beside the activations of hidden size these are attention's probabilities and the MLP's.
+    """
     inner = config.intermediate_size
     if config.moe_num_experts:
         routed = config.moe_k * (3 * config.moe_intermediate_size + 3 * config.hidden_size)
         shared = 3 * config.moe_num_shared_experts * config.moe_intermediate_size
         inner = max(inner, routed + shared)
-    layer = COPIES * config.hidden_size + inner + config.num_attention_heads * window // 2
+    layer = ACTIVATIONS * config.hidden_size + inner + config.num_attention_heads * window // 2
     return 4 * (config.num_hidden_layers * layer + 4 * config.vocab_size)
 
 
