@@ -12,7 +12,7 @@ import pytest
 
 from helpers import reference_ernie
 from helpers.synthetic import tiny_config
-from paddle_ccq.calibration import walk as walks
+from paddle_ccq.calibration import sequential_forward
 from paddle_ccq.calibration.moments import second_moments, shrink
 from paddle_ccq.calibration.settings import Settings, parse_tokens
 from paddle_ccq.calibration.statistics import Statistics
@@ -93,26 +93,26 @@ def test_moments_are_those_of_an_independent_forward(folder, text, recorded, wei
 
 def test_walking_layer_by_layer_is_running_the_model(folder, text):
     checkpoint = open_checkpoint(folder)
-    walk = walks.LayerWalk(checkpoint, text.windows, threads=2)
+    forward = sequential_forward.SequentialForward(checkpoint, text.windows, threads=2)
     for _ in range(3):
-        walk.enter()
-        walk.leave()
+        forward.enter()
+        forward.leave()
     model = Ernie(checkpoint)
-    for (first, last), window in zip(walk.spans, text.windows, strict=True):
+    for (first, last), window in zip(forward.spans, text.windows, strict=True):
         expected = model.hidden_states(paddle.to_tensor(window).unsqueeze(0))[0].numpy()
-        states = paddle.to_tensor(walk.states[first:last])
+        states = paddle.to_tensor(forward.states[first:last])
         got = rms_norm(states, model.norm, CONFIG["rms_norm_eps"]).numpy()
         np.testing.assert_allclose(got, expected, atol=1e-5)
-    walk.close()
+    forward.close()
 
 
 def test_threads_and_spilling_change_nothing(folder, text, tmp_path, monkeypatch):
     name = EXPERT.format(2, 1, "down_proj")
     expected = statistics(open_checkpoint(folder), text, threads=1).moments(name).matrix
-    monkeypatch.setattr(walks, "MEMORY_FOR_STATES", 0)
+    monkeypatch.setattr(sequential_forward, "MEMORY_FOR_STATES", 0)
     spilled = Statistics(open_checkpoint(folder), text, Settings(), 3, tmp_path)
     np.testing.assert_array_equal(spilled.moments(name).matrix, expected)
-    assert isinstance(spilled._walk.inputs, np.memmap)
+    assert isinstance(spilled._forward.inputs, np.memmap)
     assert list(tmp_path.iterdir()) == []
     spilled.close()
 

@@ -13,8 +13,8 @@ from helpers import reference_ernie
 from helpers.configs import CALIBRATED, TIED_AND_UNTIED
 from helpers.runs import contents, partial, stop_after
 from helpers.synthetic import write_checkpoint
+from paddle_ccq.calibration import sequential_forward
 from paddle_ccq.calibration import token_weights as module
-from paddle_ccq.calibration import walk as walks
 from paddle_ccq.calibration.settings import GRADIENT, Settings
 from paddle_ccq.calibration.statistics import Statistics
 from paddle_ccq.calibration.text import CalibrationText
@@ -105,7 +105,7 @@ def test_weights_are_the_slopes_of_the_float64_loss(case, monkeypatch):
 def test_threads_and_spilling_change_nothing(case, tmp_path, monkeypatch):
     _, _, checkpoint, windows = case
     expected = token_weights(checkpoint, windows, threads=1)
-    monkeypatch.setattr(walks, "MEMORY_FOR_STATES", 0)
+    monkeypatch.setattr(sequential_forward, "MEMORY_FOR_STATES", 0)
     monkeypatch.setattr(module, "MEMORY_FOR_STATES", 0)
     spilled = []
     original = module.state_array
@@ -153,9 +153,9 @@ def test_moments_are_weighed_by_them(case):
     w = token_weights(checkpoint, windows, 1)[1]
     expert = int(w.chosen[0, 0])
     got = statistics.moments(f"ernie.layers.1.mlp.experts.{expert}.up_gate_proj.weight")
-    rows, slots = np.nonzero(statistics._walk.chosen == expert)
-    x = statistics._walk.inputs[rows].astype(np.float64)
-    s = w.factors(statistics._walk.chosen)["up_gate_proj"][rows, slots]
+    rows, slots = np.nonzero(statistics._forward.chosen == expert)
+    x = statistics._forward.inputs[rows].astype(np.float64)
+    s = w.factors(statistics._forward.chosen)["up_gate_proj"][rows, slots]
     expected = (x * s[:, None] ** 2).T @ x / len(rows)
     np.testing.assert_allclose(got.matrix, expected, atol=1e-4 * np.abs(expected).max())
     statistics.close()
@@ -253,4 +253,4 @@ def test_flags(model, tmp_path, calibration_text, capsys):
         quantize(model, tmp_path / "out", calibration=calibration_text, calibration_weights="loss")
     flags += ["--calibration", str(calibration_text), "--calibration-weights", "gradient"]
     assert main([*flags, "--dry-run"]) == 0
-    assert "walked two times more" in " ".join(capsys.readouterr().out.split())
+    assert "two more passes through the model" in " ".join(capsys.readouterr().out.split())

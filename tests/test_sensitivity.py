@@ -17,9 +17,9 @@ from paddle_ccq.allocation.copies import Copies
 from paddle_ccq.allocation.costs import load_sensitivities
 from paddle_ccq.allocation.decoded import Decoded
 from paddle_ccq.allocation.probing import held_out, spread
+from paddle_ccq.calibration.sequential_forward import SequentialForward
 from paddle_ccq.calibration.settings import Settings
 from paddle_ccq.calibration.text import read_calibration_text
-from paddle_ccq.calibration.walk import LayerWalk
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluation.run import score_text
@@ -97,17 +97,17 @@ def test_the_estimate_is_near_the_measurement(measured):
 def test_a_part_that_is_not_changed_costs_nothing(model, text):
     checkpoint = open_checkpoint(model)
     windows = read_calibration_text(text, checkpoint, Settings(tokens=512, window=128)).windows
-    walk = LayerWalk(checkpoint, windows, 2)
-    copies = Copies(walk, 2)
+    forward = SequentialForward(checkpoint, windows, 2)
+    copies = Copies(forward, 2)
     for layer in range(checkpoint.config.num_hidden_layers):
-        walk.enter()
+        forward.enter()
         copies.carry()
         if layer in (0, 1):
-            copies.add(layer, walk.block.mlp)
-        walk.leave()
+            copies.add(layer, forward.block.mlp)
+        forward.leave()
     for found in copies.divergences().values():
         assert found.shape == (len(windows),) and np.abs(found).max() < 1e-5
-    walk.close()
+    forward.close()
 
 
 def test_threads_and_files_change_nothing(model, text, measured, monkeypatch):

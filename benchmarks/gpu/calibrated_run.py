@@ -3,9 +3,9 @@
 
     python benchmarks/gpu/calibrated_run.py --model DIR --output DIR --device gpu [--preset fast]
 
-Only the walk through the model needs Paddle. Here every expert matrix gets second moments made up
-from its name; a few get none, as experts that no token came to. Everything else is the product's
-own: plan, reading, encoding, writing.
+Only the forward pass through the model needs Paddle. Here every expert matrix gets second moments
+made up from its name; a few get none, as experts that no token came to. Everything else is the
+product's own: plan, reading, encoding, writing.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ..calibration.walk import MEMORY_FOR_STATES, LayerWalk, state_array
+from ..calibration.sequential_forward import MEMORY_FOR_STATES, SequentialForward, state_array
 from ..evaluation.metrics import score_window
 from ..families.ernie45 import FINAL_NORM, head_name
 from ..models.ernie import MLP, MoE, rms_norm
@@ -20,46 +20,48 @@ _REFERENCE = "reference"
 
 
 class Copies:
-    """States that leave the walk's path at a layer and go through all later ones with it.
+    """Hidden states that are perturbed at one layer and go through all later layers.
 
     The layer in memory is applied to every copy, so that a model is read once however many parts
     of it are tried.
     """
 
-    def __init__(self, walk: LayerWalk, expected: int, folder: Path | None = None) -> None:
-        self.walk = walk
+    def __init__(
+        self, forward: SequentialForward, expected: int, folder: Path | None = None
+    ) -> None:
+        self.forward = forward
         self.states: dict[Hashable, np.ndarray] = {}
-        spilled = copies_bytes(expected, *walk.states.shape) > MEMORY_FOR_STATES
+        spilled = copies_bytes(expected, *forward.states.shape) > MEMORY_FOR_STATES
         self._folder = folder if spilled else None
 
     def carry(self) -> None:
-        """Take every copy through the layer that the walk has entered."""
+        """Take every copy through the layer that the forward pass has entered."""
         for states in self.states.values():
-            self.walk.carry(states)
+            self.forward.carry(states)
 
     def add(self, key: Hashable, mlp: MLP | MoE) -> np.ndarray:
-        """A copy of the walk's own states, with another MLP in the layer it is in."""
-        into = self.states[key] = state_array(self.walk.states.shape, self._folder)
-        self.walk.outputs(mlp, into)
+        """A copy of the model's own states after its present layer, with another MLP in it."""
+        into = self.states[key] = state_array(self.forward.states.shape, self._folder)
+        self.forward.outputs(mlp, into)
         return into
 
     def divergences(self) -> dict[Hashable, np.ndarray]:
-        """At the end of the walk: KL(the walk's || each copy's) of the next token, by window."""
-        weights, config = self.walk.weights, self.walk.config
+        """After the last layer: KL(the model || each copy) of the next token, by window."""
+        weights, config = self.forward.weights, self.forward.config
         norm = paddle.to_tensor(weights.read(FINAL_NORM))
         head = paddle.to_tensor(weights.read(head_name(config)))
 
         def window(index: int) -> dict[Hashable, float]:
-            first, last = self.walk.spans[index]
+            first, last = self.forward.spans[index]
             models = {
                 key: _Ended(config, norm, head, states[first:last])
-                for key, states in {_REFERENCE: self.walk.states, **self.states}.items()
+                for key, states in {_REFERENCE: self.forward.states, **self.states}.items()
             }
             # The tokens themselves do not enter the divergence.
             scores = score_window(np.zeros(last - first, np.int64), models, _REFERENCE)
             return {key: float(scores[key].kl.mean()) for key in self.states}
 
-        found = self.walk.map(window, len(self.walk.spans))
+        found = self.forward.map(window, len(self.forward.spans))
         return {key: np.array([one[key] for one in found]) for key in self.states}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sensitivities of a model's MoE layers, measured in one walk with one layer in memory at a time.
+"""Sensitivities of a model's MoE layers, measured in one layer-by-layer forward pass.
 
 Two methods, docs/notes/allocation.md. "kl" lets one copy of the hidden states go on for every part
 and format. "quadratic" lets one go on for every layer and format, which says how much a squared
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ..calibration.sequential_forward import SequentialForward
 from ..calibration.settings import Settings
 from ..calibration.statistics import Statistics
 from ..calibration.text import CalibrationText
-from ..calibration.walk import LayerWalk
 from ..checkpoint.reader import Checkpoint
 from ..encoder.ldlq_metric import InputMoments
 from ..families.tensor import PROJECTIONS, Role
@@ -50,18 +50,19 @@ def measure(
 ) -> Sensitivities:
     """Costs of every MoE layer, projection and format; the model is read once or twice.
 
-    wint2 is encoded with the statistics of the text, as `quantize --calibration` would, but for the
-    windows that are measured on;
-    states go to a file in `folder` where they don't fit in memory. `device` is where codes are
-    searched; the model runs on the CPU.
+    wint2 is encoded with the statistics of the text, as `quantize --calibration` would do it; the
+    windows that are measured on are left out of these statistics. States go to a file in `folder`
+    where they don't fit in memory. `device` is where codes are searched; the model runs on the CPU.
     """
     probes, others = held_out(text.windows, probing.tokens)
     seen = replace(text, windows=tuple(others))
     with (
         closing(Statistics(checkpoint, seen, settings, threads, folder)) as statistics,
-        closing(LayerWalk(checkpoint, probes, threads, folder)) as walk,
+        closing(SequentialForward(checkpoint, probes, threads, folder)) as forward,
     ):
-        measurement = _Measurement(checkpoint, statistics, walk, probing, threads, folder, device)
+        measurement = _Measurement(
+            checkpoint, statistics, forward, probing, threads, folder, device
+        )
         costs = measurement.run(progress)
     return Sensitivities(
         method=probing.method,
@@ -79,34 +80,34 @@ class _Measurement:
         self,
         checkpoint: Checkpoint,
         statistics: Statistics,
-        walk: LayerWalk,
+        forward: SequentialForward,
         probing: Probing,
         threads: int,
         folder: Path | None,
         device: str,
     ) -> None:
         self.config = checkpoint.config
-        self.walk, self.probing = walk, probing
+        self.forward, self.probing = forward, probing
         self._statistics = statistics
         self._known: dict[str, InputMoments | None] = {}
         self.decoded = Decoded(
             checkpoint, probing.formats, probing.preset, threads, statistics.moments, device
         )
         layers = len(self.config.moe_layers())
-        self.copies = Copies(walk, copies_of(probing, layers), folder)
+        self.copies = Copies(forward, copies_of(probing, layers), folder)
         # Quadratic: (layer, projection, format) -> squared error; (layer, format) -> its copy's.
         self.errors: dict[tuple[int, str, str], float] = {}
         self.copied: dict[tuple[int, str], float] = {}
 
     def run(self, progress: Progress | None) -> dict[int, dict[str, dict[str, float]]]:
-        walk = self.walk
+        forward = self.forward
         count = self.config.num_hidden_layers
         for layer in range(count):
-            walk.enter()
+            forward.enter()
             self.copies.carry()
-            if isinstance(walk.block.mlp, MoE):
+            if isinstance(forward.block.mlp, MoE):
                 (self._every_part if self.probing.method == "kl" else self._sample)(layer)
-            walk.leave()
+            forward.leave()
             if progress:
                 progress(layer + 1, count)
         ended = self.copies.divergences()
@@ -143,7 +144,7 @@ class _Measurement:
             }
 
     def _every_part(self, layer: int) -> None:
-        own = self.walk.block.mlp
+        own = self.forward.block.mlp
         found = list(self._experts(layer, range(len(own.experts))))
         for projection in PROJECTIONS:
             for format in self.probing.formats:
@@ -155,22 +156,22 @@ class _Measurement:
 
     @paddle.no_grad()
     def _sample(self, layer: int) -> None:
-        walk = self.walk
-        own: MoE = walk.block.mlp
+        forward = self.forward
+        own: MoE = forward.block.mlp
         chosen = spread(len(own.experts), self.probing.experts)
         experts = {format: list(own.experts) for format in self.probing.formats}
         sums = dict.fromkeys([(p, f) for p in PROJECTIONS for f in self.probing.formats], 0.0)
         pairs = 0
         for index, weights in zip(chosen, self._experts(layer, chosen), strict=True):
             expert = own.experts[index]
-            rows, slots = np.nonzero(walk.chosen == index)
+            rows, slots = np.nonzero(forward.chosen == index)
             pairs += rows.size
             for format, changed in experts.items():
                 changed[index] = replaced(expert, {p: weights[p, format] for p in PROJECTIONS})
             if not rows.size:
                 continue
-            x = paddle.to_tensor(walk.inputs[rows])
-            factor = paddle.to_tensor(walk.router_weights[rows, slots]).unsqueeze(1)
+            x = paddle.to_tensor(forward.inputs[rows])
+            factor = paddle.to_tensor(forward.router_weights[rows, slots]).unsqueeze(1)
             output = expert(x)
             for projection, format in sums:
                 changed = replaced(expert, {projection: weights[projection, format]})
@@ -178,12 +179,12 @@ class _Measurement:
                     paddle.square((changed(x) - output) * factor).sum(dtype="float64")
                 )
         # Of all (token, expert) pairs, these stand for the others.
-        share = pairs / walk.chosen.size
-        tokens = len(walk.inputs)
+        share = pairs / forward.chosen.size
+        tokens = len(forward.inputs)
         for (projection, format), total in sums.items():
             self.errors[layer, projection, format] = total / tokens / share if pairs else 0.0
-        before = np.empty_like(walk.states)
-        walk.outputs(own, before)
+        before = np.empty_like(forward.states)
+        forward.outputs(own, before)
         size = float(np.square(before, dtype=np.float64).sum() / tokens)
         for format, changed in experts.items():
             after = self.copies.add((layer, format), with_experts(own, changed))

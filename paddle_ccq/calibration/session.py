@@ -64,9 +64,9 @@ class Request:
 
 
 def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str]]:
-    """What a calibration will need, for the plan."""
+    """The lines of the plan that say what a calibration will need."""
+    from .sequential_forward import MEMORY_FOR_STATES, state_bytes
     from .token_weights import layer_input_bytes
-    from .walk import MEMORY_FOR_STATES, state_bytes
 
     states = state_bytes(settings.tokens, config.hidden_size)
     where = "in memory" if states <= MEMORY_FOR_STATES else "in a file of the partial folder"
@@ -95,7 +95,7 @@ def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str
         facts.append(
             (
                 "token weights",
-                "gradients: the model is walked two times more, and the inputs of its layers take"
+                "gradients: two more passes through the model, and the inputs of its layers take"
                 f" {gigabytes(inputs)} of the disk meanwhile",
             )
         )

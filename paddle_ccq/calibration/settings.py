@@ -29,8 +29,8 @@ class Settings:
         window: tokens that attend to each other.
         token_weights: one of TOKEN_WEIGHTS. An expert's output, and so its error, is multiplied by
             its router weight: to first order that is the error that reaches the residual stream.
-            The gradient says how much of it reaches the model's answer, and costs another two walks
-            through the model.
+            The gradient tells how much of it reaches the model's answer, and costs another two
+            passes through the model.
         shrinkage_tokens: an expert's statistics are mixed with the layer's pooled ones as if these
             were that many more tokens. 256 is small against the thousands that an expert normally
             gets and decides only where there are few; it was set beforehand and not fitted.

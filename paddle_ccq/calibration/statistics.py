@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of every expert's inputs, worked out when the encoder asks for them.
 
-The encoder goes through the model in order, so the float model is walked along with it: the layer
-that is being encoded is in memory with the inputs of its experts, and nothing is kept of an expert
-once it is done. A run that was interrupted walks again from the first layer, which gives the same
-numbers and costs little beside the encoding.
+The encoder goes through the model in order, and a forward pass of the float model goes along with
+it: the layer that is being encoded is in memory with the inputs of its experts, and nothing is kept
+of an expert once it is done. A run that was interrupted starts this forward pass again at the first
+layer, which gives the same numbers and costs little beside the encoding.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..errors import CcqError
 from ..families.tensor import DOWN, PROJECTIONS, UP_GATE
 from ..models.weights import WeightSource
 from .moments import second_moments, shrink
+from .sequential_forward import SequentialForward
 from .settings import EQUAL, GRADIENT, Settings
 from .text import CalibrationText
 from .token_weights import LayerWeights, kept_token_weights
-from .walk import LayerWalk
 
 
 class Statistics:
@@ -43,7 +43,7 @@ class Statistics:
         self._weights = weights
         self._threads = threads
         self._spill_folder = spill_folder
-        self._walk: LayerWalk | None = None
+        self._forward: SequentialForward | None = None
         self._last: tuple[str, InputMoments] | None = None
         # Gradients by layer, if tokens are weighed by them.
         self._gradients: dict[int, LayerWeights] | None = None
@@ -78,69 +78,73 @@ class Statistics:
 
     def close(self) -> None:
         """Free memory and threads."""
-        if self._walk is not None:
-            self._walk.close()
-            self._walk = None
+        if self._forward is not None:
+            self._forward.close()
+            self._forward = None
 
     def _go_to(self, layer: int) -> None:
-        if self._walk is None:
+        if self._forward is None:
             windows = self.text.windows
             if self.settings.token_weights == GRADIENT:
                 self._gradients = kept_token_weights(
                     self._weights, self.text, self.settings, self._threads, self._spill_folder
                 )
-            self._walk = LayerWalk(self._weights, windows, self._threads, self._spill_folder)
-        walk = self._walk
-        if layer < walk.layer:
-            raise ValueError(f"layer {layer} is asked for after layer {walk.layer}")
-        while walk.layer < layer:
-            if walk.layer >= 0:
-                walk.leave()
+            self._forward = SequentialForward(
+                self._weights, windows, self._threads, self._spill_folder
+            )
+        forward = self._forward
+        if layer < forward.layer:
+            raise ValueError(f"layer {layer} is asked for after layer {forward.layer}")
+        while forward.layer < layer:
+            if forward.layer >= 0:
+                forward.leave()
             self._pooled_up = self._down = None
-            walk.enter()
-            if walk.chosen is not None:
-                experts = walk.config.moe_num_experts
-                self.counts[walk.layer] = np.bincount(walk.chosen.reshape(-1), minlength=experts)
-                self._factors = self._factors_of(walk)
+            forward.enter()
+            if forward.chosen is not None:
+                experts = forward.config.moe_num_experts
+                self.counts[forward.layer] = np.bincount(
+                    forward.chosen.reshape(-1), minlength=experts
+                )
+                self._factors = self._factors_of(forward)
 
-    def _factors_of(self, walk: LayerWalk) -> dict[str, np.ndarray]:
+    def _factors_of(self, forward: SequentialForward) -> dict[str, np.ndarray]:
         if self._gradients is not None:
-            return self._gradients[walk.layer].factors(walk.chosen)
-        weights = walk.router_weights
+            return self._gradients[forward.layer].factors(forward.chosen)
+        weights = forward.router_weights
         if self.settings.token_weights == EQUAL:
             weights = np.ones_like(weights)
         return dict.fromkeys(PROJECTIONS, weights)
 
     def _routed(self, expert: int, projection: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the inputs that go to an expert, and the factor that each row gets."""
-        rows, slots = np.nonzero(self._walk.chosen == expert)
+        rows, slots = np.nonzero(self._forward.chosen == expert)
         return rows, self._factors[projection][rows, slots]
 
     def _up(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        walk = self._walk
+        forward = self._forward
         if self._pooled_up is None:
             # Every token counts once for each of its experts.
             weights = self._factors[UP_GATE]
             scale = np.sqrt(np.square(weights).sum(axis=1, keepdims=True))
-            self._pooled_up = second_moments(walk.inputs * scale, walk.pool)
+            self._pooled_up = second_moments(forward.inputs * scale, forward.pool)
         rows, weights = self._routed(expert, UP_GATE)
-        own = second_moments(walk.inputs[rows] * weights[:, None], walk.pool)
+        own = second_moments(forward.inputs[rows] * weights[:, None], forward.pool)
         return own, self._pooled_up
 
     def _down_of(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
         if self._down is None:
-            walk = self._walk
+            forward = self._forward
 
             @paddle.no_grad()
             def one(expert: int) -> np.ndarray:
                 rows, weights = self._routed(expert, DOWN)
                 if not rows.size:
-                    inner = walk.config.moe_intermediate_size
+                    inner = forward.config.moe_intermediate_size
                     return np.zeros((inner, inner))
-                inputs = paddle.to_tensor(walk.inputs[rows])
-                x = walk.block.mlp.experts[expert].inner(inputs).numpy()
+                inputs = paddle.to_tensor(forward.inputs[rows])
+                x = forward.block.mlp.experts[expert].inner(inputs).numpy()
                 return second_moments(x * weights[:, None])
 
-            all_of_them = walk.map(one, walk.config.moe_num_experts)
+            all_of_them = forward.map(one, forward.config.moe_num_experts)
             self._down = all_of_them, np.sum(all_of_them, axis=0)
         return self._down[0][expert], self._down[1]

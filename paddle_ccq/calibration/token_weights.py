@@ -6,8 +6,9 @@ d F d^T, F being the Fisher information of that output: the mean of g g^T over g
 -log p(label), with labels drawn from the model's own p. Its diagonal, taken alike for all channels,
 weighs the token: s^2 = mean over channels of g^2 (docs/notes/calibration.md).
 
-The model is walked forward with the inputs of its layers kept in a file, then backward with one
-layer's weights in memory at a time, each layer computed anew from its inputs.
+The forward pass goes layer by layer and keeps the inputs of the layers in a file. The backward pass
+then goes from the last layer to the first, again with one layer's weights in memory at a time, and
+computes each layer anew from its inputs.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from ..models.ernie import Block, positions_of
 from ..models.gradients import CHUNK_LOGITS, Backward, LayerPass
 from ..models.weights import WeightSource
 from ..units import gigabytes
+from .sequential_forward import MEMORY_FOR_STATES, SequentialForward, state_array, state_bytes
 from .settings import Settings
 from .text import CalibrationText
-from .walk import MEMORY_FOR_STATES, LayerWalk, state_array, state_bytes
 
 # Of the labels; a fixed one, so that the same text gives the same statistics.
 SEED = 0
@@ -119,35 +120,38 @@ def token_weights(
             f" {gigabytes(needed)}, the disk has {gigabytes(free)} free; make room, use fewer"
             " --calibration-tokens, or --calibration-weights router"
         )
-    walk = LayerWalk(source, windows, threads, folder)
+    forward = SequentialForward(source, windows, threads, folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            shape = (config.num_hidden_layers - first, *walk.states.shape)
+            shape = (config.num_hidden_layers - first, *forward.states.shape)
             inputs = np.memmap(file, ml_dtypes.bfloat16, "w+", shape=shape)
             for layer in range(config.num_hidden_layers):
                 if layer >= first:
-                    for begin, end in walk.spans:
-                        part = walk.states[begin:end].astype(ml_dtypes.bfloat16)
+                    for begin, end in forward.spans:
+                        part = forward.states[begin:end].astype(ml_dtypes.bfloat16)
                         inputs[layer - first, begin:end] = part
-                walk.enter()
-                walk.leave()
-            spilled = isinstance(walk.states, np.memmap)
-            gradients = state_array(walk.states.shape, folder if spilled else None)
-            _last_layer_gradients(source, windows, walk, gradients)
-            walk.states = walk.inputs = None
+                forward.enter()
+                forward.leave()
+            spilled = isinstance(forward.states, np.memmap)
+            gradients = state_array(forward.states.shape, folder if spilled else None)
+            _last_layer_gradients(source, windows, forward, gradients)
+            forward.states = forward.inputs = None
             found = {}
             for layer in reversed(range(first, config.num_hidden_layers)):
-                weights = _layer_backward(source, layer, walk, inputs[layer - first], gradients)
+                weights = _layer_backward(source, layer, forward, inputs[layer - first], gradients)
                 if weights is not None:
                     found[layer] = weights
             del inputs
     finally:
-        walk.close()
+        forward.close()
     return found
 
 
 def _last_layer_gradients(
-    source: WeightSource, windows: Sequence[np.ndarray], walk: LayerWalk, gradients: np.ndarray
+    source: WeightSource,
+    windows: Sequence[np.ndarray],
+    forward: SequentialForward,
+    gradients: np.ndarray,
 ) -> None:
     """Gradients of -log p(label), summed over a window's tokens, at the last layer's outputs."""
     config = source.config
@@ -158,8 +162,8 @@ def _last_layer_gradients(
     @paddle.no_grad()
     def one(index: int) -> None:
         rng = np.random.default_rng([SEED, index])
-        first, last = walk.spans[index]
-        states = paddle.to_tensor(walk.states[first:last])
+        first, last = forward.spans[index]
+        states = paddle.to_tensor(forward.states[first:last])
         hidden, backward = LayerPass(config, {}).norm(FINAL_NORM, states, norm)
         at_once = max(1, CHUNK_LOGITS // config.vocab_size)
         parts = []
@@ -174,7 +178,7 @@ def _last_layer_gradients(
                 "--calibration: the model's gradients are not finite; its weights are damaged"
             )
 
-    walk.map(one, len(windows))
+    forward.map(one, len(windows))
 
 
 def draw(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -185,7 +189,11 @@ def draw(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _layer_backward(
-    source: WeightSource, layer: int, walk: LayerWalk, inputs: np.ndarray, gradients: np.ndarray
+    source: WeightSource,
+    layer: int,
+    forward: SequentialForward,
+    inputs: np.ndarray,
+    gradients: np.ndarray,
 ) -> LayerWeights | None:
     """Turn `gradients` at a layer's outputs into those at its inputs, in place.
 
@@ -193,7 +201,7 @@ def _layer_backward(
     """
     config = source.config
     block = Block(source, layer)
-    lengths = {last - first for first, last in walk.spans}
+    lengths = {last - first for first, last in forward.spans}
     positions = {n: positions_of(config, 0, n) for n in lengths}
     moe = config.is_moe_layer(layer)
     shape = (len(gradients), config.moe_k)
@@ -202,7 +210,7 @@ def _layer_backward(
 
     @paddle.no_grad()
     def one(index: int) -> None:
-        first, last = walk.spans[index]
+        first, last = forward.spans[index]
         layer_pass = _Recording(config)
         x = paddle.to_tensor(inputs[first:last].astype(np.float32))
         _, backward = layer_pass.block(f"ernie.layers.{layer}", block, x, *positions[last - first])
@@ -212,7 +220,7 @@ def _layer_backward(
             for name, into in found.items():
                 layer_pass.put(name, into[first:last])
 
-    walk.map(one, len(walk.spans))
+    forward.map(one, len(forward.spans))
     return LayerWeights(chosen, **found) if moe else None
 
 

@@ -102,7 +102,7 @@ def score_window(
 ) -> dict[str, WindowScore]:
     """Each model's scores on one window; the model named `reference` is compared with the others.
 
-    The vocabulary is walked in chunks of tokens, all models side by side, so that the
+    Logits are computed in chunks of tokens, all models side by side, so that the
     reference's logits are computed once and none are kept.
     """
     tokens = paddle.to_tensor(window).unsqueeze(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the float model makes of the text: its final hidden states, from which logits follow."""
+"""The float model's final hidden states on a text, from which its logits follow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from ..calibration.walk import LayerWalk
+from ..calibration.sequential_forward import SequentialForward
 from ..families.ernie45 import FINAL_NORM
 from ..models.ernie import rms_norm
 from ..models.weights import WeightSource
@@ -21,15 +21,15 @@ def final_states(
 ) -> list[np.ndarray]:
     """Normalised final hidden states [length, hidden] of each window, float32.
 
-    The model is walked one layer at a time, so it is never in memory whole. States are kept and
-    not logits: they are smaller by the ratio of vocabulary to hidden size, and exact.
+    The forward pass goes layer by layer, so that the model is never in memory whole. States are
+    kept and not logits: they are smaller by the ratio of vocabulary to hidden size, and exact.
     """
-    walk = LayerWalk(source, windows, threads, spill_folder)
+    forward = SequentialForward(source, windows, threads, spill_folder)
     try:
         for _ in range(source.config.num_hidden_layers):
-            walk.enter()
-            walk.leave()
-        states, spans = walk.states, walk.spans
+            forward.enter()
+            forward.leave()
+        states, spans = forward.states, forward.spans
         norm = paddle.to_tensor(source.read(FINAL_NORM))
 
         def finish(index: int) -> None:
@@ -37,7 +37,7 @@ def final_states(
             x = rms_norm(paddle.to_tensor(states[first:last]), norm, source.config.rms_norm_eps)
             states[first:last] = x.numpy()
 
-        walk.map(finish, len(spans))
+        forward.map(finish, len(spans))
     finally:
-        walk.close()
+        forward.close()
     return [states[first:last] for first, last in spans]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The float model, one layer in memory at a time, over all calibration windows."""
+"""The forward pass of the float model over all windows of a text, one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MEMORY_FOR_STATES = 4_000_000_000
 
 
 def state_bytes(tokens: int, hidden: int) -> int:
-    """What the hidden states and the MLP inputs of all tokens take, as float32."""
+    """Bytes of the hidden states and the MLP inputs of all tokens in float32."""
     return 2 * 4 * tokens * hidden
 
 
-class LayerWalk:
+class SequentialForward:
     """Hidden states of all windows, moved through the model layer by layer.
 
-    `enter` runs a layer's attention and router; then `inputs` holds what its MLP sees, and
-    `chosen` and `router_weights` say which experts. `leave` adds the MLP's outputs to `states`.
-    Windows are independent and each is computed by one thread: the numbers don't depend on the
-    thread count.
+    `enter` runs a layer's attention and router. After it `inputs` holds the inputs of the layer's
+    MLP, `chosen` the experts of each token and `router_weights` their routing weights. `leave` adds
+    the MLP's outputs to `states`. Windows are independent and each is computed by one thread, so
+    the numbers don't depend on the thread count.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LayerWalk:
         self.router_weights: np.ndarray | None = None
 
     def map(self, function: Callable[[int], object], count: int) -> list[object]:
-        """function(0) .. function(count - 1) on the walk's threads, results in order."""
+        """function(0) .. function(count - 1) on the forward pass' threads, results in order."""
         return list(self.pool.map(function, range(count)))
 
     @paddle.no_grad()
@@ -110,7 +110,7 @@ class LayerWalk:
 
     @paddle.no_grad()
     def outputs(self, mlp: MLP | MoE, into: np.ndarray) -> None:
-        """Put the states that `leave(mlp)` would lead to into an array; nothing moves."""
+        """Write the states that `leave(mlp)` would lead to into an array, and change no other."""
 
         def window(index: int) -> None:
             first, last = self.spans[index]
@@ -137,7 +137,7 @@ class LayerWalk:
 
 
 def state_array(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
-    """An array in memory, or in an unnamed file that goes when the array does."""
+    """A float32 array in memory or, with a folder, in an unnamed file that ends with the array."""
     if folder is None:
         return np.empty(shape, np.float32)
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
