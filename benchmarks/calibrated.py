@@ -43,16 +43,16 @@ from paddle_ccq.texts.documents import read_documents
 
 FREE, PRODUCT, GPTQ = "CCQ 2.06, data-free", "CCQ 2.06, calibrated", "GPTQ int2, groups of 64"
 DIAGONAL, FEEDBACK = "CCQ 2.06, diagonal only", "CCQ 2.06, feedback only"
-# A method turns weights [N, K] and second moments [K, K], rows in stored order, into weights.
+# A method turns weights [N, K] and their Hessian [K, K], rows in stored order, into weights.
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def ccq(recipe: LdlqRecipe, diagonal: bool = False) -> Method:
     encoder = LdlqEncoder("default", default_threads(), lambda name: None, None, recipe=recipe)
 
-    def method(weight: np.ndarray, moments: np.ndarray) -> np.ndarray:
-        moments = np.diag(np.diagonal(moments)) if diagonal else moments
-        tensors = encoder.search(weight, make_metric(moments, recipe.damping))
+    def method(weight: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+        hessian = np.diag(np.diagonal(hessian)) if diagonal else hessian
+        tensors = encoder.search(weight, make_metric(hessian, recipe.damping))
         return wint2.dequantize(wint2.Wint2Tensors(**tensors)).T
 
     return method
@@ -78,11 +78,11 @@ def decode_all(
     for name in names:
         weight = source.read_out_in(name)
         rows = permute_rows(np.arange(weight.shape[1]))
-        moments = statistics.moments(name).matrix[np.ix_(rows, rows)]
+        hessian = statistics.hessian(name).matrix[np.ix_(rows, rows)]
         weight = np.ascontiguousarray(weight[:, rows])
         for label, method in chosen.items():
             start = time.perf_counter()
-            out[label][name] = unpermute_rows(method(weight, moments).T)
+            out[label][name] = unpermute_rows(method(weight, hessian).T)
             seconds[label] += time.perf_counter() - start
     return out, seconds
 

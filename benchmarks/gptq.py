@@ -35,10 +35,10 @@ def searched_grid(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scale, offset
 
 
-def gptq_int2(weight: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """What a decoder would return for float32 [N, K] under second moments [K, K]."""
+def gptq_int2(weight: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """The weights that a decoder would return for float32 [N, K] under a Hessian [K, K]."""
     w = weight.astype(np.float64)
-    h = moments / np.mean(np.diagonal(moments))
+    h = hessian / np.mean(np.diagonal(hessian))
     h[np.diag_indices_from(h)] += DAMPING
     # H = R R^T with R upper; its columns over its diagonal say how later weights follow errors.
     root = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]

@@ -4,7 +4,7 @@
     python benchmarks/ldlq_gpu.py --json ldlq_gpu.json      # on the GPU; about a minute
     python benchmarks/ldlq_gpu.py --write ldlq_gpu.json     # a table of docs/notes/calibration.md
 
-Weights are Gaussian and second moments those of made-up inputs; neither matters for the time. Whole
+Weights are Gaussian and Hessians those of made-up inputs; neither matters for the time. Whole
 matrices are searched, one of each shape and preset; a model's time is theirs times the matrices
 that its default plan makes wint2. What the host does for a matrix is measured beside it. Channels
 at both ends and in the middle are compared with the CPU core.
@@ -28,7 +28,7 @@ from paddle_ccq import _core
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES, Prepared
-from paddle_ccq.encoder.ldlq_metric import InputMoments, LdlqMetric
+from paddle_ccq.encoder.ldlq_metric import InputHessian, LdlqMetric
 from paddle_ccq.encoder.search_gpu import GpuLdlqEncoder
 from paddle_ccq.host import default_threads
 from paddle_ccq.ops import gpu_ldlq
@@ -49,7 +49,7 @@ class Timed(GpuLdlqEncoder):
             self.seconds = time.perf_counter() - start
 
 
-def made_up_moments(k: int, rng: np.random.Generator) -> np.ndarray:
+def made_up_hessian(k: int, rng: np.random.Generator) -> np.ndarray:
     """Of inputs with many small directions and some large ones."""
     tokens = min(2 * k, 4096)
     x = rng.standard_normal((tokens, k), np.float32)
@@ -61,7 +61,7 @@ def measure(shape: Shape, presets: list[str], rate: float, say: Callable) -> dic
     """Times of one matrix: whole on the host once, the search with every preset."""
     rng = np.random.default_rng(shape.k)
     weight = rng.standard_normal((shape.n, shape.k), np.float32)
-    moments = made_up_moments(shape.k, rng)
+    hessian = made_up_hessian(shape.k, rng)
     threads = default_threads()
     factor_seconds = []
 
@@ -73,7 +73,7 @@ def measure(shape: Shape, presets: list[str], rate: float, say: Callable) -> dic
 
     make_metric, ldlq.make_metric = ldlq.make_metric, timed_metric
     free = make_encoder("wint2", "fast", threads=threads)
-    known = InputMoments(moments, 1)
+    known = InputHessian(hessian, 1)
     encoder = Timed("fast", threads, lambda name: known, free)
     start = time.perf_counter()
     encoder.encode(weight)
@@ -234,7 +234,7 @@ def main() -> None:
             for s in todo
         ]
     small = np.random.default_rng(0).standard_normal((16, 128), np.float32)
-    known = InputMoments(np.eye(128), 1)
+    known = InputHessian(np.eye(128), 1)
     # Starts the device, and page-locks the buffers.
     Timed("fast", 1, lambda name: known, make_encoder("wint2", threads=1)).search(
         small, ldlq.make_metric(known.matrix, 0.01)

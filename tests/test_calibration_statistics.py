@@ -13,7 +13,7 @@ import pytest
 from helpers import reference_ernie
 from helpers.synthetic import tiny_config
 from paddle_ccq.calibration import sequential_forward
-from paddle_ccq.calibration.moments import second_moments, shrink
+from paddle_ccq.calibration.hessian import hessian_sum, shrink
 from paddle_ccq.calibration.settings import Settings, parse_tokens
 from paddle_ccq.calibration.statistics import Statistics
 from paddle_ccq.calibration.text import CalibrationText, read_calibration_text
@@ -70,7 +70,7 @@ def recorded(folder, text) -> dict[str, list[tuple[np.ndarray, np.ndarray, float
 
 @pytest.mark.parametrize("weighted", ["router", "equal"])
 @pytest.mark.parametrize("shrinkage", [0, 256])
-def test_moments_are_those_of_an_independent_forward(folder, text, recorded, weighted, shrinkage):
+def test_hessians_are_those_of_an_independent_forward(folder, text, recorded, weighted, shrinkage):
     found = statistics(
         open_checkpoint(folder), text, token_weights=weighted, shrinkage_tokens=shrinkage
     )
@@ -85,7 +85,7 @@ def test_moments_are_those_of_an_independent_forward(folder, text, recorded, wei
                     counts.append(len(seen))
                 pooled = sum(sums) / sum(counts) * shrinkage
                 expected = (sums[expert] + pooled) / (counts[expert] + shrinkage)
-                got = found.moments(EXPERT.format(layer, expert, projection))
+                got = found.hessian(EXPERT.format(layer, expert, projection))
                 assert got.tokens == counts[expert]
                 np.testing.assert_allclose(got.matrix, expected, atol=2e-5 * np.abs(expected).max())
     found.close()
@@ -108,10 +108,10 @@ def test_walking_layer_by_layer_is_running_the_model(folder, text):
 
 def test_threads_and_spilling_change_nothing(folder, text, tmp_path, monkeypatch):
     name = EXPERT.format(2, 1, "down_proj")
-    expected = statistics(open_checkpoint(folder), text, threads=1).moments(name).matrix
+    expected = statistics(open_checkpoint(folder), text, threads=1).hessian(name).matrix
     monkeypatch.setattr(sequential_forward, "MEMORY_FOR_STATES", 0)
     spilled = Statistics(open_checkpoint(folder), text, Settings(), 3, tmp_path)
-    np.testing.assert_array_equal(spilled.moments(name).matrix, expected)
+    np.testing.assert_array_equal(spilled.hessian(name).matrix, expected)
     assert isinstance(spilled._forward.inputs, np.memmap)
     assert list(tmp_path.iterdir()) == []
     spilled.close()
@@ -123,11 +123,11 @@ def test_an_expert_without_tokens_has_no_statistics(folder, text):
     bias = np.array([[0, 0, 0, -5.0]], np.float32)
     found = statistics(OverriddenWeights(checkpoint, {name: bias}), text)
     for projection in ("up_gate_proj", "down_proj"):
-        assert found.moments(EXPERT.format(1, 3, projection)).matrix is None
-        assert found.moments(EXPERT.format(1, 3, projection)).tokens == 0
-        assert found.moments(EXPERT.format(1, 2, projection)).matrix is not None
-    assert found.moments("ernie.layers.1.mlp.shared_experts.down_proj.weight") is None
-    assert found.moments("ernie.layers.0.mlp.down_proj.weight") is None
+        assert found.hessian(EXPERT.format(1, 3, projection)).matrix is None
+        assert found.hessian(EXPERT.format(1, 3, projection)).tokens == 0
+        assert found.hessian(EXPERT.format(1, 2, projection)).matrix is not None
+    assert found.hessian("ernie.layers.1.mlp.shared_experts.down_proj.weight") is None
+    assert found.hessian("ernie.layers.0.mlp.down_proj.weight") is None
 
 
 def test_damaged_weights_are_said_and_layers_only_go_forward(folder, text):
@@ -135,20 +135,20 @@ def test_damaged_weights_are_said_and_layers_only_go_forward(folder, text):
     name = "ernie.layers.0.post_attention_layernorm.weight"
     damaged = OverriddenWeights(checkpoint, {name: np.full(128, np.nan, np.float32)})
     with pytest.raises(CcqError, match="layer 0 are not finite"):
-        statistics(damaged, text).moments(EXPERT.format(1, 0, "up_gate_proj"))
+        statistics(damaged, text).hessian(EXPERT.format(1, 0, "up_gate_proj"))
     found = statistics(checkpoint, text)
-    found.moments(EXPERT.format(2, 0, "up_gate_proj"))
+    found.hessian(EXPERT.format(2, 0, "up_gate_proj"))
     with pytest.raises(ValueError, match="asked for after"):
-        found.moments(EXPERT.format(1, 0, "up_gate_proj"))
+        found.hessian(EXPERT.format(1, 0, "up_gate_proj"))
 
 
-def test_second_moments_over_many_parts(monkeypatch):
-    from paddle_ccq.calibration import moments
+def test_hessian_sum_over_many_parts(monkeypatch):
+    from paddle_ccq.calibration import hessian
 
     x = np.random.default_rng(0).standard_normal((300, 96)).astype(np.float32)
-    monkeypatch.setattr(moments, "TOKENS_A_PART", 64)
-    monkeypatch.setattr(moments, "ROWS_A_TASK", 40)
-    got = second_moments(x)
+    monkeypatch.setattr(hessian, "TOKENS_A_PART", 64)
+    monkeypatch.setattr(hessian, "ROWS_A_TASK", 40)
+    got = hessian_sum(x)
     np.testing.assert_allclose(got, x.astype(np.float64).T @ x, atol=1e-3)
     np.testing.assert_array_equal(got, got.T)
 

@@ -145,14 +145,14 @@ def test_weights_follow_the_experts_and_not_their_places():
     np.testing.assert_array_equal(factors["down_proj"], [[2, 1], [3, 0]])
 
 
-def test_moments_are_weighed_by_them(case):
+def test_hessians_are_weighed_by_them(case):
     _, _, checkpoint, windows = case
     described = CalibrationText("t.jsonl", "0" * 64, tuple(windows))
     settings = Settings(token_weights=GRADIENT, shrinkage_tokens=0)
     statistics = Statistics(checkpoint, described, settings, 1)
     w = token_weights(checkpoint, windows, 1)[1]
     expert = int(w.chosen[0, 0])
-    got = statistics.moments(f"ernie.layers.1.mlp.experts.{expert}.up_gate_proj.weight")
+    got = statistics.hessian(f"ernie.layers.1.mlp.experts.{expert}.up_gate_proj.weight")
     rows, slots = np.nonzero(statistics._forward.chosen == expert)
     x = statistics._forward.inputs[rows].astype(np.float64)
     s = w.factors(statistics._forward.chosen)["up_gate_proj"][rows, slots]

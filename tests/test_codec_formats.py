@@ -68,7 +68,7 @@ def test_values_are_rounded_to_what_an_engine_computes_in(dtype: str) -> None:
 
 
 def test_statistics_reach_the_formats_that_can_be_calibrated_and_no_other() -> None:
-    made = make_encoders(QUANTIZED, "fast", threads=1, moments=lambda name: None)
+    made = make_encoders(QUANTIZED, "fast", threads=1, hessians=lambda name: None)
     assert set(made) == set(QUANTIZED)
     for name, encoder in made.items():
         assert isinstance(encoder, LdlqEncoder) == formats.get(name).calibrated

@@ -8,14 +8,14 @@ import itertools
 import numpy as np
 import pytest
 
-from helpers.ldlq_cases import KINDS, SMALL, arguments, moments, weights
+from helpers.ldlq_cases import KINDS, SMALL, arguments, hessian, weights
 from paddle_ccq import _core
 from paddle_ccq.codec import formats, wint2
 from paddle_ccq.codec.row_order import permute_rows
 from paddle_ccq.encoder import ldlq, ldlq_reference
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.ldlq_metric import (
-    InputMoments,
+    InputHessian,
     blocks_of,
     make_metric,
     upper_root,
@@ -30,7 +30,7 @@ def run_core(w, h, recipe, threads=1, isa="auto"):
 
 
 def encoder(h: np.ndarray | None, recipe=None, preset="default") -> ldlq.LdlqEncoder:
-    known = InputMoments(h, 0 if h is None else 1000)
+    known = InputHessian(h, 0 if h is None else 1000)
     free = make_encoder("wint2", "fast", threads=1)
     return ldlq.LdlqEncoder(preset, 1, lambda name: known, free, recipe=recipe)
 
@@ -45,7 +45,7 @@ def decoded(tensors: dict[str, np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_give_the_matrix_back(kind: str) -> None:
     k = 128
-    m = make_metric(moments(k, kind), 0.01)
+    m = make_metric(hessian(k, kind), 0.01)
     d = np.zeros((k, k))
     for b, r in enumerate(m.d_root.astype(np.float64)):
         d[4 * b : 4 * b + 4, 4 * b : 4 * b + 4] = r @ r.T
@@ -68,7 +68,7 @@ def test_inputs_that_were_never_seen_give_no_metric() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_core_equals_numpy_reference_bit_for_bit(kind: str) -> None:
-    w, h = weights(3, 128), moments(128, kind)
+    w, h = weights(3, 128), hessian(128, kind)
     prepared = ldlq.prepare(w, SMALL)
     metric, books = make_metric(h, SMALL.damping), ldlq.books(SMALL.code_pairs)
     expected = ldlq_reference.encode(prepared.weight, metric, books, prepared.supers, SMALL)
@@ -80,7 +80,7 @@ def test_core_equals_numpy_reference_bit_for_bit(kind: str) -> None:
 @pytest.mark.parametrize("isa", [i for i in _core.ldlq_instruction_sets() if i != "plain"])
 def test_every_instruction_set_and_thread_count_gives_the_same_bytes(isa: str) -> None:
     # 37 channels: the last sixteen are not full, and threads share them out differently.
-    w, h = weights(37, 256, seed=1), moments(256, "low rank")
+    w, h = weights(37, 256, seed=1), hessian(256, "low rank")
     plain = run_core(w, h, SMALL, threads=1, isa="plain")
     other = run_core(w, h, SMALL, threads=3, isa=isa)
     for name in ARRAYS:
@@ -88,7 +88,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bytes(isa: str) -
 
 
 def test_a_channel_does_not_depend_on_its_neighbours() -> None:
-    w, h = weights(20, 128), moments(128)
+    w, h = weights(20, 128), hessian(128)
     whole, part = run_core(w, h, SMALL), run_core(w[5:8], h, SMALL)
     for name in ARRAYS:
         np.testing.assert_array_equal(whole[name][5:8], part[name], err_msg=name)
@@ -98,7 +98,7 @@ def test_a_channel_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_reported_loss_is_the_decoders_and_sweeps_never_raise_it() -> None:
-    w, h = weights(16, 256), moments(256, "low rank")
+    w, h = weights(16, 256), hessian(256, "low rank")
     losses = []
     for sweeps in (0, 1, 2, 4):
         recipe = ldlq.LdlqRecipe(code_pairs=1, keep_pairs=1, sweeps=sweeps)
@@ -120,7 +120,7 @@ def test_reported_loss_is_the_decoders_and_sweeps_never_raise_it() -> None:
     ("preset", "ceiling"), [("fast", 0.0195), ("default", 0.0185), ("best", 0.0182)]
 )
 def test_output_error_stays_in_its_class(preset: str, ceiling: float) -> None:
-    w, h = weights(16, 512), moments(512)
+    w, h = weights(16, 512), hessian(512)
     assert encoder(h, preset=preset).encode(w).measures["output_rel_mse"] < ceiling
     data_free = decoded(make_encoder("wint2", threads=1).encode(w).tensors)
     assert weighted_error(w - data_free, h) / weighted_error(w, h) > 0.07
@@ -138,7 +138,7 @@ def test_tensors_match_the_formats_specs_and_scales_are_finite() -> None:
     w[1] *= np.float32(1e-36)
     w[2] *= np.float32(1e37)
     w[3, 64:128] = 0
-    encoded = encoder(moments(256, "few tokens")).encode(w)
+    encoded = encoder(hessian(256, "few tokens")).encode(w)
     for suffix, (shape, dtype) in formats.tensor_specs("wint2", 256, 16).items():
         assert encoded.tensors[suffix].shape == shape
         assert encoded.tensors[suffix].dtype == formats.SAFETENSORS_DTYPES[dtype]
@@ -148,7 +148,7 @@ def test_tensors_match_the_formats_specs_and_scales_are_finite() -> None:
 
 
 def test_rows_in_stored_order_get_the_statistics_of_their_inputs() -> None:
-    w, h = weights(16, 256), moments(256, "low rank")
+    w, h = weights(16, 256), hessian(256, "low rank")
     rows = permute_rows(np.arange(256))
     a = encoder(h).encode(np.ascontiguousarray(w[:, rows]), "x", rows)
     b = encoder(h[np.ix_(rows, rows)]).encode(np.ascontiguousarray(w[:, rows]))

@@ -15,12 +15,12 @@ import pytest
 
 from helpers import emulated_gpu
 from helpers.configs import CALIBRATED
-from helpers.ldlq_cases import KINDS, SMALL, arguments, moments, odd_weights, weights
+from helpers.ldlq_cases import KINDS, SMALL, arguments, hessian, odd_weights, weights
 from helpers.runs import contents
 from paddle_ccq import _core, sensitivity
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.factory import calibrated_encoder, make_encoder
-from paddle_ccq.encoder.ldlq_metric import InputMoments, make_metric
+from paddle_ccq.encoder.ldlq_metric import InputHessian, make_metric
 from paddle_ccq.errors import CcqError
 from paddle_ccq.ops import gpu_ldlq, gpu_library
 from paddle_ccq.quantize import main, quantize
@@ -58,23 +58,23 @@ def test_bytes_are_the_cpus_in_any_order_of_threads(
 ) -> None:
     monkeypatch.setenv("CCQ_EMULATE_REVERSED", order)
     # 320 rows: a whole panel and a part of one; 37 channels fill no block.
-    assert_same(arguments(odd_weights(37, 320, seed=37), moments(320, kind), SMALL))
+    assert_same(arguments(odd_weights(37, 320, seed=37), hessian(320, kind), SMALL))
 
 
 @pytest.mark.parametrize("preset", ["fast", "default", "best"])
 def test_every_preset(preset: str) -> None:
-    assert_same(arguments(odd_weights(13, 128, seed=13), moments(128), ldlq.LDLQ_RECIPES[preset]))
+    assert_same(arguments(odd_weights(13, 128, seed=13), hessian(128), ldlq.LDLQ_RECIPES[preset]))
 
 
 def test_more_than_one_panel_before_and_behind() -> None:
     recipe = replace(SMALL, code_pairs=2, keep_pairs=1, sweeps=1)
-    assert_same(arguments(odd_weights(9, 832, seed=9), moments(832, "low rank"), recipe))
+    assert_same(arguments(odd_weights(9, 832, seed=9), hessian(832, "low rank"), recipe))
 
 
 @pytest.mark.parametrize("window", [(0, 0), (0, 1), (-1, 3), (-3, 3), (-3, 4)])
 def test_every_number_of_local_scales(window: tuple[int, int]) -> None:
     recipe = replace(SMALL, window=window, sweeps=1)
-    assert_same(arguments(odd_weights(40, 128, seed=40), moments(128), recipe))
+    assert_same(arguments(odd_weights(40, 128, seed=40), hessian(128), recipe))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_every_number_of_local_scales(window: tuple[int, int]) -> None:
 def test_steps_that_are_left_out_and_a_bad_metric(change: dict) -> None:
     assert_same(
         arguments(
-            odd_weights(24, 128, seed=24), moments(128, "few tokens"), replace(SMALL, **change)
+            odd_weights(24, 128, seed=24), hessian(128, "few tokens"), replace(SMALL, **change)
         )
     )
 
@@ -98,7 +98,7 @@ def test_of_equal_entries_the_first_is_taken() -> None:
 
 
 def test_little_memory_takes_fewer_channels_at_a_time() -> None:
-    args = arguments(odd_weights(300, 128, seed=300), moments(128), replace(SMALL, sweeps=1))
+    args = arguments(odd_weights(300, 128, seed=300), hessian(128), replace(SMALL, sweeps=1))
     with pytest.raises(ValueError, match="run_bytes 100000: too little"):
         assert_same(args, 100_000)
     assert_same(args, 450_000)
@@ -107,7 +107,7 @@ def test_little_memory_takes_fewer_channels_at_a_time() -> None:
 def test_a_full_device_is_tried_with_less_and_then_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert_same(arguments(weights(5, 128), moments(128), SMALL))  # whatever every call needs
+    assert_same(arguments(weights(5, 128), hessian(128), SMALL))  # whatever every call needs
     # 12,800 lanes of 1,361 bytes, for one group and without a second half.
     recipe = replace(SMALL, code_pairs=64, keep_pairs=1, window=(0, 0), kappas=(9.0,), sweeps=0)
     args = arguments(weights(200, 64), np.eye(64), recipe)
@@ -121,10 +121,10 @@ def test_a_full_device_is_tried_with_less_and_then_refused_in_one_line(
 
 
 def test_matrices_after_another_use_the_memory_of_the_first() -> None:
-    args = arguments(weights(40, 256), moments(256), SMALL)
+    args = arguments(weights(40, 256), hessian(256), SMALL)
     assert_same(args)
     held = gpu_ldlq.held_bytes()
-    assert_same(arguments(weights(7, 128), moments(128), SMALL))
+    assert_same(arguments(weights(7, 128), hessian(128), SMALL))
     assert_same(args)
     assert gpu_ldlq.held_bytes() == held
 
@@ -139,7 +139,7 @@ def test_matrices_after_another_use_the_memory_of_the_first() -> None:
     ],
 )
 def test_wrong_arrays_are_named(index: int, value: np.ndarray, message: str) -> None:
-    args = arguments(weights(4, 128), moments(128), SMALL)
+    args = arguments(weights(4, 128), hessian(128), SMALL)
     args[index] = value
     with pytest.raises(ValueError, match=message):
         gpu_ldlq.ldlq(*args)
@@ -155,23 +155,23 @@ def test_wrong_arrays_are_named(index: int, value: np.ndarray, message: str) -> 
     ],
 )
 def test_wrong_numbers_are_named(change: dict, message: str) -> None:
-    args = arguments(weights(4, 128), moments(128), SMALL)
+    args = arguments(weights(4, 128), hessian(128), SMALL)
     args[4] = {**args[4], **change}
     with pytest.raises(ValueError, match=message):
         gpu_ldlq.ldlq(*args)
 
 
 def test_a_metric_of_another_size_is_named() -> None:
-    args = arguments(weights(4, 128), moments(128), SMALL)
-    args[1] = make_metric(moments(256), 0.01).as_dict()
+    args = arguments(weights(4, 128), hessian(128), SMALL)
+    args[1] = make_metric(hessian(256), 0.01).as_dict()
     with pytest.raises(ValueError, match=r"h must be \[128, 128\], got \[256, 256\]"):
         gpu_ldlq.ldlq(*args)
 
 
 def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
-    w, h = odd_weights(24, 256, seed=24), moments(256, "low rank")
+    w, h = odd_weights(24, 256, seed=24), hessian(256, "low rank")
     free = make_encoder("wint2", "fast", threads=1)
-    known = InputMoments(h, 1000)
+    known = InputHessian(h, 1000)
     cpu, gpu = (
         calibrated_encoder("fast", 1, lambda name: known, free, device).encode(w)
         for device in ("cpu", "gpu")

@@ -3,8 +3,8 @@
 
     python benchmarks/gpu/calibrated_run.py --model DIR --output DIR --device gpu [--preset fast]
 
-Only the forward pass through the model needs Paddle. Here every expert matrix gets second moments
-made up from its name; a few get none, as experts that no token came to. Everything else is the
+Only the forward pass through the model needs Paddle. Here every expert matrix gets a Hessian
+made up from its name; a few get none, like experts that no token reached. Everything else is the
 product's own: plan, reading, encoding, writing.
 """
 
@@ -19,8 +19,8 @@ import numpy as np
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.checkpoint.writer import Workplace
 from paddle_ccq.encoder.base import DEVICES, PRESETS
-from paddle_ccq.encoder.ldlq import Moments
-from paddle_ccq.encoder.ldlq_metric import InputMoments
+from paddle_ccq.encoder.ldlq import Hessians
+from paddle_ccq.encoder.ldlq_metric import InputHessian
 from paddle_ccq.quantization.options import QuantizeOptions
 from paddle_ccq.quantization.run import QuantizeRun, encoders_for
 from paddle_ccq.targets.fastdeploy.card import Recipe
@@ -31,20 +31,20 @@ TOKENS = 512
 EMPTY = 7
 
 
-def made_up_moments(checkpoint: Checkpoint) -> Moments:
-    """Second moments of inputs with uneven sizes and a few common directions, by name."""
+def made_up_hessians(checkpoint: Checkpoint) -> Hessians:
+    """Hessians of inputs with uneven sizes and a few common directions, by name."""
     shapes = checkpoint.config.tensors.shapes
 
-    def moments(name: str) -> InputMoments:
+    def hessians(name: str) -> InputHessian:
         seed = zlib.crc32(name.encode())
         if seed % EMPTY == 0:
-            return InputMoments(None, 0)
+            return InputHessian(None, 0)
         rng, k = np.random.default_rng(seed), shapes[name][0]
         x = rng.standard_normal((TOKENS, k)) * rng.lognormal(0, 0.5, k)
         x += rng.standard_normal((TOKENS, 4)) @ rng.standard_normal((4, k))
-        return InputMoments(x.T @ x / TOKENS, TOKENS)
+        return InputHessian(x.T @ x / TOKENS, TOKENS)
 
-    return moments
+    return hessians
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
         run = QuantizeRun(
             plan,
             options,
-            encoders_for(plan, options, made_up_moments(checkpoint)),
+            encoders_for(plan, options, made_up_hessians(checkpoint)),
             checkpoint,
             Recipe(checkpoint.path.name, options.preset, options.encoder, said),
             workplace,

@@ -37,8 +37,8 @@ class Coded:
     books: dict[str, Tensor] = field(default_factory=dict)  # [E, N, 4, 256]
 
 
-class Moments(Taps):
-    """Second moments of every expert's inputs, weighed in every way, in one pass over the text."""
+class Hessians(Taps):
+    """Hessians of every expert's inputs, weighed in every way, in one pass over the text."""
 
     def __init__(self) -> None:
         self.sums: dict[Key, Tensor] = {}
@@ -119,7 +119,7 @@ class Lab:
         size = source.config.hidden_size
         normal = np.random.default_rng(0).standard_normal((size, size))
         self._turn = np.linalg.qr(normal)[0]
-        self.moments = Moments()
+        self.hessians = Hessians()
         generator = torch.Generator(device="cuda").manual_seed(0)
         # One weight needs a gradient: without any, PyTorch records no backward pass.
         weights = dict(self.float)
@@ -128,8 +128,8 @@ class Lab:
         for part in ("a", "b", "m"):
             windows = self.texts[part]
             for first in range(0, len(windows), AT_ONCE):
-                log_p = self.net(weights, windows[first : first + AT_ONCE], self.moments)
-                self.moments.add(part, log_p, generator)
+                log_p = self.net(weights, windows[first : first + AT_ONCE], self.hessians)
+                self.hessians.add(part, log_p, generator)
 
     def measured(self, weights: Weights) -> dict[str, np.ndarray]:
         return compare(self.net, weights, self.float, self.texts["held out"])
@@ -168,7 +168,7 @@ class Lab:
         recipe = LDLQ_RECIPES[choice.preset]
         weights = self.float[expert_key(layer, projection)].cpu().numpy().astype(np.float64)
         groups = APART[choice.weights] if projection == UP else 1
-        moments = [self.moments.of(choice, layer, projection, g) for g in range(groups)]
+        hessians = [self.hessians.of(choice, layer, projection, g) for g in range(groups)]
         size = weights.shape[1]
         # Inputs are multiplied by `back` and weights by `there`, which leaves the product as it is.
         there = back = np.eye(size)
@@ -193,7 +193,7 @@ class Lab:
             width = turned.shape[1] // groups
             parts = []
             for group in range(groups):
-                h = fro.T @ moments[group][expert] @ fro
+                h = fro.T @ hessians[group][expert] @ fro
                 columns = turned[:, group * width : (group + 1) * width]
                 parts.append(self._search(columns, h, recipe, choice.damping))
             decoded = fro @ np.concatenate([p[0] for p in parts], 1) @ after

@@ -11,7 +11,7 @@ from ..checkpoint.reader import Checkpoint
 from ..codec import formats as codec_formats
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..encoder.factory import make_encoders
-from ..encoder.ldlq import Moments
+from ..encoder.ldlq import Hessians
 from ..families.tensor import DOWN, UP_GATE
 
 # Projection -> attribute of an expert in models/ernie.py.
@@ -30,12 +30,12 @@ class Decoded:
         formats: Sequence[str],
         preset: str,
         threads: int,
-        moments: Moments | None,
+        hessians: Hessians | None,
         device: str = "cpu",
     ) -> None:
         self.checkpoint = checkpoint
         self._encoders = make_encoders(
-            formats, preset, threads=threads, device=device, moments=moments
+            formats, preset, threads=threads, device=device, hessians=hessians
         )
 
     def __call__(self, name: str, format: str) -> np.ndarray:

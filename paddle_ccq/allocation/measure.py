@@ -24,7 +24,7 @@ from ..calibration.settings import Settings
 from ..calibration.statistics import Statistics
 from ..calibration.text import CalibrationText
 from ..checkpoint.reader import Checkpoint
-from ..encoder.ldlq_metric import InputMoments
+from ..encoder.ldlq_metric import InputHessian
 from ..families.tensor import PROJECTIONS, Role
 from ..models.ernie import MLP, MoE
 from .copies import Copies
@@ -89,9 +89,9 @@ class _Measurement:
         self.config = checkpoint.config
         self.forward, self.probing = forward, probing
         self._statistics = statistics
-        self._known: dict[str, InputMoments | None] = {}
+        self._known: dict[str, InputHessian | None] = {}
         self.decoded = Decoded(
-            checkpoint, probing.formats, probing.preset, threads, statistics.moments, device
+            checkpoint, probing.formats, probing.preset, threads, statistics.hessian, device
         )
         layers = len(self.config.moe_layers())
         self.copies = Copies(forward, copies_of(probing, layers), folder)

@@ -21,7 +21,7 @@ class Probing:
         method: "quadratic" or "kl".
         formats: to measure.
         preset: of the encoders. Ranks hardly depend on it.
-        statistics: tokens of the text to use, at most; wint2's second moments are taken of those
+        statistics: tokens of the text to use, at most; wint2's Hessians are taken of those
             that nothing is measured on. Enough to tell layers apart; encoding itself takes more.
         tokens: of them, to measure on: copies are made of these.
         experts: of each layer that are encoded for "quadratic"; "kl" needs all.

@@ -78,10 +78,10 @@ def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str
     inner, hidden = config.moe_intermediate_size or 0, config.hidden_size
     # Float64 statistics of every down projection of a layer; and of one up projection, with its
     # pool, its factors and their float32 copies.
-    moments = 8 * (config.moe_num_experts + 1) * inner**2 + 8 * 6 * hidden**2
+    hessian_bytes = 8 * (config.moe_num_experts + 1) * inner**2 + 8 * 6 * hidden**2
     # The backward pass takes a third array of states.
     arrays = states * 3 // 2 if settings.token_weights == GRADIENT else states
-    memory = max(layers.values()) + moments + (arrays if states <= MEMORY_FOR_STATES else 0)
+    memory = max(layers.values()) + hessian_bytes + (arrays if states <= MEMORY_FOR_STATES else 0)
     facts = [
         (
             "calibration",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of every expert's inputs, worked out when the encoder asks for them.
+"""The Hessian of every expert's matrices, computed when the encoder asks for it.
 
 The encoder goes through the model in order, and a forward pass of the float model goes along with
 it: the layer that is being encoded is in memory with the inputs of its experts, and nothing is kept
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from ..encoder.ldlq_metric import InputMoments
+from ..encoder.ldlq_metric import InputHessian
 from ..errors import CcqError
 from ..families.tensor import DOWN, PROJECTIONS, UP_GATE
 from ..models.weights import WeightSource
-from .moments import second_moments, shrink
+from .hessian import hessian_sum, shrink
 from .sequential_forward import SequentialForward
 from .settings import EQUAL, GRADIENT, Settings
 from .text import CalibrationText
@@ -26,7 +26,7 @@ from .token_weights import LayerWeights, kept_token_weights
 
 
 class Statistics:
-    """`moments(name)` for the expert matrices of a model, to be asked in model order."""
+    """`hessian(name)` for the expert matrices of a model, to be asked in model order."""
 
     def __init__(
         self,
@@ -44,16 +44,21 @@ class Statistics:
         self._threads = threads
         self._spill_folder = spill_folder
         self._forward: SequentialForward | None = None
-        self._last: tuple[str, InputMoments] | None = None
+        self._last: tuple[str, InputHessian] | None = None
         # Gradients by layer, if tokens are weighed by them.
         self._gradients: dict[int, LayerWeights] | None = None
-        # What the present layer's tokens are weighed by [tokens, k], by projection.
+        # Projection -> the factors that the present layer's tokens are multiplied by [tokens, k].
         self._factors: dict[str, np.ndarray] = {}
         self._pooled_up: np.ndarray | None = None
         self._down: tuple[list[np.ndarray], np.ndarray] | None = None
 
-    def moments(self, name: str) -> InputMoments | None:
-        """The statistics of an expert's matrix; None for what is no routed expert."""
+    def hessian(self, name: str) -> InputHessian | None:
+        """The Hessian of an expert's matrix, or None for a matrix of no routed expert.
+
+        Raises:
+            CcqError: if the activations are not finite.
+            ValueError: if the matrix is of an earlier layer than the one asked for before.
+        """
         tensor = self._weights.config.tensors.get(name)
         if tensor is None or not tensor.is_expert:
             return None
@@ -62,7 +67,7 @@ class Statistics:
             self._go_to(layer)
             tokens = int(self.counts[layer][expert])
             if not tokens:
-                return InputMoments(None, 0)
+                return InputHessian(None, 0)
             take = self._up if tensor.projection == UP_GATE else self._down_of
             own, pooled = take(expert)
             if not np.isfinite(own).all():
@@ -73,7 +78,7 @@ class Statistics:
             all_tokens = int(self.counts[layer].sum())
             weight = self.settings.shrinkage_tokens
             mean = shrink(own, tokens, pooled, all_tokens, weight)
-            self._last = (name, InputMoments(mean, tokens))
+            self._last = (name, InputHessian(mean, tokens))
         return self._last[1]
 
     def close(self) -> None:
@@ -126,9 +131,9 @@ class Statistics:
             # Every token counts once for each of its experts.
             weights = self._factors[UP_GATE]
             scale = np.sqrt(np.square(weights).sum(axis=1, keepdims=True))
-            self._pooled_up = second_moments(forward.inputs * scale, forward.pool)
+            self._pooled_up = hessian_sum(forward.inputs * scale, forward.pool)
         rows, weights = self._routed(expert, UP_GATE)
-        own = second_moments(forward.inputs[rows] * weights[:, None], forward.pool)
+        own = hessian_sum(forward.inputs[rows] * weights[:, None], forward.pool)
         return own, self._pooled_up
 
     def _down_of(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +148,7 @@ class Statistics:
                     return np.zeros((inner, inner))
                 inputs = paddle.to_tensor(forward.inputs[rows])
                 x = forward.block.mlp.experts[expert].inner(inputs).numpy()
-                return second_moments(x * weights[:, None])
+                return hessian_sum(x * weights[:, None])
 
             all_of_them = forward.map(one, forward.config.moe_num_experts)
             self._down = all_of_them, np.sum(all_of_them, axis=0)

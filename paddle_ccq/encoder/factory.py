@@ -9,7 +9,7 @@ from ..codec import formats
 from ..host import default_threads
 from .base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .integer import IntegerEncoder
-from .ldlq import LdlqEncoder, Moments
+from .ldlq import Hessians, LdlqEncoder
 from .paper import PaperEncoder
 from .search import SearchEncoder
 
@@ -53,7 +53,7 @@ def make_encoder(
 
 
 def calibrated_encoder(
-    preset: str, threads: int, moments: Moments, data_free: MatrixEncoder, device: str = "cpu"
+    preset: str, threads: int, hessians: Hessians, data_free: MatrixEncoder, device: str = "cpu"
 ) -> LdlqEncoder:
     """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
 
@@ -62,8 +62,8 @@ def calibrated_encoder(
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder
 
-        return GpuLdlqEncoder(preset, threads, moments, data_free)
-    return LdlqEncoder(preset, threads, moments, data_free)
+        return GpuLdlqEncoder(preset, threads, hessians, data_free)
+    return LdlqEncoder(preset, threads, hessians, data_free)
 
 
 def make_encoders(
@@ -73,9 +73,9 @@ def make_encoders(
     encoder: str = "search",
     threads: int | None = None,
     device: str = "cpu",
-    moments: Moments | None = None,
+    hessians: Hessians | None = None,
 ) -> dict[str, MatrixEncoder]:
-    """One encoder for each of the formats; with `moments`, calibrated where the format can be.
+    """One encoder for each of the formats; with `hessians`, calibrated where the format can be.
 
     Raises:
         ValueError, CcqError: as make_encoder.
@@ -84,6 +84,6 @@ def make_encoders(
     made: dict[str, MatrixEncoder] = {}
     for name in sorted(set(names)):
         made[name] = make_encoder(name, preset, encoder=encoder, threads=threads, device=device)
-        if moments is not None and formats.get(name).calibrated:
-            made[name] = calibrated_encoder(preset, threads, moments, made[name], device)
+        if hessians is not None and formats.get(name).calibrated:
+            made[name] = calibrated_encoder(preset, threads, hessians, made[name], device)
     return made

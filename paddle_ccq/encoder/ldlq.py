@@ -4,7 +4,7 @@
 For every channel the compiled core (custom_ops/cpu/ldlq.inc) tries code pairs and super scales;
 each time it goes through the groups, and in a group tries several local scales, taking words by
 error feedback in the metric of their block (ldlq_metric.py). Coordinate descent on words, local and
-super scales follows. ldlq_reference.py says the same in NumPy.
+super scales follows. ldlq_reference.py computes the same in NumPy.
 
 Matrices without statistics go to the data-free encoder.
 """
@@ -20,23 +20,23 @@ import numpy as np
 from ..codec import formats, wint2
 from . import layouts
 from .base import Encoded, ErrorStats, MatrixEncoder
-from .ldlq_metric import InputMoments, LdlqMetric, make_metric, weighted_error
+from .ldlq_metric import InputHessian, LdlqMetric, make_metric, weighted_error
 from .recipes import CODE_SCALE, CODE_ZERO_POINTS
 
-# The statistics of a matrix by its name; None for a matrix that has none.
-Moments = Callable[[str], InputMoments | None]
+# Name of a matrix -> its Hessian, or None for a matrix that has none.
+Hessians = Callable[[str], InputHessian | None]
 
 
 @dataclass(frozen=True)
 class LdlqRecipe:
-    """What the calibrated search tries; chosen on synthetic second moments, not on a model.
+    """What the calibrated search tries; chosen on synthetic Hessians, not on a model.
 
     Attributes:
         nominal: best scale of a group as a multiple of its rms, as in recipes.py.
         kappas: one super scale for each: the local scale of a group of average rms.
         window: local scales tried around a group's nominal one, at most 8.
         code_pairs: code zero-points tried per channel.
-        keep_pairs: how many survive a run on nominal scales.
+        keep_pairs: how many code pairs survive a run on nominal scales.
         sweeps: rounds of coordinate descent.
         damping: share of the mean of H's diagonal that is added to it.
     """
@@ -108,7 +108,7 @@ def books(count: int) -> np.ndarray:
 
 
 class LdlqEncoder:
-    """See MatrixEncoder; `moments` finds the statistics, `data_free` takes what has none."""
+    """See MatrixEncoder; `data_free` encodes the matrices for which `hessians` returns None."""
 
     format = "wint2"
 
@@ -116,7 +116,7 @@ class LdlqEncoder:
         self,
         preset: str,
         threads: int,
-        moments: Moments,
+        hessians: Hessians,
         data_free: MatrixEncoder,
         *,
         isa: str = "auto",
@@ -124,7 +124,7 @@ class LdlqEncoder:
     ) -> None:
         self._recipe = recipe or LDLQ_RECIPES[preset]
         self._threads = threads
-        self._moments = moments
+        self._hessians = hessians
         self._data_free = data_free
         self._isa = isa
         self._books = books(self._recipe.code_pairs)
@@ -135,18 +135,18 @@ class LdlqEncoder:
         problem = formats.shape_problem(self.format, k, n)
         if problem:
             raise ValueError(problem)
-        known = self._moments(name)
-        moments = known.matrix if known else None
-        if moments is not None and rows is not None:
-            moments = moments[np.ix_(rows, rows)]
-        metric = make_metric(moments, self._recipe.damping) if moments is not None else None
+        known = self._hessians(name)
+        hessian = known.matrix if known else None
+        if hessian is not None and rows is not None:
+            hessian = hessian[np.ix_(rows, rows)]
+        metric = make_metric(hessian, self._recipe.damping) if hessian is not None else None
         if known is None or metric is None:
             encoded = self._data_free.encode(weight, name, rows)
             return Encoded(encoded.tensors, encoded.stats, {"calibration_tokens": 0})
         tensors = self.search(weight, metric)
         decoded = wint2.dequantize(wint2.Wint2Tensors(**tensors), "float32").T
-        output = weighted_error(weight, moments)
-        lost = weighted_error(weight - decoded, moments)
+        output = weighted_error(weight, hessian)
+        lost = weighted_error(weight - decoded, hessian)
         return Encoded(
             tensors,
             ErrorStats.between(weight, decoded),

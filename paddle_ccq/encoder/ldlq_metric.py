@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metric of calibrated encoding: H, damped, and what error feedback needs of it.
+"""The metric of calibrated encoding: the damped Hessian H and the factors that error feedback uses.
 
-An output channel's error e = w - w' costs e H e^T on the calibration text, H being the second
-moments of its inputs. With H = M D M^T (M unit block upper triangular, D block diagonal, blocks of
-the four weights that share a byte)
+An output channel's error e = w - w' costs e H e^T on the calibration text. H is the Hessian of that
+squared error: the mean of x x^T over the inputs x of the channel, its factor 2 left out. With
+H = M D M^T (M unit block upper triangular, D block diagonal, blocks of the four weights that share
+a byte)
 
     e H e^T = sum over b of z_b D_b z_b^T,      z_b = e_b + sum over a < b of e_a M_ab,
 
@@ -23,12 +24,12 @@ BLOCK = 4
 
 
 @dataclass(frozen=True)
-class InputMoments:
-    """What a text says about the inputs of one matrix.
+class InputHessian:
+    """The Hessian of one matrix, measured on a text.
 
     Attributes:
-        matrix: mean of x x^T [K, K], rows in plain order; None if no token came by.
-        tokens: how many tokens that is of.
+        matrix: mean of x x^T [K, K], rows in plain order; None if no token reached the matrix.
+        tokens: the number of tokens that the mean is taken over.
     """
 
     matrix: np.ndarray | None
@@ -40,7 +41,7 @@ class LdlqMetric:
     """One matrix's metric, in the order in which its rows are stored; float32, C-contiguous.
 
     Attributes:
-        h: damped second moments [K, K], divided by the mean of their diagonal.
+        h: damped Hessian [K, K], divided by the mean of its diagonal.
         feedback: transpose of M [K, K].
         d_root: upper R [K/4, 4, 4] with D_b = R R^T.
         h_root: upper R with H_bb = R R^T.
@@ -71,13 +72,13 @@ def blocks_of(matrix: np.ndarray) -> np.ndarray:
     return matrix.reshape(count, BLOCK, count, BLOCK)[index, :, index, :]
 
 
-def make_metric(moments: np.ndarray, damping: float) -> LdlqMetric | None:
-    """The metric of second moments [K, K], or None where no input was ever other than zero.
+def make_metric(hessian: np.ndarray, damping: float) -> LdlqMetric | None:
+    """The metric of a Hessian [K, K], or None where no input was ever other than zero.
 
     `damping` times the mean of the diagonal is added to it: it keeps the factors finite where
-    inputs are few or dependent, and says that a direction the text has not shown still counts.
+    inputs are few or dependent, and lets a direction that the text has not shown still count.
     """
-    h = np.array(moments, np.float64)
+    h = np.array(hessian, np.float64)
     mean = float(np.mean(np.diagonal(h)))
     if not mean > 0:
         return None
@@ -104,7 +105,7 @@ def make_metric(moments: np.ndarray, damping: float) -> LdlqMetric | None:
     )
 
 
-def weighted_error(error: np.ndarray, moments: np.ndarray) -> float:
+def weighted_error(error: np.ndarray, hessian: np.ndarray) -> float:
     """tr(E H E^T) for rows E [N, K] in float64."""
     e = error.astype(np.float64)
-    return float(np.sum((e @ moments) * e))
+    return float(np.sum((e @ hessian) * e))

@@ -15,7 +15,7 @@ from ..allocation.session import comparison_table, measuring_facts
 from ..calibration.session import memory_facts
 from ..checkpoint.plan import Plan, make_plan
 from ..encoder.base import MatrixEncoder
-from ..encoder.ldlq_metric import InputMoments
+from ..encoder.ldlq_metric import InputHessian
 from ..errors import CoreMissingError
 from ..units import gigabytes
 from .job import Job
@@ -68,13 +68,13 @@ def _estimated_time(
 ) -> tuple[float | None, str]:
     """Seconds of encoding, and the line about it; None where the compiled core is missing."""
     # The time does not depend on the statistics.
-    made_up = InputMoments(np.eye(MEASURED_SHAPE[1]), 1)
-    moments = (lambda name: made_up) if calibrated else None
+    made_up = InputHessian(np.eye(MEASURED_SHAPE[1]), 1)
+    hessians = (lambda name: made_up) if calibrated else None
     try:
         check_devices(plan, options)
     except CoreMissingError as error:
         return None, f"not known: {error}"
-    rates = measured_rates(encoders_for(plan, options, moments))
+    rates = measured_rates(encoders_for(plan, options, hessians))
     seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
     quantized = {item.format: 0 for item in plan.items if item.quantized}
     for item in plan.items:

@@ -26,7 +26,7 @@ from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
 from ..codec.formats import CCQ_FORMATS
 from ..encoder import factory
 from ..encoder.base import MatrixEncoder
-from ..encoder.ldlq import Moments
+from ..encoder.ldlq import Hessians
 from ..errors import CcqError
 from ..ops import gpu_library
 from ..targets.fastdeploy.card import Recipe, model_card
@@ -64,7 +64,7 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
 
 
 def encoders_for(
-    plan: Plan, options: QuantizeOptions, moments: Moments | None = None
+    plan: Plan, options: QuantizeOptions, hessians: Hessians | None = None
 ) -> dict[str, MatrixEncoder]:
     """One encoder for each format that occurs in the plan; see factory.make_encoders."""
     check_devices(plan, options)
@@ -74,7 +74,7 @@ def encoders_for(
         encoder=options.encoder,
         threads=options.threads,
         device=options.device,
-        moments=moments,
+        hessians=hessians,
     )
 
 

@@ -210,7 +210,7 @@ def encoded(
             hub_id(job.model),
             read_source_card(checkpoint.path)[0],
         )
-        encoders = encoders_for(plan, job.options, statistics.moments if statistics else None)
+        encoders = encoders_for(plan, job.options, statistics.hessian if statistics else None)
         run = QuantizeRun(plan, job.options, encoders, checkpoint, recipe, workplace, log_path)
         return run.run(job.say)
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers import ldlq_cases
-from helpers.ldlq_cases import arguments, moments, odd_weights
+from helpers.ldlq_cases import arguments, hessian, odd_weights
 from paddle_ccq import _core
 from paddle_ccq.encoder import ldlq
 from paddle_ccq.encoder.ldlq_metric import make_metric
@@ -40,7 +40,7 @@ def assert_same(args: list, run_bytes: int = gpu_ldlq.RUN_BYTES) -> None:
 def test_gpu_equals_cpu_bit_for_bit(kind: str, preset: str) -> None:
     recipe = ldlq.LDLQ_RECIPES[preset]
     for n, k in ((37, 320), (130, 128)):
-        assert_same(arguments(odd_weights(n, k, seed=k), moments(k, kind), recipe))
+        assert_same(arguments(odd_weights(n, k, seed=k), hessian(k, kind), recipe))
 
 
 def test_random_shapes_and_recipes() -> None:
@@ -58,19 +58,19 @@ def test_random_shapes_and_recipes() -> None:
             damping=float(10 ** rng.uniform(-9, -1)),
         )
         kind = KINDS[case % len(KINDS)]
-        assert_same(arguments(odd_weights(n, k, seed=case), moments(k, kind, case), recipe))
+        assert_same(arguments(odd_weights(n, k, seed=case), hessian(k, kind, case), recipe))
 
 
 @pytest.mark.parametrize("shape", [(1500, 1024), (60, 4096), (9000, 256)])
 def test_many_channels_and_long_rows(shape: tuple[int, int]) -> None:
     n, k = shape
     recipe = ldlq.LDLQ_RECIPES["default"]
-    assert_same(arguments(odd_weights(n, k, seed=n), moments(k, "low rank"), recipe))
+    assert_same(arguments(odd_weights(n, k, seed=n), hessian(k, "low rank"), recipe))
 
 
 def test_a_whole_expert_matrix_at_its_ends_and_in_the_middle() -> None:
     args = arguments(
-        odd_weights(3072, 2560, seed=0), moments(2560, "low rank"), ldlq.LDLQ_RECIPES["default"]
+        odd_weights(3072, 2560, seed=0), hessian(2560, "low rank"), ldlq.LDLQ_RECIPES["default"]
     )
     found, _ = gpu_ldlq.ldlq(*args)
     at = np.r_[0:24, 1500:1524, 3048:3072]
@@ -87,9 +87,9 @@ def test_of_equal_entries_the_first_is_taken() -> None:
 
 def test_two_calls_give_the_same_whatever_came_between() -> None:
     first = arguments(
-        odd_weights(600, 512, seed=0), moments(512, "low rank"), ldlq.LDLQ_RECIPES["fast"]
+        odd_weights(600, 512, seed=0), hessian(512, "low rank"), ldlq.LDLQ_RECIPES["fast"]
     )
-    other = arguments(odd_weights(600, 512, seed=1), moments(512, "correlated"), SMALL)
+    other = arguments(odd_weights(600, 512, seed=1), hessian(512, "correlated"), SMALL)
     a, _ = gpu_ldlq.ldlq(*first)
     assert_same(other)
     held = gpu_ldlq.held_bytes()
@@ -101,12 +101,12 @@ def test_two_calls_give_the_same_whatever_came_between() -> None:
 
 @pytest.mark.parametrize("megabytes", [1, 3, 20])
 def test_memory_for_fewer_channels_at_a_time(megabytes: int) -> None:
-    args = arguments(odd_weights(700, 256, seed=0), moments(256, "low rank"), SMALL)
+    args = arguments(odd_weights(700, 256, seed=0), hessian(256, "low rank"), SMALL)
     assert_same(args, megabytes << 20)
 
 
 def test_wrong_arguments_are_named() -> None:
-    args = arguments(odd_weights(8, 128, seed=0), moments(128, "correlated"), SMALL)
+    args = arguments(odd_weights(8, 128, seed=0), hessian(128, "correlated"), SMALL)
     with pytest.raises(ValueError, match="run_bytes 1000: too little"):
         gpu_ldlq.ldlq(*args, run_bytes=1000)
     for index, value, name in (

@@ -12,7 +12,7 @@ SMALL = ldlq.LdlqRecipe(code_pairs=3, keep_pairs=2, window=(-1, 1), sweeps=2)
 KINDS = ["correlated", "low rank", "few tokens", "dead inputs"]
 
 
-def moments(k: int, kind: str = "correlated", seed: int = 0) -> np.ndarray:
+def hessian(k: int, kind: str = "correlated", seed: int = 0) -> np.ndarray:
     """Second moments [k, k] of a kind out of KINDS, or "identity"."""
     rng = np.random.default_rng(seed)
     if kind == "identity":

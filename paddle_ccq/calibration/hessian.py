@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments: sums of x x^T over tokens, in parts whose order is always the same."""
+"""The Hessian of a matrix' squared output error: sums of x x^T over tokens, in a fixed order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ ROWS_A_TASK = 256
 
 
 @paddle.no_grad()
-def second_moments(x: np.ndarray, pool: Executor | None = None) -> np.ndarray:
+def hessian_sum(x: np.ndarray, pool: Executor | None = None) -> np.ndarray:
     """sum over tokens of x x^T for x [tokens, K]: float64 [K, K], exactly symmetric.
 
-    Every part is one product on one core, so the result is the same for any number of threads.
+    Every part is one product on one core, so the result is the same for any number of threads. As
+    usual in this field the factor 2 of the second derivative is left out.
     """
     k = x.shape[1]
     total = np.zeros((k, k))
@@ -38,7 +39,7 @@ def second_moments(x: np.ndarray, pool: Executor | None = None) -> np.ndarray:
 
 
 def shrink(own: np.ndarray, tokens: int, pooled: np.ndarray, pooled_tokens: int, weight: int):
-    """Mean of x x^T, with the pool's mean taken in as if it were `weight` more tokens."""
+    """Mean of x x^T [K, K], mixed with the pool's mean as if that were `weight` more tokens."""
     if not weight:
         return own / tokens
     return (own + pooled * (weight / pooled_tokens)) / (tokens + weight)
