@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices and second moments for the calibrated search."""
+"""Matrices and Hessians for the calibrated search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ["correlated", "low rank", "few tokens", "dead inputs"]
 
 
 def hessian(k: int, kind: str = "correlated", seed: int = 0) -> np.ndarray:
-    """Second moments [k, k] of a kind out of KINDS, or "identity"."""
+    """A Hessian [k, k] of a kind out of KINDS, or "identity"."""
     rng = np.random.default_rng(seed)
     if kind == "identity":
         return np.eye(k)
