@@ -44,7 +44,7 @@ def statistics(weights, text, threads=1, **settings) -> Statistics:
 
 @pytest.fixture(scope="module")
 def recorded(folder, text) -> dict[str, list[tuple[np.ndarray, np.ndarray, float]]]:
-    """Expert -> MLP input, down projection's input, router weight of each of its tokens."""
+    """Expert -> MLP input, down projection's input, routing weight of each of its tokens."""
     checkpoint = open_checkpoint(folder)
     weights = {name: checkpoint.read(name) for name in checkpoint.names()}
     found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}

@@ -219,7 +219,7 @@ def test_kept_weights_of_another_text_or_cut_off_are_made_anew(
     assert contents(out) == contents(whole)
 
 
-def test_codes_differ_from_those_by_router_weights(model, options, tmp_path):
+def test_codes_differ_from_those_by_routing_weights(model, options, tmp_path):
     quantize(model, tmp_path / "gradient", **options)
     quantize(model, tmp_path / "router", **{**options, "calibration_weights": "router"})
     ours, other = (open_checkpoint(tmp_path / name) for name in ("gradient", "router"))

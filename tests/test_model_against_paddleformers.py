@@ -32,9 +32,11 @@ def experts_on_cpu(block, x, *_, **__):
     scores = paddle.nn.functional.softmax(scores, axis=-1)
     _, chosen = paddle.topk(scores + block.moe_statics.e_score_correction_bias[0], block.top_k)
     mask = paddle.nn.functional.one_hot(chosen, scores.shape[-1]).sum(axis=1)
-    shares = scores * mask
-    shares = shares / shares.sum(axis=-1, keepdim=True)
-    outputs = [expert(flat) * shares[:, i : i + 1] for i, expert in enumerate(block.experts)]
+    routing_weights = scores * mask
+    routing_weights = routing_weights / routing_weights.sum(axis=-1, keepdim=True)
+    outputs = [
+        expert(flat) * routing_weights[:, i : i + 1] for i, expert in enumerate(block.experts)
+    ]
     total = sum(outputs)
     if block.shared_experts is not None:
         total = total + block.shared_experts(flat)

@@ -93,10 +93,10 @@ def test_correction_bias_decides_the_choice_but_not_the_weights():
             weights[name] = bias
     model = Ernie(Weights(config, weights))
     x = paddle.to_tensor(np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32))
-    chosen, shares = model.blocks[1].mlp.route(x)
+    chosen, routing_weights = model.blocks[1].mlp.route(x)
     assert set(chosen.numpy().reshape(-1).tolist()) == {1, 4}
-    np.testing.assert_allclose(shares.numpy().sum(axis=1), 1, rtol=1e-6)
-    assert shares.numpy().std() > 0.01
+    np.testing.assert_allclose(routing_weights.numpy().sum(axis=1), 1, rtol=1e-6)
+    assert routing_weights.numpy().std() > 0.01
 
 
 def test_a_row_does_not_depend_on_the_rest_of_its_batch():

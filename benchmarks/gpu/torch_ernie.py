@@ -26,7 +26,7 @@ class Taps:
     """What passes an MoE layer; subclasses keep it."""
 
     def inputs(self, layer: int, x: Tensor, routed: Tensor, hidden: Tensor) -> None:
-        """x [T, H], router weights [T, E] (zero where not chosen), up_gate outputs [E, T, 2I]."""
+        """x [T, H], routing weights [T, E] (zero where not chosen), up_gate outputs [E, T, 2I]."""
 
     def outputs(self, layer: int, inner: Tensor, out: Tensor) -> None:
         """Down inputs [E, T, I], weighed sum of the down outputs [T, H]."""

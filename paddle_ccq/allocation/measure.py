@@ -171,7 +171,7 @@ class _Measurement:
             if not rows.size:
                 continue
             x = paddle.to_tensor(forward.inputs[rows])
-            factor = paddle.to_tensor(forward.router_weights[rows, slots]).unsqueeze(1)
+            factor = paddle.to_tensor(forward.routing_weights[rows, slots]).unsqueeze(1)
             output = expert(x)
             for projection, format in sums:
                 changed = replaced(expert, {projection: weights[projection, format]})

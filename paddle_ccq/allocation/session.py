@@ -97,7 +97,7 @@ class Request:
         from .measure import measure
 
         fewer = min(calibration.settings.tokens, self.probing.statistics)
-        # Costs are always measured with router weights, which need no further pass.
+        # Costs are always measured with routing weights, which need no further pass.
         settings = replace(calibration.settings, tokens=fewer, token_weights=ROUTER)
         text = read_calibration_text(calibration.texts, checkpoint, settings)
         kept = folder / SENSITIVITY_FILE

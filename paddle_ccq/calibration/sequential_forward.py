@@ -29,9 +29,9 @@ class SequentialForward:
     """Hidden states of all windows, moved through the model layer by layer.
 
     `enter` runs a layer's attention and router. After it `inputs` holds the inputs of the layer's
-    MLP, `chosen` the experts of each token and `router_weights` their routing weights. `leave` adds
-    the MLP's outputs to `states`. Windows are independent and each is computed by one thread, so
-    the numbers don't depend on the thread count.
+    MLP, `chosen` the experts of each token and `routing_weights` their weights [tokens, k]. `leave`
+    adds the MLP's outputs to `states`. Windows are independent and each is computed by one thread,
+    so the numbers don't depend on the thread count.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SequentialForward:
         self.layer = -1
         self.block: Block | None = None
         self.chosen: np.ndarray | None = None
-        self.router_weights: np.ndarray | None = None
+        self.routing_weights: np.ndarray | None = None
 
     def map(self, function: Callable[[int], object], count: int) -> list[object]:
         """function(0) .. function(count - 1) on the forward pass' threads, results in order."""
@@ -68,10 +68,10 @@ class SequentialForward:
         self.layer += 1
         block = self.block = Block(self.weights, self.layer)
         moe = isinstance(block.mlp, MoE)
-        self.chosen = self.router_weights = None
+        self.chosen = self.routing_weights = None
         if moe:
             shape = (len(self.inputs), self.config.moe_k)
-            self.chosen, self.router_weights = (
+            self.chosen, self.routing_weights = (
                 np.empty(shape, np.int32),
                 np.empty(shape, np.float32),
             )
@@ -92,7 +92,7 @@ class SequentialForward:
             if moe:
                 chosen, weights = block.mlp.route(normed)
                 self.chosen[first:last] = chosen.numpy()
-                self.router_weights[first:last] = weights.numpy()
+                self.routing_weights[first:last] = weights.numpy()
 
         self.map(window, len(self.spans))
 

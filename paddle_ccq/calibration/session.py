@@ -123,7 +123,7 @@ def coverage(plan: Plan, records: Sequence[dict[str, Any]]) -> tuple[str, list[s
 def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """From the journal: MoE layer -> projection -> squared error of its outputs a token.
 
-    The sum over experts of tr(dW H dW^T), router weights squared as in the statistics; it is
+    The sum over experts of tr(dW H dW^T), routing weights squared as in the statistics; it is
     known from encoding, so that it costs nothing. Ranks' parts were averaged and add up.
     """
     tokens: dict[int, dict[str, int]] = {}

@@ -13,8 +13,8 @@ DEFAULT_TOKENS = 256 * 1024
 # Long enough for attention to see real contexts; a common length of calibration sequences is 2048,
 # but what counts here is how many different documents are seen.
 DEFAULT_WINDOW = 1024
-# What each token's x is weighed by. ROUTER: its router weight for the expert. GRADIENT: the size of
-# the gradient at the matrix' outputs (token_weights.py). EQUAL: nothing.
+# The factor of each token's x. ROUTER: the token's routing weight for the expert. GRADIENT: the
+# size of the gradient at the matrix' outputs (token_weights.py). EQUAL: one.
 ROUTER, GRADIENT, EQUAL = "router", "gradient", "equal"
 TOKEN_WEIGHTS = (ROUTER, GRADIENT, EQUAL)
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
@@ -28,7 +28,7 @@ class Settings:
         tokens: at most this many tokens of the text, in windows spread evenly over it.
         window: tokens that attend to each other.
         token_weights: one of TOKEN_WEIGHTS. An expert's output, and so its error, is multiplied by
-            its router weight: to first order that is the error that reaches the residual stream.
+            its routing weight: to first order that is the error that reaches the residual stream.
             The gradient tells how much of it reaches the model's answer, and costs another two
             passes through the model.
         shrinkage_tokens: an expert's statistics are mixed with the layer's pooled ones as if these

@@ -115,7 +115,7 @@ class Statistics:
     def _factors_of(self, forward: SequentialForward) -> dict[str, np.ndarray]:
         if self._gradients is not None:
             return self._gradients[forward.layer].factors(forward.chosen)
-        weights = forward.router_weights
+        weights = forward.routing_weights
         if self.settings.token_weights == EQUAL:
             weights = np.ones_like(weights)
         return dict.fromkeys(PROJECTIONS, weights)

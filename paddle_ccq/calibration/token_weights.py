@@ -51,7 +51,7 @@ class LayerWeights:
     Attributes:
         chosen: int16 [tokens, k], the experts of each token.
         up_gate_proj, down_proj: float32 [tokens, k], root mean square over the output channels of
-            the gradient at the expert's matrix. It holds the router weight already.
+            the gradient at the expert's matrix. It holds the routing weight already.
     """
 
     chosen: np.ndarray

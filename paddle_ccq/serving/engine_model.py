@@ -163,14 +163,16 @@ class Layer:
         return x + y
 
     def _route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Chosen experts [tokens, k] and their weights; the bias takes part in the choice only."""
+        """Chosen experts and routing weights [tokens, k]; the bias enters the choice only."""
         config = self.config
         scores = softmax(self.gate(x))
         order = np.argsort(-(scores + self.bias.reshape(1, -1)), axis=-1, kind="stable")
         chosen = np.ascontiguousarray(order[:, : config.moe_k])
-        shares = scores[np.arange(len(x))[:, None], chosen]
-        shares /= np.maximum(shares.sum(axis=-1, keepdims=True), np.float32(config.moe_norm_min))
-        return chosen, shares
+        routing_weights = scores[np.arange(len(x))[:, None], chosen]
+        routing_weights /= np.maximum(
+            routing_weights.sum(axis=-1, keepdims=True), np.float32(config.moe_norm_min)
+        )
+        return chosen, routing_weights
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as the engine holds them: packed as they are stored, floats in as few bytes as hold them.
+"""Weights as the engine holds them: packed as they are stored, floats in as few bytes as possible.
 
-NumPy and not Paddle: the packed products take and give NumPy arrays, a step of one token is many
-small operators whose call is cheaper there, and importing Paddle alone takes more memory than the
-experts of a 21B model's layer.
+The engine uses NumPy and not Paddle for three reasons. The packed products take and return NumPy
+arrays; a step of one token is many small operators, which cost less to call in NumPy; and importing
+Paddle alone takes more memory than the experts of a 21B model's layer.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ class MLP:
 class Experts:
     """The routed experts of one layer.
 
-    Of one CCQ format they run as one grouped product, WINT2 on a GPU where there is to be one.
-    Others (wint4 and wint8, a float checkpoint, or formats mixed within a layer) run one by one.
+    Experts that all have the same CCQ format run as one grouped product; WINT2 experts run on the
+    GPU if a device is given. All other experts (wint4, wint8, floats, or several formats within one
+    layer) run one after the other.
     """
 
     def __init__(
@@ -119,21 +120,24 @@ class Experts:
             self.single = [MLP(weights, f"{name}.{e}", threads) for e in range(count)]
             self.nbytes = sum(expert.nbytes for expert in self.single)
 
-    def __call__(self, x: np.ndarray, chosen: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        """Sum over j of shares[t, j] * expert chosen[t, j] of x[t]."""
+    def __call__(
+        self, x: np.ndarray, chosen: np.ndarray, routing_weights: np.ndarray
+    ) -> np.ndarray:
+        """Sum over j of routing_weights[t, j] * expert chosen[t, j] of x[t]."""
         if self.gpu is not None:
-            return self.gpu(x, chosen, shares)
+            return self.gpu(x, chosen, routing_weights)
         if self.packed is not None:
             x = np.ascontiguousarray(x)
-            return ops.moe(x, self.packed, chosen, shares, self.threads, fine=True)
+            return ops.moe(x, self.packed, chosen, routing_weights, self.threads, fine=True)
         parts = np.empty((*chosen.shape, x.shape[1]), np.float32)
         for expert in np.unique(chosen):
             rows, places = np.nonzero(chosen == expert)
             parts[rows, places] = self.single[expert](x[rows])
-        # One after the other, as ops.moe: a BLAS would choose its order by the number of tokens.
+        # Summed one after the other, as in ops.moe: a BLAS would choose its order of summation by
+        # the number of tokens.
         y = np.zeros_like(x)
         for j in range(chosen.shape[1]):
-            y += shares[:, j, None] * parts[:, j]
+            y += routing_weights[:, j, None] * parts[:, j]
         return y
 
 
