@@ -16,7 +16,7 @@ from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
 from paddle_ccq.fastdeploy import check as check_module
 from paddle_ccq.fastdeploy.cards import parse_cards
-from paddle_ccq.fastdeploy.check import CheckResult, Wish, check, judge_machine, main
+from paddle_ccq.fastdeploy.check import CheckResult, ServeConfig, check, judge_machine, main
 from paddle_ccq.fastdeploy.memory import GIB, card_memory, weight_bytes
 from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = tiny_config(
     num_hidden_layers=2, moe_num_experts=2, moe_intermediate_size=256, max_position_embeddings=65536
 )
-WISH = Wish(card_bytes=24 * GIB)
+SERVE = ServeConfig(card_bytes=24 * GIB)
 
 
 def write_checkpoint(folder: Path, config: dict) -> None:
@@ -66,8 +66,8 @@ def edit_config(folder: Path, edit) -> None:
     (folder / "ccq-manifest.json").unlink(missing_ok=True)
 
 
-def only_problem(folder: Path, wish: Wish) -> str:
-    problems = check(folder, wish).problems
+def only_problem(folder: Path, serve: ServeConfig) -> str:
+    problems = check(folder, serve).problems
     assert len(problems) == 1, problems
     return problems[0]
 
@@ -85,22 +85,22 @@ def test_a_good_checkpoint_and_its_command(made, capsys, tmp_path) -> None:
 
 
 def test_rank_folders_and_cards_must_agree(made) -> None:
-    assert check(made[2], replace(WISH, tensor_parallel_size=2)).good
-    assert "2 rank folders, but" in only_problem(made[2], WISH)
-    text = only_problem(made[1], replace(WISH, tensor_parallel_size=2))
+    assert check(made[2], replace(SERVE, tensor_parallel_size=2)).good
+    assert "2 rank folders, but" in only_problem(made[2], SERVE)
+    text = only_problem(made[1], replace(SERVE, tensor_parallel_size=2))
     assert "no rank folders" in text and "--tensor-parallel-size 2" in text
 
 
 def test_a_stray_rank_folder(made, tmp_path) -> None:
     folder = Path(shutil.copytree(made[2], tmp_path / "tp2"))
     (folder / "rank_old").mkdir()
-    assert "rank_old" in only_problem(folder, replace(WISH, tensor_parallel_size=2))
+    assert "rank_old" in only_problem(folder, replace(SERVE, tensor_parallel_size=2))
 
 
 def test_row_order_follows_the_version(made) -> None:
     for name in ("2.1", "2.3", "2.6"):
-        assert check(made[1], replace(WISH, release=RELEASES[name])).good
-    text = only_problem(made[1], replace(WISH, release=RELEASES["2.0"]))
+        assert check(made[1], replace(SERVE, release=RELEASES[name])).good
+    text = only_problem(made[1], replace(SERVE, release=RELEASES["2.0"]))
     assert "plain" in text and "--fastdeploy-layout 2.0" in text
 
 
@@ -110,15 +110,15 @@ def test_wint4_layers_by_a_list_need_the_plugin(tmp_path) -> None:
     rules.write_text('- {match: "*.layers.2.mlp.experts.*", format: wint4}\n')
     out = tmp_path / "out"
     quantize(tmp_path / "m", out, rules=rules, allow_plugin_layout=True, preset="fast", quiet=True)
-    result = check(out, WISH)
+    result = check(out, SERVE)
     assert result.good and any("FD_PLUGINS=paddle_ccq" in w for w in result.warnings)
-    text = only_problem(out, replace(WISH, release=RELEASES["2.3"]))
+    text = only_problem(out, replace(SERVE, release=RELEASES["2.3"]))
     assert "by a list" in text and "2.4, 2.5, 2.6" in text
 
 
 def test_an_unrecorded_row_order_is_a_warning(copy) -> None:
     edit_config(copy, lambda c: c.pop("paddle_ccq"))
-    result = check(copy, WISH)
+    result = check(copy, SERVE)
     assert result.good
     assert any("row order is not recorded" in w for w in result.warnings)
 
@@ -136,26 +136,26 @@ def test_an_unrecorded_row_order_is_a_warning(copy) -> None:
 )
 def test_config_rules(copy, edit, text) -> None:
     edit_config(copy, edit)
-    assert text in only_problem(copy, WISH)
+    assert text in only_problem(copy, SERVE)
 
 
 def test_layers_that_fastdeploy_would_take_as_moe(tmp_path) -> None:
     source = tmp_path / "m"
     write_checkpoint(source, tiny_config(moe_num_experts=2, moe_layer_end_index=1))
     quantize(source, tmp_path / "o", preset="fast", quiet=True)
-    assert "every layer from 1 on" in only_problem(tmp_path / "o", WISH)
+    assert "every layer from 1 on" in only_problem(tmp_path / "o", SERVE)
 
 
 def test_other_formats_and_bf16_layers(tmp_path) -> None:
     source = tmp_path / "m"
     write_checkpoint(source, CONFIG)
     quantize(source, tmp_path / "more", format="ccq-2.5", preset="fast", quiet=True)
-    assert "no such format" in only_problem(tmp_path / "more", WISH)
+    assert "no such format" in only_problem(tmp_path / "more", SERVE)
     rules = tmp_path / "rules.yaml"
     rules.write_text('- {match: "*.o_proj", format: bf16}\n')
     quantize(source, tmp_path / "kept", rules=rules, preset="fast", quiet=True)
-    assert check(tmp_path / "kept", WISH).good
-    assert "2.5 does" in only_problem(tmp_path / "kept", replace(WISH, release=RELEASES["2.4"]))
+    assert check(tmp_path / "kept", SERVE).good
+    assert "2.5 does" in only_problem(tmp_path / "kept", replace(SERVE, release=RELEASES["2.4"]))
 
 
 def test_hashes_only_when_asked(copy) -> None:
@@ -163,31 +163,31 @@ def test_hashes_only_when_asked(copy) -> None:
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert check(copy, WISH).good
-    assert not check(copy, WISH, hashes=True).good
+    assert check(copy, SERVE).good
+    assert not check(copy, SERVE, hashes=True).good
 
 
 def test_one_line_for_a_missing_file(copy) -> None:
     next(copy.glob("*.safetensors")).unlink()
-    assert "missing" in only_problem(copy, WISH)
+    assert "missing" in only_problem(copy, SERVE)
 
 
 def test_hashes_without_a_manifest(copy) -> None:
     (copy / "ccq-manifest.json").unlink()
-    assert check(copy, WISH).warnings == []
-    assert "hashes can't be checked" in check(copy, WISH, hashes=True).warnings[0]
+    assert check(copy, SERVE).warnings == []
+    assert "hashes can't be checked" in check(copy, SERVE, hashes=True).warnings[0]
 
 
 def test_memory_that_does_not_fit(made, capsys) -> None:
     assert main([str(made[1]), "--gpu-memory", "1"]) == 1
     assert "GiB more than a card's usable part" in capsys.readouterr().out
     # 512 bytes of cache a token: 1.6 GiB beside the libraries hold less than 10 million tokens.
-    wish = replace(WISH, card_bytes=2 * GIB, max_model_len=10_000_000)
-    assert "one sequence of --max-model-len 10000000 does not fit" in only_problem(made[1], wish)
+    serve = replace(SERVE, card_bytes=2 * GIB, max_model_len=10_000_000)
+    assert "one sequence of --max-model-len 10000000 does not fit" in only_problem(made[1], serve)
 
 
 def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
-    result = check(made[1], replace(WISH, card_bytes=2 * GIB))
+    result = check(made[1], replace(SERVE, card_bytes=2 * GIB))
     assert result.good and any("sequences of 32768" in w for w in result.warnings)
 
 
@@ -260,14 +260,14 @@ def test_builds_of_develop_are_a_line_of_their_own(text) -> None:
 
 
 def test_on_develop_only_the_plugin_runs_wint2(made, capsys) -> None:
-    develop = replace(WISH, release=RELEASES["develop"], workers=1)
+    develop = replace(SERVE, release=RELEASES["develop"], workers=1)
     result = check(made[1], develop)
     assert result.good and result.environment == {"FD_PLUGINS": "paddle_ccq"}
     (warning,) = result.warnings
     assert "5e54770b" in warning and "FD_PLUGINS=paddle_ccq" in warning and "only so" in warning
     assert check(made[1], replace(develop, plugin=True)).warnings == []
     assert "only so" in only_problem(made[1], replace(develop, plugin=False))
-    assert check(made[1], WISH).environment == {}
+    assert check(made[1], SERVE).environment == {}
     arguments = [str(made[1]), "--gpu-memory", "24", "--fastdeploy-version", "2.6.0-dev"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_on_develop_only_the_plugin_runs_wint2(made, capsys) -> None:
 def test_dense_checkpoints_need_no_plugin_on_develop(tmp_path, made) -> None:
     write_checkpoint(tmp_path / "m", {**CONFIG, "moe_num_experts": 0})
     quantize(tmp_path / "m", tmp_path / "out", quiet=True)
-    result = check(tmp_path / "out", replace(WISH, release=RELEASES["develop"], workers=1))
+    result = check(tmp_path / "out", replace(SERVE, release=RELEASES["develop"], workers=1))
     assert result.good and result.warnings == [] and result.environment == {}
     assert "--load-choices" in result.command
     # The card's command, too: without it FastDeploy's other loader fails on a dense checkpoint.
@@ -289,11 +289,11 @@ def test_dense_checkpoints_need_no_plugin_on_develop(tmp_path, made) -> None:
 
 def test_the_command_states_what_releases_choose_differently(made) -> None:
     for name, workers, requests in (("2.5", "1", "512"), ("2.6", "4", "2048")):
-        result = check(made[1], replace(WISH, release=RELEASES[name]))
+        result = check(made[1], replace(SERVE, release=RELEASES[name]))
         assert result.command[result.command.index("--workers") + 1] == workers
         assert result.command[result.command.index("--max-concurrency") + 1] == requests
         assert ("starts 4 API processes" in " ".join(result.warnings)) == (name == "2.6")
-    few = check(made[1], replace(WISH, concurrency=64))
+    few = check(made[1], replace(SERVE, concurrency=64))
     assert few.good and "--max-num-seqs 128 is never reached" in few.warnings[0]
 
 
@@ -302,30 +302,30 @@ def test_the_command_states_what_releases_choose_differently(made) -> None:
     ("length", "near"), [(1000, "960 or 1024"), (63, "take 64"), (32767, "32768")]
 )
 def test_lengths_that_the_block_size_does_not_divide(made, release, length, near) -> None:
-    wish = replace(WISH, release=RELEASES[release], max_model_len=length)
+    serve = replace(SERVE, release=RELEASES[release], max_model_len=length)
     with pytest.raises(CcqError, match=rf"--max-model-len {length}: .* block size, 64, .*{near}"):
-        check(made[1], wish)
-    assert check(made[1], replace(WISH, release=RELEASES["2.3"], max_model_len=1000)).good
-    assert check(made[1], replace(wish, max_model_len=1008, block_size=16)).good
+        check(made[1], serve)
+    assert check(made[1], replace(SERVE, release=RELEASES["2.3"], max_model_len=1000)).good
+    assert check(made[1], replace(serve, max_model_len=1008, block_size=16)).good
 
 
 def test_draft_tokens_count_from_2_6_on(made) -> None:
-    wish = replace(WISH, max_num_batched_tokens=512, draft_tokens=4)
-    assert check(made[1], wish).good
+    serve = replace(SERVE, max_num_batched_tokens=512, draft_tokens=4)
+    assert check(made[1], serve).good
     for name in ("2.6", "develop"):
         with pytest.raises(CcqError, match=r"wants 640 to .* 5 tokens a step for each"):
-            check(made[1], replace(wish, release=RELEASES[name]))
+            check(made[1], replace(serve, release=RELEASES[name]))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spm.model", "ernie_token_100k.model"])
 def test_fastdeploy_reads_sentencepiece_alone(copy, name) -> None:
     (copy / "tokenizer.model").unlink()
     (copy / "ccq-manifest.json").unlink()
-    text = only_problem(copy, WISH)
+    text = only_problem(copy, SERVE)
     assert "tokenizer.model, spm.model or ernie_token_100k.model" in text
     assert "does not read tokenizer.json" in text
     (copy / name).write_bytes(b"spm")
-    assert check(copy, WISH).good
+    assert check(copy, SERVE).good
 
 
 def test_flags_by_release() -> None:

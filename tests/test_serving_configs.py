@@ -28,7 +28,12 @@ from paddle_ccq.fastdeploy import launch
 from paddle_ccq.fastdeploy.memory import GIB, card_memory
 from paddle_ccq.fastdeploy.releases import RELEASES, release_of
 from paddle_ccq.fastdeploy.server_flags import PORTS, arguments, unknown_settings
-from paddle_ccq.fastdeploy.settings import load_settings, wish_of, with_overrides, with_ports
+from paddle_ccq.fastdeploy.settings import (
+    load_settings,
+    serve_config_of,
+    with_overrides,
+    with_ports,
+)
 from paddle_ccq.quantize import quantize
 from paddle_ccq.targets.fastdeploy.layout import build_plan
 
@@ -91,15 +96,15 @@ def test_the_model_fits_the_cards_in_the_name(path: Path) -> None:
     settings = load_settings(path)
     assert settings["tensor_parallel_size"] == int(found[2])
     (config,) = (ROOT / "examples/configs").glob(f"{found[1]}-*")
-    wish = wish_of(settings, RELEASES["2.5"], int(CARDS[found[3]] * GIB))
+    serve = serve_config_of(settings, RELEASES["2.5"], int(CARDS[found[3]] * GIB))
     memory = card_memory(
-        build_plan(ErnieConfig.from_json(config), tensor_parallel_size=wish.tensor_parallel_size),
-        wish.card_bytes,
-        wish.max_num_seqs,
-        wish.max_num_batched_tokens,
-        wish.gpu_memory_utilization,
+        build_plan(ErnieConfig.from_json(config), tensor_parallel_size=serve.tensor_parallel_size),
+        serve.card_bytes,
+        serve.max_num_seqs,
+        serve.max_num_batched_tokens,
+        serve.gpu_memory_utilization,
     )
-    assert memory.sequences(wish.max_model_len) >= 4
+    assert memory.sequences(serve.max_model_len) >= 4
 
 
 def test_the_dry_run_prints_the_exact_command(model, tmp_path) -> None:
@@ -313,11 +318,11 @@ def test_settings_against_the_rules_of_a_release(model, capsys, setting, version
 
 def test_drafts_that_ask_for_nothing() -> None:
     for value in (None, {}, {"method": None}, {"method": "naive", "num_speculative_tokens": 0}):
-        wish = wish_of({"speculative_config": value}, RELEASES["2.6"], None)
-        assert wish.draft_tokens == 0
-    assert wish_of({"workers": 2}, RELEASES["2.6"], None).api_processes == 2
-    assert wish_of({}, RELEASES["2.6"], None).api_processes == 4
-    assert wish_of({}, RELEASES["2.5"], None).api_processes == 1
+        serve = serve_config_of({"speculative_config": value}, RELEASES["2.6"], None)
+        assert serve.draft_tokens == 0
+    assert serve_config_of({"workers": 2}, RELEASES["2.6"], None).api_processes == 2
+    assert serve_config_of({}, RELEASES["2.6"], None).api_processes == 4
+    assert serve_config_of({}, RELEASES["2.5"], None).api_processes == 1
 
 
 def test_ports_in_use() -> None:

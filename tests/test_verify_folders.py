@@ -14,7 +14,7 @@ import pytest
 from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.evaluation.text import Tokenizer
-from paddle_ccq.fastdeploy.check import Wish, check
+from paddle_ccq.fastdeploy.check import ServeConfig, check
 from paddle_ccq.quantize import quantize
 from paddle_ccq.verify import main, verify
 
@@ -98,7 +98,7 @@ def test_a_real_clone(made, tmp_path):
     subprocess.run([*git, "clone", "-q", "origin", "clone"], cwd=tmp_path, check=True)
     result = verify(tmp_path / "clone")
     assert result.sound, result.problems
-    assert check(tmp_path / "clone", Wish(), hashes=True).problems == []
+    assert check(tmp_path / "clone", ServeConfig(), hashes=True).problems == []
 
 
 def test_added_files_are_one_note(copy):
@@ -124,7 +124,7 @@ def test_documents_that_changed_are_notes(copy, name, what):
     result = verify(copy)
     assert result.sound, result.problems
     assert any(message.startswith(f"{name}: ") for message in result.messages)
-    checked = check(copy, Wish(tensor_parallel_size=2 if (copy / "rank0").is_dir() else 1))
+    checked = check(copy, ServeConfig(tensor_parallel_size=2 if (copy / "rank0").is_dir() else 1))
     assert not any(name in problem for problem in checked.problems)
     if what != "edited":  # without --hash only the size is looked at
         assert any(warning.startswith(f"{name}: ") for warning in checked.warnings)
@@ -207,7 +207,7 @@ def test_a_folder_of_links_is_read_by_everything(made, tmp_path):
     as_links(copy, tmp_path / "blobs")
     checkpoint = open_checkpoint(copy)
     assert Tokenizer(copy, checkpoint.config.raw).encode("a")
-    assert check(copy, Wish(), hashes=True).problems == []
+    assert check(copy, ServeConfig(), hashes=True).problems == []
 
 
 def test_rank_folders_that_are_links(made, tmp_path):

@@ -39,8 +39,8 @@ DEFAULT_PORT = 8180
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be served, and on what.
+class ServeConfig:
+    """How a checkpoint is to be served: the server's limits, and the cards it will run on.
 
     Attributes:
         card_bytes: memory of one card; None leaves out everything about memory.
@@ -97,15 +97,17 @@ class CheckResult:
         return found
 
 
-def check(folder: str | os.PathLike[str], wish: Wish, *, hashes: bool = False) -> CheckResult:
-    """Hold a quantized checkpoint against FastDeploy's rules and a card's memory.
+def check(
+    folder: str | os.PathLike[str], serve: ServeConfig, *, hashes: bool = False
+) -> CheckResult:
+    """Check a quantized checkpoint against FastDeploy's rules and a card's memory.
 
     Reads config.json, indexes and tensor headers; tensors only with `hashes`.
 
     Raises:
-        CcqError: if `folder` is no quantized checkpoint, or the wish contradicts itself.
+        CcqError: if `folder` is no quantized checkpoint, or `serve` contradicts itself.
     """
-    _check_wish(wish)
+    _check_serve_config(serve)
     inspection = Inspection(Path(folder))
     inspection.check_config()
     inspection.check_structure()
@@ -118,134 +120,136 @@ def check(folder: str | os.PathLike[str], wish: Wish, *, hashes: bool = False) -
     if hashes and read_manifest(inspection.folder) is None:
         result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
     result.problems += contract_problems(
-        inspection, wish.release, wish.tensor_parallel_size, wish.plugin
+        inspection, serve.release, serve.tensor_parallel_size, serve.plugin
     )
-    result.warnings += contract_warnings(inspection, wish.release, wish.max_model_len, wish.plugin)
-    result.warnings += _api_warnings(wish)
-    if plugin_reason(inspection, wish.release):
+    result.warnings += contract_warnings(
+        inspection, serve.release, serve.max_model_len, serve.plugin
+    )
+    result.warnings += _api_warnings(serve)
+    if plugin_reason(inspection, serve.release):
         result.environment["FD_PLUGINS"] = PLUGIN
     plan = inspection.plan
     result.host_bytes = plan.output_bytes
     # Another number of ranks than asked for is a problem above; its sizes would mislead.
-    if wish.card_bytes is not None and plan.tensor_parallel_size == wish.tensor_parallel_size:
+    if serve.card_bytes is not None and plan.tensor_parallel_size == serve.tensor_parallel_size:
         result.memory = card_memory(
             plan,
-            wish.card_bytes,
-            wish.max_num_seqs,
-            wish.max_num_batched_tokens,
-            wish.gpu_memory_utilization,
+            serve.card_bytes,
+            serve.max_num_seqs,
+            serve.max_num_batched_tokens,
+            serve.gpu_memory_utilization,
         )
-        _judge_memory(result, result.memory, wish)
-    result.command = server_command(server_settings(folder, wish), wish.release)
+        _judge_memory(result, result.memory, serve)
+    result.command = server_command(server_settings(folder, serve), serve.release)
     return result
 
 
-def _check_wish(wish: Wish) -> None:
+def _check_serve_config(serve: ServeConfig) -> None:
     numbers = {
-        "--tensor-parallel-size": wish.tensor_parallel_size,
-        "--max-num-seqs": wish.max_num_seqs,
-        "--workers": wish.api_processes,
-        "--max-concurrency": wish.api_requests,
-        "--block-size": wish.block_size,
-        "--gpu-memory": 1 if wish.card_bytes is None else wish.card_bytes,
+        "--tensor-parallel-size": serve.tensor_parallel_size,
+        "--max-num-seqs": serve.max_num_seqs,
+        "--workers": serve.api_processes,
+        "--max-concurrency": serve.api_requests,
+        "--block-size": serve.block_size,
+        "--gpu-memory": 1 if serve.card_bytes is None else serve.card_bytes,
     }
     for flag, value in numbers.items():
         if value < 1:
             raise CcqError(f"{flag} must be positive")
-    if wish.draft_tokens < 0:
-        raise CcqError(f"--draft-tokens {wish.draft_tokens}: must not be negative")
-    if wish.max_model_len < 16:
-        raise CcqError(f"--max-model-len {wish.max_model_len}: FastDeploy wants at least 16")
-    if wish.release.block_divides and wish.max_model_len % wish.block_size:
-        below = wish.max_model_len // wish.block_size * wish.block_size
-        near = f"{below} or {below + wish.block_size}" if below else f"{wish.block_size}"
+    if serve.draft_tokens < 0:
+        raise CcqError(f"--draft-tokens {serve.draft_tokens}: must not be negative")
+    if serve.max_model_len < 16:
+        raise CcqError(f"--max-model-len {serve.max_model_len}: FastDeploy wants at least 16")
+    if serve.release.block_divides and serve.max_model_len % serve.block_size:
+        below = serve.max_model_len // serve.block_size * serve.block_size
+        near = f"{below} or {below + serve.block_size}" if below else f"{serve.block_size}"
         raise CcqError(
-            f"--max-model-len {wish.max_model_len}: the workers of FastDeploy {wish.release.name}"
-            f" stop unless the block size, {wish.block_size}, divides it; take {near}"
+            f"--max-model-len {serve.max_model_len}: the workers of FastDeploy {serve.release.name}"
+            f" stop unless the block size, {serve.block_size}, divides it; take {near}"
         )
-    if not 0 < wish.gpu_memory_utilization <= 1:
-        raise CcqError(f"--gpu-memory-utilization {wish.gpu_memory_utilization}: not in 0..1")
-    if wish.max_num_seqs > wish.release.most_sequences:
+    if not 0 < serve.gpu_memory_utilization <= 1:
+        raise CcqError(f"--gpu-memory-utilization {serve.gpu_memory_utilization}: not in 0..1")
+    if serve.max_num_seqs > serve.release.most_sequences:
         raise CcqError(
-            f"--max-num-seqs {wish.max_num_seqs}: FastDeploy {wish.release.name} takes at most"
-            f" {wish.release.most_sequences}"
+            f"--max-num-seqs {serve.max_num_seqs}: FastDeploy {serve.release.name} takes at most"
+            f" {serve.release.most_sequences}"
         )
-    most = wish.max_model_len * wish.max_num_seqs
-    each = wish.draft_tokens + 1 if wish.release.counts_drafts else 1
-    low = max(wish.block_size, wish.max_num_seqs * each)
-    if not low <= wish.max_num_batched_tokens <= most:
+    most = serve.max_model_len * serve.max_num_seqs
+    each = serve.draft_tokens + 1 if serve.release.counts_drafts else 1
+    low = max(serve.block_size, serve.max_num_seqs * each)
+    if not low <= serve.max_num_batched_tokens <= most:
         drafts = f", {each} tokens a step for each of --max-num-seqs" if each > 1 else ""
         raise CcqError(
-            f"--max-num-batched-tokens {wish.max_num_batched_tokens}: FastDeploy wants {low} to"
+            f"--max-num-batched-tokens {serve.max_num_batched_tokens}: FastDeploy wants {low} to"
             f" {most} (--max-model-len times --max-num-seqs) here{drafts}"
         )
 
 
-def _api_warnings(wish: Wish) -> list[str]:
+def _api_warnings(serve: ServeConfig) -> list[str]:
     """What the API server in front of the engine would do with as many requests."""
     warnings = []
-    if wish.api_requests < wish.max_num_seqs:
+    if serve.api_requests < serve.max_num_seqs:
         warnings.append(
-            f"--max-concurrency {wish.api_requests}: the API answers 429 to further requests, so"
-            f" --max-num-seqs {wish.max_num_seqs} is never reached"
+            f"--max-concurrency {serve.api_requests}: the API answers 429 to further requests, so"
+            f" --max-num-seqs {serve.max_num_seqs} is never reached"
         )
-    if wish.workers is None and wish.release.workers > 1:
+    if serve.workers is None and serve.release.workers > 1:
         warnings.append(
-            f"--workers: FastDeploy {wish.release.name} starts {wish.release.workers} API"
+            f"--workers: FastDeploy {serve.release.name} starts {serve.release.workers} API"
             f" processes unless told otherwise, each with a tokenizer in memory"
         )
     return warnings
 
 
-def _judge_memory(result: CheckResult, memory: CardMemory, wish: Wish) -> None:
+def _judge_memory(result: CheckResult, memory: CardMemory, serve: ServeConfig) -> None:
     if memory.cache <= 0:
         result.problems.append(
             f"memory: weights, activations and libraries need {-memory.cache / GIB:.1f} GiB more"
             " than a card's usable part; more ranks, a larger card or fewer batched tokens"
         )
         return
-    if memory.tokens < wish.max_model_len:
+    if memory.tokens < serve.max_model_len:
         result.problems.append(
             f"memory: the KV cache holds {memory.tokens} tokens, one sequence of"
-            f" --max-model-len {wish.max_model_len} does not fit; at most --max-model-len"
+            f" --max-model-len {serve.max_model_len} does not fit; at most --max-model-len"
             f" {memory.tokens}"
         )
         return
-    share = memory.tokens // wish.max_num_seqs
-    if share < wish.max_model_len:
+    share = memory.tokens // serve.max_num_seqs
+    if share < serve.max_model_len:
         result.warnings.append(
-            f"memory: {memory.sequences(wish.max_model_len)} sequences of {wish.max_model_len}"
-            f" tokens fit at once; all {wish.max_num_seqs} together have room for {share} tokens"
+            f"memory: {memory.sequences(serve.max_model_len)} sequences of {serve.max_model_len}"
+            f" tokens fit at once; all {serve.max_num_seqs} together have room for {share} tokens"
             " each, beyond which some wait or are computed again"
         )
 
 
-def server_settings(folder: str | os.PathLike[str], wish: Wish) -> dict[str, object]:
-    """The settings of FastDeploy's server for a wish, as keys of a YAML file."""
+def server_settings(folder: str | os.PathLike[str], serve: ServeConfig) -> dict[str, object]:
+    """The settings of FastDeploy's server for a serve config, as keys of a YAML file."""
     settings: dict[str, object] = {
         "model": str(folder),
-        **four_ports(wish.port),
-        "tensor_parallel_size": wish.tensor_parallel_size,
-        "max_model_len": wish.max_model_len,
-        "max_num_seqs": wish.max_num_seqs,
-        "max_num_batched_tokens": wish.max_num_batched_tokens,
-        "gpu_memory_utilization": wish.gpu_memory_utilization,
+        **four_ports(serve.port),
+        "tensor_parallel_size": serve.tensor_parallel_size,
+        "max_model_len": serve.max_model_len,
+        "max_num_seqs": serve.max_num_seqs,
+        "max_num_batched_tokens": serve.max_num_batched_tokens,
+        "gpu_memory_utilization": serve.gpu_memory_utilization,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
     }
-    if wish.block_size != BLOCK_TOKENS:
-        settings["block_size"] = wish.block_size
-    if wish.release.commit:
-        # Said, and not left to the release, whose own numbers changed.
-        settings["workers"] = wish.api_processes
-        settings["max_concurrency"] = wish.api_requests
-        # The other loader does not know WINT2 and leaves it to this one by itself; a dense
-        # checkpoint it would load wrongly.
+    if serve.block_size != BLOCK_TOKENS:
+        settings["block_size"] = serve.block_size
+    if serve.release.commit:
+        # Written out, because the default numbers differ between releases.
+        settings["workers"] = serve.api_processes
+        settings["max_concurrency"] = serve.api_requests
+        # FastDeploy's other loader does not know WINT2 and passes such a checkpoint on to this one
+        # by itself, but it would load a dense checkpoint wrongly.
         settings["load_choices"] = "default"
     return settings
 
 
-def print_result(result: CheckResult, wish: Wish, environment: Mapping[str, str]) -> None:
+def print_result(result: CheckResult, serve: ServeConfig, environment: Mapping[str, str]) -> None:
     out = reporting.console()
     if result.memory is not None:
         m = result.memory
@@ -272,13 +276,13 @@ def print_result(result: CheckResult, wish: Wish, environment: Mapping[str, str]
     if result.good:
         if result.command:
             line(f"\n{shown(result.command, {**environment, **result.environment})}\n")
-        line(f"good: {result.folder} for FastDeploy {wish.release.name}")
+        line(f"good: {result.folder} for FastDeploy {serve.release.name}")
     else:
         line(f"NOT good: {len(result.problems)} problems in {result.folder}")
 
 
 def card_problems(cards: list[Card], ranks: int) -> list[str]:
-    """What keeps this machine's own cards from serving on `ranks` of them."""
+    """Problems that keep this machine's own cards from serving on `ranks` of them."""
     problems = []
     if len(cards) < ranks:
         problems.append(f"cards on this machine: {len(cards)}, needed: {ranks}")
@@ -289,7 +293,7 @@ def card_problems(cards: list[Card], ranks: int) -> list[str]:
 
 
 def judge_machine(result: CheckResult, cards: list[Card], ranks: int) -> None:
-    """Add what this machine itself lacks; without cards it is not the one that will serve."""
+    """Add the problems of this machine; one without cards is not the one that will serve."""
     if not cards:
         return
     result.problems += card_problems(cards, ranks)
@@ -333,8 +337,8 @@ def build_parser() -> Arguments:
     return parser
 
 
-def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
-    """The wish that the command line states; `cards` stand in for --gpu-memory."""
+def serve_config_from_arguments(args: argparse.Namespace, cards: list[Card]) -> ServeConfig:
+    """The serve config of a command line; without --gpu-memory the smallest of `cards` counts."""
     memory = args.gpu_memory
     if memory is None and not cards:
         raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")
@@ -342,7 +346,7 @@ def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
     batched = args.max_num_batched_tokens
     if batched is None:
         batched = min(DEFAULT_BATCHED_TOKENS, args.max_model_len * args.max_num_seqs)
-    return Wish(
+    return ServeConfig(
         tensor_parallel_size=args.tensor_parallel_size,
         card_bytes=smallest if memory is None else int(memory * GIB),
         max_model_len=args.max_model_len,
@@ -354,7 +358,7 @@ def wish_of(args: argparse.Namespace, cards: list[Card]) -> Wish:
         block_size=args.block_size,
         draft_tokens=args.draft_tokens,
         plugin=args.plugin,
-        # The command that is printed says it, so that no release's own number holds.
+        # The printed command names the number, so that it does not depend on the release.
         workers=1 if args.workers is None else args.workers,
         concurrency=args.max_concurrency,
     )
@@ -365,10 +369,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
         cards = find_cards() if args.gpu_memory is None else []
-        wish = wish_of(args, cards)
-        result = check(args.folder, wish, hashes=args.hash)
-        judge_machine(result, cards, wish.tensor_parallel_size)
-        print_result(result, wish, {})
+        serve = serve_config_from_arguments(args, cards)
+        result = check(args.folder, serve, hashes=args.hash)
+        judge_machine(result, cards, serve.tensor_parallel_size)
+        print_result(result, serve, {})
         if args.json:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.good else 1

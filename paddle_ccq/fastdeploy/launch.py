@@ -24,7 +24,7 @@ from .memory import GIB
 from .plugin import GROUP, NAME, SUPPORTED
 from .releases import DEFAULT_RELEASE, Release, release_of
 from .server_flags import PORTS, server_command, shown
-from .settings import Settings, load_settings, wish_of, with_overrides, with_ports
+from .settings import Settings, load_settings, serve_config_of, with_overrides, with_ports
 
 WAIT_SECONDS = 1800
 _POLL_SECONDS = 2.0
@@ -103,11 +103,11 @@ def _checked(
     if args.gpu_memory is not None:
         memory = int(args.gpu_memory * GIB)
     named = environment.get("FD_PLUGINS", os.environ.get("FD_PLUGINS", "")).split(",")
-    wish = wish_of(settings, release, memory, plugin=NAME in named)
-    result = check(model, wish)
-    judge_machine(result, cards, wish.tensor_parallel_size)
+    serve = serve_config_of(settings, release, memory, plugin=NAME in named)
+    result = check(model, serve)
+    judge_machine(result, cards, serve.tensor_parallel_size)
     result.command = []  # the real one is printed below, with every setting
-    print_result(result, wish, environment)
+    print_result(result, serve, environment)
     return result.good
 
 

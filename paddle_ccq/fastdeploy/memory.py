@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How FastDeploy will share out a card's memory, worked out from config.json alone.
+"""How FastDeploy will divide a card's memory, computed from config.json alone.
 
 FastDeploy fills `gpu_memory_utilization` of a card: weights, what the libraries hold, the peak of
 one profiling step with `max_num_batched_tokens` tokens, and all that remains is KV cache
@@ -16,7 +16,7 @@ from ..checkpoint.plan import Plan
 
 GIB = 1 << 30
 BLOCK_TOKENS = 64  # FastDeploy's default block_size
-DEFAULT_BATCHED_TOKENS = 8192  # what it takes with chunked prefill if nothing else is said
+DEFAULT_BATCHED_TOKENS = 8192  # FastDeploy's default with chunked prefill
 DEFAULT_UTILIZATION = 0.9
 # CUDA context, kernels and cuBLAS workspaces; collectives with more than one card. Assumed.
 LIBRARY_BYTES = 3 * GIB // 2
@@ -96,7 +96,7 @@ def card_memory(
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     utilization: float = DEFAULT_UTILIZATION,
 ) -> CardMemory:
-    """The shares of each of the plan's cards."""
+    """The memory of each of the plan's cards."""
     ranks = plan.tensor_parallel_size
     return CardMemory(
         total=total,

@@ -10,13 +10,13 @@ from pathlib import Path
 import yaml
 
 from ..errors import CcqError
-from .check import DEFAULT_PORT, Wish
+from .check import DEFAULT_PORT, ServeConfig
 from .memory import BLOCK_TOKENS, DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
 from .releases import Release
 from .server_flags import PORTS, four_ports
 
 Settings = dict[str, object]
-# What FastDeploy takes where a file is silent (engine/args_utils.py).
+# FastDeploy's defaults for settings that a file leaves out (engine/args_utils.py).
 _FASTDEPLOY_DEFAULTS = {"max_model_len": 2048, "max_num_seqs": 8, "tensor_parallel_size": 1}
 
 
@@ -64,20 +64,20 @@ def with_ports(settings: Mapping[str, object], first: int | None) -> Settings:
     return result
 
 
-def wish_of(
+def serve_config_of(
     settings: Mapping[str, object],
     release: Release,
     card_bytes: int | None,
     plugin: bool | None = None,
-) -> Wish:
-    """What these settings ask of a checkpoint and a card; `plugin` as in Wish."""
+) -> ServeConfig:
+    """The serve config of a file's settings; `plugin` as in ServeConfig."""
     length, sequences, ranks = (
         _integer(settings, name, default) for name, default in _FASTDEPLOY_DEFAULTS.items()
     )
     utilization = settings.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
     if isinstance(utilization, bool) or not isinstance(utilization, (int, float)):
         raise CcqError(f"gpu_memory_utilization: {utilization!r} is not a number")
-    return Wish(
+    return ServeConfig(
         tensor_parallel_size=ranks,
         card_bytes=card_bytes,
         max_model_len=length,
@@ -107,7 +107,7 @@ def _draft_tokens(value: object) -> int:
         raise CcqError(f"speculative_config: {value!r} is not a mapping")
     if value.get("method") in (None, "naive"):
         return 0
-    # The number of steps of the draft model is a lower bound; both are 1 if nothing is said.
+    # The number of steps of the draft model is a lower bound; both are 1 by default.
     return max(_integer(value, name, 1) for name in ("num_speculative_tokens", "num_model_steps"))
 
 
