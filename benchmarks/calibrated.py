@@ -24,7 +24,7 @@ from accuracy import Rows
 from common import markdown, processor, put_into_doc, save_result
 from gptq import GPTQ_BITS, gptq_int2
 
-from paddle_ccq.calibration.settings import Settings, parse_tokens
+from paddle_ccq.calibration.settings import CalibrationSettings, parse_tokens
 from paddle_ccq.calibration.statistics import Statistics
 from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
@@ -103,7 +103,7 @@ def main() -> None:
     stream = token_stream(read_documents(args.text), tokenizer)
     windows = cut_windows(stream, args.window, args.max_tokens)
     items = [item for path in args.tasks for item in read_items(path)]
-    settings = Settings(tokens=parse_tokens(args.calibration_tokens))
+    settings = CalibrationSettings(tokens=parse_tokens(args.calibration_tokens))
 
     folder = Path(tempfile.mkdtemp(prefix="ccq-calibrated-"))
     seconds: dict[str, float] = {}

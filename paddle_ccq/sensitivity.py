@@ -72,7 +72,7 @@ def sensitivity(
             raise CcqError(f"{flag} {value}: must be at least 1")
     require_paddle("sensitivity, which runs the model,")
     from .allocation.measure import measure
-    from .calibration.settings import Settings, parse_tokens
+    from .calibration.settings import CalibrationSettings, parse_tokens
     from .calibration.text import read_calibration_text
 
     texts = read_texts(local_text(calibration), "--calibration")
@@ -83,7 +83,7 @@ def sensitivity(
         raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
     if not checkpoint.config.moe_layers():
         raise CcqError(f"{checkpoint.path}: has no MoE layer, so there is nothing to measure")
-    settings = Settings(tokens=parse_tokens(calibration_tokens))
+    settings = CalibrationSettings(tokens=parse_tokens(calibration_tokens))
     text = read_calibration_text(texts, checkpoint, settings)
     probing = Probing(
         method,

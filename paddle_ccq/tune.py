@@ -47,7 +47,7 @@ def tune(
     """
     require_paddle("tuning, which runs the model,")
     from .tuning.session import run_tuning
-    from .tuning.settings import Settings
+    from .tuning.settings import TuningSettings
 
     threads = thread_count(threads)
     given: dict[str, Any] = {
@@ -57,7 +57,7 @@ def tune(
         "learning_rate": learning_rate,
         "dense_learning_rate": dense_learning_rate,
     }
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = TuningSettings(**{name: value for name, value in given.items() if value is not None})
     target = output_path(output)
     texts = read_texts(local_text(calibration), "--calibration")
     log = no_message if quiet else to_stderr

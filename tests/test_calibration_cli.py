@@ -15,7 +15,7 @@ from helpers.configs import CALIBRATED
 from helpers.runs import contents, stop_after
 from helpers.synthetic import write_checkpoint
 from paddle_ccq.calibration.session import memory_facts
-from paddle_ccq.calibration.settings import Settings
+from paddle_ccq.calibration.settings import CalibrationSettings
 from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
@@ -175,7 +175,7 @@ def test_the_plan_says_what_calibration_needs(calibration_text, capsys):
     out = capsys.readouterr().out
     assert "at most 262,144 tokens" in out and "in a file of the partial folder" in out
     config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-300b-a47b")
-    ((_, small),) = memory_facts(config, Settings(tokens=16384))
+    ((_, small),) = memory_facts(config, CalibrationSettings(tokens=16384))
     assert "in memory" in small
 
 

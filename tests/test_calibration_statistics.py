@@ -14,7 +14,7 @@ from helpers import reference_ernie
 from helpers.synthetic import tiny_config
 from paddle_ccq.calibration import sequential_forward
 from paddle_ccq.calibration.hessian import hessian_sum, shrink
-from paddle_ccq.calibration.settings import Settings, parse_tokens
+from paddle_ccq.calibration.settings import CalibrationSettings, parse_tokens
 from paddle_ccq.calibration.statistics import Statistics
 from paddle_ccq.calibration.text import CalibrationText, read_calibration_text
 from paddle_ccq.checkpoint.reader import open_checkpoint
@@ -39,7 +39,7 @@ def text() -> CalibrationText:
 
 
 def statistics(weights, text, threads=1, **settings) -> Statistics:
-    return Statistics(weights, text, Settings(**settings), threads)
+    return Statistics(weights, text, CalibrationSettings(**settings), threads)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_threads_and_spilling_change_nothing(folder, text, tmp_path, monkeypatch
     name = EXPERT.format(2, 1, "down_proj")
     expected = statistics(open_checkpoint(folder), text, threads=1).hessian(name).matrix
     monkeypatch.setattr(sequential_forward, "MEMORY_FOR_STATES", 0)
-    spilled = Statistics(open_checkpoint(folder), text, Settings(), 3, tmp_path)
+    spilled = Statistics(open_checkpoint(folder), text, CalibrationSettings(), 3, tmp_path)
     np.testing.assert_array_equal(spilled.hessian(name).matrix, expected)
     assert isinstance(spilled._forward.inputs, np.memmap)
     assert list(tmp_path.iterdir()) == []
@@ -166,7 +166,7 @@ def test_shrinkage_matters_only_where_tokens_are_few():
 def test_text_is_cut_into_windows_and_described_without_its_place(folder, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": "abc" * 100}) + "\n" for _ in range(10)))
-    settings = Settings(tokens=1024, window=4096)
+    settings = CalibrationSettings(tokens=1024, window=4096)
     text = read_calibration_text(path, open_checkpoint(folder), settings)
     # No window is longer than the model's positions.
     assert [w.size for w in text.windows] == [256] * 4

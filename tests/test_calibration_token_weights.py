@@ -15,7 +15,7 @@ from helpers.runs import contents, partial, stop_after
 from helpers.synthetic import write_checkpoint
 from paddle_ccq.calibration import sequential_forward
 from paddle_ccq.calibration import token_weights as module
-from paddle_ccq.calibration.settings import GRADIENT, Settings
+from paddle_ccq.calibration.settings import GRADIENT, CalibrationSettings
 from paddle_ccq.calibration.statistics import Statistics
 from paddle_ccq.calibration.text import CalibrationText
 from paddle_ccq.calibration.token_weights import LayerWeights, draw, token_weights
@@ -148,7 +148,7 @@ def test_weights_follow_the_experts_and_not_their_places():
 def test_hessians_are_weighed_by_them(case):
     _, _, checkpoint, windows = case
     described = CalibrationText("t.jsonl", "0" * 64, tuple(windows))
-    settings = Settings(token_weights=GRADIENT, shrinkage_tokens=0)
+    settings = CalibrationSettings(token_weights=GRADIENT, shrinkage_tokens=0)
     statistics = Statistics(checkpoint, described, settings, 1)
     w = token_weights(checkpoint, windows, 1)[1]
     expert = int(w.chosen[0, 0])

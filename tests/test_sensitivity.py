@@ -18,7 +18,7 @@ from paddle_ccq.allocation.costs import load_sensitivities
 from paddle_ccq.allocation.decoded import Decoded
 from paddle_ccq.allocation.probing import held_out, spread
 from paddle_ccq.calibration.sequential_forward import SequentialForward
-from paddle_ccq.calibration.settings import Settings
+from paddle_ccq.calibration.settings import CalibrationSettings
 from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
@@ -74,7 +74,7 @@ def test_the_divergence_is_that_of_the_model_with_that_part_quantized(model, tex
     checkpoint = open_checkpoint(model)
     decoded = Decoded(checkpoint, ("wint4",), "fast", 1, None)
     windows, _ = held_out(
-        read_calibration_text(text, checkpoint, Settings(tokens=2048)).windows, 1024
+        read_calibration_text(text, checkpoint, CalibrationSettings(tokens=2048)).windows, 1024
     )
     assert sum(window.size for window in windows) == 1024
     for layer, projection in ((1, "down_proj"), (2, "up_gate_proj")):
@@ -96,7 +96,9 @@ def test_the_estimate_is_near_the_measurement(measured):
 
 def test_a_part_that_is_not_changed_costs_nothing(model, text):
     checkpoint = open_checkpoint(model)
-    windows = read_calibration_text(text, checkpoint, Settings(tokens=512, window=128)).windows
+    windows = read_calibration_text(
+        text, checkpoint, CalibrationSettings(tokens=512, window=128)
+    ).windows
     forward = SequentialForward(checkpoint, windows, 2)
     copies = Copies(forward, 2)
     for layer in range(checkpoint.config.num_hidden_layers):

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.runs import contents
 from helpers.synthetic import tiny_config, write_checkpoint
-from paddle_ccq.calibration.settings import Settings as TextSettings
+from paddle_ccq.calibration.settings import CalibrationSettings
 from paddle_ccq.calibration.text import read_calibration_text
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
@@ -22,7 +22,7 @@ from paddle_ccq.quantize import quantize
 from paddle_ccq.tune import main, tune
 from paddle_ccq.tuning import descent, memory, session
 from paddle_ccq.tuning.descent import split_held_out
-from paddle_ccq.tuning.settings import Settings
+from paddle_ccq.tuning.settings import TuningSettings
 from paddle_ccq.tuning.teacher import final_states
 from paddle_ccq.verify import verify
 
@@ -82,7 +82,9 @@ def test_the_loss_while_tuning_is_that_of_the_stored_tensors(
     before, best = found[0]
     assert result.after == pytest.approx(best, rel=1e-3) and best < before
     with ThreadPoolExecutor(1) as pool:
-        written = read_calibration_text(text, open_checkpoint(model), TextSettings(2048)).windows
+        written = read_calibration_text(
+            text, open_checkpoint(model), CalibrationSettings(2048)
+        ).windows
         _, held = split_held_out(len(written), 16)
         teacher = final_states(open_checkpoint(model), written, 1, tmp_path)
         examples = [descent.Example(written[i], teacher[i]) for i in held]
@@ -204,7 +206,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(quantized, model, text, tuned,
 
 def test_a_model_too_large_for_the_memory_is_refused(quantized, model, text, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(quantized)
-    needed = memory.needed_bytes(checkpoint, Settings(tokens=2048), 1)
+    needed = memory.needed_bytes(checkpoint, TuningSettings(tokens=2048), 1)
     weights = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
     assert 4 * weights < needed < 2e9
     monkeypatch.setattr(memory, "available_memory", lambda: needed // 2)

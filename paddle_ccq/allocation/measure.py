@@ -20,7 +20,7 @@ import numpy as np
 import paddle
 
 from ..calibration.sequential_forward import SequentialForward
-from ..calibration.settings import Settings
+from ..calibration.settings import CalibrationSettings
 from ..calibration.statistics import Statistics
 from ..calibration.text import CalibrationText
 from ..checkpoint.reader import Checkpoint
@@ -41,7 +41,7 @@ def measure(
     checkpoint: Checkpoint,
     model_name: str,
     text: CalibrationText,
-    settings: Settings,
+    settings: CalibrationSettings,
     probing: Probing,
     threads: int,
     folder: Path | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from .. import reporting
-from ..calibration.session import Request as Calibration
+from ..calibration.session import CalibrationRequest
 from ..calibration.settings import ROUTER
 from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan, rule_forced_layers
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class AllocationRequest:
     """--allocate and what goes with it; `format` is what is not wint4."""
 
     target: Target
@@ -84,7 +84,7 @@ class Request:
         self,
         checkpoint: Checkpoint,
         model_name: str,
-        calibration: Calibration,
+        calibration: CalibrationRequest,
         folder: Path,
         *,
         restart: bool,
@@ -139,7 +139,7 @@ def make_request(
     plugin_layout: bool,
     wint4_end_layer: int | None,
     calibrated: bool,
-) -> Request | None:
+) -> AllocationRequest | None:
     """The request of a command line, or None without --allocate."""
     if target is None:
         if path is not None:
@@ -156,7 +156,7 @@ def make_request(
             "--allocate needs costs: give --calibration FILE to measure them in this run, or"
             " --sensitivity FILE.json of `python -m paddle_ccq.sensitivity`"
         )
-    return Request(
+    return AllocationRequest(
         wanted, format, rules, None if path is None else Path(path), plugin_layout, calibrated
     )
 

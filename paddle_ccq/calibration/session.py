@@ -22,17 +22,17 @@ from ..host import default_threads, require_paddle
 from ..texts.documents import Texts, read_texts
 from ..texts.files import check_readable
 from ..units import gigabytes
-from .settings import GRADIENT, TOKEN_WEIGHTS, Settings
+from .settings import GRADIENT, TOKEN_WEIGHTS, CalibrationSettings
 
 FLAG = "--calibration"
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationRequest:
     """--calibration and what goes with it."""
 
     path: Path
-    settings: Settings
+    settings: CalibrationSettings
     pending: bool = False  # a data set that a dry run does not fetch
 
     @cached_property
@@ -63,7 +63,7 @@ class Request:
         return Statistics(checkpoint, text, self.settings, threads, spill_folder)
 
 
-def memory_facts(config: ErnieConfig, settings: Settings) -> list[tuple[str, str]]:
+def memory_facts(config: ErnieConfig, settings: CalibrationSettings) -> list[tuple[str, str]]:
     """The lines of the plan that say what a calibration will need."""
     from .sequential_forward import MEMORY_FOR_STATES, state_bytes
     from .token_weights import layer_input_bytes
@@ -155,7 +155,7 @@ def make_request(
     tokens: str | int | None,
     weights: str | None = None,
     fetch: bool = True,
-) -> Request | None:
+) -> CalibrationRequest | None:
     """The request of a command line, or None without --calibration.
 
     `fetch`: a data set is fetched from its hub (dataset.py); a dry run reads nothing.
@@ -171,10 +171,10 @@ def make_request(
         return None
     if weights is not None and weights not in TOKEN_WEIGHTS:
         raise CcqError(f"--calibration-weights {weights}: not one of {', '.join(TOKEN_WEIGHTS)}")
-    settings = Settings(
-        tokens=Settings.tokens if tokens is None else parse_tokens(tokens),
-        token_weights=weights or Settings.token_weights,
+    settings = CalibrationSettings(
+        tokens=CalibrationSettings.tokens if tokens is None else parse_tokens(tokens),
+        token_weights=weights or CalibrationSettings.token_weights,
     )
     if not fetch:
-        return Request(Path(path), settings, pending=names_data_set(path))
-    return Request(local_text(path), settings)
+        return CalibrationRequest(Path(path), settings, pending=names_data_set(path))
+    return CalibrationRequest(local_text(path), settings)

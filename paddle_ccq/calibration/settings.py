@@ -21,7 +21,7 @@ _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """The choices of a calibration.
 
     Attributes:

@@ -20,7 +20,7 @@ from ..families.tensor import DOWN, PROJECTIONS, UP_GATE
 from ..models.weights import WeightSource
 from .hessian import hessian_sum, shrink
 from .sequential_forward import SequentialForward
-from .settings import EQUAL, GRADIENT, Settings
+from .settings import EQUAL, GRADIENT, CalibrationSettings
 from .text import CalibrationText
 from .token_weights import LayerWeights, kept_token_weights
 
@@ -32,7 +32,7 @@ class Statistics:
         self,
         weights: WeightSource,
         text: CalibrationText,
-        settings: Settings,
+        settings: CalibrationSettings,
         threads: int,
         spill_folder: Path | None = None,
     ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
 from ..texts.documents import Texts, read_texts
-from .settings import Settings
+from .settings import CalibrationSettings
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CalibrationText:
     def tokens(self) -> int:
         return sum(window.size for window in self.windows)
 
-    def as_dict(self, settings: Settings) -> dict[str, Any]:
+    def as_dict(self, settings: CalibrationSettings) -> dict[str, Any]:
         """Provenance: which text, and how it was used. The path is left out: it names a machine."""
         return {
             "text": self.label,
@@ -39,7 +39,7 @@ class CalibrationText:
 
 
 def read_calibration_text(
-    text: Texts | str | os.PathLike[str], checkpoint: Checkpoint, settings: Settings
+    text: Texts | str | os.PathLike[str], checkpoint: Checkpoint, settings: CalibrationSettings
 ) -> CalibrationText:
     """Tokenize a text, or a file that is read now, with the model's own tokenizer.
 

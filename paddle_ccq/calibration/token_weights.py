@@ -37,7 +37,7 @@ from ..models.gradients import CHUNK_LOGITS, Backward, LayerPass
 from ..models.weights import WeightSource
 from ..units import gigabytes
 from .sequential_forward import MEMORY_FOR_STATES, SequentialForward, state_array, state_bytes
-from .settings import Settings
+from .settings import CalibrationSettings
 from .text import CalibrationText
 
 # Of the labels; a fixed one, so that the same text gives the same statistics.
@@ -77,7 +77,7 @@ def layer_input_bytes(config: Any, tokens: int) -> int:
 def kept_token_weights(
     source: WeightSource,
     text: CalibrationText,
-    settings: Settings,
+    settings: CalibrationSettings,
     threads: int,
     folder: Path | None,
 ) -> dict[int, LayerWeights]:

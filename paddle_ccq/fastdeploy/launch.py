@@ -24,7 +24,7 @@ from .memory import GIB
 from .plugin import GROUP, NAME, SUPPORTED
 from .releases import DEFAULT_RELEASE, Release, release_of
 from .server_flags import PORTS, server_command, shown
-from .settings import Settings, load_settings, serve_config_of, with_overrides, with_ports
+from .settings import ServerSettings, load_settings, serve_config_of, with_overrides, with_ports
 
 WAIT_SECONDS = 1800
 _POLL_SECONDS = 2.0
@@ -55,7 +55,7 @@ def launch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> ServerSettings:
     settings = load_settings(Path(args.config))
     if args.model is not None:
         settings = {"model": args.model, **{k: v for k, v in settings.items() if k != "model"}}
@@ -89,7 +89,10 @@ def plugins(release: Release, present: str | None) -> str:
 
 
 def _checked(
-    args: argparse.Namespace, settings: Settings, release: Release, environment: dict[str, str]
+    args: argparse.Namespace,
+    settings: ServerSettings,
+    release: Release,
+    environment: dict[str, str],
 ) -> bool:
     model = str(settings["model"])
     if not Path(model).is_dir():

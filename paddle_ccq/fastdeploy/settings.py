@@ -15,12 +15,12 @@ from .memory import BLOCK_TOKENS, DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
 from .releases import Release
 from .server_flags import PORTS, four_ports
 
-Settings = dict[str, object]
+ServerSettings = dict[str, object]
 # FastDeploy's defaults for settings that a file leaves out (engine/args_utils.py).
 _FASTDEPLOY_DEFAULTS = {"max_model_len": 2048, "max_num_seqs": 8, "tensor_parallel_size": 1}
 
 
-def load_settings(path: Path) -> Settings:
+def load_settings(path: Path) -> ServerSettings:
     """A YAML file of server flags, written with underscores.
 
     Raises:
@@ -37,7 +37,7 @@ def load_settings(path: Path) -> Settings:
     return content
 
 
-def with_overrides(settings: Mapping[str, object], overrides: Iterable[str]) -> Settings:
+def with_overrides(settings: Mapping[str, object], overrides: Iterable[str]) -> ServerSettings:
     """The settings with `name=value` texts on top; values are read as YAML, null removes."""
     result = dict(settings)
     for text in overrides:
@@ -52,7 +52,7 @@ def with_overrides(settings: Mapping[str, object], overrides: Iterable[str]) -> 
     return {name: value for name, value in result.items() if value is not None}
 
 
-def with_ports(settings: Mapping[str, object], first: int | None) -> Settings:
+def with_ports(settings: Mapping[str, object], first: int | None) -> ServerSettings:
     """The settings with all four ports: from `first` on, or those missing after `port`."""
     if first is not None:
         return {**settings, **four_ports(first)}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..allocation.costs import Sensitivities
 from ..allocation.resolve import Allocation
-from ..allocation.session import Request as AllocationRequest
-from ..calibration.session import Request as CalibrationRequest
+from ..allocation.session import AllocationRequest
+from ..calibration.session import CalibrationRequest
 from ..checkpoint.config import ErnieConfig
 from .options import PathLike, QuantizeOptions
 

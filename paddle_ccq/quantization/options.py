@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..allocation.session import Request as AllocationRequest
+from ..allocation.session import AllocationRequest
 from ..allocation.session import make_request as make_allocation
-from ..calibration.session import Request as CalibrationRequest
+from ..calibration.session import CalibrationRequest
 from ..calibration.session import make_request as make_calibration
 from ..checkpoint.plan import PlanOptions
 from ..checkpoint.rules import load_rules

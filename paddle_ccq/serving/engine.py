@@ -57,7 +57,7 @@ class Output:
     prompt: tuple[TokenLogprob, ...] | None = None
 
 
-class Request:
+class GenerationRequest:
     """A submitted request. `deliver` is called in the engine's thread with each step's outputs."""
 
     def __init__(self, deliver: Callable[[list[Output]], None]) -> None:
@@ -92,7 +92,7 @@ class Engine:
         self.steps = 0
         self._changed = threading.Condition()
         self._arrived: deque[Running] = deque()
-        self._cancelled: deque[Request] = deque()
+        self._cancelled: deque[GenerationRequest] = deque()
         self._waiting = 0  # arrived or in the scheduler's queue
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -106,7 +106,7 @@ class Engine:
         params: SamplingParams,
         deliver: Callable[[list[Output]], None],
         n: int = 1,
-    ) -> Request:
+    ) -> GenerationRequest:
         """Queue n choices of every prompt; choice i of prompt p has the index p * n + i.
 
         Raises:
@@ -119,7 +119,7 @@ class Engine:
             raise ValueError(f"prompts and answers must have 1 to {limit} tokens, got {longest}")
         count = len(prompts) * n
         self._check_open(count)  # before making what would be thrown away
-        request = Request(deliver)
+        request = GenerationRequest(deliver)
         now = time.monotonic()
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -154,7 +154,7 @@ class Engine:
         if self._waiting + count > self.settings.max_waiting:
             raise QueueFullError
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: GenerationRequest) -> None:
         """Stop a request at the next step; nothing is delivered any more."""
         request.cancelled = True
         with self._changed:
@@ -210,7 +210,7 @@ class Engine:
 
     def _step(self) -> None:
         planned = self.scheduler.plan()
-        outputs: dict[Request, list[Output]] = {}
+        outputs: dict[GenerationRequest, list[Output]] = {}
 
         def give(sequence: Running, output: Output) -> None:
             outputs.setdefault(sequence.request, []).append(output)

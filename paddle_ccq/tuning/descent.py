@@ -15,7 +15,7 @@ from ..models.ernie import Ernie
 from ..models.gradients import WHOLE, Pass, loss_of
 from .optimizer import Adam, schedule
 from .parameters import Parameter
-from .settings import Settings
+from .settings import TuningSettings
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def descend(
     parameters: dict[str, Parameter],
     learned: Sequence[Example],
     held_out: Sequence[Example],
-    settings: Settings,
+    settings: TuningSettings,
     threads: int,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> tuple[float, float]:

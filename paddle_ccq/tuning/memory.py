@@ -11,7 +11,7 @@ from ..errors import CcqError
 from ..families.tensor import Role
 from ..host import available_memory
 from ..units import gigabytes
-from .settings import Settings
+from .settings import TuningSettings
 
 # A tensor that is tuned whole: its value and the best one so far in float64, Adam's two means and
 # the batch's sum of gradients in float32; and a window's gradient for each window of the batch.
@@ -23,7 +23,7 @@ NOT_TUNED = frozenset({Role.EXPERT, Role.EMBEDDING, Role.HEAD})
 ACTIVATIONS = 10
 
 
-def needed_bytes(checkpoint: Checkpoint, settings: Settings, threads: int) -> int:
+def needed_bytes(checkpoint: Checkpoint, settings: TuningSettings, threads: int) -> int:
     """An estimate for the whole run; the model's float32 weights are most of it."""
     config = checkpoint.config
     weights = whole = 0
@@ -51,7 +51,7 @@ def _token_bytes(config: ErnieConfig, window: int) -> int:
     return 4 * (config.num_hidden_layers * layer + 4 * config.vocab_size)
 
 
-def check_memory(checkpoint: Checkpoint, settings: Settings, threads: int) -> None:
+def check_memory(checkpoint: Checkpoint, settings: TuningSettings, threads: int) -> None:
     """Refuse a model that this machine cannot hold.
 
     Raises:

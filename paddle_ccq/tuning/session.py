@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration.settings import Settings as TextSettings
+from ..calibration.settings import CalibrationSettings
 from ..calibration.text import CalibrationText, read_calibration_text
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import Workplace
@@ -24,7 +24,7 @@ from .descent import Example, descend, mean_loss, split_held_out
 from .memory import check_memory
 from .output import check_room, write_tuned
 from .parameters import collect, stored_tensors
-from .settings import Settings
+from .settings import TuningSettings
 from .teacher import final_states
 
 Report = Callable[[int, int, float], None]
@@ -76,7 +76,7 @@ def run_tuning(
     source: Checkpoint,
     calibration: Texts,
     output: Path,
-    settings: Settings,
+    settings: TuningSettings,
     threads: int,
     report: Report = lambda step, steps, loss: None,
 ) -> TuneResult:
@@ -87,7 +87,7 @@ def run_tuning(
     settings.check()
     check_same_model(quantized, source)
     check_memory(quantized, settings, threads)
-    text_settings = TextSettings(tokens=settings.tokens, window=settings.window)
+    text_settings = CalibrationSettings(tokens=settings.tokens, window=settings.window)
     with Workplace(output) as workplace:
         # A tuning run has no journal: what lies here is left of one that was killed.
         workplace.discard()
@@ -110,7 +110,7 @@ def _tuned(
     source: Checkpoint,
     text: CalibrationText,
     workplace: Workplace,
-    settings: Settings,
+    settings: TuningSettings,
     threads: int,
     report: Report,
 ) -> TuneResult:

@@ -11,7 +11,7 @@ from ..errors import CcqError
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuningSettings:
     """The choices of a tuning run.
 
     Attributes:

@@ -274,12 +274,12 @@ class Runs:
         return self._statistics[key]
 
     def _statistics_of(self, case: Case) -> str:
-        from paddle_ccq.calibration.settings import Settings
+        from paddle_ccq.calibration.settings import CalibrationSettings
         from paddle_ccq.calibration.statistics import Statistics
         from paddle_ccq.calibration.text import read_calibration_text
 
         checkpoint = open_checkpoint(self.model(case.source))
-        settings = Settings(tokens=1024, token_weights=case.calibrated)
+        settings = CalibrationSettings(tokens=1024, token_weights=case.calibrated)
         text = read_calibration_text(self.text, checkpoint, settings)
         statistics = Statistics(checkpoint, text, settings, 2)
         last = checkpoint.config.moe_layers()[-1]
