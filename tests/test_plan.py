@@ -9,7 +9,7 @@ import pytest
 
 from helpers.synthetic import tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import Layout, rule_forced_layers
+from paddle_ccq.checkpoint.plan import LayerFormats, rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule, load_rules
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.tensor import Role
@@ -146,12 +146,12 @@ def test_any_list_of_layers_only_where_it_is_allowed():
 
 
 def test_rules_come_before_an_allocation():
-    layout = Layout({1: "wint4", 2: "wint2"}, "allocation")
-    plan = build_plan(tiny(), layout=layout)
+    layer_formats = LayerFormats({1: "wint4", 2: "wint2"}, "allocation")
+    plan = build_plan(tiny(), layer_formats=layer_formats)
     assert wint4_end_layer(plan) == 1 and not needs_plugin(plan)
     assert plan.reasons == {1: "allocation", 2: "allocation"}
     rules = [Rule("*.layers.1.mlp.experts.*", "wint2"), Rule("*.o_proj", "bf16")]
-    plan = build_plan(tiny(), layout=layout, rules=rules)
+    plan = build_plan(tiny(), layer_formats=layer_formats, rules=rules)
     assert plan.layer_formats == {1: "wint2", 2: "wint2"}
     assert rule_forced_layers(tiny(), "wint2", rules) == {1: "wint2"}
     with pytest.raises(CcqError, match=r"layer 1 is decided for some of its experts only"):

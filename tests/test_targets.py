@@ -11,7 +11,7 @@ import pytest
 import paddle_ccq
 from helpers.synthetic import tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import Layout, PlanOptions, make_plan
+from paddle_ccq.checkpoint.plan import LayerFormats, PlanOptions, make_plan
 from paddle_ccq.errors import CcqError
 from paddle_ccq.targets.fastdeploy.layout import FastDeploy, build_plan
 
@@ -93,13 +93,13 @@ def test_a_plan_follows_its_target():
         make_plan(config, PlanOptions(Plain(), wint4_end_layer=1))
 
 
-def test_another_layout_of_a_plan_may_have_wint4_anywhere():
+def test_other_layer_formats_of_a_plan_may_have_wint4_anywhere():
     config = ErnieConfig.from_json(tiny_config())
     plan = build_plan(config)
     formats = {1: "wint2", 2: "wint4"}
-    assert plan.with_layout(Layout(formats, "test")).layer_formats == formats
+    assert plan.with_layer_formats(LayerFormats(formats, "test")).layer_formats == formats
     with pytest.raises(CcqError, match="wint4 layers must be the first"):
-        build_plan(config, layout=Layout(formats, "test"))
+        build_plan(config, layer_formats=LayerFormats(formats, "test"))
 
 
 def test_fastdeploy_layouts_that_are_none():

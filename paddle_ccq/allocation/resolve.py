@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ..checkpoint.plan import Layout, Plan
+from ..checkpoint.plan import LayerFormats, Plan
 from ..codec import formats
 from ..errors import CcqError
 from ..units import gigabytes
@@ -34,7 +34,7 @@ class Allocation:
     """What was chosen, and what it is held against."""
 
     target: Target
-    layout: Layout
+    layer_formats: LayerFormats
     rows: tuple[Row, ...]  # uniform, the prefix of the same target, the choice
     sensitivities: Sensitivities
     plugin_layout: bool
@@ -51,7 +51,9 @@ class Allocation:
         return {
             "target": self.target.text,
             "plugin_layout": self.plugin_layout,
-            "wint4_layers": [n for n, format in self.layout.formats.items() if format == HIGH],
+            "wint4_layers": [
+                n for n, format in self.layer_formats.formats.items() if format == HIGH
+            ],
             "method": found.method,
             "sensitivity_sha256": found.sha256,
             "sensitivity_calibration": dict(found.calibration),
@@ -100,7 +102,7 @@ def allocate_layers(
 
     def row(name: str, options: Sequence[Option]) -> Row:
         by_layer = {layer: o.format for layer, o in zip(layers, options, strict=True)}
-        laid = plan.with_layout(Layout(by_layer, "allocation"))
+        laid = plan.with_layer_formats(LayerFormats(by_layer, "allocation"))
         return Row(name, by_layer, total_cost(options), laid)
 
     lowest = [min(options, key=lambda o: (o.format == HIGH, o.size)) for options in items]
@@ -110,13 +112,13 @@ def allocate_layers(
         same = allocate_prefix(items, total_size(chosen), HIGH)
         rows += [row("wint4 prefix of the same size", same)] if same else []
     rows.append(row("allocated" if plugin_layout else "allocated (prefix)", chosen))
-    layout = Layout(rows[-1].formats, "allocation")
-    return Allocation(target, layout, tuple(rows), found, plugin_layout)
+    layer_formats = LayerFormats(rows[-1].formats, "allocation")
+    return Allocation(target, layer_formats, tuple(rows), found, plugin_layout)
 
 
 def _uniform(format: str, layers: Sequence[int], forced: Mapping[int, str], plan: Plan) -> Plan:
-    return plan.with_layout(
-        Layout({layer: forced.get(layer, format) for layer in layers}, "uniform")
+    return plan.with_layer_formats(
+        LayerFormats({layer: forced.get(layer, format) for layer in layers}, "uniform")
     )
 
 

@@ -136,13 +136,13 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Formats of the experts of every MoE layer, where no rule decides.
+class LayerFormats:
+    """The formats of the experts of every MoE layer, where no rule decides.
 
     Attributes:
-        formats: by layer.
-        reason: who chose, in a word, for the plan's table.
-        wider_reason: who chose the wint4 layers, if somebody else did.
+        formats: format by layer.
+        reason: what chose the formats, in a word, for the plan's table.
+        wider_reason: what chose the wint4 layers, if it was something else.
     """
 
     formats: Mapping[int, str]
@@ -150,14 +150,14 @@ class Layout:
     wider_reason: str | None = None
 
     @classmethod
-    def prefix(cls, config: ErnieConfig, format: str, end: int | None) -> Layout:
+    def prefix(cls, config: ErnieConfig, format: str, end: int | None) -> LayerFormats:
         """wint4 up to layer `end` (None: the default of the model's depth), then `format`."""
         last = default_wint4_end_layer(config) if end is None else end
         formats = {layer: WIDER if layer <= last else format for layer in config.moe_layers()}
         return cls(formats, "--format", "prefix")
 
     def reason_of(self, layer: int) -> str:
-        """Who chose the format of a layer."""
+        """What chose the format of a layer."""
         wider = self.wider_reason is not None and self.formats[layer] == WIDER
         return self.wider_reason if wider else self.reason
 
@@ -174,7 +174,7 @@ class PlanOptions:
         tensor_parallel_size: number of rank folders.
         rules: formats of single matrices; they come before everything else.
         max_shard_bytes: of one file.
-        layout: formats of whole MoE layers, in the place of a wint4 prefix.
+        layer_formats: formats of whole MoE layers, instead of a wint4 prefix.
     """
 
     target: Target
@@ -183,7 +183,7 @@ class PlanOptions:
     tensor_parallel_size: int = 1
     rules: Sequence[Rule] = ()
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    layout: Layout | None = None
+    layer_formats: LayerFormats | None = None
 
     def check(self, config: ErnieConfig) -> None:
         """Refuse what no model, or not this one, can be given."""
@@ -211,10 +211,10 @@ class Plan:
     reasons: Mapping[int, str]
     messages: tuple[str, ...] = ()
 
-    def with_layout(self, layout: Layout) -> Plan:
+    def with_layer_formats(self, formats: LayerFormats) -> Plan:
         """The same choices with other formats of MoE layers, wint4 in any of them."""
         target = self.target.with_any_layers()
-        return make_plan(self.config, replace(self.options, target=target, layout=layout))
+        return make_plan(self.config, replace(self.options, target=target, layer_formats=formats))
 
     @property
     def target(self) -> Target:
@@ -292,8 +292,10 @@ def make_plan(config: ErnieConfig, options: PlanOptions) -> Plan:
     """
     options.check(config)
     target, size = options.target, options.tensor_parallel_size
-    layout = options.layout or Layout.prefix(config, options.format, options.wint4_end_layer)
-    candidates = _candidates(target, config, layout)
+    defaults = options.layer_formats or LayerFormats.prefix(
+        config, options.format, options.wint4_end_layer
+    )
+    candidates = _candidates(target, config, defaults)
     found = matching_rules(options.rules, candidates, options.format)
     formats, reasons = {}, {}
     for candidate in candidates:
@@ -338,13 +340,13 @@ def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) 
     return forced_layers(found, (c.tensor for c in candidates if c.tensor.is_expert))
 
 
-def _candidates(target: Target, config: ErnieConfig, layout: Layout) -> list[Candidate]:
-    """Every tensor with what it becomes where no rule speaks of it."""
+def _candidates(target: Target, config: ErnieConfig, defaults: LayerFormats) -> list[Candidate]:
+    """Every tensor with the format that it gets where no rule matches it."""
     candidates = []
     for tensor in config.tensors.values():
         layer = tensor.layer
         if tensor.is_expert and layer is not None:
-            candidates.append(Candidate(tensor, layout.formats[layer], layout.reason_of(layer)))
+            candidates.append(Candidate(tensor, defaults.formats[layer], defaults.reason_of(layer)))
         elif tensor.is_dense:
             candidates.append(Candidate(tensor, DENSE))
         else:

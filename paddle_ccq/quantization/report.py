@@ -33,7 +33,9 @@ def dry_run(job: Job, plan: Plan) -> QuantizeResult:
     allocation = None
     if wanted is not None and job.costs is not None:
         allocation = wanted.resolve(plan, job.costs)
-        plan = make_plan(plan.config, replace(job.options.plan, layout=allocation.layout))
+        plan = make_plan(
+            plan.config, replace(job.options.plan, layer_formats=allocation.layer_formats)
+        )
     out.print(reporting.plan_table(plan))
     out.print()
     if plan.layer_formats:

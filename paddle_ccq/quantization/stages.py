@@ -17,7 +17,7 @@ from ..allocation.session import comparison_table
 from ..calibration.session import coverage
 from ..checkpoint.companions import check_regular, read_companions
 from ..checkpoint.config import CONFIG_FILE
-from ..checkpoint.plan import Layout, Plan, make_plan
+from ..checkpoint.plan import LayerFormats, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_folder
 from ..checkpoint.source_card import read_source_card
@@ -125,9 +125,9 @@ def planned(job: Job) -> Plan:
     config, options, wanted = job.config, job.options.plan, job.wanted
     if wanted is None:
         return make_plan(config, options)
-    uniform = Layout(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
+    uniform = LayerFormats(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
     target = options.target.with_any_layers()
-    plan = make_plan(config, replace(options, target=target, layout=uniform))
+    plan = make_plan(config, replace(options, target=target, layer_formats=uniform))
     job.costs = wanted.check(plan)
     return plan
 
@@ -166,7 +166,9 @@ def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace
         else:
             job.costs = _measured(job, checkpoint, workplace)
         job.allocation = wanted.resolve(plan, job.costs)
-        plan = make_plan(plan.config, replace(options.plan, layout=job.allocation.layout))
+        plan = make_plan(
+            plan.config, replace(options.plan, layer_formats=job.allocation.layer_formats)
+        )
         job.say(report.as_text(comparison_table(job.allocation)))
         for note in wanted.notes:
             job.say(note)

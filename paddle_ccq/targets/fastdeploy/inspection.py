@@ -15,7 +15,7 @@ import numpy as np
 from ...checkpoint.companions import check_file
 from ...checkpoint.config import CONFIG_FILE, ErnieConfig
 from ...checkpoint.manifest import is_foreign
-from ...checkpoint.plan import Item, Layout, Plan
+from ...checkpoint.plan import Item, LayerFormats, Plan
 from ...checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from ...checkpoint.rules import Rule
 from ...checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
@@ -259,10 +259,10 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
     if end_layer is None:
         raise CcqError(f"{where}: quantization_config: quant_end_layer is not a number")
     listed = wint4_layers_of(quantization)
-    layout = None
+    layer_formats = None
     if listed is not None:
         chosen = {n: "wint4" if n in listed else format for n in config.moe_layers()}
-        layout = Layout(chosen, WINT4_LAYERS)
+        layer_formats = LayerFormats(chosen, WINT4_LAYERS)
     ranks = [p for p in folder.iterdir() if re.fullmatch(r"rank\d+", p.name) and p.is_dir()]
     size = len(ranks) or 1
     wrong = {p.name for p in ranks} ^ {f"rank{i}" for i in range(len(ranks))}
@@ -274,11 +274,13 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
     return build_plan(
         config,
         format=DEFAULT_EXPERTS if format == "wint8" else format,
-        wint4_end_layer=None if layout else max(-1, min(end_layer, config.num_hidden_layers - 1)),
+        wint4_end_layer=None
+        if layer_formats
+        else max(-1, min(end_layer, config.num_hidden_layers - 1)),
         tensor_parallel_size=size,
         rules=_kept_dense(config, quantization.get("modules_to_not_convert")),
-        layout=layout,
-        plugin_layout=layout is not None,
+        layer_formats=layer_formats,
+        plugin_layout=layer_formats is not None,
     )
 
 
