@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .checkpoint.plan import Item, Plan
+from .checkpoint.plan import Plan, PlannedTensor
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
 from .families.tensor import Role
@@ -74,14 +74,16 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def collapsed(items: Iterable[Item]) -> list[tuple[str, list[Item]]]:
+def collapsed(tensors: Iterable[PlannedTensor]) -> list[tuple[str, list[PlannedTensor]]]:
     """Items alike in all but layer and expert, each group with a pattern that names it."""
-    groups: dict[tuple[str, str, tuple[int, ...]], list[Item]] = {}
-    for item in items:
-        groups.setdefault((item.tensor.template, item.format, item.shape), []).append(item)
+    groups: dict[tuple[str, str, tuple[int, ...]], list[PlannedTensor]] = {}
+    for planned in tensors:
+        groups.setdefault((planned.tensor.template, planned.format, planned.shape), []).append(
+            planned
+        )
     result = []
     for (template, _, _), members in groups.items():
-        tensors = [item.tensor for item in members]
+        tensors = [planned.tensor for planned in members]
         layers = ranges(t.layer for t in tensors if t.layer is not None)
         experts = ranges(t.expert for t in tensors if t.expert is not None)
         result.append((template.format(layer=layers, expert=experts), members))
@@ -94,9 +96,9 @@ FORMAT_WORDS = {"bf16": "bf16 (kept)", "f32": "float32 (kept)"}
 def plan_table(plan: Plan) -> Table:
     """What every tensor becomes, repeated ones on one line."""
     rows = []
-    for pattern, members in collapsed(plan.items):
-        stored = sum(item.rank_bytes for item in members) * plan.tensor_parallel_size
-        weights = sum(item.weights for item in members)
+    for pattern, members in collapsed(plan.tensors):
+        stored = sum(planned.rank_bytes for planned in members) * plan.tensor_parallel_size
+        weights = sum(planned.weights for planned in members)
         rows.append(
             [
                 pattern.removeprefix("ernie.").removesuffix(".weight"),
@@ -135,7 +137,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("bits per weight, whole model", f"{plan.bits_per_weight():.3f}"),
     ]
-    if any(item.tensor.is_expert for item in plan.items):
+    if any(planned.tensor.is_expert for planned in plan.tensors):
         facts.append(
             ("bits per weight, routed experts", f"{plan.bits_per_weight(Role.EXPERT):.3f}")
         )
@@ -147,13 +149,13 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
 
 def summary_rows(plan: Plan, records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Per format: matrices, weights, bits per weight, mean rel-MSE, size; then the total."""
-    groups: dict[str, list[tuple[Item, dict[str, Any]]]] = {}
-    for item, record in zip(plan.items, records, strict=True):
-        groups.setdefault(item.format, []).append((item, record["stats"]))
+    groups: dict[str, list[tuple[PlannedTensor, dict[str, Any]]]] = {}
+    for planned, record in zip(plan.tensors, records, strict=True):
+        groups.setdefault(planned.format, []).append((planned, record["stats"]))
     rows = []
     for format, members in groups.items():
-        weights = sum(item.weights for item, _ in members)
-        stored = sum(item.rank_bytes for item, _ in members) * plan.tensor_parallel_size
+        weights = sum(planned.weights for planned, _ in members)
+        stored = sum(planned.rank_bytes for planned, _ in members) * plan.tensor_parallel_size
         errors = [stats["rel_mse"] for _, stats in members if stats.get("rel_mse") is not None]
         rows.append(
             [
@@ -169,7 +171,7 @@ def summary_rows(plan: Plan, records: Sequence[dict[str, Any]]) -> list[list[str
     rows.append(
         [
             "total",
-            f"{len(plan.items):,}",
+            f"{len(plan.tensors):,}",
             f"{plan.weights:,}",
             f"{8 * total / plan.weights:.3f}",
             "",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import reporting
 from .arguments import Arguments
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
-from .checkpoint.plan import Item
+from .checkpoint.plan import PlannedTensor
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES
 from .checkpoint.source import resolve_model
@@ -117,71 +117,79 @@ def _compare(
         if (inspection.config.raw.get(PROVENANCE_KEY) or {}).get("tuning")
         else frozenset()
     )
-    items = tqdm(inspection.plan.items, unit="matrix", disable=True if quiet else None)
-    for item in items:
-        parts = [inspection.tensors(item, rank) for rank in range(len(inspection.ranks))]
+    tensors = tqdm(inspection.plan.tensors, unit="matrix", disable=True if quiet else None)
+    for planned in tensors:
+        parts = [inspection.tensors(planned, rank) for rank in range(len(inspection.ranks))]
         if any(part is None for part in parts):
             continue
         whole = [part for part in parts if part is not None]
-        if not item.quantized:
-            ((_, stored_as, _),) = item.specs
-            weight = _finite(item, reference.read_stored(item.name), stored_as, result)
-            if _equal(item, whole, weight):
+        if not planned.quantized:
+            ((_, stored_as, _),) = planned.specs
+            weight = _finite(planned, reference.read_stored(planned.name), stored_as, result)
+            if _equal(planned, whole, weight):
                 result.unquantized_equal += 1
-            elif not (item.tensor.role in tuned and _near(item, whole, weight)):
-                result.problems.append(f"{item.name}: not the reference's values")
+            elif not (planned.tensor.role in tuned and _near(planned, whole, weight)):
+                result.problems.append(f"{planned.name}: not the reference's values")
             continue
-        weight = _finite(item, reference.read(item.name), "BF16", result)
-        error = _error(item, whole, weight, order)
-        if formats.get(item.format).row_ordered and not order_checked:
+        weight = _finite(planned, reference.read(planned.name), "BF16", result)
+        error = _error(planned, whole, weight, order)
+        if formats.get(planned.format).row_ordered and not order_checked:
             order_checked = True
-            other = _error(item, whole, weight, other_order(order))
+            other = _error(planned, whole, weight, other_order(order))
             if other["rel_mse"] < 0.5 * error["rel_mse"]:
                 result.problems.append(
-                    f"{item.name}: the rows are in {other_order(order)} order, not {order};"
+                    f"{planned.name}: the rows are in {other_order(order)} order, not {order};"
                     " FastDeploy would compute nonsense without complaint"
                 )
-        limit = formats.get(item.format).largest_error
+        limit = formats.get(planned.format).largest_error
         if not is_approximation(error["rel_mse"], weight, limit):
             result.problems.append(
-                f"{item.name}: rel-MSE {error['rel_mse']:.3g} to the reference; these are other"
+                f"{planned.name}: rel-MSE {error['rel_mse']:.3g} to the reference; these are other"
                 " weights"
             )
-        place = _PLACES.get(item.tensor.role, "")
-        found = {"name": item.name, "kind": place + item.tensor.projection, "format": item.format}
+        place = _PLACES.get(planned.tensor.role, "")
+        found = {
+            "name": planned.name,
+            "kind": place + planned.tensor.projection,
+            "format": planned.format,
+        }
         result.matrices.append({**found, **error})
 
 
-def _finite(item: Item, weight: np.ndarray, stored_as: str, result: VerifyResult) -> np.ndarray:
+def _finite(
+    planned: PlannedTensor, weight: np.ndarray, stored_as: str, result: VerifyResult
+) -> np.ndarray:
     """The reference's values as quantize takes them: 0 for what cannot be stored, with a note."""
     clean, bad = finite(weight, stored_as)
     if bad:
         result.messages.append(
-            f"{item.name}: {bad} values of the reference are NaN, infinite or beyond bfloat16's"
+            f"{planned.name}: {bad} values of the reference are NaN, infinite or beyond bfloat16's"
             " range; compared as 0, which quantize --allow-nonfinite stores"
         )
     return clean
 
 
-def _equal(item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:
-    ((_, dtype, _),) = item.specs
-    whole = join([next(iter(part.values())) for part in parts], item.cut)
+def _equal(planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:
+    ((_, dtype, _),) = planned.specs
+    whole = join([next(iter(part.values())) for part in parts], planned.cut)
     expected = weight.astype(DTYPES[dtype], copy=False)
     return expected.reshape(whole.shape).tobytes() == whole.tobytes()
 
 
-def _near(item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:
+def _near(planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:
     """Whether a tuned tensor is still an approximation of the reference's."""
-    whole = join([next(iter(part.values())) for part in parts], item.cut)
+    whole = join([next(iter(part.values())) for part in parts], planned.cut)
     expected = weight.reshape(whole.shape)
     return difference_energy(expected, whole) <= LARGEST_TUNED_ERROR * energy(expected)
 
 
 def _error(
-    item: Item, parts: list[dict[str, np.ndarray]], weight: np.ndarray, order: str
+    planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: np.ndarray, order: str
 ) -> dict[str, float]:
     """rel-MSE and cosine of a matrix, decoded exactly (float32), to the reference [K, N]."""
-    found = join([formats.decode(item.format, part, "float32", order) for part in parts], item.cut)
+    found = join(
+        [formats.decode(planned.format, part, "float32", order) for part in parts], planned.cut
+    )
     size, found_size = energy(weight), energy(found)
     difference = difference_energy(weight, found)
     scale = math.sqrt(size * found_size)

@@ -143,7 +143,7 @@ def test_resume_and_log(model, expected, interrupted):
     result = quantize(model, interrupted, threads=2, **OPTIONS)
     assert contents(interrupted) == expected
     lines = [json.loads(x) for x in Path(f"{interrupted}.log.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == [item.name for item in result.plan.items]
+    assert [line["name"] for line in lines] == [planned.name for planned in result.plan.tensors]
     assert not partial(interrupted).exists()
 
 

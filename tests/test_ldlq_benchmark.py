@@ -65,10 +65,10 @@ def test_all_wint2_experts_of_both_models_are_counted() -> None:
     found = Counter()
     for model, folder in zip(ldlq_work.MODELS, FOLDERS, strict=True):
         config = ErnieConfig.from_json(CONFIGS / folder)
-        for item in build_plan(config).items:
-            if item.format == "wint2" and item.tensor.is_expert:
-                k, n = item.shape
-                found[model, item.name.split(".")[-2], n, k] += 1
+        for planned in build_plan(config).tensors:
+            if planned.format == "wint2" and planned.tensor.is_expert:
+                k, n = planned.shape
+                found[model, planned.name.split(".")[-2], n, k] += 1
     assert {(s.model, s.name, s.n, s.k): s.count for s in ldlq_work.SHAPES} == found
 
 

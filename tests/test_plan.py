@@ -39,15 +39,18 @@ def test_300b_comes_to_the_published_size(large):
     assert 93 < plan.output_bytes / 1e9 < 95
     assert 2.20 < plan.bits_per_weight(Role.EXPERT) < 2.25
     counts = {}
-    for item in plan.items:
-        counts[item.format] = counts.get(item.format, 0) + 1
+    for planned in plan.tensors:
+        counts[planned.format] = counts.get(planned.format, 0) + 1
     # 47 wint2 and 4 wint4 MoE layers of 64 experts, two projections each.
     assert counts["wint2"] == 47 * 64 * 2
     assert counts["wint4"] == 4 * 64 * 2
     assert counts["wint8"] == 54 * 2 + 3 * 2
     assert counts["f32"] == 51 * 2
     assert counts["bf16"] == 54 * 2 + 3
-    assert sum(len(item.specs) for item in plan.items) == 47 * 640 + 4 * 256 + 114 * 2 + 102 + 111
+    assert (
+        sum(len(planned.specs) for planned in plan.tensors)
+        == 47 * 640 + 4 * 256 + 114 * 2 + 102 + 111
+    )
     assert wint4_end_layer(plan) == 6
     assert plan.peak_memory() < 16e9
 
@@ -61,7 +64,7 @@ def test_small_models_get_no_wint4_prefix():
     config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-21b-a3b")
     plan = build_plan(config)
     assert wint4_end_layer(plan) == -1
-    assert {item.format for item in plan.items if item.tensor.is_expert} == {"wint2"}
+    assert {planned.format for planned in plan.tensors if planned.tensor.is_expert} == {"wint2"}
     assert 6.5e9 < plan.output_bytes < 7.5e9
 
 
@@ -69,9 +72,9 @@ def test_shards_respect_the_limit_and_keep_matrices_whole():
     plan = build_plan(tiny(), max_shard_bytes=100_000)
     assert len(plan.shards) > 3
     for shard in plan.shards:
-        size = sum(item.rank_bytes for item in shard.items)
-        assert size <= 100_000 or len(shard.items) == 1
-    assert [i for shard in plan.shards for i in shard.items] == list(plan.items)
+        size = sum(planned.rank_bytes for planned in shard.tensors)
+        assert size <= 100_000 or len(shard.tensors) == 1
+    assert [i for shard in plan.shards for i in shard.tensors] == list(plan.tensors)
     assert plan.shards[-1].name == f"model-{len(plan.shards):05d}-of-{len(plan.shards):05d}" + (
         ".safetensors"
     )
@@ -81,14 +84,14 @@ def test_dense_model_becomes_wint8_and_says_so():
     plan = build_plan(tiny(moe_num_experts=0))
     assert plan.format == "wint8"
     assert any("no MoE layer" in message for message in plan.messages)
-    assert {item.format for item in plan.items} == {"wint8", "bf16"}
+    assert {planned.format for planned in plan.tensors} == {"wint8", "bf16"}
 
 
 def test_tied_models_have_no_lm_head():
-    assert not any(i.name == "lm_head.weight" for i in build_plan(tiny()).items)
+    assert not any(i.name == "lm_head.weight" for i in build_plan(tiny()).tensors)
     untied = build_plan(tiny(tie_word_embeddings=False))
-    assert untied.items[-1].name == "lm_head.weight"
-    assert untied.items[-1].format == "bf16"
+    assert untied.tensors[-1].name == "lm_head.weight"
+    assert untied.tensors[-1].format == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_rules_come_before_an_allocation():
 
 
 def formats_of(plan, part: str) -> set[str]:
-    return {item.format for item in plan.items if part in item.name}
+    return {planned.format for planned in plan.tensors if part in planned.name}
 
 
 def test_first_matching_rule_wins():
@@ -172,7 +175,7 @@ def test_first_matching_rule_wins():
     plan = build_plan(tiny(), rules=rules)
     assert not_converted(plan) == ["ernie.layers.0.self_attn.o_proj"]
     assert any("2.5" in message for message in plan.messages)
-    stored = {name: dtype for item in plan.items for name, dtype, _ in item.specs}
+    stored = {name: dtype for planned in plan.tensors for name, dtype, _ in planned.specs}
     assert stored["ernie.layers.0.self_attn.o_proj.quant_weight"] == "BF16"
 
 

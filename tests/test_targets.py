@@ -46,7 +46,7 @@ class Plain:
         return ["about the model"]
 
     def plan_notes(self, plan):
-        return [f"about a plan of {len(plan.items)} tensors"]
+        return [f"about a plan of {len(plan.tensors)} tensors"]
 
     def facts(self, plan):
         return []
@@ -83,9 +83,9 @@ def test_what_lies_below_knows_no_engine(below):
 def test_a_plan_follows_its_target():
     config = ErnieConfig.from_json(tiny_config())
     plan = make_plan(config, PlanOptions(Plain()))
-    assert plan.messages == ("about the model", f"about a plan of {len(plan.items)} tensors")
+    assert plan.messages == ("about the model", f"about a plan of {len(plan.tensors)} tensors")
     assert plan.row_order == "plain"
-    by_name = {item.name: item for item in plan.items}
+    by_name = {planned.name: planned for planned in plan.tensors}
     assert by_name["ernie.norm.weight"].format == "f32"
     (spec,) = by_name["ernie.layers.1.mlp.experts.0.down_proj.weight"].specs
     assert spec[0] == "own.ernie.layers.1.mlp.experts.0.down_proj.weight.wint2"

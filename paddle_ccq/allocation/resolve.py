@@ -125,18 +125,18 @@ def _uniform(format: str, layers: Sequence[int], forced: Mapping[int, str], plan
 def _layer_sizes(plan: Plan, target: Target) -> dict[int, int]:
     """Room that each MoE layer takes in the target's unit: bytes, or 1/64 bits of the rate."""
     sizes: dict[int, int] = {}
-    for item in plan.items:
-        if item.tensor.is_expert and item.layer is not None:
-            size = plan.tensor_parallel_size * item.rank_bytes
+    for planned in plan.tensors:
+        if planned.tensor.is_expert and planned.layer is not None:
+            size = plan.tensor_parallel_size * planned.rank_bytes
             if target.bits is not None:
-                size = round(64 * formats.get(item.format).bits_per_weight) * item.weights
-            sizes[item.layer] = sizes.get(item.layer, 0) + size
+                size = round(64 * formats.get(planned.format).bits_per_weight) * planned.weights
+            sizes[planned.layer] = sizes.get(planned.layer, 0) + size
     return sizes
 
 
 def _budget(target: Target, smallest: Plan, experts: int) -> int:
     if target.bits is not None:
-        weights = sum(item.weights for item in smallest.items if item.tensor.is_expert)
+        weights = sum(planned.weights for planned in smallest.tensors if planned.tensor.is_expert)
         # As a fraction: 2.0625 times many weights must not miss by rounding.
         return int(64 * Fraction(str(target.bits)) * weights)
     assert target.bytes is not None
@@ -145,7 +145,7 @@ def _budget(target: Target, smallest: Plan, experts: int) -> int:
 
 def _shown(target: Target, plan: Plan, size: int) -> str:
     if target.bits is not None:
-        weights = sum(item.weights for item in plan.items if item.tensor.is_expert)
+        weights = sum(planned.weights for planned in plan.tensors if planned.tensor.is_expert)
         return f"{size / 64 / weights:.4f}bpw"
     experts = sum(_layer_sizes(plan, target).values())
     return gigabytes(plan.output_bytes - experts + size)

@@ -185,11 +185,11 @@ def comparison_table(allocation: Allocation) -> Table:
     for row in allocation.rows:
         plan: Plan = row.plan
         four = plan.wint4_layers
-        weights = sum(item.weights for item in plan.items if item.tensor.is_expert)
+        weights = sum(planned.weights for planned in plan.tensors if planned.tensor.is_expert)
         nominal = sum(
-            FORMATS[item.format].bits_per_weight * item.weights
-            for item in plan.items
-            if item.tensor.is_expert
+            FORMATS[planned.format].bits_per_weight * planned.weights
+            for planned in plan.tensors
+            if planned.tensor.is_expert
         )
         rows.append(
             [

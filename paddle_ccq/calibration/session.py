@@ -44,7 +44,7 @@ class CalibrationRequest:
         """Refuse in one line what calibration cannot do, before any work."""
         if encoder != "search":
             raise CcqError(f"--calibration does not go with --encoder {encoder}; use search")
-        if not any(item.format == "wint2" for item in plan.items):
+        if not any(planned.format == "wint2" for planned in plan.tensors):
             raise CcqError(
                 f"--calibration: only wint2 experts are calibrated, and this plan ({plan.format})"
                 " has none; leave the flag out"
@@ -105,11 +105,11 @@ def memory_facts(config: ErnieConfig, settings: CalibrationSettings) -> list[tup
 def coverage(plan: Plan, records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
     """From the journal: tokens per expert in a line, and the experts that none went to."""
     counts = {
-        f"layers.{item.layer}.mlp.experts.{item.tensor.expert}": int(
+        f"layers.{planned.layer}.mlp.experts.{planned.tensor.expert}": int(
             record["stats"]["calibration_tokens"]
         )
-        for item, record in zip(plan.items, records, strict=True)
-        if item.tensor.projection == UP_GATE and "calibration_tokens" in record["stats"]
+        for planned, record in zip(plan.tensors, records, strict=True)
+        if planned.tensor.projection == UP_GATE and "calibration_tokens" in record["stats"]
     }
     if not counts:
         return None
@@ -128,15 +128,15 @@ def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, di
     """
     tokens: dict[int, dict[str, int]] = {}
     sums: dict[int, dict[str, float]] = {}
-    for item, record in zip(plan.items, records, strict=True):
+    for planned, record in zip(plan.tensors, records, strict=True):
         stats = record["stats"]
-        if item.layer is None or "output_error" not in stats:
+        if planned.layer is None or "output_error" not in stats:
             continue
-        projection = item.tensor.projection
+        projection = planned.tensor.projection
         seen = int(stats["calibration_tokens"])
-        counts = tokens.setdefault(item.layer, {})
+        counts = tokens.setdefault(planned.layer, {})
         counts[projection] = counts.get(projection, 0) + seen
-        row = sums.setdefault(item.layer, {})
+        row = sums.setdefault(planned.layer, {})
         error = stats["output_error"] * plan.tensor_parallel_size
         row[projection] = row.get(projection, 0.0) + seen * error
     # Every token counts once for each of its experts.

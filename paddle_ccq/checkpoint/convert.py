@@ -14,7 +14,7 @@ import numpy as np
 from ..codec import formats
 from ..encoder.base import ErrorStats, MatrixEncoder
 from ..errors import CcqError
-from .plan import Item, Plan
+from .plan import Plan, PlannedTensor
 from .reader import Checkpoint
 from .safetensors_format import DTYPES, FLOAT_DTYPES
 from .tensor_parallel import take
@@ -51,25 +51,27 @@ class Converter:
         self.encoders = encoders
         self.allow_nonfinite = allow_nonfinite
 
-    def convert(self, item: Item) -> Converted:
+    def convert(self, planned: PlannedTensor) -> Converted:
         """The stored tensors of one matrix; holds no more than that matrix."""
         start = time.perf_counter()
-        if item.quantized:
-            weight = self.checkpoint.read_out_in(item.name)
+        if planned.quantized:
+            weight = self.checkpoint.read_out_in(planned.name)
         else:
-            weight = self.checkpoint.read_stored(item.name)
+            weight = self.checkpoint.read_stored(planned.name)
         # Whatever a matrix is packed into, engines decode it to bfloat16.
-        stored_as = "BF16" if item.quantized else item.specs[0][1]
-        weight, nonfinite = self._finite(weight, item.name, stored_as)
+        stored_as = "BF16" if planned.quantized else planned.specs[0][1]
+        weight, nonfinite = self._finite(weight, planned.name, stored_as)
         read = time.perf_counter()
-        parts, error = self._encoded(item, weight) if item.quantized else self._kept(item, weight)
-        self._check_finite(item, parts, error, weight)
-        if item.quantized:
-            self._check_error(item, error, weight)
+        parts, error = (
+            self._encoded(planned, weight) if planned.quantized else self._kept(planned, weight)
+        )
+        self._check_finite(planned, parts, error, weight)
+        if planned.quantized:
+            self._check_error(planned, error, weight)
         stats: dict[str, Any] = {
-            "format": item.format,
-            "shape": list(item.shape),
-            "bpw": 8 * item.rank_bytes * len(parts) / item.weights,
+            "format": planned.format,
+            "shape": list(planned.shape),
+            "bpw": 8 * planned.rank_bytes * len(parts) / planned.weights,
             **error,
             "read_seconds": read - start,
             "seconds": time.perf_counter() - read,
@@ -98,7 +100,7 @@ class Converter:
 
     def _check_finite(
         self,
-        item: Item,
+        planned: PlannedTensor,
         parts: list[dict[str, np.ndarray]],
         error: dict[str, Any],
         weight: np.ndarray,
@@ -112,53 +114,55 @@ class Converter:
         ]
         if broken or not all(math.isfinite(value) for value in error.values()):
             raise CcqError(
-                f"{self.checkpoint.path}: {item.name} cannot be stored as {item.format}: its values"
-                f" reach {float(np.abs(weight).max()):.7g}, too large for"
+                f"{self.checkpoint.path}: {planned.name} cannot be stored as {planned.format}: its"
+                f" values reach {float(np.abs(weight).max()):.7g}, too large for"
                 f" {broken[0] if broken else 'the search'}; the file is damaged"
             )
 
-    def _check_error(self, item: Item, error: dict[str, Any], weight: np.ndarray) -> None:
+    def _check_error(
+        self, planned: PlannedTensor, error: dict[str, Any], weight: np.ndarray
+    ) -> None:
         """A matrix that `verify` would take for another one is not written."""
-        limit = formats.get(item.format).largest_error
+        limit = formats.get(planned.format).largest_error
         if is_approximation(error["rel_mse"], weight, limit):
             return
         largest = float(np.abs(weight).max())
         typical = math.sqrt(energy(weight) / weight.size)
         raise CcqError(
-            f"{self.checkpoint.path}: {item.name} cannot be stored as {item.format}: rel-MSE"
+            f"{self.checkpoint.path}: {planned.name} cannot be stored as {planned.format}: rel-MSE"
             f" {error['rel_mse']:.3g} is more than {limit:g}; its largest value, {largest:.7g}, is"
             f" {largest / typical:.3g} times the root mean square: the file is damaged, or the"
             " layer needs more bits (--wint4-end-layer, --rules)"
         )
 
     def _kept(
-        self, item: Item, weight: np.ndarray
+        self, planned: PlannedTensor, weight: np.ndarray
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-        ((name, dtype, shape),) = item.specs
+        ((name, dtype, shape),) = planned.specs
         size = self.plan.tensor_parallel_size
         parts = []
         for rank in range(size):
-            part = take(weight, item.cut, rank, size).astype(DTYPES[dtype], copy=False)
+            part = take(weight, planned.cut, rank, size).astype(DTYPES[dtype], copy=False)
             parts.append({name: part.reshape(shape)})
         return parts, {}
 
     def _encoded(
-        self, item: Item, weight: np.ndarray
+        self, planned: PlannedTensor, weight: np.ndarray
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
         size = self.plan.tensor_parallel_size
-        stem = item.tensor.stem
+        stem = planned.tensor.stem
         parts, found = [], []
         said: list[dict[str, float]] = []
-        every_row = np.arange(item.shape[0])
+        every_row = np.arange(planned.shape[0])
         for rank in range(size):
-            part = take(weight, item.cut, rank, size, transposed=True)
+            part = take(weight, planned.cut, rank, size, transposed=True)
             rows = every_row
-            if item.cut is not None and item.cut.axis == 0:
-                rows = take(every_row, item.cut, rank, size)
+            if planned.cut is not None and planned.cut.axis == 0:
+                rows = take(every_row, planned.cut, rank, size)
             order = self.plan.row_order
-            part = np.ascontiguousarray(formats.order_rows(part, item.format, order, axis=1))
-            rows = formats.order_rows(rows, item.format, order)
-            tensors, stats, measures = self._encode(item, part, rows)
+            part = np.ascontiguousarray(formats.order_rows(part, planned.format, order, axis=1))
+            rows = formats.order_rows(rows, planned.format, order)
+            tensors, stats, measures = self._encode(planned, part, rows)
             said.append(measures)
             parts.append({f"{stem}.{suffix}": array for suffix, array in tensors.items()})
             found += stats
@@ -171,15 +175,15 @@ class Converter:
         return parts, {"rel_mse": whole.rel_mse, "cosine": whole.cosine, **_means(said)}
 
     def _encode(
-        self, item: Item, weight: np.ndarray, rows: np.ndarray
+        self, planned: PlannedTensor, weight: np.ndarray, rows: np.ndarray
     ) -> tuple[dict[str, np.ndarray], list[ErrorStats], dict[str, float]]:
-        encoder = self.encoders[item.format]
-        if formats.get(item.format).kind is not formats.Kind.INTEGER:
-            encoded = encoder.encode(weight, item.name, rows)
+        encoder = self.encoders[planned.format]
+        if formats.get(planned.format).kind is not formats.Kind.INTEGER:
+            encoded = encoder.encode(weight, planned.name, rows)
             return encoded.tensors, [encoded.stats], encoded.measures
         step = max(1, SLICE_WEIGHTS // weight.shape[1] // SLICE_COLUMNS) * SLICE_COLUMNS
         pieces = [
-            encoder.encode(weight[begin : begin + step], item.name, rows)
+            encoder.encode(weight[begin : begin + step], planned.name, rows)
             for begin in range(0, weight.shape[0], step)
         ]
         tensors = {

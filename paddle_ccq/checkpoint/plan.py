@@ -12,7 +12,7 @@ from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..errors import CcqError
 from ..families.tensor import Cut, Role, TensorSpec
 from .config import ErnieConfig
-from .rules import Candidate, Rule, forced_layers, layer_formats, matching_rules
+from .rules import DefaultFormat, Rule, forced_layers, layer_formats, matching_rules
 from .safetensors_format import StoredSpec, shard_name, tensor_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -33,8 +33,8 @@ KEPT_BYTES_PER_WEIGHT = 4
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor of the model and what it becomes; every rank gets the same shapes."""
+class PlannedTensor:
+    """A tensor of the model with its format and stored tensors; all ranks have the same shapes."""
 
     index: int
     tensor: TensorSpec
@@ -74,14 +74,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file of every rank: items first..last, in order."""
+    """One output file of every rank and the tensors that it holds, in order."""
 
     name: str
-    items: tuple[Item, ...]
+    tensors: tuple[PlannedTensor, ...]
 
     @property
     def specs(self) -> list[StoredSpec]:
-        return [spec for item in self.items for spec in item.specs]
+        return [spec for planned in self.tensors for spec in planned.specs]
 
 
 class Target(Protocol):
@@ -200,12 +200,12 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved job. Items are processed and written strictly in order."""
+    """The resolved job. Tensors are processed and written strictly in order."""
 
     config: ErnieConfig
     options: PlanOptions  # what was asked for; the other fields are what came of it
     format: str  # what the 2-bit MoE layers become; "wint8" for a model without MoE layers
-    items: tuple[Item, ...]
+    tensors: tuple[PlannedTensor, ...]
     shards: tuple[Shard, ...]
     # Why each MoE layer's experts have their format.
     reasons: Mapping[int, str]
@@ -239,8 +239,8 @@ class Plan:
     @property
     def layer_formats(self) -> dict[int, str]:
         """The format of every MoE layer's experts."""
-        experts = (item for item in self.items if item.tensor.is_expert)
-        return {item.layer: item.format for item in experts if item.layer is not None}
+        experts = (planned for planned in self.tensors if planned.tensor.is_expert)
+        return {planned.layer: planned.format for planned in experts if planned.layer is not None}
 
     @property
     def wint4_layers(self) -> list[int]:
@@ -249,12 +249,12 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        return sum(item.weights for item in self.items)
+        return sum(planned.weights for planned in self.tensors)
 
     @property
     def output_bytes(self) -> int:
         """Bytes of all tensors of all ranks."""
-        return self.tensor_parallel_size * sum(item.rank_bytes for item in self.items)
+        return self.tensor_parallel_size * sum(planned.rank_bytes for planned in self.tensors)
 
     @property
     def source_bytes(self) -> int:
@@ -262,18 +262,19 @@ class Plan:
         return 2 * self.weights
 
     def bits_per_weight(self, role: Role | None = None) -> float:
-        """Stored bits per weight of the items of a role, or of all; over all ranks."""
-        chosen = [item for item in self.items if role in (None, item.tensor.role)]
-        weights = sum(item.weights for item in chosen)
-        bits = 8 * self.tensor_parallel_size * sum(item.rank_bytes for item in chosen)
+        """Stored bits per weight of the tensors of a role, or of all; over all ranks."""
+        chosen = [planned for planned in self.tensors if role in (None, planned.tensor.role)]
+        weights = sum(planned.weights for planned in chosen)
+        bits = 8 * self.tensor_parallel_size * sum(planned.rank_bytes for planned in chosen)
         return bits / weights if weights else 0.0
 
     def peak_memory(self) -> int:
         """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
         largest = max(
-            item.weights * (QUANTIZED_BYTES_PER_WEIGHT if item.quantized else KEPT_BYTES_PER_WEIGHT)
-            + item.rank_bytes
-            for item in self.items
+            planned.weights
+            * (QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else KEPT_BYTES_PER_WEIGHT)
+            + planned.rank_bytes
+            for planned in self.tensors
         )
         return BASE_MEMORY + largest
 
@@ -292,30 +293,30 @@ def make_plan(config: ErnieConfig, options: PlanOptions) -> Plan:
     """
     options.check(config)
     target, size = options.target, options.tensor_parallel_size
-    defaults = options.layer_formats or LayerFormats.prefix(
+    layers = options.layer_formats or LayerFormats.prefix(
         config, options.format, options.wint4_end_layer
     )
-    candidates = _candidates(target, config, defaults)
-    found = matching_rules(options.rules, candidates, options.format)
+    defaults = _default_formats(target, config, layers)
+    found = matching_rules(options.rules, defaults, options.format)
     formats, reasons = {}, {}
-    for candidate in candidates:
-        tensor, rule = candidate.tensor, found.get(candidate.tensor.name)
-        formats[tensor.name] = rule.format if rule else candidate.default
+    for default in defaults:
+        tensor, rule = default.tensor, found.get(default.tensor.name)
+        formats[tensor.name] = rule.format if rule else default.format
         if tensor.is_expert and tensor.layer is not None:
-            reasons[tensor.layer] = f"rule {rule.match}" if rule else candidate.reason
-    experts = [c.tensor for c in candidates if c.tensor.is_expert]
+            reasons[tensor.layer] = f"rule {rule.match}" if rule else default.reason
+    experts = [d.tensor for d in defaults if d.tensor.is_expert]
     target.check_layers(layer_formats(formats, experts))
     _check_tensor_parallel(target, config, formats, size)
-    items = tuple(
-        _item(target, i, tensor, formats[tensor.name], size)
+    tensors = tuple(
+        _planned(target, i, tensor, formats[tensor.name], size)
         for i, tensor in enumerate(config.tensors.values())
     )
     plan = Plan(
         config=config,
         options=options,
         format=options.format if experts else DENSE,
-        items=items,
-        shards=_split(items, options.max_shard_bytes),
+        tensors=tensors,
+        shards=_split(tensors, options.max_shard_bytes),
         reasons=reasons,
     )
     return replace(plan, messages=tuple(_messages(plan)))
@@ -335,23 +336,25 @@ def _messages(plan: Plan) -> list[str]:
 
 def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) -> dict[int, str]:
     """Formats of the MoE layers that rules decide; the others are free for an allocation."""
-    candidates = [Candidate(tensor, format) for tensor in config.tensors.values()]
-    found = matching_rules(rules, candidates, format)
-    return forced_layers(found, (c.tensor for c in candidates if c.tensor.is_expert))
+    defaults = [DefaultFormat(tensor, format) for tensor in config.tensors.values()]
+    found = matching_rules(rules, defaults, format)
+    return forced_layers(found, (d.tensor for d in defaults if d.tensor.is_expert))
 
 
-def _candidates(target: Target, config: ErnieConfig, defaults: LayerFormats) -> list[Candidate]:
+def _default_formats(
+    target: Target, config: ErnieConfig, layers: LayerFormats
+) -> list[DefaultFormat]:
     """Every tensor with the format that it gets where no rule matches it."""
-    candidates = []
+    defaults = []
     for tensor in config.tensors.values():
         layer = tensor.layer
         if tensor.is_expert and layer is not None:
-            candidates.append(Candidate(tensor, defaults.formats[layer], defaults.reason_of(layer)))
+            defaults.append(DefaultFormat(tensor, layers.formats[layer], layers.reason_of(layer)))
         elif tensor.is_dense:
-            candidates.append(Candidate(tensor, DENSE))
+            defaults.append(DefaultFormat(tensor, DENSE))
         else:
-            candidates.append(Candidate(tensor, target.kept_format(tensor)))
-    return candidates
+            defaults.append(DefaultFormat(tensor, target.kept_format(tensor)))
+    return defaults
 
 
 def _rank_problem(
@@ -399,21 +402,23 @@ def _check_tensor_parallel(
         )
 
 
-def _item(target: Target, index: int, tensor: TensorSpec, format: str, size: int) -> Item:
+def _planned(
+    target: Target, index: int, tensor: TensorSpec, format: str, size: int
+) -> PlannedTensor:
     cut, shape = tensor.cut, tensor.shape
     rank_shape = cut.rank_shape(shape, size) if cut and size > 1 else shape
-    return Item(index, tensor, format, target.stored(tensor, format, rank_shape))
+    return PlannedTensor(index, tensor, format, target.stored(tensor, format, rank_shape))
 
 
-def _split(items: Sequence[Item], max_bytes: int) -> tuple[Shard, ...]:
+def _split(tensors: Sequence[PlannedTensor], max_bytes: int) -> tuple[Shard, ...]:
     """Shards of at most `max_bytes`; the tensors of one matrix stay together."""
-    groups: list[list[Item]] = []
+    groups: list[list[PlannedTensor]] = []
     room = -1
-    for item in items:
-        if not groups or item.rank_bytes > room:
+    for planned in tensors:
+        if not groups or planned.rank_bytes > room:
             groups.append([])
             room = max_bytes
-        groups[-1].append(item)
-        room -= item.rank_bytes
+        groups[-1].append(planned)
+        room -= planned.rank_bytes
     count = len(groups)
     return tuple(Shard(shard_name(i, count), tuple(group)) for i, group in enumerate(groups))

@@ -75,39 +75,44 @@ def _rule(entry: object, where: str) -> Rule:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A tensor the rules may speak about, and what it becomes where none does."""
+class DefaultFormat:
+    """The format that a tensor gets where no rule matches it."""
 
     tensor: TensorSpec
-    default: str
-    reason: str = ""  # where the default comes from
+    format: str
+    reason: str = ""  # where the format comes from
 
 
 def matching_rules(
-    rules: Sequence[Rule], candidates: Iterable[Candidate], expert_format: str
+    rules: Sequence[Rule], defaults: Iterable[DefaultFormat], expert_format: str
 ) -> dict[str, Rule]:
-    """The first rule that fits each name, where one does; all are checked to be possible."""
+    """Name of a tensor -> the first rule that matches it.
+
+    Raises:
+        CcqError: for a rule that matches no tensor, or one that cannot take the rule's format.
+    """
     names = []
     found: dict[str, Rule] = {}
-    for candidate in candidates:
-        name = candidate.tensor.name
+    for default in defaults:
+        name = default.tensor.name
         names.append(name)
         for rule in rules:
             if rule.matches(name):
-                _check_allowed(rule, candidate, expert_format)
+                _check_allowed(rule, default, expert_format)
                 found[name] = rule
                 break
     used = set(found.values())
     for rule in rules:
-        # One that is always too late may be meant so; one that fits no name is a slip.
+        # A rule that always comes after another one may be meant so. A rule that matches no name at
+        # all is a mistake.
         if rule not in used and not any(rule.matches(name) for name in names):
             raise CcqError(f"--rules: {rule.match!r} matches no tensor of this model")
     return found
 
 
-def _check_allowed(rule: Rule, candidate: Candidate, expert_format: str) -> None:
+def _check_allowed(rule: Rule, default: DefaultFormat, expert_format: str) -> None:
     where = f"--rules: {rule.match!r} -> {rule.format}"
-    tensor = candidate.tensor
+    tensor = default.tensor
     if not tensor.is_linear:
         raise CcqError(
             f"{where} touches {tensor.name}: routers, correction biases, norms, embeddings and"

@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import CcqError
 from .journal import Journal, fingerprint_differences
 from .manifest import MANIFEST_FILE, manifest_bytes
-from .plan import Item, Plan
+from .plan import Plan, PlannedTensor
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX
 from .safetensors_format import INDEX_FILE, StoredSpec, index_bytes
 from .safetensors_writer import SafetensorsWriter, sync_folder
@@ -182,18 +182,18 @@ class CheckpointWriter:
         self.hashes: dict[str, str] = {}
         self.done = sum("item" in record for record in journal.records)
         self._open: list[SafetensorsWriter] = []
-        self._first_of = {shard.items[0].index: i for i, shard in enumerate(plan.shards)}
+        self._first_of = {shard.tensors[0].index: i for i, shard in enumerate(plan.shards)}
         for rank in self.ranks:
             rank.mkdir(parents=True, exist_ok=True)
         self._take_over()
 
-    def item_records(self) -> list[dict[str, Any]]:
+    def tensor_records(self) -> list[dict[str, Any]]:
         """The journal's records of finished matrices, in order."""
         return [record for record in self.journal.records if "item" in record]
 
     def remaining_bytes(self) -> int:
         """Room that is still needed on the disk."""
-        left = sum(item.rank_bytes for item in self.plan.items[self.done :])
+        left = sum(planned.rank_bytes for planned in self.plan.tensors[self.done :])
         return left * len(self.ranks) + SMALL_FILES_BYTES
 
     def _relative(self, path: Path) -> str:
@@ -202,15 +202,15 @@ class CheckpointWriter:
     def _take_over(self) -> None:
         """Check finished files by size, read the unfinished ones again, cut off what is torn."""
         finished = {record["file"]: record for record in self.journal.records if "file" in record}
-        records = self.item_records()
-        for record, item in zip(records, self.plan.items, strict=False):
-            if record["item"] != item.index or record["name"] != item.name:
+        records = self.tensor_records()
+        for record, planned in zip(records, self.plan.tensors, strict=False):
+            if record["item"] != planned.index or record["name"] != planned.name:
                 raise CcqError(f"{self.journal.path}: out of order; start over with --restart")
         for shard in self.plan.shards:
-            done = [item for item in shard.items if item.index < self.done]
+            done = [planned for planned in shard.tensors if planned.index < self.done]
             if not done:
                 continue
-            complete = len(done) == len(shard.items)
+            complete = len(done) == len(shard.tensors)
             writers = []
             for rank, folder in enumerate(self.ranks):
                 path = folder / shard.name
@@ -219,7 +219,7 @@ class CheckpointWriter:
                     self._check_size(path, record["bytes"])
                     self.hashes[self._relative(path)] = record["sha256"]
                     continue
-                expected = [h for item in done for h in records[item.index]["sha256"][rank]]
+                expected = [h for planned in done for h in records[planned.index]["sha256"][rank]]
                 writers.append(self._reopen(path, shard.specs, expected))
             if writers and complete:
                 self._close(writers)
@@ -256,16 +256,16 @@ class CheckpointWriter:
         )
 
     def write(
-        self, item: Item, parts: list[dict[str, np.ndarray]], stats: dict[str, Any]
+        self, planned: PlannedTensor, parts: list[dict[str, np.ndarray]], stats: dict[str, Any]
     ) -> dict[str, Any]:
         """Append one matrix: its tensors by full name, for every rank.
 
         On return they are on the disk, and so is the journal's record, which is returned.
         """
-        if item.index != self.done:
-            raise ValueError(f"{item.name} is written out of order")
-        if item.index in self._first_of:
-            shard = self.plan.shards[self._first_of[item.index]]
+        if planned.index != self.done:
+            raise ValueError(f"{planned.name} is written out of order")
+        if planned.index in self._first_of:
+            shard = self.plan.shards[self._first_of[planned.index]]
             self._open = [
                 SafetensorsWriter(folder / shard.name, shard.specs, self.plan.target.shard_metadata)
                 for folder in self.ranks
@@ -275,13 +275,13 @@ class CheckpointWriter:
         hashes: list[list[str]] = []
         for writer, tensors in zip(self._open, parts, strict=True):
             hashes.append([])
-            for name, _, _ in item.specs:
+            for name, _, _ in planned.specs:
                 array = np.ascontiguousarray(tensors[name])
                 writer.write(name, array)
                 data = memoryview(array.reshape(-1).view(np.uint8))
                 hashes[-1].append(hashlib.sha256(data).hexdigest())
             writer.sync()
-        record = {"item": item.index, "name": item.name, "sha256": hashes, "stats": stats}
+        record = {"item": planned.index, "name": planned.name, "sha256": hashes, "stats": stats}
         self.journal.append(record)
         self.done += 1
         if all(writer.n_done == len(writer.specs) for writer in self._open):
@@ -298,8 +298,8 @@ class CheckpointWriter:
 
     def finish(self, files: dict[str, bytes]) -> None:
         """Write the small files (by name relative to the output), the indexes, the manifest."""
-        if self.done != len(self.plan.items):
-            raise ValueError(f"{self.done} of {len(self.plan.items)} matrices are written")
+        if self.done != len(self.plan.tensors):
+            raise ValueError(f"{self.done} of {len(self.plan.tensors)} matrices are written")
         for folder in self.ranks:
             write_file(
                 folder / INDEX_FILE,

@@ -36,7 +36,7 @@ def cache_bytes_per_token(config: ErnieConfig, ranks: int) -> int:
 def weight_bytes(plan: Plan) -> int:
     """Weights on one card; a tied output head is a second copy there (ernie4_5_moe.py)."""
     config = plan.config
-    stored = sum(item.rank_bytes for item in plan.items)
+    stored = sum(planned.rank_bytes for planned in plan.tensors)
     if not config.tie_word_embeddings:
         return stored
     return stored + 2 * config.vocab_size * config.hidden_size // plan.tensor_parallel_size

@@ -77,11 +77,13 @@ def _estimated_time(
     except CoreMissingError as error:
         return None, f"not known: {error}"
     rates = measured_rates(encoders_for(plan, options, hessians))
-    seconds = sum(item.weights / rates[item.format] for item in plan.items if item.quantized)
-    quantized = {item.format: 0 for item in plan.items if item.quantized}
-    for item in plan.items:
-        if item.quantized:
-            quantized[item.format] += item.weights
+    seconds = sum(
+        planned.weights / rates[planned.format] for planned in plan.tensors if planned.quantized
+    )
+    quantized = {planned.format: 0 for planned in plan.tensors if planned.quantized}
+    for planned in plan.tensors:
+        if planned.quantized:
+            quantized[planned.format] += planned.weights
     main_format = max(quantized, key=lambda format: quantized[format])
     return seconds, (
         f"{reporting.duration(seconds)} of encoding on this machine, reading and writing not"

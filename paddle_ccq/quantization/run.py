@@ -54,7 +54,7 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
     Raises:
         CcqError: saying what to build.
     """
-    used = {item.format for item in plan.items if item.quantized}
+    used = {planned.format for planned in plan.tensors if planned.quantized}
     if options.encoder == "search" and used & set(CCQ_FORMATS):
         from .. import compiled  # noqa: F401
     if options.device == "gpu":
@@ -69,7 +69,7 @@ def encoders_for(
     """One encoder for each format that occurs in the plan; see factory.make_encoders."""
     check_devices(plan, options)
     return factory.make_encoders(
-        (item.format for item in plan.items if item.quantized),
+        (planned.format for planned in plan.tensors if planned.quantized),
         options.preset,
         encoder=options.encoder,
         threads=options.threads,
@@ -156,11 +156,11 @@ class QuantizeRun:
     ) -> list[dict[str, Any]]:
         self._check_room(writer)
         if writer.done:
-            say(f"going on after {writer.done} of {len(self.plan.items)} matrices")
+            say(f"going on after {writer.done} of {len(self.plan.tensors)} matrices")
         converter = Converter(
             self.checkpoint, self.plan, self.encoders, self.options.allow_nonfinite
         )
-        done = sum(item.weights for item in self.plan.items[: writer.done])
+        done = sum(planned.weights for planned in self.plan.tensors[: writer.done])
         bar = tqdm(
             total=self.plan.weights,
             initial=done,
@@ -170,18 +170,18 @@ class QuantizeRun:
             disable=True if self.options.quiet else None,
         )
         with bar, open(self.log_path, "wb", buffering=0) as log:
-            for record in writer.item_records():
+            for record in writer.tensor_records():
                 _log(log, record)
-            for item in self.plan.items[writer.done :]:
-                converted = converter.convert(item)
+            for planned in self.plan.tensors[writer.done :]:
+                converted = converter.convert(planned)
                 before = time.perf_counter()
-                record = writer.write(item, converted.parts, converted.stats)
+                record = writer.write(planned, converted.parts, converted.stats)
                 self.seconds["write"] += time.perf_counter() - before
                 self.seconds["read"] += converted.stats["read_seconds"]
                 self.seconds["encode"] += converted.stats["seconds"]
                 _log(log, record)
-                bar.update(item.weights)
-        records = writer.item_records()
+                bar.update(planned.weights)
+        records = writer.tensor_records()
         before = time.perf_counter()
         writer.finish(self._small_files(records))
         self.workplace.publish()

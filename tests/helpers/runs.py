@@ -29,9 +29,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, items: int) -> None:
     """Make the next runs in this process fail after some matrices."""
     original = writer.CheckpointWriter.write
 
-    def limited(self, item, parts, stats):
-        if item.index >= items:
+    def limited(self, planned, parts, stats):
+        if planned.index >= items:
             raise KeyboardInterrupt
-        return original(self, item, parts, stats)
+        return original(self, planned, parts, stats)
 
     monkeypatch.setattr(writer.CheckpointWriter, "write", limited)

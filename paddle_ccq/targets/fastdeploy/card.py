@@ -68,7 +68,7 @@ def _front_matter(recipe: Recipe) -> str:
 
 
 def _summary(plan: Plan, recipe: Recipe) -> str:
-    experts = [item for item in plan.items if item.tensor.is_expert]
+    experts = [planned for planned in plan.tensors if planned.tensor.is_expert]
     kind = "wint8 only (no MoE layer)" if not experts else plan.format
     rows = [
         ("base model", recipe.source_model),
@@ -77,8 +77,8 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
         ("bits per weight, whole model", f"{plan.bits_per_weight():.3f}"),
     ]
     if experts:
-        layers = {item.layer for item in experts if item.format == plan.format}
-        four = sorted({item.layer for item in experts if item.format == "wint4"} - {None})
+        layers = {planned.layer for planned in experts if planned.format == plan.format}
+        four = sorted({planned.layer for planned in experts if planned.format == "wint4"} - {None})
         rows += [
             ("bits per weight, routed experts", f"{plan.bits_per_weight(Role.EXPERT):.3f}"),
             (f"MoE layers in {plan.format}", str(len(layers))),
@@ -125,7 +125,7 @@ def _encoder(recipe: Recipe) -> str:
 
 def _dense(plan: Plan) -> str:
     kept = len(not_converted(plan))
-    total = sum(item.tensor.is_dense for item in plan.items)
+    total = sum(planned.tensor.is_dense for planned in plan.tensors)
     if not kept:
         return "wint8 per channel"
     return f"{total - kept} in wint8 per channel, {kept} in bf16 (needs FastDeploy 2.5 or later)"
@@ -150,11 +150,11 @@ def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
     kinds = [(kind, roles, p) for kind, (roles, ps) in _KINDS.items() for p in ps]
     for kind, roles, projection in kinds:
         groups: dict[str, list[dict[str, Any]]] = {}
-        for item, found in zip(plan.items, stats, strict=True):
-            tensor = item.tensor
+        for planned, found in zip(plan.tensors, stats, strict=True):
+            tensor = planned.tensor
             chosen = tensor.role in roles and tensor.projection == projection
             if chosen and found.get("rel_mse") is not None:
-                groups.setdefault(item.format, []).append(found)
+                groups.setdefault(planned.format, []).append(found)
         for format, found_stats in groups.items():
             errors = [s["rel_mse"] for s in found_stats]
             cosines = [s["cosine"] for s in found_stats]

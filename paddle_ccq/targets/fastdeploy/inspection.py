@@ -15,7 +15,7 @@ import numpy as np
 from ...checkpoint.companions import check_file
 from ...checkpoint.config import CONFIG_FILE, ErnieConfig
 from ...checkpoint.manifest import is_foreign
-from ...checkpoint.plan import Item, LayerFormats, Plan
+from ...checkpoint.plan import LayerFormats, Plan, PlannedTensor
 from ...checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from ...checkpoint.rules import Rule
 from ...checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
@@ -152,18 +152,18 @@ class Inspection:
         prefix = "" if folder == self.folder else f"{folder.name}: "
         expected = set()
         missing = []
-        for item in self.plan.items:
-            for name, dtype, shape in item.specs:
+        for planned in self.plan.tensors:
+            for name, dtype, shape in planned.specs:
                 expected.add(name)
                 if name not in files:
                     missing.append(name)
                     continue
                 info = files[name].tensors[name]
-                if info.shape != shape and not _reshaped(item, info.shape, shape):
+                if info.shape != shape and not _reshaped(planned, info.shape, shape):
                     self.problems.append(
                         f"{prefix}{name}: shape {list(info.shape)}, should be {list(shape)}"
                     )
-                elif info.dtype not in _accepted(item, name, dtype):
+                elif info.dtype not in _accepted(planned, name, dtype):
                     self.problems.append(f"{prefix}{name}: dtype {info.dtype}, should be {dtype}")
                 else:
                     self.sound.add((rank, name))
@@ -174,12 +174,12 @@ class Inspection:
             if name not in expected and not self.config.family.is_mtp(name):
                 self.problems.append(f"{prefix}{name}: not a tensor of this model and format")
 
-    def tensors(self, item: Item, rank: int) -> dict[str, np.ndarray] | None:
+    def tensors(self, planned: PlannedTensor, rank: int) -> dict[str, np.ndarray] | None:
         """The stored tensors of a matrix by suffix; None if one of them is not as expected."""
-        if any((rank, name) not in self.sound for name, _, _ in item.specs):
+        if any((rank, name) not in self.sound for name, _, _ in planned.specs):
             return None
         result = {}
-        for name, dtype, shape in item.specs:
+        for name, dtype, shape in planned.specs:
             values = self.files[rank][name].read(name).reshape(shape)
             result[name.rpartition(".")[2]] = values.astype(DTYPES[dtype], copy=False)
         return result
@@ -188,12 +188,12 @@ class Inspection:
         """Scales finite and not negative, codes in range, no NaN or infinity anywhere."""
         for rank, folder in enumerate(self.ranks):
             prefix = "" if folder == self.folder else f"{folder.name}: "
-            for item in self.plan.items:
-                self.problems += [f"{prefix}{text}" for text in self._value_problems(item, rank)]
+            for planned in self.plan.tensors:
+                self.problems += [f"{prefix}{text}" for text in self._value_problems(planned, rank)]
 
-    def _value_problems(self, item: Item, rank: int) -> Iterator[str]:
+    def _value_problems(self, planned: PlannedTensor, rank: int) -> Iterator[str]:
         floats = {}
-        for name, _, _ in item.specs:
+        for name, _, _ in planned.specs:
             if (rank, name) not in self.sound:
                 return
             if self.files[rank][name].tensors[name].dtype in FLOAT_DTYPES:
@@ -203,11 +203,11 @@ class Inspection:
                     yield f"{name}: {bad} of {values.size} values are NaN or infinite"
                     return
                 floats[name.rpartition(".")[2]] = values
-        stem = item.tensor.stem
+        stem = planned.tensor.stem
         for suffix in ("super_scales", "weight_scale"):
             if suffix in floats and np.any(floats[suffix].astype(np.float32) < 0):
                 yield f"{stem}.{suffix}: negative scales"
-        if item.format == "wint2":
+        if planned.format == "wint2":
             low, high = code_range(floats["code_scale"], floats["code_zp"])
             outside = int(np.count_nonzero((low < 0) | (high > CODE_MAX)))
             if outside:
@@ -305,17 +305,17 @@ def _row_order(config: ErnieConfig) -> str | None:
     return recorded if isinstance(recorded, str) else None
 
 
-def _accepted(item: Item, name: str, dtype: str) -> tuple[str, ...]:
+def _accepted(planned: PlannedTensor, name: str, dtype: str) -> tuple[str, ...]:
     """The dtypes that FastDeploy takes: it casts the router and the scales of dense layers."""
-    dense_scale = item.tensor.is_dense and name.endswith(".weight_scale")
-    if dense_scale or item.tensor.role is Role.ROUTER:
+    dense_scale = planned.tensor.is_dense and name.endswith(".weight_scale")
+    if dense_scale or planned.tensor.role is Role.ROUTER:
         return FLOAT_DTYPES
     return (dtype,)
 
 
-def _reshaped(item: Item, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def _reshaped(planned: PlannedTensor, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """FastDeploy reshapes the correction bias."""
-    return item.tensor.role is Role.CORRECTION_BIAS and math.prod(found) == math.prod(expected)
+    return planned.tensor.role is Role.CORRECTION_BIAS and math.prod(found) == math.prod(expected)
 
 
 def other_order(order: str) -> str:

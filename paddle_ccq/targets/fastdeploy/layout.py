@@ -180,5 +180,7 @@ def wint4_end_layer(plan: Plan) -> int:
 def not_converted(plan: Plan) -> list[str]:
     """Dense linear layers that stay in bf16 (without `.weight`)."""
     return [
-        item.tensor.stem for item in plan.items if item.tensor.is_dense and item.format == "bf16"
+        planned.tensor.stem
+        for planned in plan.tensors
+        if planned.tensor.is_dense and planned.format == "bf16"
     ]
