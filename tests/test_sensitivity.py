@@ -13,9 +13,9 @@ import pytest
 
 from helpers.runs import contents, stop_after
 from helpers.synthetic import DTYPES, tiny_config, write_checkpoint
-from paddle_ccq.allocation.copies import Copies
 from paddle_ccq.allocation.costs import load_sensitivities
 from paddle_ccq.allocation.decoded import Decoded
+from paddle_ccq.allocation.perturbed_states import PerturbedStates
 from paddle_ccq.allocation.probing import held_out, spread
 from paddle_ccq.calibration.sequential_forward import SequentialForward
 from paddle_ccq.calibration.settings import CalibrationSettings
@@ -100,20 +100,20 @@ def test_a_part_that_is_not_changed_costs_nothing(model, text):
         text, checkpoint, CalibrationSettings(tokens=512, window=128)
     ).windows
     forward = SequentialForward(checkpoint, windows, 2)
-    copies = Copies(forward, 2)
+    perturbed = PerturbedStates(forward, 2)
     for layer in range(checkpoint.config.num_hidden_layers):
         forward.enter()
-        copies.carry()
+        perturbed.carry()
         if layer in (0, 1):
-            copies.add(layer, forward.block.mlp)
+            perturbed.add(layer, forward.block.mlp)
         forward.leave()
-    for found in copies.divergences().values():
+    for found in perturbed.divergences().values():
         assert found.shape == (len(windows),) and np.abs(found).max() < 1e-5
     forward.close()
 
 
 def test_threads_and_files_change_nothing(model, text, measured, monkeypatch):
-    monkeypatch.setattr("paddle_ccq.allocation.copies.MEMORY_FOR_STATES", 0)
+    monkeypatch.setattr("paddle_ccq.allocation.perturbed_states.MEMORY_FOR_STATES", 0)
     found = sensitivity(model, text, formats=("wint2", "wint4"), **{**TOKENS, "threads": 2})
     assert found.costs == measured["quadratic"].costs
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sensitivities of a model's MoE layers, measured in one layer-by-layer forward pass.
 
-Two methods, docs/notes/allocation.md. "kl" lets one copy of the hidden states go on for every part
-and format. "quadratic" lets one go on for every layer and format, which says how much a squared
-error there costs at the end, and takes the squared errors of the parts on the spot; a few experts
-of a layer do.
+There are two methods (docs/notes/allocation.md). "kl" perturbs one copy of the hidden states for
+every part and format and compares the answers at the end. "quadratic" perturbs one copy for every
+layer and format, which gives the divergence that one unit of squared error costs there; the squared
+errors of the layer's parts are measured at the layer itself, on a few of its experts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..checkpoint.reader import Checkpoint
 from ..encoder.ldlq_metric import InputHessian
 from ..families.tensor import PROJECTIONS, Role
 from ..models.ernie import MLP, MoE
-from .copies import Copies
 from .costs import Sensitivities, model_shape, weights_sha256
 from .decoded import ATTRIBUTES, Decoded
-from .probing import Probing, copies_of, held_out, spread
+from .perturbed_states import PerturbedStates
+from .probing import Probing, held_out, perturbed_count, spread
 
 Progress = Callable[[int, int], None]  # layers done, of how many
-# Mean squared errors this much smaller than the outputs say nothing but float32's rounding.
+# Relative to the outputs, mean squared errors below this are float32's rounding.
 _NO_ERROR = 1e-12
 
 
@@ -94,30 +94,31 @@ class _Measurement:
             checkpoint, probing.formats, probing.preset, threads, statistics.hessian, device
         )
         layers = len(self.config.moe_layers())
-        self.copies = Copies(forward, copies_of(probing, layers), folder)
-        # Quadratic: (layer, projection, format) -> squared error; (layer, format) -> its copy's.
+        self.perturbed = PerturbedStates(forward, perturbed_count(probing, layers), folder)
+        # For "quadratic": (layer, projection, format) -> squared error of the part, and
+        # (layer, format) -> squared error of the perturbed copy.
         self.errors: dict[tuple[int, str, str], float] = {}
-        self.copied: dict[tuple[int, str], float] = {}
+        self.perturbed_errors: dict[tuple[int, str], float] = {}
 
     def run(self, progress: Progress | None) -> dict[int, dict[str, dict[str, float]]]:
         forward = self.forward
         count = self.config.num_hidden_layers
         for layer in range(count):
             forward.enter()
-            self.copies.carry()
+            self.perturbed.carry()
             if isinstance(forward.block.mlp, MoE):
                 (self._every_part if self.probing.method == "kl" else self._sample)(layer)
             forward.leave()
             if progress:
                 progress(layer + 1, count)
-        ended = self.copies.divergences()
+        ended = self.perturbed.divergences()
 
         def cost(layer: int, projection: str, format: str) -> float:
             if self.probing.method == "kl":
                 return float(ended[layer, projection, format].mean())
-            if not self.copied[layer, format]:
+            if not self.perturbed_errors[layer, format]:
                 return 0.0
-            curvature = float(ended[layer, format].mean()) / self.copied[layer, format]
+            curvature = float(ended[layer, format].mean()) / self.perturbed_errors[layer, format]
             return curvature * self.errors[layer, projection, format]
 
         return {
@@ -152,7 +153,7 @@ class _Measurement:
                     replaced(expert, {projection: weights[projection, format]})
                     for expert, weights in zip(own.experts, found, strict=True)
                 ]
-                self.copies.add((layer, projection, format), with_experts(own, experts))
+                self.perturbed.add((layer, projection, format), with_experts(own, experts))
 
     @paddle.no_grad()
     def _sample(self, layer: int) -> None:
@@ -178,7 +179,7 @@ class _Measurement:
                 sums[projection, format] += float(
                     paddle.square((changed(x) - output) * factor).sum(dtype="float64")
                 )
-        # Of all (token, expert) pairs, these stand for the others.
+        # The pairs (token, expert) that were measured are a sample of all pairs.
         share = pairs / forward.chosen.size
         tokens = len(forward.inputs)
         for (projection, format), total in sums.items():
@@ -187,13 +188,13 @@ class _Measurement:
         forward.outputs(own, before)
         size = float(np.square(before, dtype=np.float64).sum() / tokens)
         for format, changed in experts.items():
-            after = self.copies.add((layer, format), with_experts(own, changed))
+            after = self.perturbed.add((layer, format), with_experts(own, changed))
             error = float(np.square(after - before, dtype=np.float64).sum() / tokens)
-            self.copied[layer, format] = error if error > _NO_ERROR * size else 0.0
+            self.perturbed_errors[layer, format] = error if error > _NO_ERROR * size else 0.0
 
 
 def replaced(expert: MLP, weights: dict[str, Any]) -> MLP:
-    """An expert with some of its projections replaced."""
+    """A copy of an expert with some of its projections replaced."""
     changed = copy.copy(expert)
     for projection, weight in weights.items():
         setattr(changed, ATTRIBUTES[projection], weight)
@@ -201,7 +202,7 @@ def replaced(expert: MLP, weights: dict[str, Any]) -> MLP:
 
 
 def with_experts(moe: MoE, experts: list[MLP]) -> MoE:
-    """A MoE layer with other experts."""
+    """A copy of an MoE layer with other experts."""
     changed = copy.copy(moe)
     changed.experts = experts
     return changed

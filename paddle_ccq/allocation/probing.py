@@ -19,12 +19,13 @@ class Probing:
 
     Attributes:
         method: "quadratic" or "kl".
-        formats: to measure.
-        preset: of the encoders. Ranks hardly depend on it.
-        statistics: tokens of the text to use, at most; wint2's Hessians are taken of those
-            that nothing is measured on. Enough to tell layers apart; encoding itself takes more.
-        tokens: of them, to measure on: copies are made of these.
-        experts: of each layer that are encoded for "quadratic"; "kl" needs all.
+        formats: the formats to measure.
+        preset: the preset of the encoders. The order of the layers hardly depends on it.
+        statistics: at most this many tokens of the text are used. wint2's Hessians are taken on
+            those that nothing is measured on. It is enough to tell layers apart; encoding itself
+            takes more.
+        tokens: this many of them are measured on, so their hidden states are copied and perturbed.
+        experts: how many experts of each layer are encoded for "quadratic"; "kl" needs all.
     """
 
     method: str
@@ -45,10 +46,11 @@ class Probing:
 def held_out(
     windows: Sequence[np.ndarray], tokens: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(to measure on, at most `tokens` in all; for statistics), evenly spread.
+    """Windows to measure on, at most `tokens` in all and evenly spread, and the others.
 
-    On the text that its statistics are of, calibrated wint2 looks better than it is, by a third on
-    the 42M model; so the two share a window only where there is but one.
+    The statistics are taken on the others. On the text that its statistics come from, calibrated
+    wint2 looks better than it is, by a third on the 42M model; so a window is used for both only
+    where there is no other.
     """
     longest = max(window.size for window in windows)
     count = min(max(1, tokens // longest), max(1, len(windows) // 2))
@@ -57,12 +59,12 @@ def held_out(
     return [windows[i] for i in sorted(chosen)], rest or list(windows)
 
 
-def copies_of(probing: Probing, layers: int) -> int:
-    """How many copies of the states a measurement keeps in the end."""
+def perturbed_count(probing: Probing, layers: int) -> int:
+    """How many perturbed copies of the hidden states a measurement has after the last layer."""
     parts = len(PROJECTIONS) if probing.method == "kl" else 1
     return layers * parts * len(probing.formats)
 
 
-def copies_bytes(copies: int, tokens: int, hidden: int) -> int:
-    """What that many copies of the hidden states take, as float32."""
+def perturbed_bytes(copies: int, tokens: int, hidden: int) -> int:
+    """Bytes of that many copies of the hidden states in float32."""
     return 4 * copies * tokens * hidden

@@ -30,7 +30,7 @@ from .costs import (
     model_shape,
     weights_sha256,
 )
-from .probing import Probing, copies_bytes, copies_of
+from .probing import Probing, perturbed_bytes, perturbed_count
 from .resolve import HIGH, Allocation, allocate_layers
 from .target import Target, parse_target
 
@@ -164,8 +164,8 @@ def make_request(
 def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, str]]:
     """What a measurement will need, for the plan."""
     layers = len(config.moe_layers())
-    copies = copies_of(probing, layers)
-    size = copies_bytes(copies, probing.tokens, config.hidden_size)
+    copies = perturbed_count(probing, layers)
+    size = perturbed_bytes(copies, probing.tokens, config.hidden_size)
     experts = min(probing.experts, config.moe_num_experts)
     return [
         (

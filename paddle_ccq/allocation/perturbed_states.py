@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of the calibration text's hidden states, each changed at one place, and where they end."""
+"""Hidden states that are perturbed at one place of the model, and how far they move the answer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..calibration.sequential_forward import MEMORY_FOR_STATES, SequentialForwar
 from ..evaluation.metrics import score_window
 from ..families.ernie45 import FINAL_NORM, head_name
 from ..models.ernie import MLP, MoE, rms_norm
-from .probing import copies_bytes
+from .probing import perturbed_bytes
 
 _REFERENCE = "reference"
 
 
-class Copies:
-    """Hidden states that are perturbed at one layer and go through all later layers.
+class PerturbedStates:
+    """Copies of the hidden states, each perturbed at one layer and moved through all later layers.
 
-    The layer in memory is applied to every copy, so that a model is read once however many parts
-    of it are tried.
+    The layer in memory is applied to every copy, so that a model is read only once, however many
+    parts of it are tried.
     """
 
     def __init__(
@@ -31,16 +31,19 @@ class Copies:
     ) -> None:
         self.forward = forward
         self.states: dict[Hashable, np.ndarray] = {}
-        spilled = copies_bytes(expected, *forward.states.shape) > MEMORY_FOR_STATES
+        spilled = perturbed_bytes(expected, *forward.states.shape) > MEMORY_FOR_STATES
         self._folder = folder if spilled else None
 
     def carry(self) -> None:
-        """Take every copy through the layer that the forward pass has entered."""
+        """Move every copy through the layer that the forward pass has entered."""
         for states in self.states.values():
             self.forward.carry(states)
 
     def add(self, key: Hashable, mlp: MLP | MoE) -> np.ndarray:
-        """A copy of the model's own states after its present layer, with another MLP in it."""
+        """Add a copy: the model's states after its present layer, with `mlp` in the layer's place.
+
+        Returns the copy [tokens, hidden]; `key` is its key in `divergences`.
+        """
         into = self.states[key] = state_array(self.forward.states.shape, self._folder)
         self.forward.outputs(mlp, into)
         return into
@@ -57,7 +60,7 @@ class Copies:
                 key: _Ended(config, norm, head, states[first:last])
                 for key, states in {_REFERENCE: self.forward.states, **self.states}.items()
             }
-            # The tokens themselves do not enter the divergence.
+            # The divergence does not depend on the tokens themselves.
             scores = score_window(np.zeros(last - first, np.int64), models, _REFERENCE)
             return {key: float(scores[key].kl.mean()) for key in self.states}
 
@@ -66,7 +69,7 @@ class Copies:
 
 
 class _Ended:
-    """States of one window after the last layer, as score_window wants a model."""
+    """States of one window after the last layer, with the methods of a model for score_window."""
 
     def __init__(self, config: Any, norm: Any, head: Any, states: np.ndarray) -> None:
         self.config, self._head = config, head
