@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Option:
-    """One format of one item: how much room it takes (any whole unit), and what it costs."""
+    """One format of one item, with its size (in any whole unit) and its cost."""
 
     format: str
     size: int

@@ -413,12 +413,12 @@ def _planned(
 def _split(tensors: Sequence[PlannedTensor], max_bytes: int) -> tuple[Shard, ...]:
     """Shards of at most `max_bytes`; the tensors of one matrix stay together."""
     groups: list[list[PlannedTensor]] = []
-    room = -1
+    budget = -1
     for planned in tensors:
-        if not groups or planned.rank_bytes > room:
+        if not groups or planned.rank_bytes > budget:
             groups.append([])
-            room = max_bytes
+            budget = max_bytes
         groups[-1].append(planned)
-        room -= planned.rank_bytes
+        budget -= planned.rank_bytes
     count = len(groups)
     return tuple(Shard(shard_name(i, count), tuple(group)) for i, group in enumerate(groups))

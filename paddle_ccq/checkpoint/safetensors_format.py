@@ -87,14 +87,14 @@ def split_shards(specs: Sequence[StoredSpec], max_bytes: int) -> list[list[Store
     A tensor larger than the limit gets a shard of its own.
     """
     shards: list[list[StoredSpec]] = []
-    room = -1
+    budget = -1
     for spec in specs:
         size = tensor_bytes(spec[1], spec[2])
-        if not shards or size > room:
+        if not shards or size > budget:
             shards.append([])
-            room = max_bytes
+            budget = max_bytes
         shards[-1].append(spec)
-        room -= size
+        budget -= size
     return shards
 
 

@@ -95,11 +95,11 @@ def score_items(
     prompts = [[tokenizer.bos, *tokenizer.encode(item.prompt)] for item in items]
     choices = [[tokenizer.encode(f" {choice}") for choice in item.choices] for item in items]
     for item, prompt, options in zip(items, prompts, choices, strict=True):
-        room = max((len(option) for option in options), default=MAX_NEW_TOKENS)
-        if limit is not None and len(prompt) + room > limit:
+        budget = max((len(option) for option in options), default=MAX_NEW_TOKENS)
+        if limit is not None and len(prompt) + budget > limit:
             raise CcqError(
-                f"{item.where}: the prompt has {len(prompt)} tokens and needs {room} more, but the"
-                f" model's max_position_embeddings is {limit}; shorten or remove this item"
+                f"{item.where}: the prompt has {len(prompt)} tokens and needs {budget} more, but"
+                f" the model's max_position_embeddings is {limit}; shorten or remove this item"
             )
         largest = max(max(tokens) for tokens in (prompt, *options))
         if largest >= model.config.vocab_size:

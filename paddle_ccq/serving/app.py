@@ -51,10 +51,10 @@ def create_app(service: Service) -> FastAPI:
             await service.encode(prompt, begin, "prompt") if isinstance(prompt, str) else prompt
             for prompt in given
         ]
-        room = service.room(
+        budget = service.token_budget(
             prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS, "prompt", "max_tokens"
         )
-        return await answer(service, request, body, prompts, room, CompletionAnswer)
+        return await answer(service, request, body, prompts, budget, CompletionAnswer)
 
     @app.post("/v1/chat/completions", responses=schema.answers(schema.ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -64,8 +64,8 @@ def create_app(service: Service) -> FastAPI:
         asked, name = body.max_completion_tokens, "max_completion_tokens"
         if asked is None:
             asked, name = body.max_tokens, "max_tokens"
-        room = service.room([prompt], asked, None, "messages", name)
-        return await answer(service, request, body, [prompt], room, ChatAnswer)
+        budget = service.token_budget([prompt], asked, None, "messages", name)
+        return await answer(service, request, body, [prompt], budget, ChatAnswer)
 
     return app
 
@@ -75,12 +75,12 @@ async def answer(
     request: Request,
     body: Common,
     prompts: Sequence[Sequence[int]],
-    room: int,
+    budget: int,
     kind: type[Answer],
 ) -> Response:
     """Generate, and answer whole or in a stream."""
     n = body.n or 1
-    params = body.sampling(room, body.wanted_logprobs(), service.defaults)
+    params = body.sampling(budget, body.wanted_logprobs(), service.defaults)
     generation = service.submit(request, prompts, params, n)
     made = kind(service, body, prompts)
     if not body.stream:

@@ -45,8 +45,8 @@ class Sequence:
     broken: bool = False  # a score was not finite
 
     @property
-    def room(self) -> int:
-        """Cache places it may need; the last generated token is never fed back."""
+    def cache_budget(self) -> int:
+        """Cache places that it may need; the last generated token is never fed back."""
         return len(self.prompt) + max(1, self.params.max_tokens) - 1
 
     def score(self, logits: np.ndarray) -> None:
@@ -69,7 +69,7 @@ class Scheduler:
 
     def admit(self) -> None:
         while self.waiting and len(self.running) < self.max_sequences:
-            region = self.cache.allocate(self.waiting[0].room)
+            region = self.cache.allocate(self.waiting[0].cache_budget)
             if region is None:
                 return
             sequence = self.waiting.popleft()

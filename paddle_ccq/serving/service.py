@@ -119,9 +119,9 @@ class Service:
         with_bos = self.template.is_plain if add_special_tokens is None else add_special_tokens
         return await self.encode(text, with_bos, "messages")
 
-    def room(self, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None,
+    def token_budget(self, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None,
              field_name: str, limit_name: str) -> int:  # fmt: skip
-        """How many tokens each choice may have; 0 where only the prompt is to be read."""
+        """How many tokens each choice may have; 0 if only the prompt's scores are wanted."""
         limit = self.settings.max_length
         default = self.defaults.max_new_tokens or default
         longest = max(map(len, prompts))
