@@ -121,7 +121,7 @@ def test_reported_loss_is_the_decoders_and_sweeps_never_raise_it() -> None:
 )
 def test_output_error_stays_in_its_class(preset: str, ceiling: float) -> None:
     w, h = weights(16, 512), hessian(512)
-    assert encoder(h, preset=preset).encode(w).measures["output_rel_mse"] < ceiling
+    assert encoder(h, preset=preset).encode(w).metrics["output_rel_mse"] < ceiling
     data_free = decoded(make_encoder("wint2", threads=1).encode(w).tensors)
     assert weighted_error(w - data_free, h) / weighted_error(w, h) > 0.07
 
@@ -143,7 +143,7 @@ def test_tensors_match_the_formats_specs_and_scales_are_finite() -> None:
         assert encoded.tensors[suffix].shape == shape
         assert encoded.tensors[suffix].dtype == formats.SAFETENSORS_DTYPES[dtype]
     back = decoded(encoded.tensors)
-    assert np.all(np.isfinite(back)) and np.isfinite(encoded.measures["output_rel_mse"])
+    assert np.all(np.isfinite(back)) and np.isfinite(encoded.metrics["output_rel_mse"])
     assert not back[:2].any() and back[2].any()
 
 
@@ -164,7 +164,7 @@ def test_a_matrix_without_statistics_is_encoded_data_free() -> None:
     expected = make_encoder("wint2", "fast", threads=1).encode(w)
     for suffix in expected.tensors:
         np.testing.assert_array_equal(encoded.tensors[suffix], expected.tensors[suffix])
-    assert encoded.measures == {"calibration_tokens": 0}
+    assert encoded.metrics == {"calibration_tokens": 0}
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -178,7 +178,7 @@ def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
     )
     for suffix, value in cpu.tensors.items():
         np.testing.assert_array_equal(gpu.tensors[suffix], value, err_msg=suffix)
-    assert (gpu.stats, gpu.measures) == (cpu.stats, cpu.measures)
+    assert (gpu.stats, gpu.metrics) == (cpu.stats, cpu.metrics)
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,15 @@ def parse_target(text: str | int) -> Target:
     Raises:
         CcqError: for anything else.
     """
-    said = str(text).strip()
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*bpw", said, re.IGNORECASE)
+    text = str(text).strip()
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*bpw", text, re.IGNORECASE)
     if found:
-        return Target(said, bits=float(found[1]))
-    if re.fullmatch(r"\d*\.\d+", said) or re.fullmatch(r"\d{1,2}", said):
-        raise CcqError(f"--allocate {said}: of what? write {said}bpw, or a size such as 100GB")
+        return Target(text, bits=float(found[1]))
+    if re.fullmatch(r"\d*\.\d+", text) or re.fullmatch(r"\d{1,2}", text):
+        raise CcqError(f"--allocate {text}: of what? write {text}bpw, or a size such as 100GB")
     try:
-        return Target(said, bytes=parse_size(said))
+        return Target(text, bytes=parse_size(text))
     except CcqError:
         raise CcqError(
-            f"--allocate {said}: neither bits per expert weight (2.3bpw) nor a size (100GB)"
+            f"--allocate {text}: neither bits per expert weight (2.3bpw) nor a size (100GB)"
         ) from None

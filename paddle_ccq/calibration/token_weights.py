@@ -82,16 +82,16 @@ def kept_token_weights(
     folder: Path | None,
 ) -> dict[int, LayerWeights]:
     """The weights by layer: those that an interrupted run left in `folder`, or computed now."""
-    said = json.dumps(text.as_dict(settings), sort_keys=True)
+    provenance = json.dumps(text.as_dict(settings), sort_keys=True)
     path = folder / TOKEN_WEIGHTS_FILE if folder else None
     if path and path.exists():
         try:
-            return _load(path, said)
+            return _load(path, provenance)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             path.unlink()  # of another text, or cut off by a full disk
     found = token_weights(source, text.windows, threads, folder)
     if path:
-        _save(path, said, found)
+        _save(path, provenance, found)
     return found
 
 
@@ -254,19 +254,19 @@ class _Recording(LayerPass):
                 into[np.nonzero(self.chosen == tensor.expert)] = sizes
 
 
-def _save(path: Path, said: str, found: dict[int, LayerWeights]) -> None:
+def _save(path: Path, provenance: str, found: dict[int, LayerWeights]) -> None:
     arrays = {f"{layer}.{k}": v for layer, w in found.items() for k, v in vars(w).items()}
 
     def write(to: Path) -> None:
         with open(to, "wb") as file:
-            np.savez(file, of=np.array(said), **arrays)
+            np.savez(file, of=np.array(provenance), **arrays)
 
     write_whole(path, write)
 
 
-def _load(path: Path, said: str) -> dict[int, LayerWeights]:
+def _load(path: Path, provenance: str) -> dict[int, LayerWeights]:
     with np.load(path) as file:
-        if str(file["of"]) != said:
+        if str(file["of"]) != provenance:
             raise ValueError("of another calibration")
         layers = sorted({int(name.split(".")[0]) for name in file.files if name != "of"})
         parts = ("chosen", *PROJECTIONS)

@@ -154,16 +154,16 @@ def _without_code(path: Path, data: bytes, folder: Path) -> tuple[bytes, str | N
     if not isinstance(content, dict) or not isinstance(content.get(_AUTO_MAP), dict):
         return data, None
     named = _code_names(content.pop(_AUTO_MAP))
-    said = f"{path.name}: auto_map left out, the code that it names is not copied"
+    message = f"{path.name}: auto_map left out, the code that it names is not copied"
     classes = {name.rpartition(".")[2] for name in named}
     if path.name == TOKENIZER_CONFIG and content.get("tokenizer_class") in classes:
         # Without that code no library knows the class; the files are read by these.
         fast = (folder / TOKENIZER_FILE).is_file()
         known = "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"
-        said += f"; tokenizer_class {content['tokenizer_class']} is now {known}"
+        message += f"; tokenizer_class {content['tokenizer_class']} is now {known}"
         content["tokenizer_class"] = known
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "surrogatepass"), said
+    return text.encode("utf-8", "surrogatepass"), message
 
 
 def _code_names(auto_map: dict[str, Any]) -> list[str]:

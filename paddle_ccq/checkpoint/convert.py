@@ -152,7 +152,7 @@ class Converter:
         size = self.plan.tensor_parallel_size
         stem = planned.tensor.stem
         parts, found = [], []
-        said: list[dict[str, float]] = []
+        metrics: list[dict[str, float]] = []
         every_row = np.arange(planned.shape[0])
         for rank in range(size):
             part = take(weight, planned.cut, rank, size, transposed=True)
@@ -162,8 +162,8 @@ class Converter:
             order = self.plan.row_order
             part = np.ascontiguousarray(formats.order_rows(part, planned.format, order, axis=1))
             rows = formats.order_rows(rows, planned.format, order)
-            tensors, stats, measures = self._encode(planned, part, rows)
-            said.append(measures)
+            tensors, stats, part_metrics = self._encode(planned, part, rows)
+            metrics.append(part_metrics)
             parts.append({f"{stem}.{suffix}": array for suffix, array in tensors.items()})
             found += stats
         # Sums over all pieces, so that the error is that of the whole matrix.
@@ -172,7 +172,7 @@ class Converter:
             sum(s.dot for s in found),
             sum(s.energy_encoded for s in found),
         )
-        return parts, {"rel_mse": whole.rel_mse, "cosine": whole.cosine, **_means(said)}
+        return parts, {"rel_mse": whole.rel_mse, "cosine": whole.cosine, **_means(metrics)}
 
     def _encode(
         self, planned: PlannedTensor, weight: np.ndarray, rows: np.ndarray
@@ -180,7 +180,7 @@ class Converter:
         encoder = self.encoders[planned.format]
         if formats.get(planned.format).kind is not formats.Kind.INTEGER:
             encoded = encoder.encode(weight, planned.name, rows)
-            return encoded.tensors, [encoded.stats], encoded.measures
+            return encoded.tensors, [encoded.stats], encoded.metrics
         step = max(1, SLICE_WEIGHTS // weight.shape[1] // SLICE_COLUMNS) * SLICE_COLUMNS
         pieces = [
             encoder.encode(weight[begin : begin + step], planned.name, rows)
@@ -193,6 +193,6 @@ class Converter:
         return tensors, [piece.stats for piece in pieces], {}
 
 
-def _means(said: list[dict[str, float]]) -> dict[str, float]:
-    """What the encoder said of each rank's part, averaged."""
-    return {key: sum(measures[key] for measures in said) / len(said) for key in said[0]}
+def _means(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """The encoder's metrics, averaged over the parts of the ranks."""
+    return {key: sum(part[key] for part in metrics) / len(metrics) for key in metrics[0]}

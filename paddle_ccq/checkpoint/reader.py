@@ -53,8 +53,8 @@ class Checkpoint:
         self.path = path
         self.tensors = tensors
         self.naming = config.family.detect_naming(tensors.names(), path)
-        self.config, said = resolve_head(config, tensors, self.naming)
-        self.messages = [*tensors.messages, self.naming.description, *config.notes, *said]
+        self.config, messages = resolve_head(config, tensors, self.naming)
+        self.messages = [*tensors.messages, self.naming.description, *config.notes, *messages]
         self._entries = _plan(self)
         self.is_quantized = any(entry.packed for entry in self._entries.values())
         self.row_order = _row_order(self, row_order)

@@ -55,8 +55,8 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
     try:
         content = yaml.load(text, _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise CcqError(f"--rules {path}: not valid YAML: {said}") from None
+        message = " ".join(str(error).split())
+        raise CcqError(f"--rules {path}: not valid YAML: {message}") from None
     if not isinstance(content, list):
         raise CcqError(f"--rules {path}: must be a list of entries {{match: GLOB, format: NAME}}")
     return tuple(_rule(entry, f"--rules {path}: entry {i + 1}") for i, entry in enumerate(content))

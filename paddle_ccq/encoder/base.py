@@ -54,12 +54,12 @@ class ErrorStats:
 class Encoded:
     """A matrix in its stored form: suffix -> array (formats.tensor_specs), and its error.
 
-    `measures` holds what else an encoder has to say, by name; the journal records it.
+    `metrics` holds further numbers of the encoder by name; the journal records them.
     """
 
     tensors: dict[str, np.ndarray]
     stats: ErrorStats
-    measures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class MatrixEncoder(Protocol):
@@ -74,7 +74,7 @@ class MatrixEncoder(Protocol):
     def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """Encode float32 [N, K] = [out, in], C-contiguous, finite, rows of K in stored order.
 
-        `rows` [K] says which input row of the named matrix each of them is, where they are not
+        `rows` [K] holds the input row of the named matrix that each of them is, where they are not
         all of it in plain order.
 
         Raises:

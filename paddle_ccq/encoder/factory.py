@@ -57,7 +57,7 @@ def calibrated_encoder(
 ) -> LdlqEncoder:
     """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
 
-    Factors of the statistics and measures of the outputs are computed on the CPU either way.
+    Factors of the statistics and metrics of the outputs are computed on the CPU either way.
     """
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder

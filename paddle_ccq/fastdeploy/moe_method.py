@@ -41,11 +41,11 @@ class _Once:
     """Says each thing once in a process, however many layers it holds for."""
 
     def __init__(self) -> None:
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
 
     def say(self, level: int, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.reported:
+            self.reported.add(text)
             logger.log(level, text)
 
 

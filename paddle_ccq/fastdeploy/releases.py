@@ -26,9 +26,9 @@ class Release:
         own_wint2: its own WINT2 layers run; where not, only our plugin runs them.
         block_divides: its workers stop unless the block size divides --max-model-len.
         counts_drafts: a sequence takes one token of a step for each speculative token too.
-        workers: API server processes that it starts if nothing is said.
-        concurrency: requests that the API takes at once if nothing is said.
-        output_cache: keeps the KV cache of answers for later prompts if nothing is said.
+        workers: API server processes that it starts by default.
+        concurrency: requests that the API takes at once by default.
+        output_cache: keeps the KV cache of answers for later prompts by default.
     """
 
     name: str

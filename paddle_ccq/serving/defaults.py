@@ -64,8 +64,8 @@ class SamplingDefaults:
 
     def overridden(self, request: Any) -> SamplingDefaults:
         """These, with every value that the request names."""
-        said = {field.name: getattr(request, field.name, None) for field in fields(self)}
-        return replace(self, **{name: v for name, v in said.items() if v is not None})
+        given = {field.name: getattr(request, field.name, None) for field in fields(self)}
+        return replace(self, **{name: v for name, v in given.items() if v is not None})
 
     def describe(self) -> str:
         """What differs from the API's own, as `temperature 0.8, top_p 0.8`; "" if nothing does."""
