@@ -29,7 +29,7 @@ class Plain:
     def row_order(self, format):
         return "plain"
 
-    def kept_format(self, tensor):
+    def unquantized_format(self, tensor):
         return "f32"
 
     def stored(self, tensor, format, shape):

@@ -68,7 +68,7 @@ class AllocationRequest:
             found = load_sensitivities(self.path)
             found.check(config, (self.format, HIGH), f"--sensitivity {self.path}")
         # Sizes and rules alone decide what fits; no cost is needed to find that nothing does.
-        self.resolve(plan, found or _free(config, (self.format, HIGH)))
+        self.resolve(plan, found or _zero_costs(config, (self.format, HIGH)))
         return found
 
     def resolve(self, plan: Plan, found: Sensitivities) -> Allocation:
@@ -206,7 +206,7 @@ def comparison_table(allocation: Allocation) -> Table:
     )
 
 
-def _free(config: ErnieConfig, formats: Sequence[str]) -> Sensitivities:
+def _zero_costs(config: ErnieConfig, formats: Sequence[str]) -> Sensitivities:
     """Costs of nothing at all."""
     nothing = {p: dict.fromkeys(formats, 0.0) for p in PROJECTIONS}
     costs = dict.fromkeys(config.moe_layers(), nothing)

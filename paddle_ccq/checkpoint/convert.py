@@ -63,7 +63,9 @@ class Converter:
         weight, nonfinite = self._finite(weight, planned.name, stored_as)
         read = time.perf_counter()
         parts, error = (
-            self._encoded(planned, weight) if planned.quantized else self._kept(planned, weight)
+            self._encoded(planned, weight)
+            if planned.quantized
+            else self._unquantized(planned, weight)
         )
         self._check_finite(planned, parts, error, weight)
         if planned.quantized:
@@ -135,7 +137,7 @@ class Converter:
             " layer needs more bits (--wint4-end-layer, --rules)"
         )
 
-    def _kept(
+    def _unquantized(
         self, planned: PlannedTensor, weight: np.ndarray
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
         ((name, dtype, shape),) = planned.specs

@@ -29,7 +29,7 @@ BASE_MEMORY = 150_000_000
 # Bytes of host memory per weight at the worst moment, beside the output: stored values and float32,
 # or float32, a re-ordered copy and one encoder slice (quantized); measured 8.4 with the output.
 QUANTIZED_BYTES_PER_WEIGHT = 9
-KEPT_BYTES_PER_WEIGHT = 4
+UNQUANTIZED_BYTES_PER_WEIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Target(Protocol):
         """The order in which rows of a format are stored (codec/row_order.py)."""
         ...
 
-    def kept_format(self, tensor: TensorSpec) -> str:
+    def unquantized_format(self, tensor: TensorSpec) -> str:
         """The float type of a tensor that is never quantized: "f32" or "bf16"."""
         ...
 
@@ -272,7 +272,7 @@ class Plan:
         """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
         largest = max(
             planned.weights
-            * (QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else KEPT_BYTES_PER_WEIGHT)
+            * (QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else UNQUANTIZED_BYTES_PER_WEIGHT)
             + planned.rank_bytes
             for planned in self.tensors
         )
@@ -353,7 +353,7 @@ def _default_formats(
         elif tensor.is_dense:
             defaults.append(DefaultFormat(tensor, DENSE))
         else:
-            defaults.append(DefaultFormat(tensor, target.kept_format(tensor)))
+            defaults.append(DefaultFormat(tensor, target.unquantized_format(tensor)))
     return defaults
 
 

@@ -92,10 +92,11 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
     rows.append(("written by", f"paddle-ccq {__version__}"))
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
     title = f"# {recipe.source_model.rsplit('/', 1)[-1]}, {kind}"
-    kept = "Router, correction bias, norms, embeddings and output head are not quantized. " + _data(
-        recipe.calibration
+    unquantized = (
+        "Router, correction bias, norms, embeddings and output head are not quantized. "
+        + _data(recipe.calibration)
     )
-    return "\n\n".join([title, "\n".join(table), kept])
+    return "\n\n".join([title, "\n".join(table), unquantized])
 
 
 def _allocation(allocation: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -124,11 +125,12 @@ def _encoder(recipe: Recipe) -> str:
 
 
 def _dense(plan: Plan) -> str:
-    kept = len(not_converted(plan))
+    unquantized = len(not_converted(plan))
     total = sum(planned.tensor.is_dense for planned in plan.tensors)
-    if not kept:
+    if not unquantized:
         return "wint8 per channel"
-    return f"{total - kept} in wint8 per channel, {kept} in bf16 (needs FastDeploy 2.5 or later)"
+    wint8 = total - unquantized
+    return f"{wint8} in wint8 per channel, {unquantized} in bf16 (needs FastDeploy 2.5 or later)"
 
 
 def _ranks(plan: Plan) -> str:

@@ -58,9 +58,9 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         }
         if needs_plugin(plan):
             result["moe_quant_config"][WINT4_LAYERS] = plan.wint4_layers
-    kept = not_converted(plan)
-    if kept:
-        result["modules_to_not_convert"] = kept
+    unquantized = not_converted(plan)
+    if unquantized:
+        result["modules_to_not_convert"] = unquantized
     return result
 
 

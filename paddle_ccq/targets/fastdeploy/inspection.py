@@ -278,13 +278,13 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
         if layer_formats
         else max(-1, min(end_layer, config.num_hidden_layers - 1)),
         tensor_parallel_size=size,
-        rules=_kept_dense(config, quantization.get("modules_to_not_convert")),
+        rules=_unquantized_dense(config, quantization.get("modules_to_not_convert")),
         layer_formats=layer_formats,
         plugin_layout=layer_formats is not None,
     )
 
 
-def _kept_dense(config: ErnieConfig, patterns: object) -> list[Rule]:
+def _unquantized_dense(config: ErnieConfig, patterns: object) -> list[Rule]:
     if not isinstance(patterns, list):
         return []
     return [

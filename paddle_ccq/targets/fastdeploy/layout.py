@@ -56,7 +56,7 @@ class FastDeploy:
     def row_order(self, format: str) -> str:
         return stored_order(format, ROW_ORDERS[self.fastdeploy_layout])
 
-    def kept_format(self, tensor: TensorSpec) -> str:
+    def unquantized_format(self, tensor: TensorSpec) -> str:
         # FastDeploy holds the router and its bias in float32.
         return "f32" if tensor.role in EXACT_ROLES else "bf16"
 
