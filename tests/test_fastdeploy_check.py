@@ -212,7 +212,7 @@ def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
         (["--gpu-memory", "24", "--fastdeploy-version", "2.3.0-dev"], "a build of a branch"),
     ],
 )
-def test_wishes_that_cannot_be(made, capsys, arguments, text) -> None:
+def test_serve_configs_that_cannot_be(made, capsys, arguments, text) -> None:
     assert main([str(made[1]), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and text in error

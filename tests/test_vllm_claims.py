@@ -12,7 +12,7 @@ import pytest
 
 from helpers.synthetic import tiny_config
 from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.plan import Layout
+from paddle_ccq.checkpoint.plan import LayerFormats
 from paddle_ccq.checkpoint.rules import Rule
 from paddle_ccq.errors import CcqError
 from paddle_ccq.targets.fastdeploy.config import quantization_config
@@ -61,7 +61,9 @@ def test_every_layer_has_the_format_that_is_written(format: str) -> None:
     prefix = claim_of(config, format, 1)
     assert [prefix.expert_format(n) for n in range(4)] == ["wint4", "wint4", format, format]
     chosen = {layer: "wint4" if layer == 2 else format for layer in config.moe_layers()}
-    listed = claim_of(config, format, layout=Layout(chosen, "test"), plugin_layout=True)
+    listed = claim_of(
+        config, format, layer_formats=LayerFormats(chosen, "test"), plugin_layout=True
+    )
     assert [listed.expert_format(n) for n in range(4)] == [format, format, "wint4", format]
     kept = claim_of(config, format, rules=[Rule("ernie.layers.1.self_attn.o_proj", "bf16")])
     assert kept.dense_format("ernie.layers.1.self_attn.o_proj") == "bf16"

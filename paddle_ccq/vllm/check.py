@@ -27,7 +27,7 @@ from .memory import GIB, CardMemory, card_memory
 
 
 @dataclass(frozen=True)
-class Wish:
+class ServeConfig:
     """What is to be served, and on what.
 
     Attributes:
@@ -62,20 +62,20 @@ class CheckResult:
         return {"good": self.good, **asdict(self), "cache_tokens": self.memory.tokens}
 
 
-def check(folder: str | os.PathLike[str], wish: Wish) -> CheckResult:
+def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
     """Hold a quantized checkpoint against the plugin's rules and a card's memory.
 
     Raises:
         CcqError: if `folder` is no quantized checkpoint, or the number of cards does not fit it.
     """
-    _check_wish(wish)
+    _check_serve_config(serve)
     inspection = Inspection(Path(folder))
     inspection.check_structure()
     config = inspection.config
     claim = Claim.read(config.raw["quantization_config"])
     claim.check_model(config)
-    check_parallel(config, claim, wish.parallel, inspection.plan.tensor_parallel_size)
-    memory = card_memory(inspection.plan, wish)
+    check_parallel(config, claim, serve.parallel, inspection.plan.tensor_parallel_size)
+    memory = card_memory(inspection.plan, serve)
     result = CheckResult(str(folder), memory, list(inspection.problems))
     named = {problem.split(":", 1)[0] for problem in result.problems}
     found = check_manifest(inspection.folder, False).problems
@@ -85,34 +85,34 @@ def check(folder: str | os.PathLike[str], wish: Wish) -> CheckResult:
             f"memory: {-memory.cache / GIB:.1f} GiB more than a card's usable part are needed; more"
             " cards, a larger card or fewer batched tokens"
         )
-    elif memory.tokens < wish.max_model_len:
+    elif memory.tokens < serve.max_model_len:
         result.problems.append(
             f"memory: the KV cache holds {memory.tokens} tokens, one sequence of --max-model-len"
-            f" {wish.max_model_len} does not fit; at most --max-model-len {memory.tokens}"
+            f" {serve.max_model_len} does not fit; at most --max-model-len {memory.tokens}"
         )
-    if wish.max_model_len > config.max_position_embeddings:
+    if serve.max_model_len > config.max_position_embeddings:
         result.warnings.append(
-            f"--max-model-len {wish.max_model_len}: the model was made for"
+            f"--max-model-len {serve.max_model_len}: the model was made for"
             f" {config.max_position_embeddings} positions"
         )
     _judge_machine(result)
-    result.command = command(folder, wish)
+    result.command = command(folder, serve)
     return result
 
 
-def _check_wish(wish: Wish) -> None:
+def _check_serve_config(serve: ServeConfig) -> None:
     for flag, value in {
-        "--tensor-parallel-size": wish.parallel.tensor,
-        "--pipeline-parallel-size": wish.parallel.pipeline,
-        "--gpu-memory": wish.card_bytes,
-        "--max-model-len": wish.max_model_len,
-        "--max-num-seqs": wish.max_num_seqs,
-        "--max-num-batched-tokens": wish.max_num_batched_tokens,
+        "--tensor-parallel-size": serve.parallel.tensor,
+        "--pipeline-parallel-size": serve.parallel.pipeline,
+        "--gpu-memory": serve.card_bytes,
+        "--max-model-len": serve.max_model_len,
+        "--max-num-seqs": serve.max_num_seqs,
+        "--max-num-batched-tokens": serve.max_num_batched_tokens,
     }.items():
         if value < 1:
             raise CcqError(f"{flag} must be positive")
-    if not 0 < wish.gpu_memory_utilization <= 1:
-        raise CcqError(f"--gpu-memory-utilization {wish.gpu_memory_utilization}: not in 0..1")
+    if not 0 < serve.gpu_memory_utilization <= 1:
+        raise CcqError(f"--gpu-memory-utilization {serve.gpu_memory_utilization}: not in 0..1")
 
 
 def _judge_machine(result: CheckResult) -> None:
@@ -130,25 +130,25 @@ def _judge_machine(result: CheckResult) -> None:
         result.warnings.append(str(error))
 
 
-def command(folder: str | os.PathLike[str], wish: Wish) -> list[str]:
+def command(folder: str | os.PathLike[str], serve: ServeConfig) -> list[str]:
     """The command that starts the server."""
     parts = ["vllm", "serve", str(folder)]
-    if wish.parallel.tensor > 1:
-        parts += ["--tensor-parallel-size", str(wish.parallel.tensor)]
-    if wish.parallel.pipeline > 1:
-        parts += ["--pipeline-parallel-size", str(wish.parallel.pipeline)]
-    if wish.parallel.experts:
+    if serve.parallel.tensor > 1:
+        parts += ["--tensor-parallel-size", str(serve.parallel.tensor)]
+    if serve.parallel.pipeline > 1:
+        parts += ["--pipeline-parallel-size", str(serve.parallel.pipeline)]
+    if serve.parallel.experts:
         parts.append("--enable-expert-parallel")
-    parts += ["--max-model-len", str(wish.max_model_len)]
-    parts += ["--max-num-seqs", str(wish.max_num_seqs)]
-    parts += ["--max-num-batched-tokens", str(wish.max_num_batched_tokens)]
-    parts += ["--gpu-memory-utilization", f"{wish.gpu_memory_utilization:g}"]
-    if wish.cache_bytes == 1:
+    parts += ["--max-model-len", str(serve.max_model_len)]
+    parts += ["--max-num-seqs", str(serve.max_num_seqs)]
+    parts += ["--max-num-batched-tokens", str(serve.max_num_batched_tokens)]
+    parts += ["--gpu-memory-utilization", f"{serve.gpu_memory_utilization:g}"]
+    if serve.cache_bytes == 1:
         parts += ["--kv-cache-dtype", "fp8"]
     return parts
 
 
-def print_result(result: CheckResult, wish: Wish) -> None:
+def print_result(result: CheckResult, serve: ServeConfig) -> None:
     out, m = reporting.console(), result.memory
     rows = [
         ["card", f"{m.total / GIB:.1f} GiB"],
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
         if args.json:
             reporting.check_can_write(args.json, args.force)
-        wish = Wish(
+        serve = ServeConfig(
             card_bytes=int(args.gpu_memory * GIB),
             parallel=Parallel(
                 args.tensor_parallel_size, args.pipeline_parallel_size, args.enable_expert_parallel
@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
             gpu_memory_utilization=args.gpu_memory_utilization,
             cache_bytes=1 if args.kv_cache_dtype == "fp8" else 2,
         )
-        result = check(args.folder, wish)
-        print_result(result, wish)
+        result = check(args.folder, serve)
+        print_result(result, serve)
         if args.json:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.good else 1

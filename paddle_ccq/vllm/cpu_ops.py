@@ -55,15 +55,18 @@ def _experts(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, number: int
 ) -> torch.Tensor:
     experts = _KEPT[number]
-    chosen, shares = ids.to(torch.int64).numpy(), _float32(weights)
+    chosen, routing_weights = ids.to(torch.int64).numpy(), _float32(weights)
     if isinstance(experts, PackedExperts):
         elsewhere = (chosen < 0) | (chosen >= len(experts))  # experts of other ranks add nothing
         if elsewhere.any():
-            chosen, shares = np.where(elsewhere, 0, chosen), np.where(elsewhere, 0, shares)
-        shares = np.ascontiguousarray(shares, np.float32)
-        y = ops.moe(_float32(x), experts, np.ascontiguousarray(chosen), shares, fine=True)
+            chosen, routing_weights = (
+                np.where(elsewhere, 0, chosen),
+                np.where(elsewhere, 0, routing_weights),
+            )
+        routing_weights = np.ascontiguousarray(routing_weights, np.float32)
+        y = ops.moe(_float32(x), experts, np.ascontiguousarray(chosen), routing_weights, fine=True)
     else:
-        y = experts(_float32(x), chosen, shares)
+        y = experts(_float32(x), chosen, routing_weights)
     return torch.from_numpy(y).to(x.dtype)
 
 

@@ -271,8 +271,8 @@ class SpareExpertsMethod(ExpertsMethod):
             [getattr(layer, f"ccq_{p}_{s}") for s in ("quant_weight", "super_scales")]
             for p in PROJECTIONS
         )
-        ids, shares = self.choices(layer, topk_ids), topk_weights.to(torch.float32)
-        return experts_spare(x, shares, ids, up_gate, down, SPARE_FORMATS[self.format])
+        ids, routing_weights = self.choices(layer, topk_ids), topk_weights.to(torch.float32)
+        return experts_spare(x, routing_weights, ids, up_gate, down, SPARE_FORMATS[self.format])
 
 
 class CpuExpertsMethod(ExpertsMethod):

@@ -49,47 +49,47 @@ class CardMemory:
         return max(0, self.cache // (self.token_cache * BLOCK_TOKENS)) * BLOCK_TOKENS
 
 
-def _weights(plan: Plan, wish: Any) -> int:
+def _weights(plan: Plan, serve: Any) -> int:
     """Of the fullest card: every matrix in the share that it has there."""
-    parallel, config = wish.parallel, plan.config
+    parallel, config = serve.parallel, plan.config
     stages = [0] * parallel.pipeline
     per_stage = -(-config.num_hidden_layers // parallel.pipeline)
-    for item in plan.items:
-        size = item.rank_bytes
-        expert = item.tensor.is_expert and parallel.experts
-        if plan.tensor_parallel_size == 1 and (expert or item.cut):
+    for planned in plan.tensors:
+        size = planned.rank_bytes
+        expert = planned.tensor.is_expert and parallel.experts
+        if plan.tensor_parallel_size == 1 and (expert or planned.cut):
             size = -(-size // parallel.tensor)
-        if item.layer is None:
-            stages[0 if item.tensor.role is Role.EMBEDDING else -1] += size
+        if planned.layer is None:
+            stages[0 if planned.tensor.role is Role.EMBEDDING else -1] += size
         else:
-            stages[min(item.layer // per_stage, parallel.pipeline - 1)] += size
+            stages[min(planned.layer // per_stage, parallel.pipeline - 1)] += size
     return max(stages)
 
 
-def _step(plan: Plan, wish: Any) -> int:
+def _step(plan: Plan, serve: Any) -> int:
     """Peak of one step: the expert block of its largest call beside the layer's own tensors."""
-    config, tokens = plan.config, wish.max_num_batched_tokens
-    ranks, hidden = wish.parallel.tensor, config.hidden_size
-    width = config.moe_intermediate_size // (1 if wish.parallel.experts else ranks)
+    config, tokens = plan.config, serve.max_num_batched_tokens
+    ranks, hidden = serve.parallel.tensor, config.hidden_size
+    width = config.moe_intermediate_size // (1 if serve.parallel.experts else ranks)
     rows = min(tokens, MOE_TOKENS) * config.moe_k
     # Rows in and out, gate and up, their product, and the product's own workspace of the same size.
     experts = 2 * rows * (2 * hidden + 3 * width + hidden) if config.moe_layers() else 0
     dense = 2 * tokens * 3 * config.intermediate_size // ranks if config.dense_layers() else 0
     beside = 2 * tokens * (4 * hidden + (config.q_size + 2 * config.kv_size) // ranks)
-    logits = 3 * 4 * wish.max_num_seqs * config.vocab_size
+    logits = 3 * 4 * serve.max_num_seqs * config.vocab_size
     return max(experts, dense + DECODED_BYTES) + beside + logits
 
 
-def card_memory(plan: Plan, wish: Any) -> CardMemory:
-    """The shares of the fullest card; `wish` is check.Wish."""
-    config, ranks = plan.config, wish.parallel.tensor
-    layers = -(-config.num_hidden_layers // wish.parallel.pipeline)
+def card_memory(plan: Plan, serve: Any) -> CardMemory:
+    """The memory of the fullest card; `serve` is a check.ServeConfig."""
+    config, ranks = plan.config, serve.parallel.tensor
+    layers = -(-config.num_hidden_layers // serve.parallel.pipeline)
     heads = max(1, config.num_key_value_heads // ranks)
     return CardMemory(
-        total=wish.card_bytes,
-        utilization=wish.gpu_memory_utilization,
-        weights=_weights(plan, wish),
-        step=_step(plan, wish),
+        total=serve.card_bytes,
+        utilization=serve.gpu_memory_utilization,
+        weights=_weights(plan, serve),
+        step=_step(plan, serve),
         libraries=LIBRARY_BYTES,
-        token_cache=2 * wish.cache_bytes * heads * config.head_dim * layers,
+        token_cache=2 * serve.cache_bytes * heads * config.head_dim * layers,
     )
