@@ -28,7 +28,7 @@ _SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "moe_num_experts", "moe_inter
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """KL(model || quantized model) in nats a token, measured or estimated, part by part.
+    """KL(model || quantized model) in nats per token, measured or estimated, part by part.
 
     Attributes:
         method: "kl" (measured) or "quadratic" (estimated).
@@ -54,11 +54,11 @@ class Sensitivities:
         return tuple(next(iter(next(iter(self.costs.values())).values())))
 
     def layer(self, layer: int, format: str) -> float:
-        """Cost of a whole layer in a format: that of its projections, which add up."""
+        """Cost of a whole layer in a format: the sum over its projections."""
         return sum(self.costs[layer][projection][format] for projection in PROJECTIONS)
 
     def check(self, config: ErnieConfig, formats: Sequence[str], where: str) -> None:
-        """Refuse those of another model, or without a format that is needed."""
+        """Refuse costs of another model, and costs that lack a format that is needed."""
         for key, value in model_shape(config).items():
             if self.shape.get(key) != value:
                 raise CcqError(
@@ -73,7 +73,7 @@ class Sensitivities:
             )
 
     def check_weights(self, checkpoint: Checkpoint, where: str) -> None:
-        """Refuse those of a model that has these sizes and other weights."""
+        """Refuse costs of a model that has the same sizes but other weights."""
         if self.weights_sha256 != weights_sha256(checkpoint):
             raise CcqError(
                 f"{where}: measured on other weights than {checkpoint.path} holds; measure again"
@@ -99,7 +99,7 @@ class Sensitivities:
 
     @property
     def sha256(self) -> str:
-        """Of the numbers, for provenance."""
+        """Hash of the numbers, for provenance."""
         text = json.dumps(self.as_dict()["layers"], sort_keys=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 

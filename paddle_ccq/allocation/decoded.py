@@ -19,7 +19,7 @@ ATTRIBUTES = {UP_GATE: "up_gate", DOWN: "down"}
 
 
 class Decoded:
-    """`decoded(name, format)`; what can be calibrated is encoded with the calibration's statistics.
+    """`decoded(name, format)` returns a matrix after encoding; calibrated formats use the Hessians.
 
     `device` is where codes are searched; the values are the same.
     """

@@ -18,7 +18,7 @@ class Option:
 
 @dataclass(frozen=True)
 class _State:
-    """A choice for the first items; linked to the one it extends."""
+    """A choice for the first items, linked to the choice that it extends."""
 
     size: int
     cost: float
@@ -27,7 +27,7 @@ class _State:
 
 
 def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[Option] | None:
-    """The options, one an item, of least total cost with a total size of at most `budget`.
+    """One option for every item, of least total cost with a total size of at most `budget`.
 
     Dynamic programming over the choices for the first items, of which only those are kept that no
     other beats in both size and cost. Nothing is rounded, so the result is exact. There are as many
@@ -36,7 +36,7 @@ def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[Option] | N
 
     Returns None if even the smallest options don't fit.
     """
-    # What the items still to come need at least.
+    # The least size of all items that are still to come.
     least = [min(option.size for option in options) for options in items]
     reserve = sum(least)
     states = [_State(0, 0.0, None, None)]

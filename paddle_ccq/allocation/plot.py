@@ -37,7 +37,7 @@ def require_matplotlib(path: str | Path) -> Any:
 
 
 def plot(found: Sensitivities, path: str | Path) -> None:
-    """One bar a layer and format, a panel a projection."""
+    """One panel for every projection, with one bar for every layer and format."""
     pyplot = require_matplotlib(path)
     layers = list(found.costs)
     width = 0.8 / len(found.formats)

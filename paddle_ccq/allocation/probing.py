@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sensitivities are measured, and what that takes."""
+"""How sensitivities are measured, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .costs import PROJECTIONS
 
 @dataclass(frozen=True)
 class Probing:
-    """How sensitivities are measured; all of it decides the numbers.
+    """How sensitivities are measured. Every attribute changes the measured numbers.
 
     Attributes:
         method: "quadratic" or "kl".

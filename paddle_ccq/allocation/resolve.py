@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats of all MoE layers for a target size, with what they are predicted to cost."""
+"""Formats of all MoE layers for a target size, with their predicted loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was chosen, and what it is held against."""
+    """The chosen formats, and the other choices that they are compared with."""
 
     target: Target
     layer_formats: LayerFormats
@@ -108,7 +108,7 @@ def allocate_layers(
     lowest = [min(options, key=lambda o: (o.format == HIGH, o.size)) for options in items]
     rows = [row(f"uniform {base}", lowest)]
     if prefix is not None and plugin_layout:
-        # At the size that the choice takes: what it does not use, the prefix must not either.
+        # At the size of the choice, so that the prefix gets no bytes that the choice did not use.
         same = allocate_prefix(items, total_size(chosen), HIGH)
         rows += [row("wint4 prefix of the same size", same)] if same else []
     rows.append(row("allocated" if plugin_layout else "allocated (prefix)", chosen))
@@ -123,7 +123,7 @@ def _uniform(format: str, layers: Sequence[int], forced: Mapping[int, str], plan
 
 
 def _layer_sizes(plan: Plan, target: Target) -> dict[int, int]:
-    """Room that each MoE layer takes in the target's unit: bytes, or 1/64 bits of the rate."""
+    """Size of each MoE layer in the target's unit: bytes, or 1/64 bits of the rate."""
     sizes: dict[int, int] = {}
     for planned in plan.tensors:
         if planned.tensor.is_expert and planned.layer is not None:
@@ -137,7 +137,7 @@ def _layer_sizes(plan: Plan, target: Target) -> dict[int, int]:
 def _budget(target: Target, smallest: Plan, experts: int) -> int:
     if target.bits is not None:
         weights = sum(planned.weights for planned in smallest.tensors if planned.tensor.is_expert)
-        # As a fraction: 2.0625 times many weights must not miss by rounding.
+        # Computed as a fraction, because 2.0625 times many weights is rounded in floating point.
         return int(64 * Fraction(str(target.bits)) * weights)
     assert target.bytes is not None
     return target.bytes - (smallest.output_bytes - experts)

@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class AllocationRequest:
-    """--allocate and what goes with it; `format` is what is not wint4."""
+    """What --allocate asks for; layers that do not become wint4 become `format`."""
 
     target: Target
     format: str
@@ -50,29 +50,29 @@ class AllocationRequest:
 
     @property
     def notes(self) -> list[str]:
-        """What the predicted losses leave out."""
+        """Notes on what the predicted losses do not include."""
         if self.calibrated or self.format != "wint2":
             return []
         return ["costs were measured on calibrated wint2; without --calibration it loses more"]
 
     @property
     def probing(self) -> Probing:
-        """How costs are measured where no file holds them."""
+        """How costs are measured if no file holds them."""
         return Probing("quadratic", (self.format, HIGH))
 
     def check(self, plan: Plan) -> Sensitivities | None:
-        """Refuse before any work what cannot be; the costs, if a file holds them."""
+        """Refuse impossible requests before any work; return the costs if a file holds them."""
         config = plan.config
         found = None
         if self.path is not None:
             found = load_sensitivities(self.path)
             found.check(config, (self.format, HIGH), f"--sensitivity {self.path}")
-        # Sizes and rules alone decide what fits; no cost is needed to find that nothing does.
+        # What fits depends on sizes and rules alone, so this can be checked without costs.
         self.resolve(plan, found or _zero_costs(config, (self.format, HIGH)))
         return found
 
     def resolve(self, plan: Plan, found: Sensitivities) -> Allocation:
-        """The choice, by these costs; `plan` is any of the model."""
+        """The best formats by these costs; `plan` is any plan of the model."""
         config = plan.config
         forced = rule_forced_layers(config, self.format, self.rules)
         layers = config.moe_layers()
@@ -162,7 +162,7 @@ def make_request(
 
 
 def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, str]]:
-    """What a measurement will need, for the plan."""
+    """The line of the plan that tells what a measurement will need."""
     layers = len(config.moe_layers())
     copies = perturbed_count(probing, layers)
     size = perturbed_bytes(copies, probing.tokens, config.hidden_size)
@@ -180,7 +180,7 @@ def measuring_facts(config: ErnieConfig, probing: Probing) -> list[tuple[str, st
 
 
 def comparison_table(allocation: Allocation) -> Table:
-    """What the choice is predicted to lose, against the other ways."""
+    """Table of the predicted loss of the choice and of the other choices."""
     rows = []
     for row in allocation.rows:
         plan: Plan = row.plan
@@ -207,7 +207,7 @@ def comparison_table(allocation: Allocation) -> Table:
 
 
 def _zero_costs(config: ErnieConfig, formats: Sequence[str]) -> Sensitivities:
-    """Costs of nothing at all."""
+    """Costs that are all zero, for a check of sizes alone."""
     nothing = {p: dict.fromkeys(formats, 0.0) for p in PROJECTIONS}
     costs = dict.fromkeys(config.moe_layers(), nothing)
     return Sensitivities("quadratic", {}, {}, "", model_shape(config), "", costs)

@@ -12,7 +12,7 @@ from ..errors import CcqError
 
 @dataclass(frozen=True)
 class Target:
-    """A size to stay under; one of the two is set.
+    """A size that the result must not exceed. Exactly one of `bits` and `bytes` is set.
 
     Attributes:
         text: as the user wrote it.

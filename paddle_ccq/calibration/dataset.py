@@ -21,7 +21,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 def names_data_set(name: str | os.PathLike[str]) -> bool:
-    """Not a file, and of the form "owner/name[:config]"."""
+    """Whether the text is no file and has the form "owner/name[:config]"."""
     return not Path(name).exists() and _ID.fullmatch(str(name)) is not None
 
 

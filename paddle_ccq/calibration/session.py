@@ -29,7 +29,7 @@ FLAG = "--calibration"
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """--calibration and what goes with it."""
+    """What --calibration and the flags that belong to it ask for."""
 
     path: Path
     settings: CalibrationSettings
@@ -41,7 +41,7 @@ class CalibrationRequest:
         return read_texts(self.path, FLAG)
 
     def check(self, plan: Plan, encoder: str) -> None:
-        """Refuse in one line what calibration cannot do, before any work."""
+        """Refuse what calibration cannot do before any work starts."""
         if encoder != "search":
             raise CcqError(f"--calibration does not go with --encoder {encoder}; use search")
         if not any(planned.format == "wint2" for planned in plan.tensors):
@@ -54,7 +54,7 @@ class CalibrationRequest:
         require_paddle("calibration, which runs the model,")
 
     def open(self, checkpoint: Checkpoint, threads: int | None, spill_folder: Path):
-        """The statistics, which are computed as they are asked for."""
+        """The statistics of the text; each Hessian is computed when it is asked for."""
         from .statistics import Statistics
         from .text import read_calibration_text
 
@@ -103,7 +103,7 @@ def memory_facts(config: ErnieConfig, settings: CalibrationSettings) -> list[tup
 
 
 def coverage(plan: Plan, records: Sequence[dict[str, Any]]) -> tuple[str, list[str]] | None:
-    """From the journal: tokens per expert in a line, and the experts that none went to."""
+    """From the journal: a line on the tokens per expert, and the experts that no token reached."""
     counts = {
         f"layers.{planned.layer}.mlp.experts.{planned.tensor.expert}": int(
             record["stats"]["calibration_tokens"]
@@ -121,7 +121,7 @@ def coverage(plan: Plan, records: Sequence[dict[str, Any]]) -> tuple[str, list[s
 
 
 def output_errors(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """From the journal: MoE layer -> projection -> squared error of its outputs a token.
+    """From the journal: MoE layer -> projection -> squared error of its outputs per token.
 
     The sum over experts of tr(dW H dW^T), routing weights squared as in the statistics; it is
     known from encoding, so that it costs nothing. Ranks' parts were averaged and add up.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How statistics are taken; all of it is part of a checkpoint's provenance."""
+"""How statistics are taken. All settings are part of a checkpoint's provenance."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from .sequential_forward import MEMORY_FOR_STATES, SequentialForward, state_arra
 from .settings import CalibrationSettings
 from .text import CalibrationText
 
-# Of the labels; a fixed one, so that the same text gives the same statistics.
+# Seed of the labels; it is fixed, so that the same text gives the same statistics.
 SEED = 0
 
 
@@ -69,7 +69,7 @@ class LayerWeights:
 
 
 def layer_input_bytes(config: Any, tokens: int) -> int:
-    """What the file with the layers' inputs takes."""
+    """Bytes of the file with the layers' inputs."""
     layers = config.num_hidden_layers - min(config.moe_layers(), default=0)
     return 2 * layers * tokens * config.hidden_size
 

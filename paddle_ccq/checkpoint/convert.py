@@ -30,14 +30,14 @@ _FLOATS = tuple(DTYPES[name] for name in FLOAT_DTYPES)
 
 @dataclass(frozen=True)
 class Converted:
-    """The tensors of one matrix by full name, one map a rank, and what is recorded of it."""
+    """The tensors of one matrix by full name, one map per rank, and its statistics."""
 
     parts: list[dict[str, np.ndarray]]
     stats: dict[str, Any]
 
 
 class Converter:
-    """Reads, checks, cuts, re-orders and encodes matrices as the plan says."""
+    """Reads, checks, cuts, re-orders and encodes matrices according to the plan."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Converter:
         self.allow_nonfinite = allow_nonfinite
 
     def convert(self, planned: PlannedTensor) -> Converted:
-        """The stored tensors of one matrix; holds no more than that matrix."""
+        """The stored tensors of one matrix; no other matrix is in memory."""
         start = time.perf_counter()
         if planned.quantized:
             weight = self.checkpoint.read_out_in(planned.name)
         else:
             weight = self.checkpoint.read_stored(planned.name)
-        # Whatever a matrix is packed into, engines decode it to bfloat16.
+        # Engines decode every packed format to bfloat16.
         stored_as = "BF16" if planned.quantized else planned.specs[0][1]
         weight, nonfinite = self._finite(weight, planned.name, stored_as)
         read = time.perf_counter()
@@ -83,7 +83,10 @@ class Converter:
         return Converted(parts, stats)
 
     def _finite(self, weight: np.ndarray, name: str, stored_as: str) -> tuple[np.ndarray, int]:
-        """The weight with 0 for what cannot be stored, and how often; refuses that by default."""
+        """The weight with 0 for values that cannot be stored, and their number.
+
+        By default such values are refused.
+        """
         clean, bad = finite(weight, stored_as)
         if not bad or self.allow_nonfinite:
             return clean, bad
@@ -107,7 +110,7 @@ class Converter:
         error: dict[str, Any],
         weight: np.ndarray,
     ) -> None:
-        """Nothing leaves here that verify would refuse: values too large give infinite scales."""
+        """Refuse tensors that verify would refuse: too large values give infinite scales."""
         broken = [
             name
             for tensors in parts

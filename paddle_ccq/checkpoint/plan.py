@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will do, worked out from config.json alone: formats, output tensors, shards, sizes."""
+"""The plan of a run, computed from config.json alone: formats, output tensors, shards, sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rules import DefaultFormat, Rule, forced_layers, layer_formats, matching_r
 from .safetensors_format import StoredSpec, shard_name, tensor_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-# What dense linear layers become; formats of experts that lose less than the experts' own.
+# The format of dense linear layers, and the wider format of experts.
 DENSE, WIDER = "wint8", "wint4"
 
 # The published 54-layer recipe keeps MoE layers up to 6 at wint4. On a measured 10-layer model a
@@ -52,7 +52,7 @@ class PlannedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Canonical, of the whole tensor."""
+        """The canonical shape of the whole tensor."""
         return self.tensor.shape
 
     @property
@@ -85,7 +85,7 @@ class Shard:
 
 
 class Target(Protocol):
-    """What a plan asks of the engine that it is made for (targets/)."""
+    """The interface through which a plan knows the engine that it is made for (targets/)."""
 
     @property
     def shard_metadata(self) -> Mapping[str, str]:
@@ -93,7 +93,7 @@ class Target(Protocol):
         ...
 
     def with_any_layers(self) -> Target:
-        """The same target, any of whose layers may have any format of experts."""
+        """The same target, but with any format of experts allowed in any layer."""
         ...
 
     def row_order(self, format: str) -> str:
@@ -119,19 +119,19 @@ class Target(Protocol):
         ...
 
     def model_notes(self, config: ErnieConfig) -> list[str]:
-        """What the engine will not do with a model, though the checkpoint can be written."""
+        """Notes on what the engine cannot do with a model whose checkpoint can be written."""
         ...
 
     def plan_notes(self, plan: Plan) -> list[str]:
-        """What the user of a plan must know of the engine."""
+        """Notes about the engine for the user of a plan."""
         ...
 
     def facts(self, plan: Plan) -> list[tuple[str, str]]:
-        """What of a plan is the engine's, for the table of a dry run."""
+        """The engine's own lines in the table of a dry run."""
         ...
 
     def choices(self, plan: Plan) -> dict[str, Any]:
-        """What of the target decides the bytes of the output, for the journal."""
+        """The target's choices that decide the bytes of the output, for the journal."""
         ...
 
 
@@ -186,7 +186,7 @@ class PlanOptions:
     layer_formats: LayerFormats | None = None
 
     def check(self, config: ErnieConfig) -> None:
-        """Refuse what no model, or not this one, can be given."""
+        """Refuse options that no model, or not this model, can have."""
         if self.format not in EXPERT_FORMATS:
             raise CcqError(f"--format {self.format}: not one of {', '.join(EXPERT_FORMATS)}")
         last, end = config.num_hidden_layers - 1, self.wint4_end_layer
@@ -203,7 +203,7 @@ class Plan:
     """The resolved job. Tensors are processed and written strictly in order."""
 
     config: ErnieConfig
-    options: PlanOptions  # what was asked for; the other fields are what came of it
+    options: PlanOptions  # as asked for; the other fields follow from them
     format: str  # what the 2-bit MoE layers become; "wint8" for a model without MoE layers
     tensors: tuple[PlannedTensor, ...]
     shards: tuple[Shard, ...]
@@ -228,7 +228,7 @@ class Plan:
 
     @property
     def max_shard_bytes(self) -> int:
-        """Of one file."""
+        """Largest size of one file in bytes."""
         return self.options.max_shard_bytes
 
     @property
@@ -244,7 +244,7 @@ class Plan:
 
     @property
     def wint4_layers(self) -> list[int]:
-        """MoE layers in wint4."""
+        """The MoE layers whose experts are wint4."""
         return [layer for layer, format in self.layer_formats.items() if format == WIDER]
 
     @property
@@ -335,7 +335,7 @@ def _messages(plan: Plan) -> list[str]:
 
 
 def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) -> dict[int, str]:
-    """Formats of the MoE layers that rules decide; the others are free for an allocation."""
+    """Formats of the MoE layers that rules decide; an allocation may choose the others."""
     defaults = [DefaultFormat(tensor, format) for tensor in config.tensors.values()]
     found = matching_rules(rules, defaults, format)
     return forced_layers(found, (d.tensor for d in defaults if d.tensor.is_expert))

@@ -31,7 +31,7 @@ class Rule:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, and no key twice: YAML itself would let the last one win."""
+    """Loads plain values only and refuses a key that occurs twice (YAML would take the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         found = super().construct_mapping(node, deep)

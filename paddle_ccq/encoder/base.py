@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an encoder is and what it returns."""
+"""The interface of encoders and the result that they return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICES = ("cpu", "gpu")
 
 @dataclass(frozen=True)
 class ErrorStats:
-    """How far the encoded matrix is from the float one, by sums over all its weights.
+    """The distance of the encoded matrix from the float one, as sums over all weights.
 
     Attributes:
         energy: sum of w**2.

@@ -67,7 +67,7 @@ LDLQ_RECIPES: dict[str, LdlqRecipe] = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """Channels as the search takes them: about unit rms, and the super scales to try."""
+    """Channels scaled to about unit rms for the search, and the super scales to try."""
 
     weight: np.ndarray  # float32 [N, K]
     supers: np.ndarray  # float32 [candidates, N], bfloat16 values
@@ -90,7 +90,7 @@ def prepare(weight: np.ndarray, recipe: LdlqRecipe) -> Prepared:
 
 
 def pack(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
-    """What the core (or the reference) found -> stored tensors."""
+    """The stored tensors of the result of the core or of the reference."""
     n = prepared.dead.size
     words, scales = found["words"].copy(), found["scales"].copy()
     words[prepared.dead], scales[prepared.dead] = 0, 0

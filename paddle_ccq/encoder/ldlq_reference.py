@@ -50,7 +50,7 @@ def square_norm(y: np.ndarray) -> np.ndarray:
 
 
 def nearest(y: np.ndarray, book: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Of every y [4, N], the entry of the book, seen through R, with the largest y.c - |c|^2/2."""
+    """For every y [4, N] the index of the entry c = R^T book with the largest y.c - |c|^2 / 2."""
     c = times_root(np.ascontiguousarray(book.T), r)
     half = F32(0.5) * square_norm(c)
     y = y[:, :, None]
@@ -156,7 +156,7 @@ def descend(
 
 
 def _descend_group(w, metric, book, supers, words, locals_, error, gradient, first) -> None:
-    """One group in a sweep, in place."""
+    """Improve one group in a sweep, in place."""
     group = slice(first, first + GROUP)
     blocks = slice(first // BLOCK, (first + GROUP) // BLOCK)
     h = metric.h[group, group]
@@ -198,7 +198,7 @@ def _descend_group(w, metric, book, supers, words, locals_, error, gradient, fir
 
 
 def encode(weight, metric, books, supers, recipe) -> dict[str, np.ndarray]:
-    """What _core.ldlq returns for the same arguments."""
+    """The result of _core.ldlq for the same arguments, bit for bit."""
     w = np.ascontiguousarray(weight.T)
     n = w.shape[1]
     books = books.transpose(0, 2, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has: its cards, as nvidia-smi names them, and its free host memory."""
+"""The cards of this machine, as nvidia-smi reports them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class ServeConfig:
 
 @dataclass
 class CheckResult:
-    """What was found; `problems` keep FastDeploy from serving it, `warnings` don't."""
+    """The result of a check; `problems` keep FastDeploy from serving, `warnings` do not."""
 
     folder: str
     problems: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ def check(
         result.environment["FD_PLUGINS"] = PLUGIN
     plan = inspection.plan
     result.host_bytes = plan.output_bytes
-    # Another number of ranks than asked for is a problem above; its sizes would mislead.
+    # A wrong number of ranks is reported above; sizes of that number would mislead.
     if serve.card_bytes is not None and plan.tensor_parallel_size == serve.tensor_parallel_size:
         result.memory = card_memory(
             plan,
@@ -186,7 +186,7 @@ def _check_serve_config(serve: ServeConfig) -> None:
 
 
 def _api_warnings(serve: ServeConfig) -> list[str]:
-    """What the API server in front of the engine would do with as many requests."""
+    """Warnings about the API server in front of the engine."""
     warnings = []
     if serve.api_requests < serve.max_num_seqs:
         warnings.append(

@@ -21,7 +21,7 @@ _TOKENIZERS = ("tokenizer.model", "spm.model", "ernie_token_100k.model")
 def contract_problems(
     inspection: Inspection, release: Release, ranks: int, plugin: bool | None = None
 ) -> list[str]:
-    """What keeps this release from serving the checkpoint, or makes it compute nonsense.
+    """Problems that keep this release from serving the checkpoint, or make it compute nonsense.
 
     Args:
         plugin: whether FastDeploy will load our plugin; None: not known.
@@ -63,7 +63,7 @@ def _rank_problems(inspection: Inspection, ranks: int) -> list[str]:
             f"{found}, but --tensor-parallel-size {ranks}: FastDeploy does not cut a quantized"
             f" checkpoint; quantize again with --tensor-parallel-size {ranks}"
         )
-    # FastDeploy counts every folder whose name begins so, whatever follows.
+    # FastDeploy counts every folder whose name begins like this.
     counted = [p for p in inspection.folder.iterdir() if p.name.startswith("rank") and p.is_dir()]
     strays = {p.name for p in counted} - {f"rank{i}" for i in range(present)}
     if strays and len(counted) > 1:
@@ -148,7 +148,7 @@ def _tokenizer_problems(inspection: Inspection) -> list[str]:
 def contract_warnings(
     inspection: Inspection, release: Release, max_model_len: int, plugin: bool | None = None
 ) -> list[str]:
-    """What is worth knowing before the start, and stops nothing."""
+    """Notes for the user that do not keep the server from starting."""
     warnings = []
     config = inspection.config
     if inspection.plan.format == "wint2" and inspection.row_order is None:

@@ -31,7 +31,7 @@ _POLL_SECONDS = 2.0
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Check, then become the server; returns only where there is nothing to start."""
+    """Check, then replace this process by the server; returns only if nothing is started."""
     release = release_of(args.fastdeploy_version)
     settings = _settings(args)
     if args.wait is not None:
@@ -123,7 +123,7 @@ def _visible(cards: list[Card], devices: str | None) -> list[Card]:
 
 
 def busy_ports(settings: Mapping[str, object]) -> list[int]:
-    """Those of the four ports that something listens on already."""
+    """The ports among the four that another process listens on already."""
     busy = []
     for name in PORTS:
         with socket.socket() as probe:
@@ -136,7 +136,7 @@ def busy_ports(settings: Mapping[str, object]) -> list[int]:
 
 
 def wait(settings: Mapping[str, object], seconds: float) -> int:
-    """Until /health of the settings' server answers 200: 0; 1 if it doesn't in time."""
+    """Wait until /health of the server answers 200; returns 0, or 1 if the time is over."""
     host = local(str(settings.get("host", "127.0.0.1")))
     url = http_address(host, settings["port"]) + "/health"
     start = time.monotonic()

@@ -25,8 +25,8 @@ def make_config(base: type) -> type:
             index = getattr(layer, "layer_idx", None)
             if self.ccq_wint4_layers is None or index is None:
                 return super().get_quant_method(layer)
-            # FastDeploy compares the index with this one number; for this layer alone it says
-            # what the list says.
+            # FastDeploy compares the layer's index with this one number; it is set so that
+            # the comparison gives this layer the format that the list has for it.
             kept = self.moe_w4_quant_end_layer
             self.moe_w4_quant_end_layer = index if index in self.ccq_wint4_layers else index - 1
             try:

@@ -76,7 +76,7 @@ class CardMemory:
 
     @property
     def cache(self) -> int:
-        """What is left for the KV cache; negative if not even the rest fits."""
+        """Bytes left for the KV cache; negative if not even the rest fits."""
         return self.usable - self.weights - self.activations - self.libraries
 
     @property

@@ -24,8 +24,8 @@ logger = logging.getLogger("paddle_ccq")
 # FastDeploy's names of a projection's parameters, in the order that ccq_repack takes them.
 PARAMETERS = ("weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 _WEIGHTS = "ccq_weights"
-# What FusedMoE hands to a method's apply() behind (layer, x, gate), in order; each release line
-# added some, and not every method takes them all.
+# The arguments that FusedMoE passes to a method's apply() after (layer, x, gate), in order. Each
+# release line added some, and not every method takes all of them.
 EXTRA_ARGUMENTS = ("topk_ids_hookfunc", "shared_experts", "fc1_latent_proj", "fc2_latent_proj")
 LATENT = EXTRA_ARGUMENTS[2:]
 
@@ -38,7 +38,7 @@ class LayerWeights:
 
 
 class _Once:
-    """Says each thing once in a process, however many layers it holds for."""
+    """Logs each message only once in a process, however many layers it applies to."""
 
     def __init__(self) -> None:
         self.reported: set[str] = set()
@@ -79,7 +79,7 @@ def refusal(layer: Any) -> str | None:
 
 
 def missing_rank_folders(layer: Any) -> str | None:
-    """What is wrong if several cards are to share a checkpoint that was not cut for them."""
+    """The problem of several cards with a checkpoint that was not cut for them, or None."""
     config = getattr(layer, "fd_config", None)
     ranks = getattr(getattr(config, "parallel_config", None), "tensor_parallel_size", 1)
     folder = getattr(getattr(config, "model_config", None), "model", None)
@@ -95,7 +95,7 @@ def missing_rank_folders(layer: Any) -> str | None:
 
 
 def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What FusedMoE handed to apply() behind the gate, by name."""
+    """The arguments that FusedMoE passed to apply() after the gate, by name."""
     return {**dict(zip(EXTRA_ARGUMENTS, args, strict=False)), **kwargs}
 
 

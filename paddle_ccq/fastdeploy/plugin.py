@@ -21,11 +21,11 @@ logger = logging.getLogger("paddle_ccq")
 
 GROUP = "fastdeploy.model_register_plugins"
 NAME = "paddle_ccq"
-# Those whose sources were read. In 2.3 and before, a layer's method also sums over the ranks.
+# Releases whose sources were read. In 2.3 and before, a layer's method also sums over the ranks.
 SUPPORTED = ("2.4", "2.5", "2.6", DEVELOP)
 BACKEND = "fastdeploy.model_executor.layers.moe.fused_moe_wint2_backend"
 CONFIG = "fastdeploy.model_executor.layers.quantization.wint2"
-# Module -> attribute -> what it must have.
+# Module -> attribute -> the attributes that it must have.
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     BACKEND: {
         "CutlassWint2FusedMoeMethod": ("create_weights", "process_prequanted_weights", "apply"),
@@ -37,7 +37,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def register() -> None:
-    """Install the subclasses, or say in one line why not; never raises."""
+    """Install the subclasses, or log in one line why they are not; never raises."""
     try:
         modules = _modules()
     except CcqError as error:

@@ -55,7 +55,7 @@ class Release:
 
 
 DEVELOP = "develop"
-# What the develop branch called itself when it was read. Older numbers with "dev" stood in the
+# The version that the develop branch had when it was read. Older versions with "dev" occur in the
 # source of more than one line: 2.4 built at c45e064f calls itself 2.3.0-dev.
 DEVELOP_SINCE = (2, 6)
 

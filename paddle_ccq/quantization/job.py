@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for, and what the stages of a quantization have found so far."""
+"""The options of a quantization and the results of its stages so far."""
 
 from __future__ import annotations
 

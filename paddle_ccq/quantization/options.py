@@ -87,7 +87,7 @@ class QuantizeOptions:
 
     @cached_property
     def plan(self) -> PlanOptions:
-        """What decides the plan; reads the file of rules."""
+        """The options that decide the plan; the file of rules is read here."""
         size = self.max_shard_size
         return PlanOptions(
             target=FastDeploy(self.fastdeploy_layout, self.allow_plugin_layout),
@@ -99,13 +99,13 @@ class QuantizeOptions:
         )
 
     def calibration_request(self, fetch: bool) -> CalibrationRequest | None:
-        """What --calibration asks for; `fetch`: a data set is fetched from its hub."""
+        """The calibration request; with `fetch` a data set is fetched from its hub."""
         return make_calibration(
             self.calibration, self.calibration_tokens, self.calibration_weights, fetch=fetch
         )
 
     def allocation_request(self) -> AllocationRequest | None:
-        """What --allocate asks for."""
+        """The allocation request."""
         return make_allocation(
             self.allocate,
             self.format,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quantization will do and what it has done, as tables and facts."""
+"""Reports of a quantization before and after it, as tables and lines."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _estimated_time(
 
 
 def measured_rates(encoders: Mapping[str, MatrixEncoder]) -> dict[str, float]:
-    """Weights a second of each encoder on a small random matrix."""
+    """Weights per second of each encoder on a small random matrix."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(MEASURED_SHAPE, dtype=np.float32)
     rates = {}

@@ -39,7 +39,7 @@ from .options import QuantizeOptions
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a run did; `records` holds one entry a matrix, `seconds` the total and its parts."""
+    """The result of a run; `records` has an entry per matrix, `seconds` the total and its parts."""
 
     output: Path | None
     plan: Plan
@@ -101,7 +101,7 @@ class QuantizeRun:
         self.seconds = dict.fromkeys(("total", "read", "encode", "write"), 0.0)
 
     def run(self, say: Callable[[str], object]) -> QuantizeResult:
-        """Go on where the journal ends, to the finished folder; `say` takes messages."""
+        """Continue where the journal ends, up to the finished folder; `say` receives messages."""
         start = time.perf_counter()
         fingerprint = self._fingerprint()
         if self.options.restart:
@@ -166,7 +166,7 @@ class QuantizeRun:
             initial=done,
             unit="w",
             unit_scale=True,
-            # None: only where stderr is a terminal.
+            # None shows the bar only if stderr is a terminal.
             disable=True if self.options.quiet else None,
         )
         with bar, open(self.log_path, "wb", buffering=0) as log:

@@ -70,14 +70,14 @@ def quantize(
 
 
 def start(model: PathLike, options: QuantizeOptions, dry_run: bool) -> Job:
-    """The job as it is asked for, files of options read."""
+    """The job as the options ask for it, with the files of options read."""
     calibration = options.calibration_request(fetch=not dry_run)
     say = no_message if options.quiet else to_stderr
     return Job(model, options, say, calibration, options.allocation_request())
 
 
 def check_targets(job: Job, output: PathLike | None) -> tuple[Path, Path]:
-    """The output's and the log's place, and the text: what can be refused before a download."""
+    """Check what can be refused before a download: paths of output and log, and the text."""
     if output is None:
         raise CcqError("--output is missing: name the new folder to write")
     target = output_path(output)
@@ -97,7 +97,7 @@ def resolve(job: Job) -> None:
 
 
 def resolve_locally(job: Job) -> None:
-    """As resolve(), without a download; config.json is enough."""
+    """Like resolve(), but without a download: config.json is enough."""
     folder = Path(job.model).expanduser()
     if not folder.exists():
         raise CcqError(
@@ -120,7 +120,7 @@ def resolve_locally(job: Job) -> None:
 
 
 def planned(job: Job) -> Plan:
-    """The plan as far as it is known before costs are measured; all that can be refused is."""
+    """The plan before costs are measured; everything that can be refused now is refused."""
     assert job.config is not None
     config, options, wanted = job.config, job.options.plan, job.wanted
     if wanted is None:
@@ -133,9 +133,9 @@ def planned(job: Job) -> Plan:
 
 
 def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
-    """Refuse what cannot be, before any work."""
+    """Refuse impossible requests before any work."""
     refuse_inside(target, job.source)
-    # A run that goes on writes its log anew; any other file of that name is somebody's.
+    # A run that continues rewrites its own log; any other file of that name belongs to the user.
     if job.options.log is not None and log_path.exists() and not partial_folder(target).exists():
         raise CcqError(f"--log {log_path}: exists already; name another file or remove it")
     check_devices(plan, job.options)
@@ -144,13 +144,13 @@ def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
 
 
 def opened(job: Job) -> Checkpoint:
-    """The source's weights, and a word on all that is not carried over."""
+    """Open the source's weights and report all files that are not carried over."""
     checkpoint = open_checkpoint(job.source)
     if checkpoint.is_quantized:
         raise CcqError(
             f"{job.source}: quantized already; quantize the original float checkpoint instead"
         )
-    # Looked at before the work, so that what is wrong with them is not found after it.
+    # Checked before the work, so that their problems are not found only after it.
     beside = (*read_companions(job.source).messages, *read_source_card(job.source)[1])
     for message in (*checkpoint.messages, *beside):
         job.say(message)
@@ -158,7 +158,7 @@ def opened(job: Job) -> Checkpoint:
 
 
 def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace) -> Plan:
-    """The plan with the formats that --allocate chooses, by given costs or measured ones."""
+    """The plan with the formats that --allocate chooses, from given or measured costs."""
     wanted, options = job.wanted, job.options
     if wanted is not None:
         if job.costs is not None:
@@ -197,7 +197,7 @@ def _measured(job: Job, checkpoint: Checkpoint, workplace: Workplace) -> Sensiti
 def encoded(
     job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace, log_path: Path
 ) -> QuantizeResult:
-    """All matrices, calibrated where that is asked for, written and renamed into place."""
+    """Encode all matrices, calibrated if asked for, write them, and rename the folder."""
     statistics = provenance = None
     if job.calibration is not None:
         statistics = job.calibration.open(checkpoint, job.options.threads, workplace.folder)
@@ -221,7 +221,7 @@ def encoded(
 
 
 def finish(job: Job, result: QuantizeResult) -> None:
-    """Say how much of the text the experts saw."""
+    """Report how much of the text reached the experts."""
     found = coverage(result.plan, result.records)
     if found is None:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: steps on the text, and the loss on the windows that are not learned from."""
+"""The training loop: steps on the text, and the loss on held-out windows."""
 
 from __future__ import annotations
 

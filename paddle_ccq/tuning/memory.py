@@ -16,7 +16,7 @@ from .settings import TuningSettings
 # A tensor that is tuned whole: its value and the best one so far in float64, Adam's two means and
 # the batch's sum of gradients in float32; and a window's gradient for each window of the batch.
 WHOLE_BYTES = 28
-# Of experts only column scales are tuned, of these nothing.
+# Experts have only their column scales tuned, embedding and head nothing.
 NOT_TUNED = frozenset({Role.EXPERT, Role.EMBEDDING, Role.HEAD})
 # Float32 activations, in hidden sizes, that the backward pass needs for one token and layer:
 # residual stream, norms, projections and their sums.

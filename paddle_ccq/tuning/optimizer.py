@@ -10,7 +10,7 @@ import numpy as np
 
 from .parameters import Parameter
 
-# The usual choices, but for a shorter memory of squares: there are only some hundred steps.
+# The usual values, but with a shorter average of squares: a run has only a few hundred steps.
 MEAN_MEMORY, SQUARE_MEMORY = 0.9, 0.99
 WARM_UP = 0.05
 

@@ -28,7 +28,7 @@ _FLOATS = tuple(DTYPES[name] for name in FLOAT_DTYPES)
 
 
 def check_room(checkpoint: Checkpoint, folder: Path) -> None:
-    """Refuse before the work what the disk cannot take after it."""
+    """Refuse, before the work starts, an output that the disk has no room for."""
     files = [file.path for file in checkpoint.tensors.files.values()]
     needed = sum(path.stat().st_size for path in files) + SMALL_FILES_BYTES
     free = shutil.disk_usage(folder).free

@@ -60,7 +60,7 @@ class Parameter:
         return self.spec.name
 
     def move(self, step: np.ndarray) -> None:
-        """Take `step` (in units) off."""
+        """Subtract `step`, which is in units of the parameter."""
         self.put(self.value - step * self.unit)
 
     @paddle.no_grad()
@@ -72,7 +72,7 @@ class Parameter:
             return
         before = self.scale if self._shown is None else self._shown
         self._shown = self.stored_scale()
-        # A column of zeros has scale 0 and stays.
+        # A column of zeros has scale 0 and is left as it is.
         ratio = np.divide(self._shown, before, out=np.ones_like(before), where=before != 0)
         self.tensor.multiply_(paddle.to_tensor(ratio.astype(np.float32)))
 
@@ -124,7 +124,7 @@ def _scale_name(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _tensor(model: Ernie, spec: TensorSpec) -> Tensor:
-    """Where the model computes with a tensor."""
+    """The place in the model where a tensor is used."""
     if spec.layer is None:
         return model.norm
     block = model.blocks[spec.layer]

@@ -32,7 +32,7 @@ Report = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a run did; losses are the mean KL to the float model on the held-out windows.
+    """The result of a run; losses are the mean KL to the float model on the held-out windows.
 
     `after` is that of the stored, rounded tensors.
     """
@@ -89,7 +89,7 @@ def run_tuning(
     check_memory(quantized, settings, threads)
     text_settings = CalibrationSettings(tokens=settings.tokens, window=settings.window)
     with Workplace(output) as workplace:
-        # A tuning run has no journal: what lies here is left of one that was killed.
+        # A tuning run has no journal, so files that lie here were left by a run that was killed.
         workplace.discard()
         if output.exists():
             raise CcqError(f"{output}: exists already; choose another --output or remove it")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a checkpoint is tuned; all of it is part of the result's provenance."""
+"""How a checkpoint is tuned. All settings are part of the result's provenance."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TuningSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what cannot work, naming the flag."""
+        """Refuse values that cannot work, naming the flag."""
         for flag, value in (("--passes", self.passes), ("--batch", self.batch)):
             if value < 1:
                 raise CcqError(f"{flag} {value}: must be at least 1")
