@@ -2,17 +2,17 @@
 // The grouped GEMM for some rows an expert (up to 32 a tile): persistent, split along K, everything streamed through shared
 // memory.
 //
-// Work. A tile has 16 * kTiles columns and up to 8 * kNT rows (schedule.cuh). One that lies in several blocks' stretches is
-// summed from fp32 partial results, always in the order of K (output.cuh).
+// Work. A tile has 16 * kTiles columns and up to 8 * kNT rows (stream_k.cuh). One that is split among blocks is summed from
+// fp32 partial results, always in the order of K (output.cuh).
 //
 // Warps. A warp owns kR tiles of 16 columns and fetches their weights through its own ring (ring.cuh). Activations are the
 // same for all warps: they go through a ring of the block's, which warps fill in turn, one unit each, when they order its
 // weights. That ring is longer, so warps may drift kRowsStages - kStages units apart before one waits for another. Both
 // rings run on across tiles.
 //
-// Registers are what this kernel is short of (16 warps leave 128). So where it is in the line of units is worked out at the
-// rings' far end alone, and what a tile's end needs to know waits in shared memory beside the tile's columns; everything in
-// shared memory has an address that the compiler knows.
+// Registers are what this kernel is short of (16 warps leave 128). So only the producer side of the rings keeps the position
+// in the scheduler's order of units, and what the epilogue needs to know of a tile lies in shared memory beside the tile's
+// columns; everything in shared memory has an address that the compiler knows.
 #pragma once
 
 #include "output.cuh"
@@ -36,13 +36,13 @@ struct Config {
   static constexpr int kRowsBytes = kNT * kRowsUnitBytes;  // a stage of activations
   static constexpr int kBarriers = kWarps * kStages + 2 * kRowsStages + 1;
   static constexpr int kRowsAt = kWarps * kWarpBytes, kBarriersAt = kRowsAt + kRowsStages * kRowsBytes;
-  static constexpr int kLineAt = kBarriersAt + 8 * kBarriers + 8;
+  static constexpr int kScheduleAt = kBarriersAt + 8 * kBarriers + 8;
   static_assert(sizeof(Part) == 32 && kBarriers % 2 == 1);
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block
-  // Time of a unit by its tile's rows, roughly (schedule.cuh).
-  static constexpr int kMostWeight = kNT == 2 ? 11 : 18;
+  // Time of a unit by its tile's rows, roughly (stream_k.cuh).
+  static constexpr int kMaxWeight = kNT == 2 ? 11 : 18;
   __host__ __device__ static constexpr int weight(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 11 : 18; }
-  static constexpr size_t shared_bytes(int experts) { return kLineAt + Line<Config>::shared_bytes(experts); }
+  static constexpr size_t shared_bytes(int experts) { return kScheduleAt + StreamK<Config>::shared_bytes(experts); }
 };
 
 template <typename C>
@@ -53,7 +53,7 @@ struct Warp {
   Ring<kR, C::kStages> ring;
 
   // The end of the rings where units are ordered.
-  Walk<C> ahead;
+  UnitIterator<C> ahead;
   int ahead_unit = 0;    // its number in the block's stretch
   int ahead_slot = 0;
   int ahead_tiles = 0;   // tiles of this warp's that are there
@@ -69,12 +69,12 @@ struct Warp {
   __device__ static Barrier* rows_free() { return rows_full() + C::kRowsStages; }
   __device__ static char* rows(int stage) { return shared() + C::kRowsAt + stage * C::kRowsBytes; }
   __device__ static int next_slot(int slot) { return slot + 1 == C::kSlots ? 0 : slot + 1; }
-  __device__ static Line<C> line(const GemmParams& p) {
-    return {shared() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
+  __device__ static StreamK<C> schedule(const GemmParams& p) {
+    return {shared() + C::kScheduleAt, p.experts, p.column_tiles, p.k / 128};
   }
-  __device__ Line<C> line() const { return line(p); }
+  __device__ StreamK<C> schedule() const { return schedule(p); }
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
-  __device__ int owner(const Part& part, int kb) const { return line().owner(part.expert, part.column, part.block, kb); }
+  __device__ int owner(const Part& part, int kb) const { return schedule().owner(part.expert, part.column, part.block, kb); }
   __device__ char* slot(int number) const {
     return shared() + warp * C::kWarpBytes + Ring<kR, C::kStages>::kBytes + number * C::kSlotBytes;
   }
@@ -83,7 +83,7 @@ struct Warp {
   // A tile's columns, on the barrier of its first unit, and what else will be wanted of it.
   __device__ void request_tile(int t16, int stage) {
     char* const to = slot(ahead_slot);
-    if (lane == 0) *reinterpret_cast<Part*>(to) = ahead.part(line());
+    if (lane == 0) *reinterpret_cast<Part*>(to) = ahead.part(schedule());
     const int tiles_n = p.n / 16;
     const uint32_t* from = p.columns + (static_cast<size_t>(ahead.expert) * tiles_n + t16) * 32;
     const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
@@ -103,10 +103,10 @@ struct Warp {
   }
 
   // The activations of a unit, once all warps have left what lay there.
-  __device__ void request_rows(const Walk<C>& at, int unit) {
+  __device__ void request_rows(const UnitIterator<C>& at, int unit) {
     const int stage = unit % C::kRowsStages;
     if (unit >= C::kRowsStages) rows_free()[stage].wait((unit / C::kRowsStages + 1) & 1);
-    const Part part = at.part(line());
+    const Part part = at.part(schedule());
     const int count = (part.rows + 7) / 8, bytes = part.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes, blocks_k = p.k / 128;
     const char* from = p.prepared.x + (static_cast<size_t>(part.prepared_block) * blocks_k + part.kb) * kRowsUnitBytes;
     const size_t next = static_cast<size_t>(blocks_k) * kRowsUnitBytes;
@@ -123,8 +123,8 @@ struct Warp {
 #endif
   }
 
-  // The next unit of the line, or nothing: weights into the stage that all lanes have left (`stage` stages after it), with
-  // a tile's first unit its columns, and by each warp in turn the activations.
+  // The next unit of the block's range, or nothing: weights into the stage that all lanes have left (`stage` stages after it),
+  // with a tile's first unit its columns, and by each warp in turn the activations.
   __device__ void request(int stage = 0, bool beginning = false) {
     if (ahead.left > 0) {
       if (ahead.kb == 0 || (beginning && stage == 0)) {
@@ -139,7 +139,7 @@ struct Warp {
                  ahead_tiles, stage);
       if (!beginning && ahead_unit % C::kWarps == warp) request_rows(ahead, ahead_unit);
       ++ahead_unit, ahead_index += ahead_stride;
-      ahead.next(line());
+      ahead.next(schedule());
     }
     ring.commit();
   }
@@ -342,21 +342,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     if (warp == C::kRowsStages) shares_there->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
-  const Line<C> line = Warp<C>::line(p);
-  line.prepare(p.offsets, p.rows);
-  if (static_cast<int>(blockIdx.x) >= line.header().grid) return;
-  const Walk<C> walk(line);
-  int left = walk.left;
+  const StreamK<C> schedule = Warp<C>::schedule(p);
+  schedule.prepare(p.offsets, p.rows);
+  if (static_cast<int>(blockIdx.x) >= schedule.header().grid) return;
+  const UnitIterator<C> start(schedule);
+  int left = start.left;
   if (left == 0) return;
 
   Warp<C> w{p, lane, warp,
-            Ring<C::kR, C::kStages>(Warp<C>::shared() + warp * C::kWarpBytes, barriers + warp * C::kStages), walk};
+            Ring<C::kR, C::kStages>(Warp<C>::shared() + warp * C::kWarpBytes, barriers + warp * C::kStages), start};
 #pragma unroll
   for (int i = 0; i < C::kStages; ++i) w.request(i, true);
   // Weights and offsets do not depend on the kernel before this one, activations and tickets do.
   wait_for_prerequisites();
-  Walk<C> first = walk;
-  for (int i = 0; i < C::kStages && first.left > 0; ++i, first.next(line))
+  UnitIterator<C> first = start;
+  for (int i = 0; i < C::kStages && first.left > 0; ++i, first.next(schedule))
     if (i == warp) w.request_rows(first, i);
 
   Shares<C> shares{shares_there};

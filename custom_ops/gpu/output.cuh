@@ -5,7 +5,7 @@
 #include "decode.cuh"
 #include "prepare.cuh"
 #include "ring.cuh"
-#include "schedule.cuh"
+#include "stream_k.cuh"
 
 namespace ccq {
 

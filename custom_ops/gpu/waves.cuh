@@ -9,11 +9,11 @@
 // last full wave is cut along K into equal stretches.
 #pragma once
 
-#include "schedule.cuh"
+#include "stream_k.cuh"
 
 namespace ccq {
 
-// A part of a tile (schedule.cuh), and the tile's number on the line.
+// A part of a tile (stream_k.cuh), and the tile's number on the line.
 struct WidePart : Part {
   int tile;
 };

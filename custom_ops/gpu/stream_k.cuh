@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who computes what in the grouped GEMM: tiles over experts, and the line of units that blocks share.
+// Stream-K scheduler of the grouped GEMM (moe_gemm.cuh): which thread block computes which part of which tile.
 //
-// A tile is (expert, a block's columns, a block's rows); a unit is a tile's next 128 input rows. All units of all tiles
-// form one line: experts, then columns, then blocks of rows (so that blocks reading the same weights stand next to each
-// other), then K. Each block takes a stretch of it. A unit with more rows takes longer; so units have weights, and
-// stretches have equal weight: all SMs end together whatever the routing. A tile that lies in several stretches is summed
-// from partial results (output.cuh).
+// A tile is (expert, a block's columns, a block's rows); a unit is a tile's next 128 input rows, one iteration of the main
+// loop. All units of all tiles have one order: experts, then columns, then blocks of rows (so that blocks that read the same
+// weights are neighbours), then K. Each thread block takes a contiguous range of units. A unit with more rows takes longer;
+// so units have weights, and ranges have equal weight: all SMs end together whatever the routing. A tile that lies in several
+// ranges is split along K: its partial results are added up in the epilogue (output.cuh).
 #pragma once
 
 #include "prepare.cuh"
 
 namespace ccq {
 
-// Blocks that share a tile, about: its owner reads all their sums.
-constexpr int kMostShares = 16;
+// The most blocks that split a tile, about: its owner reads all their partial results.
+constexpr int kMaxSplits = 16;
 
-// The line of units, see the head of this file. What it needs to know lies in shared memory and in the kernel's parameters,
-// so that a Line costs no registers where it is not used.
+// The order of the units, see the head of this file. Its state lies in shared memory and in the kernel's parameters, so that
+// a StreamK costs no registers where it is not used.
 template <typename C>
-struct Line {
+struct StreamK {
   struct Header {
     int64_t total;  // weight of all units
-    int grid;       // blocks that have a stretch
-    int whole;      // tiles are not cut: short columns
+    int grid;       // blocks that have a range of units
+    int whole;      // tiles are not split: K is short
   };
   char* const memory;  // shared_bytes
   const int experts, column_tiles, blocks_k;
@@ -58,8 +58,8 @@ struct Line {
         Header& h = header();
         h.total = static_cast<int64_t>(all_weights) * column_tiles * blocks_k;
         // At least a unit for each block that takes part, for a tile's owner waits for all that lie between.
-        const int64_t most = min(static_cast<int64_t>(gridDim.x), static_cast<int64_t>(counts) * column_tiles * kMostShares);
-        h.grid = static_cast<int>(min(most, h.total / C::kMostWeight));
+        const int64_t most = min(static_cast<int64_t>(gridDim.x), static_cast<int64_t>(counts) * column_tiles * kMaxSplits);
+        h.grid = static_cast<int>(min(most, h.total / C::kMaxWeight));
         h.grid = h.total > 0 ? max(h.grid, 1) : 0;
         h.whole = blocks_k <= 8 && counts * column_tiles >= h.grid / 2;
       }
@@ -77,7 +77,7 @@ struct Line {
   __device__ int rows_of(int expert, int block) const {
     return min(C::kTileTokens, rows()[expert + 1] - rows()[expert] - block * C::kTileTokens);
   }
-  // The block in whose stretch a unit lies: the last one that does not begin behind it.
+  // The block in whose range a unit lies: the last one that does not begin after it.
   __device__ int owner(int expert, int column, int block, int kb) const {
     const int before = weights()[expert];
     const int64_t units = static_cast<int64_t>(before) * column_tiles + column * (weights()[expert + 1] - before) +
@@ -93,63 +93,64 @@ struct Part {
   int prepared_block;  // its first block of 8 prepared rows
 };
 
-// A place on the line, and how many units are to come from there. All of it is the same in all lanes, and worked out so
-// that the compiler sees it (no lane works for another one): such values have registers and an arithmetic of their own.
+// A position in the order of the units, and how many units of the block's range are left from there. All members are the same
+// in all lanes, and are computed so that the compiler sees it (no lane works for another one): the compiler keeps such values
+// in uniform registers.
 template <typename C>
-struct Walk {
+struct UnitIterator {
   int expert, column, block, count, kb, left;  // count: the expert's blocks of rows
 
-  // The beginning of a block's stretch: the first unit whose position is not before the block's share.
-  __device__ explicit Walk(const Line<C>& line) {
-    const int end = go_to(line, blockIdx.x + 1);
-    left = end - go_to(line, blockIdx.x);
+  // The beginning of a block's range: the first unit whose position is not before the block's part of the total weight.
+  __device__ explicit UnitIterator(const StreamK<C>& schedule) {
+    const int end = seek(schedule, blockIdx.x + 1);
+    left = end - seek(schedule, blockIdx.x);
   }
-  // Returns the number of the unit on the line.
-  __device__ int go_to(const Line<C>& line, int64_t of) {
-    const typename Line<C>::Header& header = line.header();
+  // Returns the number of the unit in the order of all units.
+  __device__ int seek(const StreamK<C>& schedule, int64_t of) {
+    const typename StreamK<C>::Header& header = schedule.header();
     const int64_t at = (of * header.total + header.grid - 1) / header.grid;
-    const int per_weight = line.column_tiles * line.blocks_k, weight = static_cast<int>(at / per_weight);
-    int low = 0, high = line.experts;  // the first expert that ends behind `at`
+    const int per_weight = schedule.column_tiles * schedule.blocks_k, weight = static_cast<int>(at / per_weight);
+    int low = 0, high = schedule.experts;  // the first expert that ends behind `at`
     while (low < high) {
       const int mid = (low + high) / 2;
-      if (line.weights()[mid + 1] > weight) high = mid; else low = mid + 1;
+      if (schedule.weights()[mid + 1] > weight) high = mid; else low = mid + 1;
     }
     expert = low, column = block = count = kb = 0, left = 2;
-    if (expert == line.experts) return line.blocks()[line.experts] * per_weight;
-    count = line.blocks()[expert + 1] - line.blocks()[expert];
-    const int of_column = (line.weights()[expert + 1] - line.weights()[expert]) * line.blocks_k;
-    int rest = static_cast<int>(at - static_cast<int64_t>(line.weights()[expert]) * per_weight);
+    if (expert == schedule.experts) return schedule.blocks()[schedule.experts] * per_weight;
+    count = schedule.blocks()[expert + 1] - schedule.blocks()[expert];
+    const int of_column = (schedule.weights()[expert + 1] - schedule.weights()[expert]) * schedule.blocks_k;
+    int rest = static_cast<int>(at - static_cast<int64_t>(schedule.weights()[expert]) * per_weight);
     column = rest / of_column, rest -= column * of_column;
-    const int of_block = C::weight(C::kTileTokens) * line.blocks_k;
+    const int of_block = C::weight(C::kTileTokens) * schedule.blocks_k;
     block = min(rest / of_block, count - 1), rest -= block * of_block;
-    const int own = C::weight(line.rows_of(expert, block));
+    const int own = C::weight(schedule.rows_of(expert, block));
     kb = (rest + own - 1) / own;
-    if (header.whole && kb > 0) kb = line.blocks_k;
-    if (kb == line.blocks_k) next_tile(line);
-    return ((line.blocks()[expert] * line.column_tiles) + column * count + block) * line.blocks_k + kb;
+    if (header.whole && kb > 0) kb = schedule.blocks_k;
+    if (kb == schedule.blocks_k) next_tile(schedule);
+    return ((schedule.blocks()[expert] * schedule.column_tiles) + column * count + block) * schedule.blocks_k + kb;
   }
 
   // To the next unit.
-  __device__ void next(const Line<C>& line) {
+  __device__ void next(const StreamK<C>& schedule) {
     --left;
-    if (++kb >= line.blocks_k) next_tile(line);
+    if (++kb >= schedule.blocks_k) next_tile(schedule);
   }
-  __device__ void next_tile(const Line<C>& line) {
+  __device__ void next_tile(const StreamK<C>& schedule) {
     kb = 0;
     if (++block < count) return;
     block = 0;
-    if (++column < line.column_tiles || left <= 0) return;
+    if (++column < schedule.column_tiles || left <= 0) return;
     column = 0;
     do {
-      if (++expert >= line.experts) return;
-      count = line.blocks()[expert + 1] - line.blocks()[expert];
+      if (++expert >= schedule.experts) return;
+      count = schedule.blocks()[expert + 1] - schedule.blocks()[expert];
     } while (count == 0);
   }
-  // What this stretch has of the tile from here on.
-  __device__ Part part(const Line<C>& line) const {
-    const int start = line.rows()[expert];
-    return {expert, column, block, kb, min(line.blocks_k, kb + left), start + block * C::kTileTokens,
-            line.rows_of(expert, block), first_prepared_block(start, expert) + block * (C::kTileTokens / 8)};
+  // What this block's range has of the tile from here on.
+  __device__ Part part(const StreamK<C>& schedule) const {
+    const int start = schedule.rows()[expert];
+    return {expert, column, block, kb, min(schedule.blocks_k, kb + left), start + block * C::kTileTokens,
+            schedule.rows_of(expert, block), first_prepared_block(start, expert) + block * (C::kTileTokens / 8)};
   }
 };
 
