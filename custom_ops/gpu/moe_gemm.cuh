@@ -28,7 +28,7 @@ struct Config {
   static constexpr int kTiles = kR * kWarps;  // 16-column tiles a block tile has
   static constexpr int kRowsStages = 8;
   static_assert(kStages < kRowsStages && kNT >= 2);
-  // Of one warp: the ring, then for kStages + 1 tiles (units of at most that many are on their way or in work) a Part and
+  // Of one warp: the ring, then for kStages + 1 tiles (units of at most that many are on their way or in work) a WorkTile and
   // its columns.
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 32 + kColumnBytes;
@@ -37,7 +37,7 @@ struct Config {
   static constexpr int kBarriers = kWarps * kStages + 2 * kRowsStages + 1;
   static constexpr int kRowsAt = kWarps * kWarpBytes, kBarriersAt = kRowsAt + kRowsStages * kRowsBytes;
   static constexpr int kScheduleAt = kBarriersAt + 8 * kBarriers + 8;
-  static_assert(sizeof(Part) == 32 && kBarriers % 2 == 1);
+  static_assert(sizeof(WorkTile) == 32 && kBarriers % 2 == 1);
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block
   // Time of a unit by its tile's rows, roughly (stream_k.cuh).
   static constexpr int kMaxWeight = kNT == 2 ? 11 : 18;
@@ -74,7 +74,7 @@ struct Warp {
   }
   __device__ StreamK<C> schedule() const { return schedule(p); }
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
-  __device__ int owner(const Part& part, int kb) const { return schedule().owner(part.expert, part.column, part.block, kb); }
+  __device__ int owner(const WorkTile& work, int kb) const { return schedule().owner(work.expert, work.column, work.block, kb); }
   __device__ char* slot(int number) const {
     return shared() + warp * C::kWarpBytes + Ring<kR, C::kStages>::kBytes + number * C::kSlotBytes;
   }
@@ -83,7 +83,7 @@ struct Warp {
   // A tile's columns, on the barrier of its first unit, and what else will be wanted of it.
   __device__ void request_tile(int t16, int stage) {
     char* const to = slot(ahead_slot);
-    if (lane == 0) *reinterpret_cast<Part*>(to) = ahead.part(schedule());
+    if (lane == 0) *reinterpret_cast<WorkTile*>(to) = ahead.work_tile(schedule());
     const int tiles_n = p.n / 16;
     const uint32_t* from = p.columns + (static_cast<size_t>(ahead.expert) * tiles_n + t16) * 32;
     const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
@@ -106,9 +106,9 @@ struct Warp {
   __device__ void request_rows(const UnitIterator<C>& at, int unit) {
     const int stage = unit % C::kRowsStages;
     if (unit >= C::kRowsStages) rows_free()[stage].wait((unit / C::kRowsStages + 1) & 1);
-    const Part part = at.part(schedule());
-    const int count = (part.rows + 7) / 8, bytes = part.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes, blocks_k = p.k / 128;
-    const char* from = p.prepared.x + (static_cast<size_t>(part.prepared_block) * blocks_k + part.kb) * kRowsUnitBytes;
+    const WorkTile work = at.work_tile(schedule());
+    const int count = (work.rows + 7) / 8, bytes = work.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes, blocks_k = p.k / 128;
+    const char* from = p.prepared.x + (static_cast<size_t>(work.prepared_block) * blocks_k + work.kb) * kRowsUnitBytes;
     const size_t next = static_cast<size_t>(blocks_k) * kRowsUnitBytes;
     char* const to = rows(stage);
 #if CCQ_BULK
@@ -311,7 +311,7 @@ struct Rows {
 
 // kRows: 4 with integers, 8 and more with fp16.
 template <typename C, int kRows>
-__device__ void run_part(Warp<C>& w, int units, int number, int slot, Shares<C>& shares) {
+__device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, Shares<C>& shares) {
   constexpr int kNT = kRows <= 8 ? 1 : kRows / 8;
   Accumulator<C, kNT> acc;
   if constexpr (kRows <= kMostIntegerRows) multiply_bytes<C>(w, units, number, slot, acc);
@@ -324,8 +324,8 @@ __device__ void run_part(Warp<C>& w, int units, int number, int slot, Shares<C>&
     const float2 s = load_supers(w.slot(slot) + 32 + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * kFactor, super[r][1] = s.y * kUpper;
   }
-  const Part& part = *reinterpret_cast<const Part*>(w.slot(slot));
-  finish_part<C, kNT>(w, part, shares, acc, [&] { write_out<C, kNT>(w, part, super, acc); });
+  const WorkTile& work = *reinterpret_cast<const WorkTile*>(w.slot(slot));
+  finish_part<C, kNT>(w, work, shares, acc, [&] { write_out<C, kNT>(w, work, super, acc); });
 }
 
 template <typename C>
@@ -363,9 +363,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
   int slot = 0, number = 0;
   __syncwarp();
   while (left > 0) {
-    const Part* const part = reinterpret_cast<const Part*>(w.slot(slot));
-    const int units = part->kb_end - part->kb, count = part->rows;
-    auto run = [&](auto rows) { run_part<C, decltype(rows)::value>(w, units, number, slot, shares); };
+    const WorkTile* const work = reinterpret_cast<const WorkTile*>(w.slot(slot));
+    const int units = work->kb_end - work->kb, count = work->rows;
+    auto run = [&](auto rows) { run_work_tile<C, decltype(rows)::value>(w, units, number, slot, shares); };
     if (count <= 4) run(Rows<4>{});
     else if (count <= 8) run(Rows<8>{});
     else if (C::kNT == 2 || count <= 16) run(Rows<16>{});

@@ -37,7 +37,7 @@ struct WideConfig {
   // their place (the 128-byte swizzle); the tiles' codes; their scales.
   static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup, kScalesAt = kRowsBytes + kTiles * 512;
   static constexpr int kStageBytes = (kScalesAt + kTiles * 16 + 1023) / 1024 * 1024;
-  // Tiles on their way or in work: a WidePart and the columns of each.
+  // Tiles on their way or in work: a WideWorkTile and the columns of each.
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kPlane = kTiles * kPlaneBytes;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kPlane * kPlanes;
   static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
@@ -72,34 +72,34 @@ __device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
   for (Waves<C> at(line); at.left > 0; at.next(line)) {
-    const WidePart part = at.part(line);
-    const int first = part.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
-    const int halves = part.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
+    const WideWorkTile work = at.work_tile(line);
+    const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
+    const int halves = work.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
     const bool new_tile = at.tile != last_tile;
     last_tile = at.tile;
     S::free()[stage].wait(parity);
     Barrier* const full = S::full() + stage;
     char* const to = S::stage(stage);
     if (lane == 0) {
-      if (new_tile) *reinterpret_cast<WidePart*>(S::slot(slot)) = part;
+      if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
       full->arrive_and_expect(halves * C::kRowsGroup + there * 528 + (new_tile ? there * kPlaneBytes * C::kPlanes : 0));
       for (int half = 0; half < halves; ++half)
 #pragma unroll
         for (int group = 0; group < 2; ++group)
-          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, part.kb * 128 + group * 64,
-                   part.row + half * (C::kN / 2), full);
+          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
+                   work.row + half * (C::kN / 2), full);
     }
     __syncwarp();
     const int t16 = lane * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
     if (tiles > 0) {
-      const size_t unit = ccq_unit_index(part.expert, first + t16, part.kb, tiles_n, blocks_k);
+      const size_t unit = ccq_unit_index(work.expert, first + t16, work.kb, tiles_n, blocks_k);
       bulk_copy(to + C::kRowsBytes + t16 * 512, p.quant + unit * 512, tiles * 512, full);
       bulk_copy(to + C::kScalesAt + t16 * 16, p.scales + unit * 16, tiles * 16, full);
     }
     if (new_tile) {
       if (lane < C::kPlanes) {
         const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
-        const size_t own = (static_cast<size_t>(part.expert) * tiles_n + first) * 32;
+        const size_t own = (static_cast<size_t>(work.expert) * tiles_n + first) * 32;
         bulk_copy(S::slot(slot) + 128 + lane * C::kPlane, p.columns + lane * plane + own, there * kPlaneBytes, full);
       }
       if (++slot == C::kSlots) slot = 0;
@@ -117,7 +117,7 @@ struct WideWarp {
   uint32_t parity = 0;
 
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
-  __device__ int owner(const WidePart& part, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), part, kb); }
+  __device__ int owner(const WideWorkTile& work, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), work, kb); }
   __device__ void leave(int which) const { WideShared<C>::free()[which].arrive_together(); }
   // The same without a branch, which among `wgmma` would serialize them.
   __device__ void leave_if(bool condition, int which) const {
@@ -213,26 +213,26 @@ __device__ inline uint32_t two_outputs(float a, float b) {
 // A finished tile. A lane has columns g of 8-column blocks and rows 2t and 2t + 1; transposed twice, four accumulators give it 8
 // neighbouring columns of row g, which is one store of 16 bytes.
 template <typename C, int kNT>
-__device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const char* columns, const Accumulator<C, kNT>& acc) {
+__device__ void write_wide(const WideWarp<C>& w, const WideWorkTile& work, const char* columns, const Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR, kBlocks = 2 * kR, kFour = kBlocks < 4 ? 4 / kBlocks : 1;  // row blocks for four accumulators
   const GemmParams& p = w.p;
-  const int g = w.lane / 4, t = w.lane % 4, first = part.column * C::kTiles + w.warp * kR;
+  const int g = w.lane / 4, t = w.lane % 4, first = work.column * C::kTiles + w.warp * kR;
   float super[kR][2];
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
     const float2 s = load_supers(columns + (w.warp * kR + r) * kPlaneBytes, g);
     super[r][0] = s.x, super[r][1] = s.y;
   }
-  const float* const scales = p.caller_scale ? p.caller_scale + part.row : nullptr;
+  const float* const scales = p.caller_scale ? p.caller_scale + work.row : nullptr;
 #pragma unroll
   for (int nt0 = 0; nt0 < kNT; nt0 += kFour) {
-    if (nt0 * 8 >= part.rows) continue;
+    if (nt0 * 8 >= work.rows) continue;
     uint32_t e[kFour * kBlocks];
 #pragma unroll
     for (int i = 0; i < kFour; ++i) {
       const int nt = nt0 + i, row = nt * 8 + 2 * t;
-      const float left = scales && row < part.rows ? scales[row] : 1.f;
-      const float right = scales && row + 1 < part.rows ? scales[row + 1] : 1.f;
+      const float left = scales && row < work.rows ? scales[row] : 1.f;
+      const float right = scales && row + 1 < work.rows ? scales[row + 1] : 1.f;
 #pragma unroll
       for (int r = 0; r < kR; ++r)
 #pragma unroll
@@ -247,8 +247,8 @@ __device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const cha
       uint32_t four[4] = {e[4 * q], e[4 * q + 1], e[4 * q + 2], e[4 * q + 3]};
       transpose_quad(four);
       const int own = 4 * q + t, block = own % kBlocks, row = (nt0 + own / kBlocks) * 8 + g;
-      if (row < part.rows && first + block / 2 < p.n / 16) {
-        const size_t at = static_cast<size_t>(part.row + row) * p.n + first * 16 + block * 8;
+      if (row < work.rows && first + block / 2 < p.n / 16) {
+        const size_t at = static_cast<size_t>(work.row + row) * p.n + first * 16 + block * 8;
         *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) = make_uint4(four[0], four[1], four[2], four[3]);
       }
     }
@@ -256,11 +256,11 @@ __device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const cha
 }
 
 template <typename C, int kNT>
-__device__ void run_wide_part(WideWarp<C>& w, const char* slot, Shares<C>& shares) {
-  const WidePart& part = *reinterpret_cast<const WidePart*>(slot);
+__device__ void run_wide_work_tile(WideWarp<C>& w, const char* slot, Shares<C>& shares) {
+  const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   Accumulator<C, kNT> acc;
-  multiply_wide<C, kNT>(w, part.kb_end - part.kb, slot + 128, acc);
-  finish_part<C, kNT>(w, part, shares, acc, [&] { write_wide<C, kNT>(w, part, slot + 128, acc); });
+  multiply_wide<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
+  finish_part<C, kNT>(w, work, shares, acc, [&] { write_wide<C, kNT>(w, work, slot + 128, acc); });
 }
 
 template <typename C>
@@ -286,15 +286,15 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
     Shares<C> shares{S::shares_there()};
     int left = Waves<C>(line).left, slot = 0;
     while (left > 0) {
-      S::full()[w.stage].wait(w.parity);  // the part's description comes with its first unit
+      S::full()[w.stage].wait(w.parity);  // the description of the work tile comes with its first unit
       const char* const at = S::slot(slot);
-      const WidePart& part = *reinterpret_cast<const WidePart*>(at);
-      left -= part.kb_end - part.kb;
+      const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(at);
+      left -= work.kb_end - work.kb;
       if constexpr (C::kClasses == 1) {
-        run_wide_part<C, C::kNT>(w, at, shares);
+        run_wide_work_tile<C, C::kNT>(w, at, shares);
       } else {
-        if (TileLine<C>::class_of(part.rows) == 0) run_wide_part<C, C::kNT>(w, at, shares);
-        else run_wide_part<C, C::kNT / 2>(w, at, shares);
+        if (TileLine<C>::class_of(work.rows) == 0) run_wide_work_tile<C, C::kNT>(w, at, shares);
+        else run_wide_work_tile<C, C::kNT / 2>(w, at, shares);
       }
       if (++slot == C::kSlots) slot = 0;
     }

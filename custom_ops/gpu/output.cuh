@@ -29,7 +29,7 @@ struct Accumulator {
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
 template <typename C, int kNT, typename W>
-__device__ void write_out(const W& w, const Part& part, const float (&super)[C::kR][2],
+__device__ void write_out(const W& w, const WorkTile& work, const float (&super)[C::kR][2],
                           const Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4;
@@ -38,12 +38,12 @@ __device__ void write_out(const W& w, const Part& part, const float (&super)[C::
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = nt * 8 + 2 * t + i;
-      if (token >= part.rows) continue;
-      const float row_scale = p.prepared.row_scale[part.row + token];
-      const size_t base = static_cast<size_t>(part.row + token) * p.n;
+      if (token >= work.rows) continue;
+      const float row_scale = p.prepared.row_scale[work.row + token];
+      const size_t base = static_cast<size_t>(work.row + token) * p.n;
 #pragma unroll
       for (int r = 0; r < C::kR; ++r) {
-        const int t16 = w.tile16(part.column) + r;
+        const int t16 = w.tile16(work.column) + r;
         if (t16 >= p.n / 16) continue;
         store(p.out, p.dtype, base + t16 * 16 + g, acc.o[r][nt][i] * super[r][0] * row_scale);
         store(p.out, p.dtype, base + t16 * 16 + g + 8, acc.o[r][nt][2 + i] * super[r][1] * row_scale);
@@ -125,16 +125,16 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
 
 // What a warp does with its part of a tile; `write`: with a whole one.
 template <typename C, int kNT, typename W, typename P, typename F>
-__device__ void finish_part(const W& w, const P& part, Shares<C>& shares, Accumulator<C, kNT>& acc, F&& write) {
+__device__ void finish_part(const W& w, const P& work, Shares<C>& shares, Accumulator<C, kNT>& acc, F&& write) {
   shares.publish(w);
-  if (part.kb > 0) {
-    leave_share<C, kNT>(w, part.rows, acc);
+  if (work.kb > 0) {
+    leave_share<C, kNT>(w, work.rows, acc);
     shares.there->arrive_together();
-    shares.owner = w.owner(part, 0);
+    shares.owner = w.owner(work, 0);
     return;
   }
   const int blocks_k = w.p.k / 128;
-  if (part.kb_end < blocks_k) collect_shares<C, kNT>(w, part.rows, w.owner(part, blocks_k - 1), acc);
+  if (work.kb_end < blocks_k) collect_shares<C, kNT>(w, work.rows, w.owner(work, blocks_k - 1), acc);
   write();
 }
 

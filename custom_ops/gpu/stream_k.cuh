@@ -86,8 +86,8 @@ struct StreamK {
   }
 };
 
-// A part of a tile: `kb` to `kb_end` of its blocks of 128 input rows.
-struct Part {
+// What one block computes of a tile: the units `kb` to `kb_end` of its K, all of them unless the tile is split.
+struct WorkTile {
   int expert, column, block, kb, kb_end;
   int row, rows;       // of the tile
   int prepared_block;  // its first block of 8 prepared rows
@@ -147,7 +147,7 @@ struct UnitIterator {
     } while (count == 0);
   }
   // What this block's range has of the tile from here on.
-  __device__ Part part(const StreamK<C>& schedule) const {
+  __device__ WorkTile work_tile(const StreamK<C>& schedule) const {
     const int start = schedule.rows()[expert];
     return {expert, column, block, kb, min(schedule.blocks_k, kb + left), start + block * C::kTileTokens,
             schedule.rows_of(expert, block), first_prepared_block(start, expert) + block * (C::kTileTokens / 8)};

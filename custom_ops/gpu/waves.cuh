@@ -13,8 +13,8 @@
 
 namespace ccq {
 
-// A part of a tile (stream_k.cuh), and the tile's number on the line.
-struct WidePart : Part {
+// A work tile (stream_k.cuh), and the number of its tile in the order of the tiles.
+struct WideWorkTile : WorkTile {
   int tile;
 };
 
@@ -95,9 +95,9 @@ struct Waves {
   __device__ static int stretch(const TileLine<C>& line, int of) {
     return static_cast<int>(static_cast<int64_t>(of) * rest(line) * line.blocks_k / sharers(line));
   }
-  // The block that has a unit of a part's tile, which is cut.
-  __device__ static int owner(const TileLine<C>& line, const WidePart& part, int kb) {
-    const int cut = rest(line), unit = (part.tile - (line.tiles() - cut)) * line.blocks_k + kb;
+  // The block that has a unit of a split tile.
+  __device__ static int owner(const TileLine<C>& line, const WideWorkTile& work, int kb) {
+    const int cut = rest(line), unit = (work.tile - (line.tiles() - cut)) * line.blocks_k + kb;
     return static_cast<int>((static_cast<int64_t>(unit + 1) * sharers(line) - 1) / (cut * line.blocks_k));
   }
 
@@ -141,9 +141,9 @@ struct Waves {
     if (++kb >= line.blocks_k) next_tile(line);
   }
   // What this block has of the tile from here on.
-  __device__ WidePart part(const TileLine<C>& line) const {
+  __device__ WideWorkTile work_tile(const TileLine<C>& line) const {
     const int start = line.rows()[expert], rows = line.rows()[expert + 1] - start;
-    WidePart p;
+    WideWorkTile p;
     p.expert = expert, p.column = column, p.block = block, p.kb = kb, p.kb_end = min(line.blocks_k, kb + left);
     p.row = start + block * C::kN, p.rows = min(C::kN, rows - block * C::kN);
     p.prepared_block = 0, p.tile = tile;
