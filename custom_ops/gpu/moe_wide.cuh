@@ -41,9 +41,9 @@ struct WideConfig {
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kPlane = kTiles * kPlaneBytes;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kPlane * kPlanes;
   static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
-  static constexpr int kLineAt = kBarriersAt + 16 * kStages + 16;
+  static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
-  static constexpr size_t shared_bytes(int experts) { return 1024 + kLineAt + TileLine<WideConfig>::shared_bytes(experts); }
+  static constexpr size_t shared_bytes(int experts) { return 1024 + kScheduleAt + WaveSchedule<WideConfig>::shared_bytes(experts); }
 };
 
 // Shared memory, by whoever needs it: its addresses are known, so nothing of it stays in registers.
@@ -58,8 +58,8 @@ struct WideShared {
   __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
   __device__ static Barrier* free() { return full() + C::kStages; }
   __device__ static Barrier* shares_there() { return free() + C::kStages; }
-  __device__ static TileLine<C> line(const GemmParams& p) {
-    return {memory() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
+  __device__ static WaveSchedule<C> schedule(const GemmParams& p) {
+    return {memory() + C::kScheduleAt, p.experts, p.column_tiles, p.k / 128};
   }
 };
 
@@ -67,12 +67,12 @@ struct WideShared {
 template <typename C>
 __device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
   using S = WideShared<C>;
-  const TileLine<C> line = S::line(p);
+  const WaveSchedule<C> schedule = S::schedule(p);
   const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
-  for (Waves<C> at(line); at.left > 0; at.next(line)) {
-    const WideWorkTile work = at.work_tile(line);
+  for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
+    const WideWorkTile work = at.work_tile(schedule);
     const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
     const int halves = work.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
     const bool new_tile = at.tile != last_tile;
@@ -117,7 +117,7 @@ struct WideWarp {
   uint32_t parity = 0;
 
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
-  __device__ int owner(const WideWorkTile& work, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), work, kb); }
+  __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(WideShared<C>::schedule(p), work, kb); }
   __device__ void leave(int which) const { WideShared<C>::free()[which].arrive_together(); }
   // The same without a branch, which among `wgmma` would serialize them.
   __device__ void leave_if(bool condition, int which) const {
@@ -274,8 +274,8 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
     if (warp == C::kWarps) S::shares_there()->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
-  const TileLine<C> line = S::line(p);
-  line.prepare(p.offsets, p.rows);
+  const WaveSchedule<C> schedule = S::schedule(p);
+  schedule.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
     give_registers<C::kOrdering>();
@@ -284,7 +284,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
     take_registers<C::kMultiplying>();
     WideWarp<C> w{p, lane, warp};
     Shares<C> shares{S::shares_there()};
-    int left = Waves<C>(line).left, slot = 0;
+    int left = WaveIterator<C>(schedule).left, slot = 0;
     while (left > 0) {
       S::full()[w.stage].wait(w.parity);  // the description of the work tile comes with its first unit
       const char* const at = S::slot(slot);
@@ -293,7 +293,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
       if constexpr (C::kClasses == 1) {
         run_wide_work_tile<C, C::kNT>(w, at, shares);
       } else {
-        if (TileLine<C>::class_of(work.rows) == 0) run_wide_work_tile<C, C::kNT>(w, at, shares);
+        if (WaveSchedule<C>::class_of(work.rows) == 0) run_wide_work_tile<C, C::kNT>(w, at, shares);
         else run_wide_work_tile<C, C::kNT / 2>(w, at, shares);
       }
       if (++slot == C::kSlots) slot = 0;

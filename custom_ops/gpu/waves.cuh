@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who computes what when there are many rows an expert: tiles by their number of rows, in waves over the blocks.
+// Tile scheduler for many rows an expert (moe_wide.cuh): whole tiles in waves, the longest first, and stream-K for the rest.
 //
-// A tile multiplies its rows in steps of kN / kClasses, so tiles with few rows take less time. All tiles stand in one line: first
+// A tile multiplies its rows in steps of kN / kClasses, so tiles with few rows take less time. The tiles are ordered by that: first
 // those of the most steps, in the order of experts, columns and blocks of rows, then those of one step less, and so on. Each
-// wave of blocks takes the next tiles of the line. So neighbours read the same weights and the same rows at the same time, and
+// wave of blocks takes the next tiles in this order. So neighbours read the same weights and the same rows at the same time, and
 // the cache serves all but the first; and the blocks' sums of time differ by less than one tile, for what a block takes
-// costs no less than what the block after it takes, and that no less than what it takes in the next wave. What is left after the
-// last full wave is cut along K into equal stretches.
+// costs no less than what the block after it takes, and that no less than what it takes in the next wave. The tiles that are left
+// after the last full wave are split along K: blocks take equal ranges of their units (stream-K).
 #pragma once
 
 #include "stream_k.cuh"
@@ -18,9 +18,9 @@ struct WideWorkTile : WorkTile {
   int tile;
 };
 
-// The line of tiles. What it needs to know lies in shared memory and in the kernel's parameters.
+// The order of the tiles. Its state lies in shared memory and in the kernel's parameters.
 template <typename C>
-struct TileLine {
+struct WaveSchedule {
   static constexpr int kClasses = C::kClasses, kStep = C::kN / kClasses;
   char* const memory;  // shared_bytes
   const int experts, column_tiles, blocks_k;
@@ -77,74 +77,74 @@ struct TileLine {
   }
 };
 
-// A block's place on the line.
+// A block's position in the order of the tiles.
 template <typename C>
-struct Waves {
-  int expert, column, block, kb, left;  // as in Walk
-  int tile, whole;                      // number on the line; whole tiles to come, this one included
+struct WaveIterator {
+  int expert, column, block, kb, left;  // as in UnitIterator
+  int tile, whole;                      // number in the order of the tiles; whole tiles to come, this one included
 
-  // Tiles after the last full wave. Short columns are not cut: the first blocks take one more.
-  __device__ static int rest(const TileLine<C>& line) {
-    return line.blocks_k <= 8 ? 0 : line.tiles() % static_cast<int>(gridDim.x);
+  // Tiles after the last full wave. They are not split where K is short: the first blocks take one more.
+  __device__ static int remainder(const WaveSchedule<C>& schedule) {
+    return schedule.blocks_k <= 8 ? 0 : schedule.tiles() % static_cast<int>(gridDim.x);
   }
-  // Blocks that share them: each has a unit at least, a tile's owner waits for them, and not more than 8 a tile.
-  __device__ static int sharers(const TileLine<C>& line) {
-    return min(static_cast<int>(gridDim.x), rest(line) * min(8, line.blocks_k));
+  // Blocks that split them: each has a unit at least, since a tile's owner waits for them, and a tile has at most 8.
+  __device__ static int stream_k_blocks(const WaveSchedule<C>& schedule) {
+    return min(static_cast<int>(gridDim.x), remainder(schedule) * min(8, schedule.blocks_k));
   }
-  // Where a sharer's stretch begins, in units.
-  __device__ static int stretch(const TileLine<C>& line, int of) {
-    return static_cast<int>(static_cast<int64_t>(of) * rest(line) * line.blocks_k / sharers(line));
+  // Where the range of block `of` begins, in units of the remaining tiles.
+  __device__ static int first_unit(const WaveSchedule<C>& schedule, int of) {
+    return static_cast<int>(static_cast<int64_t>(of) * remainder(schedule) * schedule.blocks_k / stream_k_blocks(schedule));
   }
   // The block that has a unit of a split tile.
-  __device__ static int owner(const TileLine<C>& line, const WideWorkTile& work, int kb) {
-    const int cut = rest(line), unit = (work.tile - (line.tiles() - cut)) * line.blocks_k + kb;
-    return static_cast<int>((static_cast<int64_t>(unit + 1) * sharers(line) - 1) / (cut * line.blocks_k));
+  __device__ static int owner(const WaveSchedule<C>& schedule, const WideWorkTile& work, int kb) {
+    const int split_tiles = remainder(schedule), unit = (work.tile - (schedule.tiles() - split_tiles)) * schedule.blocks_k + kb;
+    return static_cast<int>((static_cast<int64_t>(unit + 1) * stream_k_blocks(schedule) - 1) / (split_tiles * schedule.blocks_k));
   }
 
-  __device__ explicit Waves(const TileLine<C>& line) {
-    const int grid = gridDim.x, own = blockIdx.x, cut = rest(line), all = line.tiles() - cut;
-    whole = all / grid + (own < all % grid), left = whole * line.blocks_k, kb = 0, tile = own;
-    if (cut > 0 && own < sharers(line)) left += stretch(line, own + 1) - stretch(line, own);
+  __device__ explicit WaveIterator(const WaveSchedule<C>& schedule) {
+    const int grid = gridDim.x, own = blockIdx.x, split_tiles = remainder(schedule), all = schedule.tiles() - split_tiles;
+    whole = all / grid + (own < all % grid), left = whole * schedule.blocks_k, kb = 0, tile = own;
+    if (split_tiles > 0 && own < stream_k_blocks(schedule)) left += first_unit(schedule, own + 1) - first_unit(schedule, own);
     expert = column = block = 0;
-    if (whole > 0) go_to(line);
-    else if (left > 0) begin_stretch(line);
+    if (whole > 0) seek(schedule);
+    else if (left > 0) begin_split(schedule);
   }
-  __device__ void go_to(const TileLine<C>& line) {
+  __device__ void seek(const WaveSchedule<C>& schedule) {
     int local = tile, c = 0;
-    while (c < C::kClasses - 1 && local >= line.blocks(c)[line.experts] * line.column_tiles)
-      local -= line.blocks(c++)[line.experts] * line.column_tiles;
-    const int* const blocks = line.blocks(c);
-    int low = 0, high = line.experts - 1;
+    while (c < C::kClasses - 1 && local >= schedule.blocks(c)[schedule.experts] * schedule.column_tiles)
+      local -= schedule.blocks(c++)[schedule.experts] * schedule.column_tiles;
+    const int* const blocks = schedule.blocks(c);
+    int low = 0, high = schedule.experts - 1;
     while (low < high) {
       const int mid = (low + high) / 2;
-      if (local < blocks[mid + 1] * line.column_tiles) high = mid; else low = mid + 1;
+      if (local < blocks[mid + 1] * schedule.column_tiles) high = mid; else low = mid + 1;
     }
     const int count = blocks[low + 1] - blocks[low];
-    expert = low, local -= blocks[low] * line.column_tiles;
+    expert = low, local -= blocks[low] * schedule.column_tiles;
     column = local / count, block = local - column * count;
-    if (c > 0) block = (line.rows()[low + 1] - line.rows()[low]) / C::kN;  // an expert's last
+    if (c > 0) block = (schedule.rows()[low + 1] - schedule.rows()[low]) / C::kN;  // an expert's last
   }
-  __device__ void begin_stretch(const TileLine<C>& line) {
-    const int unit = stretch(line, blockIdx.x), tiles_in = unit / line.blocks_k;
-    tile = line.tiles() - rest(line) + tiles_in, kb = unit - tiles_in * line.blocks_k;
-    go_to(line);
+  __device__ void begin_split(const WaveSchedule<C>& schedule) {
+    const int unit = first_unit(schedule, blockIdx.x), tiles_in = unit / schedule.blocks_k;
+    tile = schedule.tiles() - remainder(schedule) + tiles_in, kb = unit - tiles_in * schedule.blocks_k;
+    seek(schedule);
   }
-  __device__ void next_tile(const TileLine<C>& line) {
+  __device__ void next_tile(const WaveSchedule<C>& schedule) {
     kb = 0;
     if (left <= 0) return;
-    if (whole == 0) ++tile, go_to(line);
-    else if (--whole > 0) tile += gridDim.x, go_to(line);
-    else begin_stretch(line);
+    if (whole == 0) ++tile, seek(schedule);
+    else if (--whole > 0) tile += gridDim.x, seek(schedule);
+    else begin_split(schedule);
   }
-  __device__ void next(const TileLine<C>& line) {
+  __device__ void next(const WaveSchedule<C>& schedule) {
     --left;
-    if (++kb >= line.blocks_k) next_tile(line);
+    if (++kb >= schedule.blocks_k) next_tile(schedule);
   }
   // What this block has of the tile from here on.
-  __device__ WideWorkTile work_tile(const TileLine<C>& line) const {
-    const int start = line.rows()[expert], rows = line.rows()[expert + 1] - start;
+  __device__ WideWorkTile work_tile(const WaveSchedule<C>& schedule) const {
+    const int start = schedule.rows()[expert], rows = schedule.rows()[expert + 1] - start;
     WideWorkTile p;
-    p.expert = expert, p.column = column, p.block = block, p.kb = kb, p.kb_end = min(line.blocks_k, kb + left);
+    p.expert = expert, p.column = column, p.block = block, p.kb = kb, p.kb_end = min(schedule.blocks_k, kb + left);
     p.row = start + block * C::kN, p.rows = min(C::kN, rows - block * C::kN);
     p.prepared_block = 0, p.tile = tile;
     return p;
