@@ -137,7 +137,7 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
 // The workspace's parts, each on a 256-byte border. Partial results: for each SM what one tile of each of its blocks has,
 // which grows with the rows a tile may have.
 struct Layout {
-  size_t x, row_scale, tickets, partial, partial_float4, bytes;
+  size_t x, row_scale, counters, partial, partial_float4, bytes;
 };
 
 constexpr int kWarpsPerSm = 16;
@@ -157,7 +157,7 @@ Layout layout_of(int rows, int k, int experts, int sms) {
 #ifdef CCQ_TUNING
   l.partial_float4 = kMaxPartialFloat4;
 #endif
-  l.tickets = take(sizeof(int) * kWarpsPerSm * sms);
+  l.counters = take(sizeof(int) * kWarpsPerSm * sms);
   l.partial = take(sizeof(float4) * l.partial_float4 * sms);
   l.x = take(blocks * (k / 128) * kRowsUnitBytes);
   l.row_scale = take(sizeof(float) * rows);
@@ -258,9 +258,9 @@ bool valid(const ccq_moe_gemm_args* a) {
 
 cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, int tile_rows, const Prepared& out,
                            cudaStream_t stream) {
-  const int tickets = kWarpsPerSm * device.sms;
+  const int counters = kWarpsPerSm * device.sms;
   return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
-                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, tickets, out);
+                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, counters, out);
 }
 
 // Before moe_wide.cuh: activations in plain order are arranged in the workspace. *x: where the kernel shall read them.
@@ -271,7 +271,7 @@ cudaError_t launch_arrange(const ccq_moe_gemm_args& a, const Device& device, con
   const unsigned blocks = arrange ? static_cast<unsigned>((chunks + kPrepareThreads - 1) / kPrepareThreads) : 1;
   if (arrange) *x = room.x;
   return launch_early(arrange_kernel, blocks, kPrepareThreads, 0, stream, static_cast<const uint4*>(a.x),
-                      arrange ? reinterpret_cast<uint4*>(room.x) : nullptr, chunks, room.tickets,
+                      arrange ? reinterpret_cast<uint4*>(room.x) : nullptr, chunks, room.counters,
                       kWarpsPerSm * device.sms);
 }
 
@@ -310,7 +310,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
   p.prepared = {base + l.x, reinterpret_cast<float*>(base + l.row_scale),
-                reinterpret_cast<int*>(base + l.tickets)};
+                reinterpret_cast<int*>(base + l.counters)};
   p.partial = reinterpret_cast<float4*>(base + l.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
   p.caller_scale = a->row_scale;

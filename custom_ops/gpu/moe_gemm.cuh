@@ -311,7 +311,7 @@ struct Rows {
 
 // kRows: 4 with integers, 8 and more with fp16.
 template <typename C, int kRows>
-__device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, Shares<C>& shares) {
+__device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, PartialSignal<C>& signal) {
   constexpr int kNT = kRows <= 8 ? 1 : kRows / 8;
   Accumulator<C, kNT> acc;
   if constexpr (kRows <= kMostIntegerRows) multiply_bytes<C>(w, units, number, slot, acc);
@@ -325,21 +325,21 @@ __device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, Share
     super[r][0] = s.x * kFactor, super[r][1] = s.y * kUpper;
   }
   const WorkTile& work = *reinterpret_cast<const WorkTile*>(w.slot(slot));
-  finish_part<C, kNT>(w, work, shares, acc, [&] { write_out<C, kNT>(w, work, super, acc); });
+  finish_part<C, kNT>(w, work, signal, acc, [&] { write_out<C, kNT>(w, work, super, acc); });
 }
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmParams p) {
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  Barrier *const barriers = Warp<C>::barriers(), *const shares_there = barriers + C::kBarriers - 1;
+  Barrier *const barriers = Warp<C>::barriers(), *const partials_stored = barriers + C::kBarriers - 1;
   if (lane == 0) {  // one lane after another would take microseconds
     for (int i = 0; i < C::kStages; ++i) barriers[warp * C::kStages + i].init(1);
     if (warp < C::kRowsStages) {
       Warp<C>::rows_full()[warp].init(CCQ_BULK ? 1 : 32);
       Warp<C>::rows_free()[warp].init(C::kWarps * kWarpArrivals);
     }
-    if (warp == C::kRowsStages) shares_there->init(C::kWarps * kWarpArrivals);
+    if (warp == C::kRowsStages) partials_stored->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
   const StreamK<C> schedule = Warp<C>::schedule(p);
@@ -353,19 +353,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
             Ring<C::kR, C::kStages>(Warp<C>::shared() + warp * C::kWarpBytes, barriers + warp * C::kStages), start};
 #pragma unroll
   for (int i = 0; i < C::kStages; ++i) w.request(i, true);
-  // Weights and offsets do not depend on the kernel before this one, activations and tickets do.
+  // Weights and offsets do not depend on the kernel before this one, activations and counters do.
   wait_for_prerequisites();
   UnitIterator<C> first = start;
   for (int i = 0; i < C::kStages && first.left > 0; ++i, first.next(schedule))
     if (i == warp) w.request_rows(first, i);
 
-  Shares<C> shares{shares_there};
+  PartialSignal<C> signal{partials_stored};
   int slot = 0, number = 0;
   __syncwarp();
   while (left > 0) {
     const WorkTile* const work = reinterpret_cast<const WorkTile*>(w.slot(slot));
     const int units = work->kb_end - work->kb, count = work->rows;
-    auto run = [&](auto rows) { run_work_tile<C, decltype(rows)::value>(w, units, number, slot, shares); };
+    auto run = [&](auto rows) { run_work_tile<C, decltype(rows)::value>(w, units, number, slot, signal); };
     if (count <= 4) run(Rows<4>{});
     else if (count <= 8) run(Rows<8>{});
     else if (C::kNT == 2 || count <= 16) run(Rows<16>{});
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     slot = Warp<C>::next_slot(slot);
     number += units, left -= units;
   }
-  shares.publish(w);
+  signal.publish(w);
 }
 
 }  // namespace ccq

@@ -57,7 +57,7 @@ struct WideShared {
   __device__ static char* slot(int i) { return memory() + C::kSlotsAt + i * C::kSlotBytes; }
   __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
   __device__ static Barrier* free() { return full() + C::kStages; }
-  __device__ static Barrier* shares_there() { return free() + C::kStages; }
+  __device__ static Barrier* partials_stored() { return free() + C::kStages; }
   __device__ static WaveSchedule<C> schedule(const GemmParams& p) {
     return {memory() + C::kScheduleAt, p.experts, p.column_tiles, p.k / 128};
   }
@@ -256,11 +256,11 @@ __device__ void write_wide(const WideWarp<C>& w, const WideWorkTile& work, const
 }
 
 template <typename C, int kNT>
-__device__ void run_wide_work_tile(WideWarp<C>& w, const char* slot, Shares<C>& shares) {
+__device__ void run_wide_work_tile(WideWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   Accumulator<C, kNT> acc;
   multiply_wide<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
-  finish_part<C, kNT>(w, work, shares, acc, [&] { write_wide<C, kNT>(w, work, slot + 128, acc); });
+  finish_part<C, kNT>(w, work, signal, acc, [&] { write_wide<C, kNT>(w, work, slot + 128, acc); });
 }
 
 template <typename C>
@@ -271,7 +271,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {
     if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps * kWarpArrivals);
-    if (warp == C::kWarps) S::shares_there()->init(C::kWarps * kWarpArrivals);
+    if (warp == C::kWarps) S::partials_stored()->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
   const WaveSchedule<C> schedule = S::schedule(p);
@@ -283,7 +283,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   } else {
     take_registers<C::kMultiplying>();
     WideWarp<C> w{p, lane, warp};
-    Shares<C> shares{S::shares_there()};
+    PartialSignal<C> signal{S::partials_stored()};
     int left = WaveIterator<C>(schedule).left, slot = 0;
     while (left > 0) {
       S::full()[w.stage].wait(w.parity);  // the description of the work tile comes with its first unit
@@ -291,14 +291,14 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
       const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(at);
       left -= work.kb_end - work.kb;
       if constexpr (C::kClasses == 1) {
-        run_wide_work_tile<C, C::kNT>(w, at, shares);
+        run_wide_work_tile<C, C::kNT>(w, at, signal);
       } else {
-        if (WaveSchedule<C>::class_of(work.rows) == 0) run_wide_work_tile<C, C::kNT>(w, at, shares);
-        else run_wide_work_tile<C, C::kNT / 2>(w, at, shares);
+        if (WaveSchedule<C>::class_of(work.rows) == 0) run_wide_work_tile<C, C::kNT>(w, at, signal);
+        else run_wide_work_tile<C, C::kNT / 2>(w, at, signal);
       }
       if (++slot == C::kSlots) slot = 0;
     }
-    shares.publish(w);
+    signal.publish(w);
   }
 }
 

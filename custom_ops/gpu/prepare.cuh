@@ -17,7 +17,7 @@ namespace ccq {
 
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
-// What moe_gemm.cuh copies at a stretch: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
+// What moe_gemm.cuh copies at once: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
 // accumulators begin with in each group (windows are 32 less than they are stored), as a lane t wants it; then the pieces.
 //   Tiles of up to 4 rows: integers; int [2 groups][4 t][2 digits], then 64 bytes of nothing, [2][4 rows][2 digits][4 t].
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
@@ -27,7 +27,7 @@ constexpr int kMostIntegerRows = 4;
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
-  int* tickets;      // set to zero here, for the split of K
+  int* counters;     // partial results that are ready, by owner (output.cuh); set to zero here
 };
 
 __device__ inline void store(void* to, int dtype, size_t at, float v) {
@@ -178,14 +178,14 @@ __device__ inline int quad_sum(int v) {
 
 __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
-               int tile_rows, int tickets, Prepared out) {
+               int tile_rows, int counters, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
   wait_for_prerequisites();
   dependents_may_start();
   __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
   const int row = blockIdx.x, chunks = k / 16;
   if (row == 0)
-    for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) out.tickets[i] = 0;
+    for (int i = threadIdx.x; i < counters; i += kPrepareThreads) out.counters[i] = 0;
   const char* from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
   Chunk first{};
   if (static_cast<int>(threadIdx.x) < chunks) first.load(from, threadIdx.x);
@@ -272,15 +272,15 @@ __device__ inline void transpose_quad(uint32_t (&e)[4]) {
   }
 }
 
-// What moe_wide.cuh needs before it: tickets set to zero and, if weights have their rows in plain order, activations in the order
+// What moe_wide.cuh needs before it: counters set to zero and, if weights have their rows in plain order, activations in the order
 // in which such weights stand in fragments (`to` [rows, k], from `x`): of a 64-group, words (pairs of rows) 8t + q to 4q + t.
 // Without them (`to` NULL) one block will do.
 __global__ void __launch_bounds__(kPrepareThreads)
-arrange_kernel(const uint4* x, uint4* to, int64_t chunks, int* ticket, int tickets) {
+arrange_kernel(const uint4* x, uint4* to, int64_t chunks, int* counter, int counters) {
   wait_for_prerequisites();
   dependents_may_start();
   if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) ticket[i] = 0;
+    for (int i = threadIdx.x; i < counters; i += kPrepareThreads) counter[i] = 0;
   if (!to) return;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;  // of 16 values; 4 a 64-group
   const bool there = chunk < chunks;
