@@ -234,7 +234,7 @@ __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const F
 // One warp adds up all warps' shares of a tile, in the order of the warps, and writes the result. `rows`: its rows or the
 // next ones.
 template <typename C>
-__device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
+__device__ void few_epilogue(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
   const int tiles_n = p.n / 16, block = p.column_tiles.divide(tile);
   FewRows own{rows.expert, block};
   if (C::kRows == 1) own.expert = expert_of<C>(s, block, 0);
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
 #pragma unroll 1
     for (; finished <= (tile + 1 == end ? tile : tile - 1); ++finished)
       if ((finished - begin) % C::kWarps == warp) {
-        finish_tile<C>(p, s, finished, begin, rows);
+        few_epilogue<C>(p, s, finished, begin, rows);
         const int next = finished + C::kColumnSlots;
         if (next < end) fetch_columns<C>(p, s, rows, next, (finished - begin) % C::kColumnSlots);
       }

@@ -3,7 +3,7 @@
 // memory.
 //
 // Work. A tile has 16 * kTiles columns and up to 8 * kNT rows (stream_k.cuh). One that is split among blocks is summed from
-// fp32 partial results, always in the order of K (output.cuh).
+// fp32 partial results, always in the order of K (epilogue.cuh).
 //
 // Warps. A warp owns kR tiles of 16 columns and fetches their weights through its own ring (ring.cuh). Activations are the
 // same for all warps: they go through a ring of the block's, which warps fill in turn, one unit each, when they order its
@@ -15,7 +15,7 @@
 // columns; everything in shared memory has an address that the compiler knows.
 #pragma once
 
-#include "output.cuh"
+#include "epilogue.cuh"
 #include "ring.cuh"
 
 namespace ccq {
@@ -325,7 +325,7 @@ __device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, Parti
     super[r][0] = s.x * kFactor, super[r][1] = s.y * kUpper;
   }
   const WorkTile& work = *reinterpret_cast<const WorkTile*>(w.slot(slot));
-  finish_part<C, kNT>(w, work, signal, acc, [&] { write_out<C, kNT>(w, work, super, acc); });
+  epilogue<C, kNT>(w, work, signal, acc, [&] { store_tile<C, kNT>(w, work, super, acc); });
 }
 
 template <typename C>

@@ -13,7 +13,7 @@
 
 #include <cuda.h>
 
-#include "output.cuh"
+#include "epilogue.cuh"
 #include "waves.cuh"
 #include "wgmma.cuh"
 #include "wide_weights.cuh"
@@ -213,7 +213,7 @@ __device__ inline uint32_t two_outputs(float a, float b) {
 // A finished tile. A lane has columns g of 8-column blocks and rows 2t and 2t + 1; transposed twice, four accumulators give it 8
 // neighbouring columns of row g, which is one store of 16 bytes.
 template <typename C, int kNT>
-__device__ void write_wide(const WideWarp<C>& w, const WideWorkTile& work, const char* columns, const Accumulator<C, kNT>& acc) {
+__device__ void store_wide_tile(const WideWarp<C>& w, const WideWorkTile& work, const char* columns, const Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR, kBlocks = 2 * kR, kFour = kBlocks < 4 ? 4 / kBlocks : 1;  // row blocks for four accumulators
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4, first = work.column * C::kTiles + w.warp * kR;
@@ -260,7 +260,7 @@ __device__ void run_wide_work_tile(WideWarp<C>& w, const char* slot, PartialSign
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   Accumulator<C, kNT> acc;
   multiply_wide<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
-  finish_part<C, kNT>(w, work, signal, acc, [&] { write_wide<C, kNT>(w, work, slot + 128, acc); });
+  epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
 template <typename C>

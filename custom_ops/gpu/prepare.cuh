@@ -27,7 +27,7 @@ constexpr int kMostIntegerRows = 4;
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
-  int* counters;     // partial results that are ready, by owner (output.cuh); set to zero here
+  int* counters;     // partial results that are ready, by owner (epilogue.cuh); set to zero here
 };
 
 __device__ inline void store(void* to, int dtype, size_t at, float v) {

@@ -5,7 +5,7 @@
 // loop. All units of all tiles have one order: experts, then columns, then blocks of rows (so that blocks that read the same
 // weights are neighbours), then K. Each thread block takes a contiguous range of units. A unit with more rows takes longer;
 // so units have weights, and ranges have equal weight: all SMs end together whatever the routing. A tile that lies in several
-// ranges is split along K: its partial results are added up in the epilogue (output.cuh).
+// ranges is split along K: its partial results are added up in the epilogue (epilogue.cuh).
 #pragma once
 
 #include "prepare.cuh"

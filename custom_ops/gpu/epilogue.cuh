@@ -29,7 +29,7 @@ struct Accumulator {
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
 template <typename C, int kNT, typename W>
-__device__ void write_out(const W& w, const WorkTile& work, const float (&super)[C::kR][2],
+__device__ void store_tile(const W& w, const WorkTile& work, const float (&super)[C::kR][2],
                           const Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4;
@@ -123,9 +123,9 @@ __device__ void add_partials(const W& w, int rows, int last, Accumulator<C, kNT>
   }
 }
 
-// What a warp does with the accumulators of its work tile; `write`: what it does once they are the sums over all of K.
+// What a warp does with the accumulators of its work tile; `store`: what it does once they are the sums over all of K.
 template <typename C, int kNT, typename W, typename P, typename F>
-__device__ void finish_part(const W& w, const P& work, PartialSignal<C>& signal, Accumulator<C, kNT>& acc, F&& write) {
+__device__ void epilogue(const W& w, const P& work, PartialSignal<C>& signal, Accumulator<C, kNT>& acc, F&& store) {
   signal.publish(w);
   if (work.kb > 0) {
     store_partial<C, kNT>(w, work.rows, acc);
@@ -135,7 +135,7 @@ __device__ void finish_part(const W& w, const P& work, PartialSignal<C>& signal,
   }
   const int blocks_k = w.p.k / 128;
   if (work.kb_end < blocks_k) add_partials<C, kNT>(w, work.rows, w.owner(work, blocks_k - 1), acc);
-  write();
+  store();
 }
 
 }  // namespace ccq
