@@ -51,7 +51,7 @@ struct FewConfig {
   static_assert(kWarps == 16 && kMaxExperts % kThreads == 0, "FewStart and the scans of offsets are made for that");
   static constexpr int kColumnSlots = 3, kSumsSlots = 3;
   static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
-  static constexpr int kFirst = kStages - kStages / 4;  // units that are ordered before activations are there
+  static constexpr int kFirst = kStages - kStages / 4;  // units that are requested before activations are there
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
@@ -186,9 +186,9 @@ __device__ void one_expert(const FewParams& p, const FewShared<C>& s, int first_
   }
 }
 
-// A warp's walk over the units of its tiles, at the end of the ring where they are ordered.
+// The producer side of a warp's ring: the units of its tiles, in the order in which they are requested.
 template <typename C>
-struct FewFetch {
+struct FewProducer {
   const FewParams& p;
   const FewShared<C>& s;
   const int column_tiles, tiles_n, blocks_k, wk, wn;

@@ -137,10 +137,10 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
 
 // This warp's units of a tile: columns g and g + 8 of each of kR tiles, row t % R, all groups, into `out`.
 template <typename C>
-__device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& ring, FewFetch<C>& fetch, int pair,
+__device__ void few_main_loop(const FewShared<C>& s, Ring<C::kR, C::kStages>& ring, FewProducer<C>& producer, int pair,
                              const Column<C::kPairs> (&column)[C::kR][2], float2 (&out)[C::kR]) {
   constexpr int kR = C::kR, R = C::kRows, kUnit = Slots<R>::kUnit, kZeros = Slots<R>::kZeros;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks_k = fetch.blocks_k;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks_k = producer.blocks_k;
   // Of this lane's column of B. In odd groups the digits change places, so that quads side by side write to other banks.
   const int slot = g / (2 * R), mine = g % (2 * R) * 64 + t * 16;
   // Nibbles of this lane's accumulators: their slot's group is even or odd, in the first or the second unit (R = 1).
@@ -173,7 +173,7 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
         scale[r] = R > 1 || u == 0 || t >= 2 ? word : scale[r];
       }
       __syncwarp();  // every lane has what it needs of the stage
-      fetch.request(ring);
+      producer.request(ring);
       ring.next();
       const char* const x = s.activations + kb * kUnit;
 #pragma unroll
@@ -286,8 +286,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
   int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer), first_block = p.column_tiles.divide(begin);
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  FewFetch<C> fetch{p, s, column_tiles, tiles_n, blocks_k, wk, wn};
-  if (known) fetch.start(begin, end, first_block);
+  FewProducer<C> producer{p, s, column_tiles, tiles_n, blocks_k, wk, wn};
+  if (known) producer.start(begin, end, first_block);
   if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   // Activations come first, then offsets and columns: they would wait behind the weights.
@@ -300,17 +300,17 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   load_share<C>(p, s, rows, wk, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
-  // Barriers stand, and no weights are ordered before all activations are: those would wait behind them.
+  // Barriers stand, and no weights are requested before all activations are: those would wait behind them.
   if (known) __syncthreads();
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
-  if (!known) fetch.start(begin, end, first_block);
-  fetch.find_expert(rows.expert);
+  if (!known) producer.start(begin, end, first_block);
+  producer.find_expert(rows.expert);
   if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
-  // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
+  // Requests beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
 #pragma unroll 1
-  for (int i = 0; i < C::kFirst - 1; ++i) fetch.request(ring, i);
+  for (int i = 0; i < C::kFirst - 1; ++i) producer.request(ring, i);
   int finished = begin, pair = wk;
-  for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
+  for (int tile = begin; tile < end; ++tile, pair = producer.next_pair(pair)) {
     const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
     const bool change = i > 0 && column_tile == 0;
     if (change) {
@@ -319,11 +319,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     }
     if (change) __syncthreads();  // the activations there are no longer read
     if (change || i == 0) {
-      convert_share<C>(p, s, rows, pair, wn, kept, [&] { if (i == 0) fetch.request(ring, C::kFirst - 1); });
+      convert_share<C>(p, s, rows, pair, wn, kept, [&] { if (i == 0) producer.request(ring, C::kFirst - 1); });
       s.rows_ready->arrive_together();
       if (i == 0)
 #pragma unroll 1
-        for (int j = C::kFirst; j < C::kStages; ++j) fetch.request(ring, j);
+        for (int j = C::kFirst; j < C::kStages; ++j) producer.request(ring, j);
     }
     // Shares of other warps are first read in the tile after, or in this one by warps with the same share.
     const bool after = C::kWN > 1 ? change || i == 0 : !change && (column_tile == 1 || i == 1);
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
       load_columns<C::kPairs>(columns + r * kPlaneBytes, columns + (C::kTiles + r) * kPlaneBytes, lane / 4, column[r]);
 
     float2 out[kR];
-    multiply_few<C>(s, ring, fetch, pair, column, out);
+    few_main_loop<C>(s, ring, producer, pair, column, out);
 
     const int slot = i % C::kSumsSlots, t = lane % 4;
     if (i >= C::kSumsSlots) s.sums_free[slot].wait((i / C::kSumsSlots + 1) & 1);

@@ -5,10 +5,10 @@
 // that wide_weights.cuh fills, and B (activations, as the caller has them) from shared memory. Scaling accumulators group by
 // group, as moe_gemm.cuh does, would cost per row; so the scales are in the weights, and accumulators run through all of K.
 //
-// A ninth warp orders everything, weights and activations, by bulk copies into a ring of stages, and does nothing else (it
-// and three idle ones make a warpgroup, so that it can hand its registers over); the other eight, two warpgroups, wait for
-// stages and give them back, each at its own pace. Every copy is an instruction, and dozens of cycles, of its own: so few,
-// large ones. Tiles go in waves (waves.cuh).
+// Warp specialization. The producer, a ninth warp, requests everything, weights and activations, by bulk copies into a ring of
+// stages, and does nothing else (it and three idle warps make a warpgroup, so that it can hand its registers over). The eight
+// consumer warps, two warpgroups, wait for full stages and release them, each at its own pace. Every copy is an instruction,
+// and dozens of cycles, of its own: so few, large ones. The kernel is persistent; tiles go in waves (waves.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -29,10 +29,10 @@ struct WideConfig {
   // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
   // three the compiler would serialize `wgmma`.)
   static constexpr int kClasses = kN <= 128 ? 2 : 1;
-  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // that multiply; with the ordering one and three idle ones
+  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // consumer warps; with the producer and three idle warps
   static constexpr int kTiles = kR * kWarps;
-  // Registers of a thread: 168 at the beginning; then of those that order and of those that multiply.
-  static constexpr int kOrdering = 40, kMultiplying = 232;
+  // Registers of a thread: 168 at the beginning; then those of the producer's warpgroup and of the consumers'.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // A stage: the activations in two groups of 64 values along K, [2][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
   // their place (the 128-byte swizzle); the tiles' codes; their scales.
   static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup, kScalesAt = kRowsBytes + kTiles * 512;
@@ -63,9 +63,9 @@ struct WideShared {
   }
 };
 
-// The ninth warp.
+// The producer warp.
 template <typename C>
-__device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
+__device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows) {
   using S = WideShared<C>;
   const WaveSchedule<C> schedule = S::schedule(p);
   const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
@@ -108,9 +108,9 @@ __device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
   }
 }
 
-// One of the other eight.
+// One of the eight consumer warps.
 template <typename C>
-struct WideWarp {
+struct ConsumerWarp {
   const GemmParams& p;
   const int lane, warp;
   int stage = 0;
@@ -118,9 +118,9 @@ struct WideWarp {
 
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
   __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(WideShared<C>::schedule(p), work, kb); }
-  __device__ void leave(int which) const { WideShared<C>::free()[which].arrive_together(); }
+  __device__ void release(int which) const { WideShared<C>::free()[which].arrive_together(); }
   // The same without a branch, which among `wgmma` would serialize them.
-  __device__ void leave_if(bool condition, int which) const {
+  __device__ void release_if(bool condition, int which) const {
     __syncwarp();
     const bool arrives = condition && (kWarpArrivals == 32 || lane == 0);
     asm volatile(
@@ -131,9 +131,9 @@ struct WideWarp {
   }
 };
 
-// `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
+// Main loop: `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
 template <typename C, int kNT>
-__device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
+__device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
   using S = WideShared<C>;
   constexpr int kR = C::kR;
   const int g = w.lane / 4;
@@ -168,7 +168,7 @@ __device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Ac
       for (int half = 0; half < 2; ++half) {
         uint32_t(&v)[4][4] = a[half];
         wgmma_wait<1>();  // the step before the last one, which read these registers
-        if (r == 0 && half == 1) w.leave_if(last >= 0, last);  // nor is the unit before read any more
+        if (r == 0 && half == 1) w.release_if(last >= 0, last);  // nor is the unit before read any more
         const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
         const auto s = WideScale<C::kBf16>::of(half ? left >> 4 : left);
         const auto u = WideScale<C::kBf16>::of(half ? right >> 4 : right);
@@ -193,7 +193,7 @@ __device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Ac
     if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
   }
   wgmma_wait<0>();
-  w.leave(last);
+  w.release(last);
 }
 
 // An 8 x 8 matrix of 16-bit values, row g in lanes 4g to 4g + 3, transposed.
@@ -213,7 +213,7 @@ __device__ inline uint32_t two_outputs(float a, float b) {
 // A finished tile. A lane has columns g of 8-column blocks and rows 2t and 2t + 1; transposed twice, four accumulators give it 8
 // neighbouring columns of row g, which is one store of 16 bytes.
 template <typename C, int kNT>
-__device__ void store_wide_tile(const WideWarp<C>& w, const WideWorkTile& work, const char* columns, const Accumulator<C, kNT>& acc) {
+__device__ void store_wide_tile(const ConsumerWarp<C>& w, const WideWorkTile& work, const char* columns, const Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR, kBlocks = 2 * kR, kFour = kBlocks < 4 ? 4 / kBlocks : 1;  // row blocks for four accumulators
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4, first = work.column * C::kTiles + w.warp * kR;
@@ -256,10 +256,10 @@ __device__ void store_wide_tile(const WideWarp<C>& w, const WideWorkTile& work, 
 }
 
 template <typename C, int kNT>
-__device__ void run_wide_work_tile(WideWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
+__device__ void run_wide_work_tile(ConsumerWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   Accumulator<C, kNT> acc;
-  multiply_wide<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
+  wide_main_loop<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
@@ -278,11 +278,11 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   schedule.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
-    give_registers<C::kOrdering>();
-    if (warp == C::kWarps) order_stages<C>(p, rows);
+    deallocate_registers<C::kProducerRegisters>();
+    if (warp == C::kWarps) produce_stages<C>(p, rows);
   } else {
-    take_registers<C::kMultiplying>();
-    WideWarp<C> w{p, lane, warp};
+    allocate_registers<C::kConsumerRegisters>();
+    ConsumerWarp<C> w{p, lane, warp};
     PartialSignal<C> signal{S::partials_stored()};
     int left = WaveIterator<C>(schedule).left, slot = 0;
     while (left > 0) {
