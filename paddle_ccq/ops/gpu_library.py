@@ -15,20 +15,17 @@ from pathlib import Path
 
 from ..command import run_command
 from ..errors import CcqError
+from .gpu_build import ARCHITECTURES, SOURCES, nvcc_command
 
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
 _BUILT = Path(__file__).resolve().parent.parent / "_gpu.so"
-_SOURCES = (
-    *("encode.cu", "dequant.cu", "host.cu", "host_encode.cu", "ldlq.cu", "host_ldlq.cu"),
-    *("repack.cu", "moe_gemm.cu", "activation.cu", "dispatch.cu", "moe_block.cu"),
-)
 
 MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
 
 
 class EncodeVector(ctypes.Structure):
-    """One vector of a group (custom_ops/gpu/encode.h)."""
+    """One vector of a group (custom_ops/gpu/encode/encode.h)."""
 
     _fields_ = [(name, ctypes.c_uint8) for name in ("book", "first", "dims", "word", "shift")]
 
@@ -83,7 +80,7 @@ class EncodeArgs(ctypes.Structure):
 
 
 class LdlqArgs(ctypes.Structure):
-    """struct ccq_ldlq_args (custom_ops/gpu/ldlq.h)."""
+    """struct ccq_ldlq_args (custom_ops/gpu/ldlq/ldlq.h)."""
 
     _fields_ = [
         ("n", ctypes.c_int64),
@@ -119,7 +116,7 @@ class DequantArgs(ctypes.Structure):
     ]
 
 
-def build(architectures: Sequence[int] = (80, 90), output: Path = _BUILT) -> Path:
+def build(architectures: Sequence[int] = ARCHITECTURES, output: Path = _BUILT) -> Path:
     """Compile the library with nvcc for the given compute capabilities (90 is an H100).
 
     Raises:
@@ -127,17 +124,11 @@ def build(architectures: Sequence[int] = (80, 90), output: Path = _BUILT) -> Pat
             compiler fails.
     """
     sources = Path(__file__).resolve().parents[2] / "custom_ops" / "gpu"
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    if shutil.which("nvcc") is None:
         raise CcqError("nvcc is not on PATH; install the CUDA toolkit (12.0 or newer) to build")
-    if not (sources / _SOURCES[0]).exists():
+    if not (sources / SOURCES[0]).exists():
         raise CcqError(f"{sources}: no sources of the GPU library; build it from a checkout")
-    # Hopper's own instructions need the "a" target; the choice of kernels must know of it.
-    suffixed = [f"{a}a" if a == 90 else str(a) for a in architectures]
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]
-    code += ["-DCCQ_SM90A"] if 90 in architectures else []
-    command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *code]
-    command += ["-o", str(output), *(str(sources / name) for name in _SOURCES)]
+    command = nvcc_command(sources, output, architectures)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CcqError(f"nvcc failed: {done.stderr.strip()[-400:]}")
@@ -210,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--architectures",
         type=int,
         nargs="+",
-        default=[80, 90],
+        default=list(ARCHITECTURES),
         metavar="N",
         help="compute capabilities times ten (default: 80 90)",
     )

@@ -26,7 +26,7 @@ _SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code
 
 
 class _Projection(ctypes.Structure):
-    """struct ccq_moe_projection (custom_ops/gpu/moe_block.h)."""
+    """struct ccq_moe_projection (custom_ops/gpu/moe/moe_block.h)."""
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("quant", "scales", "columns")],

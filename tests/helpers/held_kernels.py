@@ -47,7 +47,7 @@ TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
 
 class GemmArgs(ctypes.Structure):
-    """struct ccq_moe_gemm_args (custom_ops/gpu/moe_gemm.h)."""
+    """struct ccq_moe_gemm_args (custom_ops/gpu/moe/moe_gemm.h)."""
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("x", "offsets", "quant", "scales", "columns")],
@@ -60,7 +60,7 @@ class GemmArgs(ctypes.Structure):
 def exported() -> list[str]:
     """Functions that the sources define for other languages, without those for tuning."""
     found = set()
-    for path in SOURCES.glob("*.cu"):
+    for path in SOURCES.rglob("*.cu"):
         text = re.sub(r"#ifdef CCQ_TUNING.*?#endif", "", path.read_text("utf-8"), flags=re.DOTALL)
         found |= set(re.findall(r'extern "C" [\w\s*]*?\b(ccq_\w+)\(', text))
     return sorted(found)
@@ -70,7 +70,11 @@ def build(folder: Path) -> ctypes.CDLL:
     """The choice of kernels over a pretended GPU; needs nvcc, but no GPU."""
     gemm, library = folder / "moe_gemm.o", folder / "libchoices.so"
     nvcc = ["nvcc", "-std=c++17", "-O0", "-Xcicc", "-O0", "-DCCQ_SM90A", "-Xcompiler", "-fPIC"]
-    nvcc += ["-gencode=arch=compute_90a,code=compute_90a", "-c", str(SOURCES / "moe_gemm.cu")]
+    nvcc += [
+        "-gencode=arch=compute_90a,code=compute_90a",
+        "-c",
+        str(SOURCES / "moe" / "moe_gemm.cu"),
+    ]
     pretended = ["g++", "-shared", "-fPIC", "-o", str(library), str(gemm)]
     for command in ([*nvcc, "-o", str(gemm)], [*pretended, str(FOLDER / "pretended_gpu.cpp")]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

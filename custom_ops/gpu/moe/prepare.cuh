@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prologue kernels of the grouped GEMM: activations as its main loop reads them: fp16, a power-of-two scale a row, permuted, with the groups' sums.
+// Prologue kernels of the grouped GEMM, and activations as its main loop reads them: fp16, a power-of-two scale a row, permuted,
+// with the groups' sums.
 //
 // The weights are fp16 (decode.cuh), so bf16 activations must become fp16. Scaling each row by a power of two, so that
 // its largest value lies in [2^14, 2^15), leaves bf16 values exact down to 2^-24 of the row's largest and their error
@@ -10,7 +11,7 @@
 #include <cuda_fp16.h>
 
 #include "decode.cuh"
-#include "launch.cuh"
+#include "../common/launch.cuh"
 #include "moe_gemm.h"
 
 namespace ccq {
