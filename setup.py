@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds paddle_ccq._core; everything else about the package stands in pyproject.toml."""
+"""Builds paddle_ccq._core and, where CCQ_BUILD_GPU=1 asks for it, the GPU library of a wheel.
 
+Everything else about the package stands in pyproject.toml.
+"""
+
+import os
 import platform
+import runpy
+import shutil
+import subprocess
+import sys
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -25,7 +34,23 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildCore(build_ext):
-    """build_ext with extra compiler flags for single files."""
+    """build_ext with extra compiler flags for single files, and the GPU library beside them."""
+
+    def run(self):
+        super().run()
+        if os.environ.get("CCQ_BUILD_GPU") != "1":
+            return
+        if shutil.which("nvcc") is None:
+            sys.exit("error: CCQ_BUILD_GPU=1: nvcc is not on PATH; install the CUDA toolkit")
+        here = Path(__file__).resolve().parent
+        build = runpy.run_path(str(here / "paddle_ccq" / "ops" / "gpu_build.py"))
+        folder = Path(self.get_ext_fullpath("paddle_ccq._core")).parent
+        output = folder / build["PACKAGED"]
+        command = build["nvcc_command"](
+            here / "custom_ops" / "gpu", output, build["WHEEL_ARCHITECTURES"]
+        )
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
 
     def build_extension(self, ext):
         compile_one = self.compiler._compile

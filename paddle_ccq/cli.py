@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": ("serve", "answer the OpenAI API on the CPU, experts kept at 2 bits"),
     "fastdeploy-check": ("fastdeploy.check", "will FastDeploy load it, and does it fit the cards"),
     "fastdeploy-launch": ("fastdeploy.launch", "start FastDeploy's server from a settings file"),
+    "vllm-check": ("vllm.check", "will vLLM load it, and does it fit the cards"),
     "gpu-library": ("ops.gpu_library", "compile the GPU library (needs nvcc)"),
 }
 NEED_PADDLE = ("sensitivity", "sample", "tune", "evaluate")

@@ -17,9 +17,9 @@ PARSERS = {
 }
 # Commands that read no float model, load none from a hub, or show nothing while they work.
 WITHOUT = {
-    "--threads": {"verify", "dequantize", "fastdeploy-check", "fastdeploy-launch"},
-    "--source": {"serve", "fastdeploy-check", "fastdeploy-launch"},
-    "--quiet": {"serve", "fastdeploy-check", "fastdeploy-launch"},
+    "--threads": {"verify", "dequantize", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
+    "--source": {"serve", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
+    "--quiet": {"serve", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
 }
 
 
@@ -46,6 +46,7 @@ def test_flags_may_have_underscores_and_are_never_abbreviated(name: str) -> None
 def test_the_model_is_the_first_argument_or_a_flag(name: str, capsys) -> None:
     needed = {"sample": ["--output", "x.jsonl"], "dequantize": ["--output", "x"]}
     needed["sensitivity"] = ["--calibration", "x"]
+    needed["vllm-check"] = ["--gpu-memory", "80"]
     rest, parser = needed.get(name, []), PARSERS[name]
     first, flag = parser.parse_args(["here", *rest]), parser.parse_args(["--model", "here", *rest])
     assert first == flag and "here" in vars(first).values()

@@ -118,7 +118,8 @@ def test_names_are_read_in_the_families_files_alone():
     found = [
         f"{path.relative_to(package)}: {line.strip()}"
         for path in sorted(package.rglob("*.py"))
-        if "families" not in path.parts
+        # vLLM hands over the names of its own modules, which vllm/names.py takes apart.
+        if not {"families", "vllm"} & set(path.relative_to(package).parts)
         for line in path.read_text("utf-8").splitlines()
         if READS_NAMES.search(line.split("#")[0])
     ]

@@ -96,6 +96,36 @@ def test_every_recipe_fits_the_c_structures(format: str) -> None:
     assert ctypes.sizeof(gpu_library.EncodeVector) == 5
 
 
+def test_a_wheels_library_is_taken_before_a_built_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(gpu_library.ENVIRONMENT, raising=False)
+    packaged, built = tmp_path / "packaged.so", tmp_path / "built.so"
+    monkeypatch.setattr(gpu_library, "_PACKAGED", packaged)
+    monkeypatch.setattr(gpu_library, "_BUILT", built)
+    built.touch()
+    assert gpu_library.library_path() == built
+    packaged.touch()
+    assert gpu_library.library_path() == packaged
+    monkeypatch.setenv(gpu_library.ENVIRONMENT, "elsewhere.so")
+    assert gpu_library.library_path() == Path("elsewhere.so")
+
+
+def test_the_version_is_the_sources_and_others_are_refused() -> None:
+    from paddle_ccq.ops import gpu_abi
+
+    source = (ROOT / "custom_ops" / "gpu" / "common" / "library.cu").read_text()
+    assert f"return {gpu_abi.VERSION};" in source
+
+    class Other:
+        @staticmethod
+        def ccq_library_version() -> int:
+            return gpu_abi.VERSION + 1
+
+    with pytest.raises(CcqError, match=rf"interface {gpu_abi.VERSION + 1}, this package needs"):
+        gpu_library._check_version(Other(), Path("x.so"))
+
+
 def test_every_source_of_the_library_is_compiled() -> None:
     folder = ROOT / "custom_ops" / "gpu"
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.cu")} == set(gpu_build.SOURCES)

@@ -352,7 +352,7 @@ def _candidates(target: Target, config: ErnieConfig, layout: Layout) -> list[Can
     return candidates
 
 
-def _rank_problem(
+def rank_problem(
     target: Target, config: ErnieConfig, tensor: TensorSpec, format: str, size: int
 ) -> str | None:
     """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""
@@ -377,7 +377,7 @@ def _check_tensor_parallel(
 
     def problem(ranks: int) -> str | None:
         for (_, _, format), tensor in kinds.items():
-            found = _rank_problem(target, config, tensor, format, ranks)
+            found = rank_problem(target, config, tensor, format, ranks)
             if found:
                 return f"{tensor.name}: {found}"
         return None

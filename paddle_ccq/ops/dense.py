@@ -48,8 +48,13 @@ class DenseMatrix:
         shape, dtype = specs["quant_weight"]
         if stored.dtype != formats.SAFETENSORS_DTYPES[dtype] or stored.shape != shape:
             raise ValueError(f"quant_weight must be int8, got {stored.dtype}{list(stored.shape)}")
-        states = np.ascontiguousarray(deinterleave(stored, bits))
-        return cls(_core.pack_integers(states, scale.astype(np.float32), bits))
+        return cls.from_states(deinterleave(stored, bits), scale, bits)
+
+    @classmethod
+    def from_states(cls, states: np.ndarray, scale: np.ndarray, bits: int) -> DenseMatrix:
+        """Signed states int8 [k, n] of 8 or 4 bits and one scale a column [n]."""
+        values = np.ascontiguousarray(states)
+        return cls(_core.pack_integers(values, np.asarray(scale, np.float32), bits))
 
     @property
     def k(self) -> int:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 # The one list of sources, relative to custom_ops/gpu; every build of the device code takes it.
 SOURCES = (
-    *("common/host.cu", "common/dequant.cu"),
+    *("common/library.cu", "common/host.cu", "common/dequant.cu"),
     *("encode/encode.cu", "encode/host_encode.cu", "ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
     *("moe/repack.cu", "moe/moe_gemm.cu", "moe/activation.cu", "moe/dispatch.cu"),
-    *("moe/moe_block.cu", "moe/linear_ccq.cu"),
+    *("moe/moe_block.cu", "moe/linear_ccq.cu", "moe/linear_w8.cu"),
 )
-# Compute capabilities times ten, of a build for this machine.
+# The library's name in a wheel that brings it.
+PACKAGED = "_gpu_packaged.so"
+# Compute capabilities times ten: of a build for this machine, and of a wheel for others.
 ARCHITECTURES = (80, 90)
+WHEEL_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def device_sources() -> list[str]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled GPU library: where it is looked for, how it is built, and its C structures."""
+"""The compiled GPU library: where it is looked for, how it is built, and the encoder's structures.
+
+The structures of its products are in gpu_abi.py.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,15 @@ from pathlib import Path
 
 from ..command import run_command
 from ..errors import CcqError
-from .gpu_build import ARCHITECTURES, SOURCES, nvcc_command
+from . import gpu_abi
+from .gpu_build import ARCHITECTURES, PACKAGED, SOURCES, nvcc_command
 
 # Names a library outside the package, for instance one built for another GPU.
 ENVIRONMENT = "PADDLE_CCQ_GPU_LIBRARY"
-_BUILT = Path(__file__).resolve().parent.parent / "_gpu.so"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_BUILT = _PACKAGE / "_gpu.so"
+# What a wheel made with CCQ_BUILD_GPU=1 brings; taken before a library that was built here.
+_PACKAGED = _PACKAGE / PACKAGED
 
 MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
 
@@ -117,7 +124,7 @@ class DequantArgs(ctypes.Structure):
 
 
 def build(architectures: Sequence[int] = ARCHITECTURES, output: Path = _BUILT) -> Path:
-    """Compile the library with nvcc for the given compute capabilities (90 is an H100).
+    """Compile the library with nvcc for the given compute capabilities (90 is an H100 or H200).
 
     Raises:
         CcqError: without nvcc or the sources (they are in a checkout, not in a wheel), or when the
@@ -135,6 +142,14 @@ def build(architectures: Sequence[int] = ARCHITECTURES, output: Path = _BUILT) -
     return output
 
 
+def library_path() -> Path:
+    """The library that is loaded: the one asked for, else a wheel's own, else one built here."""
+    asked = os.environ.get(ENVIRONMENT)
+    if asked:
+        return Path(asked)
+    return _PACKAGED if _PACKAGED.exists() else _BUILT
+
+
 @cache
 def load() -> ctypes.CDLL:
     """The library with its functions declared.
@@ -142,16 +157,17 @@ def load() -> ctypes.CDLL:
     Raises:
         CcqError: where there is none, saying how to build it.
     """
-    path = Path(os.environ.get(ENVIRONMENT) or _BUILT)
+    path = library_path()
     if not path.exists():
         raise CcqError(
             f"{path}: the GPU library is not there; build it with "
-            f"`python -m paddle_ccq.ops.gpu_library` (needs nvcc), or use the CPU"
+            f"`python -m paddle_ccq.ops.gpu_library` (needs nvcc) or install a wheel that brings it"
         )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise CcqError(f"{path}: cannot be loaded: {error}") from error
+    _check_version(library, path)
     try:
         library.ccq_error_text.restype = ctypes.c_char_p
         library.ccq_encode_overlapped.argtypes = [ctypes.POINTER(EncodeArgs)]
@@ -169,6 +185,20 @@ def load() -> ctypes.CDLL:
             f"`python -m paddle_ccq.ops.gpu_library`"
         ) from error
     return library
+
+
+def _check_version(library: ctypes.CDLL, path: Path) -> None:
+    """Refuse a library whose C interface is not the one that this package speaks."""
+    try:
+        found = library.ccq_library_version()
+    except AttributeError:
+        found = 1  # before there was a number
+    if found != gpu_abi.VERSION:
+        raise CcqError(
+            f"{path}: of another version (interface {found}, this package needs"
+            f" {gpu_abi.VERSION}); build it again with `python -m paddle_ccq.ops.gpu_library`, or"
+            " install the wheel of the same release"
+        )
 
 
 def available() -> bool:

@@ -16,51 +16,20 @@ import numpy as np
 
 from ..codec.floats import BFLOAT16
 from ..codec.row_order import FASTDEPLOY_2_1
-from ..errors import CcqError
-from . import checks, gpu_library
+from . import checks, gpu_abi, gpu_library
 from .gpu_memory import Device, Memory
 
-_BFLOAT16 = 0  # enum ccq_dtype
 ROW_MULTIPLE = 128  # of hidden size and expert width
 _SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 
 
-class _Projection(ctypes.Structure):
-    """struct ccq_moe_projection (custom_ops/gpu/moe/moe_block.h)."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("quant", "scales", "columns")],
-        ("pairs", ctypes.c_int),
-    ]
-
-
-class _Shape(ctypes.Structure):
-    """struct ccq_moe_shape."""
-
-    _fields_ = [
-        (name, ctypes.c_int) for name in ("hidden", "width", "experts", "dtype", "row_order")
-    ]
-
-
-def load() -> ctypes.CDLL:
+def load() -> Any:
     """The library, with the functions for the expert block.
 
     Raises:
         CcqError: where there is none, or none with these functions.
     """
-    library = gpu_library.load()
-    p, i = ctypes.c_void_p, ctypes.c_int
-    try:
-        library.ccq_repack_wint2.argtypes = [p, p, p, i, p, p, i, i, i, p, p, p, p, p]
-        library.ccq_moe_workspace.argtypes = [i, i, p]
-        library.ccq_moe_workspace.restype = ctypes.c_size_t
-        library.ccq_moe.argtypes = [p, p, p, i, i, p, p, p, p, p, p]
-    except AttributeError as error:
-        raise CcqError(
-            f"the GPU library has no expert block ({error}); build it again with "
-            "`python -m paddle_ccq.ops.gpu_library`"
-        ) from None
-    return library
+    return gpu_abi.declare(gpu_library.load())
 
 
 class _Side:
@@ -83,7 +52,7 @@ class _Side:
         kind = device.upload(np.array([-1], np.int32))
         status = library.ccq_repack_wint2(
             staged["quant_weight"].address, staged["weight_scale"].address,
-            staged["super_scales"].address, _BFLOAT16,
+            staged["super_scales"].address, gpu_abi.BFLOAT16,
             staged["code_scale"].address, staged["code_zp"].address,
             count, self.k, self.n,
             self.quant.address, self.scales.address, self.columns.address, kind.address, None,
@@ -92,7 +61,7 @@ class _Side:
         pairs = np.empty(1, np.int32)
         kind.read(pairs)
         addresses = [m.address for m in (self.quant, self.scales, self.columns)]
-        self.structure = _Projection(*addresses, int(pairs[0]))
+        self.structure = gpu_abi.Projection(*addresses, int(pairs[0]))
 
     @property
     def nbytes(self) -> int:
@@ -134,8 +103,8 @@ class GpuExperts:
                 f"up_gate [{self.hidden}, {self.up_gate.n}] and down [{width}, {self.down.n}] do"
                 " not belong together"
             )
-        self.shape = _Shape(
-            self.hidden, width, self.experts, _BFLOAT16, int(row_order == FASTDEPLOY_2_1)
+        self.shape = gpu_abi.Shape(
+            self.hidden, width, self.experts, gpu_abi.BFLOAT16, int(row_order == FASTDEPLOY_2_1)
         )
 
     @property

@@ -173,14 +173,27 @@ def _errors(plan: Plan, stats: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_VLLM = (
+    "## Serve with vLLM",
+    "",
+    "```",
+    "pip install vllm paddle-ccq    # and the GPU library: python -m paddle_ccq.ops.gpu_library",
+    "vllm serve .",
+    "```",
+    "",
+    "vLLM finds paddle-ccq's plugin by itself; several cards are cut at load"
+    " (`--tensor-parallel-size N`).",
+)
+
+
 def _use(plan: Plan) -> str:
     check = ["## Check", "", "```", "python -m paddle_ccq.verify .", "```"]
     if plan.format not in ("wint2", "wint8"):
         text = (
-            f"FastDeploy has no model path for {plan.format} and refuses this checkpoint; use it"
-            " with `paddle_ccq` (evaluate, dequantize) and its operators."
+            f"FastDeploy has no model path for {plan.format} and refuses this checkpoint; vLLM and"
+            " `paddle_ccq` (serve, evaluate, dequantize, operators) read it."
         )
-        return "\n".join([*check, "", "## Use", "", text])
+        return "\n".join([*check, "", "## Use", "", text, "", *_VLLM])
     serve = [
         "## Serve with FastDeploy",
         "",
@@ -213,4 +226,4 @@ def _use(plan: Plan) -> str:
             "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"
             " (`FD_PLUGINS=paddle_ccq`) and stops at missing tensors without it."
         )
-    return "\n".join([*check, "", *serve])
+    return "\n".join([*check, "", *serve, "", *_VLLM])

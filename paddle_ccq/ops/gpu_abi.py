@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C interface of the GPU library's products: structures, enumerations, argument types.
+
+Mirrors custom_ops/gpu/*.h. Pointers are addresses of device memory, streams are CUDA's handles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from ..errors import CcqError
+
+# ccq_library_version() of custom_ops/gpu/common/library.cu.
+VERSION = 2
+BFLOAT16 = 0  # enum ccq_dtype
+PAIRS_INTEGER, PAIRS_GENERAL = 0, 1  # enum ccq_pairs
+ROWS_PLAIN, ROWS_FASTDEPLOY = 0, 1  # enum ccq_row_order
+# enum ccq_format, as far as there are products with stored words.
+SPARE_FORMATS = {"ccq-2.5": 1, "ccq-2.75": 2}
+LINEAR_W8_MAX_ROWS = 64
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _integers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_int) for name in names]
+
+
+class Projection(ctypes.Structure):
+    """struct ccq_moe_projection (moe_block.h)."""
+
+    _fields_ = [*_pointers("quant", "scales", "columns"), *_integers("pairs")]
+
+
+class Shape(ctypes.Structure):
+    """struct ccq_moe_shape (moe_block.h)."""
+
+    _fields_ = _integers("hidden", "width", "experts", "dtype", "row_order")
+
+
+class SpareArgs(ctypes.Structure):
+    """struct ccq_spare_gemm_args (linear_ccq.h)."""
+
+    _fields_ = [
+        *_pointers("x", "offsets", "quant_weight", "super_scales", "row_scale", "out"),
+        *_integers("rows", "k", "n", "experts", "format", "dtype", "row_order"),
+    ]
+
+
+class LinearW8Args(ctypes.Structure):
+    """struct ccq_linear_w8_args (linear_w8.h)."""
+
+    _fields_ = [
+        *_pointers("x", "weight", "scale", "out", "workspace", "counters"),
+        *_integers("rows", "k", "n"),
+    ]
+
+
+_P, _I, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+# Function -> (argument types, result type; None: a CUDA error code).
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "ccq_repack_wint2": ([_P, _P, _P, _I, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P], None),
+    "ccq_moe_workspace": ([_I, _I, _P], _SIZE),
+    "ccq_moe": ([_P, _P, _P, _I, _I, _P, _P, _P, _P, _P, _P], None),
+    "ccq_moe_dispatch": ([_P, _P, _I, _I, _I, _I, _P, _P, _P, _P], None),
+    "ccq_moe_combine": ([_P, _P, _P, _I, _I, _I, _I, _P, _P], None),
+    "ccq_swiglu": ([_P, _P, _I, _I, _I, _P], None),
+    "ccq_spare_gemm": ([_P, _P], None),
+    "ccq_linear_w8_workspace": ([_I, _I, _I], _SIZE),
+    "ccq_linear_w8_counters": ([_I], _I),
+    "ccq_linear_w8": ([_P, _P], None),
+    "ccq_dequant_w8": ([_P, _P, _I, _I, _I, _P, _P], None),
+}
+
+
+def declare(library: Any) -> Any:
+    """The library with the types of its products declared.
+
+    Raises:
+        CcqError: where it has not all of them, saying what to do.
+    """
+    try:
+        for name, (arguments, result) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes = arguments
+            if result is not None:
+                function.restype = result
+    except AttributeError as error:
+        raise CcqError(
+            f"the GPU library has no products for a model ({error}); build it again with "
+            "`python -m paddle_ccq.ops.gpu_library`"
+        ) from None
+    return library

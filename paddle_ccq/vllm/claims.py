@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints the plugin serves, and in which format each of their matrices is stored.
+
+All from config.json, as the checkpoint's writer and FastDeploy read it; free of vLLM.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.config import ErnieConfig
+from ..checkpoint.plan import rank_problem
+from ..checkpoint.reader import PROVENANCE_KEY
+from ..codec.formats import EXPERT_FORMATS
+from ..codec.row_order import FASTDEPLOY_2_1, ROW_ORDERS
+from ..errors import CcqError
+from ..families.tensor import Role, TensorSpec
+from ..targets.fastdeploy.config import wint4_end_layer_of, wint4_layers_of
+from ..targets.fastdeploy.layout import FastDeploy
+
+METHOD = "ccq"
+# What stands in quantization_config.quantization: an experts' format, or a dense model's.
+CLAIMED = (*EXPERT_FORMATS, "wint8")
+# Those that there are products for in vLLM.
+FORMATS = ("wint2", "ccq-2.5", "ccq-2.75", "wint8")
+
+
+def claims(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a quantization_config is one of ours: quant_method ccq, or FastDeploy's structure."""
+    if not quantization:
+        return False
+    method = quantization.get("quant_method") or ""
+    return method == METHOD or (not method and quantization.get("quantization") in CLAIMED)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The formats that a quantization_config promises.
+
+    Attributes:
+        format: of the experts that are not wint4; "wint8" for a model without experts.
+        wint4_end_layer: MoE layers up to this one are wint4.
+        wint4_layers: or these, where there is a list.
+        kept: patterns of dense layers that stay bfloat16, by canonical names.
+    """
+
+    format: str
+    wint4_end_layer: int
+    wint4_layers: frozenset[int] | None
+    kept: tuple[str, ...]
+
+    @classmethod
+    def read(cls, quantization: Mapping[str, Any]) -> Claim:
+        """The claim of one quantization_config.
+
+        Raises:
+            CcqError: naming the key that cannot be served.
+        """
+        where = "config.json: quantization_config"
+        format = quantization.get("quantization")
+        if format not in FORMATS:
+            raise CcqError(f"{where}.quantization {format!r}: served are {', '.join(FORMATS)}")
+        dense = quantization.get("dense_quant_type", "wint8")
+        if dense != "wint8":
+            raise CcqError(f"{where}.dense_quant_type {dense!r}: dense layers can be wint8 only")
+        kept = quantization.get("modules_to_not_convert") or []
+        if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+            raise CcqError(f"{where}.modules_to_not_convert: not a list of names")
+        end = -1 if format == "wint8" else wint4_end_layer_of({"quantization_config": quantization})
+        if end is None:
+            raise CcqError(f"{where}: quant_end_layer of the wint4 layers is not a number")
+        return cls(format, end, wint4_layers_of(quantization), tuple(kept))
+
+    def expert_format(self, layer: int) -> str:
+        """The format of a MoE layer's routed experts."""
+        listed = self.wint4_layers
+        four = layer <= self.wint4_end_layer if listed is None else layer in listed
+        return "wint4" if four else self.format
+
+    def dense_format(self, name: str) -> str:
+        """ "wint8" or "bf16" of a dense linear layer, by its canonical name without .weight."""
+        kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.kept)
+        return "bf16" if kept else "wint8"
+
+    def format_of(self, tensor: TensorSpec) -> str:
+        """The format of a linear layer's matrix."""
+        if tensor.is_expert and tensor.layer is not None:
+            return self.expert_format(tensor.layer)
+        return self.dense_format(tensor.stem)
+
+    def check_model(self, config: ErnieConfig) -> None:
+        """Refuse a model whose config contradicts the claim."""
+        if self.format == "wint8" and config.moe_num_experts:
+            raise CcqError(
+                "config.json: quantization wint8 for a model with MoE layers, whose experts would"
+                " be 8-bit: not served here; quantize it with --format wint2"
+            )
+
+
+def row_order_of(raw: Mapping[str, Any]) -> str:
+    """The order of WINT2 rows that config.json records; FastDeploy 2.1's where it does not.
+
+    Raises:
+        CcqError: for an order that is not known.
+    """
+    own = raw.get(PROVENANCE_KEY)
+    recorded = own.get("row_order") if isinstance(own, Mapping) else None
+    if recorded is not None and recorded not in ROW_ORDERS:
+        raise CcqError(
+            f"config.json: {PROVENANCE_KEY}.row_order {recorded!r}: not one of"
+            f" {', '.join(ROW_ORDERS)}"
+        )
+    return recorded or FASTDEPLOY_2_1
+
+
+def read_model_config(model: str, fallback: Mapping[str, Any]) -> ErnieConfig:
+    """A local folder's config.json, else the one that vLLM has read from the hub."""
+    folder = Path(model)
+    return ErnieConfig.from_json(folder if folder.is_dir() else dict(fallback))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a model is spread over cards."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    experts: bool = False  # whole experts on each card (--enable-expert-parallel)
+
+
+def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> str | None:
+    # Layers and experts repeat a few shapes; one of each kind is enough to look at.
+    kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}
+    for tensor in config.tensors.values():
+        if tensor.is_linear:
+            kinds.setdefault((tensor.template, tensor.shape, claim.format_of(tensor)), tensor)
+    size = parallel.tensor
+    for (_, _, format), tensor in kinds.items():
+        if tensor.role is Role.ATTENTION:
+            # Key heads may be repeated where there are fewer of them than ranks.
+            heads, keys = config.num_attention_heads, config.num_key_value_heads
+            if heads % size or (keys % size and size % keys):
+                return f"{heads} query and {keys} key heads can't be shared out evenly"
+            continue
+        if tensor.is_expert and parallel.experts:
+            if config.moe_num_experts % size:
+                return f"{config.moe_num_experts} experts can't be shared out evenly"
+            continue
+        problem = rank_problem(FastDeploy(), config, tensor, format, size)
+        if problem is None and tensor.is_expert and config.moe_intermediate_size // size % 128:
+            width = config.moe_intermediate_size
+            problem = f"the width {width} of an expert is cut in steps of 128 rows"
+        if problem:
+            return f"{tensor.name}: {problem}"
+    return None
+
+
+def check_parallel(config: ErnieConfig, claim: Claim, parallel: Parallel, ranks: int) -> None:
+    """Refuse a number of cards that the model can't be cut for, naming those that work.
+
+    Args:
+        ranks: rank folders of the checkpoint; 1 where it is whole.
+
+    Raises:
+        CcqError: as said.
+    """
+    if ranks > 1:
+        if parallel.experts:
+            raise CcqError(
+                "--enable-expert-parallel: rank folders hold a part of every expert; serve the"
+                " checkpoint that was not cut"
+            )
+        if parallel.tensor != ranks:
+            raise CcqError(
+                f"--tensor-parallel-size {parallel.tensor}: the checkpoint is cut into {ranks} rank"
+                f" folders; serve it with --tensor-parallel-size {ranks}, or one that was not cut"
+            )
+        return
+    if parallel.pipeline > 1 and config.tie_word_embeddings:
+        raise CcqError(
+            f"--pipeline-parallel-size {parallel.pipeline}: vLLM's class of this model can't hold a"
+            " head that is tied to the embedding on another card; use --tensor-parallel-size"
+        )
+    problem = _tensor_problem(config, claim, parallel)
+    if problem is None:
+        return
+
+    def works(size: int) -> bool:
+        return not _tensor_problem(config, claim, Parallel(size, experts=parallel.experts))
+
+    sizes = [str(n) for n in range(1, config.num_attention_heads + 1) if works(n)]
+    if not sizes:
+        raise CcqError(problem)
+    raise CcqError(
+        f"--tensor-parallel-size {parallel.tensor} does not fit this model: {problem}; sizes that"
+        f" work: {', '.join(sizes)}"
+    )
+
+
+def rank_count(model: str) -> int:
+    """Rank folders rank0, rank1, ... of a local checkpoint; 1 where there are none."""
+    folder = Path(model)
+    count = 0
+    while (folder / f"rank{count}").is_dir():
+        count += 1
+    return max(count, 1)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's quantization config for CCQ checkpoints: claims folders, refuses what can't be served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.platforms import current_platform
+
+from ..checkpoint.config import ErnieConfig
+from ..codec.row_order import FASTDEPLOY_2_1
+from . import names
+from .claims import (
+    METHOD,
+    Claim,
+    Parallel,
+    check_parallel,
+    claims,
+    rank_count,
+    read_model_config,
+    row_order_of,
+)
+
+
+class CcqConfig(QuantizationConfig):
+    """The formats of one checkpoint's layers, and the methods that run them."""
+
+    def __init__(self, claim: Claim) -> None:
+        super().__init__()
+        self.claim = claim
+        self.row_order = FASTDEPLOY_2_1
+        self.model: ErnieConfig | None = None
+        self.folder = ""
+        self.ranks = 1
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CcqConfig:
+        return cls(Claim.read(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """FastDeploy's structure names no quant_method; without this vLLM would ask for a flag."""
+        return METHOD if claims(hf_quant_cfg) and user_quant in (None, METHOD) else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Called at the start, in the first process: the rest of config.json, and refusals."""
+        if hf_config is None:
+            return
+        self.folder = model_name
+        self.ranks = rank_count(model_name)
+        self.model = read_model_config(model_name, hf_config.to_dict())
+        self.claim.check_model(self.model)
+        self.row_order = row_order_of(self.model.raw)
+        if not current_platform.is_cpu():
+            from .torch_ops import library
+
+            library()
+
+    def check_parallel(self, parallel_config: Any) -> None:
+        """Refuse numbers of cards that can't be served; once vLLM's whole config is known."""
+        if self.model is None:
+            return
+        parallel = Parallel(
+            parallel_config.tensor_parallel_size,
+            parallel_config.pipeline_parallel_size,
+            parallel_config.enable_expert_parallel,
+        )
+        check_parallel(self.model, self.claim, parallel, self.ranks)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            canonical = names.canonical_of(prefix)
+            if not canonical.endswith("_proj") or self.claim.dense_format(canonical) == "bf16":
+                return UnquantizedLinearMethod()
+            from .dense import Wint8LinearMethod
+
+            return Wint8LinearMethod(prefix, self.ranks > 1)
+        # Named RoutedExperts since 0.25; an expert layer is known by what only it has.
+        if hasattr(layer, "moe_config"):
+            return self._experts_method(layer, prefix)
+        return None
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
+        from . import experts
+        from .integer_experts import wint4_method
+
+        format, cut = self.claim.expert_format(names.layer_of(prefix)), self.ranks > 1
+        moe = layer.moe_config
+        if format == "wint4":
+            return wint4_method(moe, prefix, cut)
+        if current_platform.is_cpu():
+            return experts.CpuExpertsMethod(moe, prefix, cut, format, self.row_order)
+        if format == "wint2":
+            return experts.Wint2ExpertsMethod(moe, prefix, cut, self.row_order)
+        return experts.SpareExpertsMethod(moe, prefix, cut, format)

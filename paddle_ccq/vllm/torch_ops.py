@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU library's products as torch operators: seen by torch.compile, captured in CUDA graphs.
+
+Each runs on the current stream, takes its memory from torch, and neither synchronizes nor keeps
+state of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..ops import gpu_abi, gpu_library
+
+# Tokens of one call of the expert block: bounds its workspace, which grows by the row.
+MOE_TOKENS = 4096
+# Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
+LINEAR_ROWS = 128
+# Bytes of decoded weights at a time.
+DECODED_BYTES = 128 << 20
+
+
+@cache
+def library() -> Any:
+    """The GPU library with its types declared.
+
+    Raises:
+        CcqError: where there is none, or one of another version.
+    """
+    return gpu_abi.declare(gpu_library.load())
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def _check(status: int, what: str) -> None:
+    gpu_library.check(library(), status, what)
+
+
+def _bytes(size: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def repack_wint2(
+    tensors: dict[str, torch.Tensor], quant: torch.Tensor, scales: torch.Tensor, kind: torch.Tensor
+) -> torch.Tensor:
+    """One expert's stored tensors [K/4, N] etc. into its places in the kernel's layout.
+
+    Args:
+        quant, scales: its parts of the layer's tensors, uint8, contiguous.
+        kind: int32 [1]; receives what its (code_scale, code_zp) pairs are.
+
+    Returns:
+        int32 [2, 2 * N]: the two planes of its columns.
+    """
+    rows, n = tensors["quant_weight"].shape
+    columns = torch.empty((2, 2 * n), dtype=torch.int32, device=quant.device)
+    status = library().ccq_repack_wint2(
+        tensors["quant_weight"].data_ptr(), tensors["weight_scale"].data_ptr(),
+        tensors["super_scales"].data_ptr(), gpu_abi.BFLOAT16,
+        tensors["code_scale"].data_ptr(), tensors["code_zp"].data_ptr(),
+        1, rows * 4, n,
+        quant.data_ptr(), scales.data_ptr(), columns.data_ptr(), kind.data_ptr(), _stream(),
+    )  # fmt: skip
+    _check(status, "repacking")
+    return columns
+
+
+def _experts_wint2(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    up_gate: list[torch.Tensor],
+    down: list[torch.Tensor],
+    width: int,
+    general_pairs: int,
+    row_order: int,
+) -> torch.Tensor:
+    lib, (tokens, hidden), top_k = library(), x.shape, ids.shape[1]
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    out = torch.empty_like(x)
+    shape = gpu_abi.Shape(hidden, width, up_gate[2].shape[1], gpu_abi.BFLOAT16, row_order)
+    first = gpu_abi.Projection(*(t.data_ptr() for t in up_gate), general_pairs & 1)
+    second = gpu_abi.Projection(*(t.data_ptr() for t in down), general_pairs >> 1)
+    size = lib.ccq_moe_workspace(min(tokens, MOE_TOKENS), top_k, ctypes.byref(shape))
+    workspace = _bytes(size, x.device)
+    for begin in range(0, tokens, MOE_TOKENS):
+        part = slice(begin, begin + MOE_TOKENS)
+        rows = x[part]
+        status = lib.ccq_moe(
+            rows.data_ptr(), ids[part].data_ptr(), weights[part].data_ptr(), len(rows), top_k,
+            ctypes.byref(shape), ctypes.byref(first), ctypes.byref(second),
+            out[part].data_ptr(), workspace.data_ptr(), _stream(),
+        )  # fmt: skip
+        _check(status, "the experts")
+    return out
+
+
+def _spare(
+    x: torch.Tensor, offsets: torch.Tensor, matrix: list[torch.Tensor], format: int
+) -> torch.Tensor:
+    words, supers = matrix
+    experts, n = supers.shape
+    out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
+    arguments = gpu_abi.SpareArgs(
+        x.data_ptr(), offsets.data_ptr(), words.data_ptr(), supers.data_ptr(), None, out.data_ptr(),
+        len(x), x.shape[1], n, experts, format, gpu_abi.BFLOAT16, gpu_abi.ROWS_PLAIN,
+    )  # fmt: skip
+    _check(library().ccq_spare_gemm(ctypes.byref(arguments), _stream()), "the experts")
+    return out
+
+
+def _experts_spare(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    up_gate: list[torch.Tensor],
+    down: list[torch.Tensor],
+    format: int,
+) -> torch.Tensor:
+    lib, (tokens, hidden), top_k = library(), x.shape, ids.shape[1]
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    out, experts = torch.empty_like(x), up_gate[1].shape[0]
+    for begin in range(0, tokens, MOE_TOKENS):
+        part = slice(begin, begin + MOE_TOKENS)
+        rows, choices = x[part], ids[part]
+        count = choices.numel()
+        offsets = torch.empty(experts, dtype=torch.int64, device=x.device)
+        place = torch.empty(count, dtype=torch.int32, device=x.device)
+        # Rows of choices that belong to no expert here are never written and never read.
+        sorted_rows = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
+        status = lib.ccq_moe_dispatch(
+            choices.data_ptr(), rows.data_ptr(), len(rows), top_k, experts, hidden,
+            offsets.data_ptr(), place.data_ptr(), sorted_rows.data_ptr(), _stream(),
+        )  # fmt: skip
+        _check(status, "dispatch")
+        both = _spare(sorted_rows, offsets, up_gate, format)
+        width = both.shape[1] // 2
+        middle = torch.empty((count, width), dtype=x.dtype, device=x.device)
+        status = lib.ccq_swiglu(
+            both.data_ptr(), middle.data_ptr(), count, width, gpu_abi.BFLOAT16, _stream()
+        )
+        _check(status, "SwiGLU")
+        result = _spare(middle, offsets, down, format)
+        status = lib.ccq_moe_combine(
+            result.data_ptr(), place.data_ptr(), weights[part].data_ptr(), len(rows), top_k,
+            hidden, gpu_abi.BFLOAT16, out[part].data_ptr(), _stream(),
+        )  # fmt: skip
+        _check(status, "combine")
+    return out
+
+
+def _linear_w8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, counters: torch.Tensor
+) -> torch.Tensor:
+    lib, k, n = library(), x.shape[-1], scale.shape[0]
+    rows = x.reshape(-1, k).contiguous()
+    out = torch.empty((len(rows), n), dtype=x.dtype, device=x.device)
+    if len(rows) > LINEAR_ROWS:
+        _decoded(rows, weight, scale, out)
+        return out.view(*x.shape[:-1], n)
+    most = gpu_abi.LINEAR_W8_MAX_ROWS
+    size = lib.ccq_linear_w8_workspace(min(len(rows), most), k, n)
+    workspace = _bytes(size, x.device)
+    for begin in range(0, len(rows), most):
+        part = rows[begin : begin + most]
+        arguments = gpu_abi.LinearW8Args(
+            part.data_ptr(), weight.data_ptr(), scale.data_ptr(), out[begin:].data_ptr(),
+            workspace.data_ptr(), counters.data_ptr(), len(part), k, n,
+        )  # fmt: skip
+        _check(lib.ccq_linear_w8(ctypes.byref(arguments), _stream()), "a linear layer")
+    return out.view(*x.shape[:-1], n)
+
+
+def _decoded(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    k, n = rows.shape[1], scale.shape[0]
+    step = min(n, max(16, DECODED_BYTES // (2 * k) // 256 * 256))
+    decoded = torch.empty((step, k), dtype=rows.dtype, device=rows.device)
+    for first in range(0, n, step):
+        count = min(step, n - first)
+        status = library().ccq_dequant_w8(
+            weight.data_ptr(), scale.data_ptr(), k, first, count, decoded.data_ptr(), _stream()
+        )
+        _check(status, "decoding a linear layer")
+        if count == n:
+            torch.mm(rows, decoded.t(), out=out)
+        else:
+            out[:, first : first + count] = torch.mm(rows, decoded[:count].t())
+
+
+def counters_of(n: int) -> int:
+    """Counters that a layer of n columns must own."""
+    return library().ccq_linear_w8_counters(n)
+
+
+def _like_x(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _columns_of_scale(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *_: Any) -> Any:
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+_LIBRARY = torch.library.Library("paddle_ccq", "DEF")
+_MOE = "Tensor x, Tensor weights, Tensor ids, Tensor[] up_gate, Tensor[] down"
+for _name, _schema, _function, _fake in (
+    (
+        "experts_wint2",
+        f"({_MOE}, int width, int general_pairs, int row_order) -> Tensor",
+        _experts_wint2,
+        _like_x,
+    ),
+    ("experts_spare", f"({_MOE}, int format) -> Tensor", _experts_spare, _like_x),
+    # The counters are zero again at its end: for everybody else nothing changes.
+    (
+        "linear_w8",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor counters) -> Tensor",
+        _linear_w8,
+        _columns_of_scale,
+    ),
+):
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _function, "CUDA")
+    _LIBRARY._register_fake(_name, _fake)
+
+experts_wint2 = torch.ops.paddle_ccq.experts_wint2
+experts_spare = torch.ops.paddle_ccq.experts_spare
+linear_w8 = torch.ops.paddle_ccq.linear_w8

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product with 8-bit weights on a GPU: results off float64, unwritten, or that move.
+
+Needs torch, a GPU and the library where paddle_ccq.ops.gpu_library finds it. Skipped otherwise.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+
+from paddle_ccq.ops import gpu_library
+from paddle_ccq.vllm import torch_ops
+from paddle_ccq.vllm.layout import product_units
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or not gpu_library.available(), reason="no GPU or no library"
+)
+
+SHAPES = [(64, 16), (128, 48), (192, 144), (512, 768), (3584, 1040)]
+ROWS = [1, 7, 8, 9, 16, 17, 33, 64, 65, 100, torch_ops.LINEAR_ROWS, torch_ops.LINEAR_ROWS + 1, 300]
+
+
+@pytest.mark.parametrize("k,n", SHAPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_products_are_float64s(k: int, n: int, rows: int) -> None:
+    torch.manual_seed(rows * n)
+    states = torch.randint(1, 256, (n, k), dtype=torch.uint8, device="cuda")
+    scale = (torch.rand(n, device="cuda") * 0.01 + 0.001).to(torch.bfloat16)
+    units = product_units(states).contiguous()
+    counters = torch.zeros(torch_ops.counters_of(n), dtype=torch.int32, device="cuda")
+    x = torch.randn((rows, k), device="cuda").to(torch.bfloat16)
+    found = torch_ops.linear_w8(x, units, scale, counters)
+    wanted = x.double() @ ((states.double() - 128) * scale.double()[:, None]).t()
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 3e-3
+    assert torch.equal(found, torch_ops.linear_w8(x, units, scale, counters))
+    assert not counters.any()
