@@ -8,6 +8,7 @@ without a GPU name the targets: CCQ_CUDA_ARCHITECTURES="80;90".
 """
 
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -47,13 +48,13 @@ if min(targets) < 80:
 
 here = Path(__file__).resolve().parent
 os.chdir(here)
-found = sorted((*here.glob("gpu/*.cu"), *here.glob("paddle/*.cu")))
-# host*.cu copy from and to host memory, for callers without a framework.
-sources = [str(path.relative_to(here)) for path in found if not path.name.startswith("host")]
-# Hopper's own instructions need the "a" target; the choice of kernels must know that it is there.
-suffixed = [f"{a}a" if a == 90 else str(a) for a in targets]
-code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]
-code += ["-DCCQ_SM90A"] if "90a" in suffixed else []
+recipe = here.parent / "paddle_ccq" / "ops" / "gpu_build.py"
+if not recipe.exists():
+    stop(f"{recipe}: not there; build the ops from a checkout of paddle-ccq")
+build = runpy.run_path(str(recipe))
+sources = [f"gpu/{name}" for name in build["device_sources"]()]
+sources += sorted(str(path.relative_to(here)) for path in here.glob("paddle/*.cu"))
+code = build["target_flags"](targets)
 
 setup(
     name="paddle_ccq_ops",

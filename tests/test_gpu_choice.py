@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
+SOURCES = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu" / "moe"
 H200 = (132, 9, 232448)
 PROGRAM = r"""
 #include <cstdio>

@@ -24,7 +24,10 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["repack.cu", "moe_gemm.cu", "host_ldlq.cu", "linear_w8.cu"])
+@pytest.mark.parametrize(
+    "source",
+    ["moe/repack.cu", "moe/moe_gemm.cu", "moe/linear_w8.cu", "ldlq/host_ldlq.cu"],
+)
 def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
     compiled(tmp_path, source, arch, "-O1")
 
@@ -34,7 +37,7 @@ def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
 def test_calibrated_search_compiles_without_warnings_and_local_memory(
     tmp_path: Path, arch: str
 ) -> None:
-    said = compiled(tmp_path, "ldlq.cu", arch, "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall")
+    said = compiled(tmp_path, "ldlq/ldlq.cu", arch, "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall")
     assert "warning" not in said
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", said)
     assert len(frames) > 15
@@ -54,6 +57,6 @@ def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str) -> Non
         f"template __global__ void wide_kernel<WideConfig<Pairs::kInteger, true, {tile}>>(\n"
         "    const GemmParams, const __grid_constant__ CUtensorMap);\n}\n"
     )
-    flags = ("-O3", f"-I{SOURCES}", "-Xptxas", "-v")
+    flags = ("-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
     said = compiled(tmp_path, str(source), "90a", *flags)
     assert "wide_kernel" in said and "serialized" not in said

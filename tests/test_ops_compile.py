@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from paddle_ccq.ops import gpu_build
+
 SOURCES = Path(__file__).resolve().parents[1] / "custom_ops"
 TARGETS = os.environ.get("PADDLE_CCQ_COMPILE_CHECK", "").split()
 if not TARGETS or not shutil.which("nvcc"):
@@ -23,8 +25,7 @@ if not TARGETS or not shutil.which("nvcc"):
 
 
 def compile_only(source: Path, target: Path, flags: list[str]) -> None:
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in TARGETS]
-    code += ["-DCCQ_SM90A"] if "90a" in TARGETS else []
+    code = gpu_build.target_flags([int(target.removesuffix("a")) for target in TARGETS])
     command = ["nvcc", "-std=c++17", "-O2", "-Xcompiler", "-fPIC", "-c", str(source)]
     done = subprocess.run(
         [*command, "-o", str(target), *code, *flags], capture_output=True, text=True, check=False
@@ -32,7 +33,7 @@ def compile_only(source: Path, target: Path, flags: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (SOURCES / "gpu").glob("*.cu")))
+@pytest.mark.parametrize("name", gpu_build.SOURCES)
 def test_device_code_compiles(name: str, tmp_path: Path) -> None:
     compile_only(SOURCES / "gpu" / name, tmp_path / "out.o", [])
 

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import ctypes
+import runpy
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +19,10 @@ from paddle_ccq.encoder import layouts, recipes
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.search import pair_books
 from paddle_ccq.errors import CcqError
-from paddle_ccq.ops import gpu, gpu_library
+from paddle_ccq.ops import gpu, gpu_build, gpu_library
 from paddle_ccq.quantize import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -108,8 +114,7 @@ def test_a_wheels_library_is_taken_before_a_built_one(
 def test_the_version_is_the_sources_and_others_are_refused() -> None:
     from paddle_ccq.ops import gpu_abi
 
-    folder = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
-    source = (folder / "library.cu").read_text()
+    source = (ROOT / "custom_ops" / "gpu" / "common" / "library.cu").read_text()
     assert f"return {gpu_abi.VERSION};" in source
 
     class Other:
@@ -122,9 +127,34 @@ def test_the_version_is_the_sources_and_others_are_refused() -> None:
 
 
 def test_every_source_of_the_library_is_compiled() -> None:
-    from paddle_ccq.ops.gpu_build import SOURCES, nvcc_command
-
-    folder = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
-    assert {path.name for path in folder.glob("*.cu")} == set(SOURCES)
-    command = nvcc_command(folder, Path("out.so"), (80, 90))
+    folder = ROOT / "custom_ops" / "gpu"
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.cu")} == set(gpu_build.SOURCES)
+    command = gpu_build.nvcc_command(folder, Path("out.so"), (80, 90))
+    assert all(str(folder / name) in command for name in gpu_build.SOURCES)
     assert "-gencode=arch=compute_90a,code=sm_90a" in command and "-DCCQ_SM90A" in command
+    assert "-DCCQ_SM90A" not in gpu_build.target_flags([80])
+
+
+def test_the_paddle_ops_are_built_from_the_same_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    paddle, utils, extension = (
+        ModuleType(name) for name in ("paddle", "paddle.utils", "paddle.utils.cpp_extension")
+    )
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True, raising=False)
+    monkeypatch.setattr(extension, "CUDAExtension", lambda **given: given, raising=False)
+    monkeypatch.setattr(extension, "setup", lambda **given: found.update(given), raising=False)
+    for module in (paddle, utils, extension):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("CUDA_HOME", "somewhere")
+    monkeypatch.setenv("CCQ_CUDA_ARCHITECTURES", "80;90")
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "custom_ops" / "setup.py"))
+    sources = found["ext_modules"]["sources"]
+    assert all((ROOT / "custom_ops" / name).is_file() for name in sources)
+    device = {name.removeprefix("gpu/") for name in sources if name.startswith("gpu/")}
+    assert device == {name for name in gpu_build.SOURCES if "/host" not in name}
+    assert {name for name in sources if name.startswith("paddle/")} == {
+        f"paddle/{path.name}" for path in (ROOT / "custom_ops" / "paddle").glob("*.cu")
+    }
+    flags = found["ext_modules"]["extra_compile_args"]["nvcc"]
+    assert "-gencode=arch=compute_90a,code=sm_90a" in flags and "-DCCQ_SM90A" in flags

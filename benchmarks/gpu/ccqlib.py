@@ -7,13 +7,16 @@ Build: `python benchmarks/gpu/ccqlib.py OUT.so [--arch 90a] [nvcc flags]`.
 from __future__ import annotations
 
 import ctypes
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "custom_ops" / "gpu").glob("*.cu"))
+# Read alone: where this runs the package need not be installed.
+_RECIPE = runpy.run_path(str(ROOT / "paddle_ccq" / "ops" / "gpu_build.py"))
+SOURCES = [ROOT / "custom_ops" / "gpu" / name for name in _RECIPE["SOURCES"]]
 BF16, FP16 = 0, 1
 # enum ccq_format and the words of a 64-group.
 SPARE_FORMATS = {"ccq-2.5": (1, 10), "ccq-2.75": (2, 22)}

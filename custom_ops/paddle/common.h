@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../gpu/moe_block.h"
+#include "../gpu/moe/moe_block.h"
 #include "paddle/extension.h"
 
 namespace ccq_paddle {

@@ -2,7 +2,7 @@
 // ccq_encode as a Paddle op: the encoder's search, byte for byte that of the CPU.
 #include <cstring>
 
-#include "../gpu/encode.h"
+#include "../gpu/encode/encode.h"
 #include "common.h"
 
 namespace ccq_paddle {

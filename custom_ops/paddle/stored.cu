@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // ccq_linear_stored, ccq_moe_gemm_stored, ccq_moe_ffn_stored and ccq_moe_stored as Paddle ops: 2.5 and 2.75 bits, the
 // tensors as a checkpoint has them (stacked over experts).
-#include "../gpu/activation.h"
-#include "../gpu/dispatch.h"
-#include "../gpu/linear_ccq.h"
+#include "../gpu/moe/activation.h"
+#include "../gpu/moe/dispatch.h"
+#include "../gpu/moe/linear_ccq.h"
 #include "common.h"
 
 namespace ccq_paddle {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // ccq_repack and ccq_dequant as Paddle ops.
-#include "../gpu/dequant.h"
+#include "../gpu/common/dequant.h"
 #include "common.h"
 
 namespace ccq_paddle {

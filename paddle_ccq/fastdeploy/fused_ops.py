@@ -13,8 +13,8 @@ from ..errors import CcqError
 # The extension that custom_ops/setup.py builds; its functions carry the ops' names.
 MODULE = "paddle_ccq_ops"
 OLDEST_CAPABILITY = (8, 0)
-# Both sizes are the inputs of one projection (K, custom_ops/gpu/repack.h) and the outputs of the
-# other, which only need 16.
+# Both sizes are the inputs of one projection (K, custom_ops/gpu/moe/repack.h) and the outputs of
+# the other, which only need 16.
 SIZE_MULTIPLE = 128
 
 

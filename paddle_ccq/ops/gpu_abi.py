@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CcqError
 
-# ccq_library_version() of custom_ops/gpu/library.cu.
+# ccq_library_version() of custom_ops/gpu/common/library.cu.
 VERSION = 2
 BFLOAT16 = 0  # enum ccq_dtype
 PAIRS_INTEGER, PAIRS_GENERAL = 0, 1  # enum ccq_pairs

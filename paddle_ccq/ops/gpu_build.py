@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the GPU library is compiled; imports nothing of the package, since setup.py runs it alone."""
+"""How the GPU library is compiled; imports nothing of the package: setup scripts run it alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+# The one list of sources, relative to custom_ops/gpu; every build of the device code takes it.
 SOURCES = (
-    *("library.cu", "encode.cu", "dequant.cu", "host.cu", "host_encode.cu"),
-    *("ldlq.cu", "host_ldlq.cu", "repack.cu", "moe_gemm.cu", "activation.cu", "dispatch.cu"),
-    *("moe_block.cu", "linear_ccq.cu", "linear_w8.cu"),
+    *("common/library.cu", "common/host.cu", "common/dequant.cu"),
+    *("encode/encode.cu", "encode/host_encode.cu", "ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
+    *("moe/repack.cu", "moe/moe_gemm.cu", "moe/activation.cu", "moe/dispatch.cu"),
+    *("moe/moe_block.cu", "moe/linear_ccq.cu", "moe/linear_w8.cu"),
 )
 # The library's name in a wheel that brings it.
 PACKAGED = "_gpu_packaged.so"
@@ -18,11 +20,21 @@ ARCHITECTURES = (80, 90)
 WHEEL_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
-def nvcc_command(folder: Path, output: Path, architectures: Sequence[int]) -> list[str]:
-    """The command that compiles the sources in `folder` into one shared library."""
+def device_sources() -> list[str]:
+    """SOURCES without those that copy from and to host memory, for callers without a framework."""
+    return [name for name in SOURCES if not Path(name).name.startswith("host")]
+
+
+def target_flags(architectures: Sequence[int]) -> list[str]:
+    """nvcc's flags for compute capabilities times ten (90 is an H100 or H200)."""
     # Hopper's own instructions need the "a" target; the choice of kernels must know of it.
     suffixed = [f"{a}a" if a == 90 else str(a) for a in architectures]
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in suffixed]
-    code += ["-DCCQ_SM90A"] if 90 in architectures else []
-    command = ["nvcc", "-std=c++17", "-O3", "-t0", "-shared", "-Xcompiler", "-fPIC", *code]
-    return [*command, "-o", str(output), *(str(folder / name) for name in SOURCES)]
+    return code + (["-DCCQ_SM90A"] if 90 in architectures else [])
+
+
+def nvcc_command(folder: Path, output: Path, architectures: Sequence[int]) -> list[str]:
+    """The command that compiles the sources in `folder` into one shared library."""
+    command = ["nvcc", "-std=c++17", "-O3", "-t0", "-shared", "-Xcompiler", "-fPIC"]
+    command += [*target_flags(architectures), "-o", str(output)]
+    return [*command, *(str(folder / name) for name in SOURCES)]

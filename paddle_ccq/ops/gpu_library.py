@@ -32,7 +32,7 @@ MAX_VECTORS, MAX_BOOKS, MAX_KAPPAS, MAX_BATCH = 32, 2, 8, 8
 
 
 class EncodeVector(ctypes.Structure):
-    """One vector of a group (custom_ops/gpu/encode.h)."""
+    """One vector of a group (custom_ops/gpu/encode/encode.h)."""
 
     _fields_ = [(name, ctypes.c_uint8) for name in ("book", "first", "dims", "word", "shift")]
 
@@ -87,7 +87,7 @@ class EncodeArgs(ctypes.Structure):
 
 
 class LdlqArgs(ctypes.Structure):
-    """struct ccq_ldlq_args (custom_ops/gpu/ldlq.h)."""
+    """struct ccq_ldlq_args (custom_ops/gpu/ldlq/ldlq.h)."""
 
     _fields_ = [
         ("n", ctypes.c_int64),

@@ -175,7 +175,7 @@ def _parameter(layer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype
 
 
 class Wint2ExpertsMethod(ExpertsMethod):
-    """WINT2 on the grouped tensor-core product, in its own layout (custom_ops/gpu/repack.h)."""
+    """WINT2 on the grouped tensor-core product, in its own layout (custom_ops/gpu/moe/repack.h)."""
 
     format = "wint2"
 
@@ -236,7 +236,7 @@ class Wint2ExpertsMethod(ExpertsMethod):
 
 
 class SpareExpertsMethod(ExpertsMethod):
-    """2.5 and 2.75 bits, multiplied as stored (custom_ops/gpu/linear_ccq.h)."""
+    """2.5 and 2.75 bits, multiplied as stored (custom_ops/gpu/moe/linear_ccq.h)."""
 
     def __init__(self, moe: Any, prefix: str, already_cut: bool, format: str) -> None:
         super().__init__(moe, prefix, already_cut)

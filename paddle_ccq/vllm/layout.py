@@ -15,7 +15,7 @@ from ..codec.weight_only import TILE_ROWS
 
 # Columns of an interleaved tile, by bits (codec/weight_only.py).
 _TILE_COLUMNS = {8: 2, 4: 4}
-UNIT_COLUMNS, UNIT_BYTES = 16, 1024  # custom_ops/gpu/linear_w8.h
+UNIT_COLUMNS, UNIT_BYTES = 16, 1024  # custom_ops/gpu/moe/linear_w8.h
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 """Stands in for the CUDA driver and the GPU library on machines without a GPU.
 
 "Device memory" is host memory that is checked on each access; the expert block is computed with
-the CPU's decoder and NumPy. Written from custom_ops/gpu/*.h and CUDA's driver API.
+the CPU's decoder and NumPy. Written from custom_ops/gpu/*/*.h and CUDA's driver API.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
     python tests/helpers/held_kernels.py --write    # store those of the present sources
 
-The functions are read from the sources. The choice is host code (custom_ops/gpu/choice.h), which
-the host's compiler builds.
+The functions are read from the sources. The choice is host code (custom_ops/gpu/moe/choice.h),
+which the host's compiler builds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ int main() {
 def exported() -> list[str]:
     """Functions that the sources define for other languages, without those for tuning."""
     found = set()
-    for path in SOURCES.glob("*.cu"):
+    for path in SOURCES.rglob("*.cu"):
         text = re.sub(r"#ifdef CCQ_TUNING.*?#endif", "", path.read_text("utf-8"), flags=re.DOTALL)
         found |= set(re.findall(r'extern "C" [\w\s*]*?\b(ccq_\w+)\(', text))
     return sorted(found)
@@ -73,7 +73,7 @@ def build(folder: Path) -> Path:
     """The choice of kernels as a program that reads calls and prints kernels; needs g++ alone."""
     source, program = folder / "choice.cpp", folder / "choice"
     source.write_text(PROGRAM, "utf-8")
-    command = ["g++", "-std=c++17", "-O1", f"-I{SOURCES}", "-o", str(program), str(source)]
+    command = ["g++", "-std=c++17", "-O1", f"-I{SOURCES / 'moe'}", "-o", str(program), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return program

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "dequant.h"
-#include "encode.h"
+#include "../encode/encode.h"
 
 namespace {
 

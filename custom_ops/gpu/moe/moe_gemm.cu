@@ -134,18 +134,18 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   });
 }
 
-// The workspace's parts, each on a 256-byte border. Partial results: for each SM what one tile of each of its blocks has,
-// which grows with the rows a tile may have.
-struct Layout {
-  size_t x, row_scale, tickets, partial, partial_float4, bytes;
+// Where the arrays of the workspace begin, each on a 256-byte border. Partial results: for each SM what one tile of each of its
+// blocks has, which grows with the rows a tile may have.
+struct Workspace {
+  size_t x, row_scale, counters, partial, partial_float4, bytes;
 };
 
 constexpr int kWarpsPerSm = 16;
 constexpr int kMaxPartialFloat4 = 9216;
 
-Layout layout_of(int rows, int k, int experts, int sms) {
+Workspace workspace_of(int rows, int k, int experts, int sms) {
   const size_t blocks = static_cast<size_t>(rows) / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-  Layout l{};
+  Workspace w{};
   size_t end = 0;
   auto take = [&end](size_t bytes) {
     size_t at = end;
@@ -153,16 +153,16 @@ Layout layout_of(int rows, int k, int experts, int sms) {
     return at;
   };
   const int mean = rows / experts;
-  l.partial_float4 = mean < 24 ? 4096 : kMaxPartialFloat4;
+  w.partial_float4 = mean < 24 ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
-  l.partial_float4 = kMaxPartialFloat4;
+  w.partial_float4 = kMaxPartialFloat4;
 #endif
-  l.tickets = take(sizeof(int) * kWarpsPerSm * sms);
-  l.partial = take(sizeof(float4) * l.partial_float4 * sms);
-  l.x = take(blocks * (k / 128) * kRowsUnitBytes);
-  l.row_scale = take(sizeof(float) * rows);
-  l.bytes = end;
-  return l;
+  w.counters = take(sizeof(int) * kWarpsPerSm * sms);
+  w.partial = take(sizeof(float4) * w.partial_float4 * sms);
+  w.x = take(blocks * (k / 128) * kRowsUnitBytes);
+  w.row_scale = take(sizeof(float) * rows);
+  w.bytes = end;
+  return w;
 }
 
 // Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
@@ -258,20 +258,20 @@ bool valid(const ccq_moe_gemm_args* a) {
 
 cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, int tile_rows, const Prepared& out,
                            cudaStream_t stream) {
-  const int tickets = kWarpsPerSm * device.sms;
+  const int counters = kWarpsPerSm * device.sms;
   return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
-                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, tickets, out);
+                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, counters, out);
 }
 
-// Before moe_wide.cuh: activations in plain order are arranged in the workspace. *x: where the kernel shall read them.
-cudaError_t launch_arrange(const ccq_moe_gemm_args& a, const Device& device, const Prepared& room, const void** x,
+// Prologue of moe_wide.cuh: activations in plain order are arranged in the workspace. *x: where the kernel shall read them.
+cudaError_t launch_arrange(const ccq_moe_gemm_args& a, const Device& device, const Prepared& workspace, const void** x,
                            cudaStream_t stream) {
   const int64_t chunks = static_cast<int64_t>(a.rows) * (a.k / 16);
   const bool arrange = a.row_order == CCQ_ROWS_PLAIN;
   const unsigned blocks = arrange ? static_cast<unsigned>((chunks + kPrepareThreads - 1) / kPrepareThreads) : 1;
-  if (arrange) *x = room.x;
+  if (arrange) *x = workspace.x;
   return launch_early(arrange_kernel, blocks, kPrepareThreads, 0, stream, static_cast<const uint4*>(a.x),
-                      arrange ? reinterpret_cast<uint4*>(room.x) : nullptr, chunks, room.tickets,
+                      arrange ? reinterpret_cast<uint4*>(workspace.x) : nullptr, chunks, workspace.counters,
                       kWarpsPerSm * device.sms);
 }
 
@@ -282,7 +282,7 @@ extern "C" size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts) {
   (void)n;
   ccq::Device device;
   if (rows < 0 || k <= 0 || experts <= 0 || ccq::current_device(&device) != cudaSuccess) return 0;
-  return ccq::layout_of(rows, k, experts, device.sms).bytes;
+  return ccq::workspace_of(rows, k, experts, device.sms).bytes;
 }
 
 extern "C" int ccq_moe_gemm_variant(const ccq_moe_gemm_args* a) {
@@ -305,13 +305,13 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
     return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
                                          : with_few<Pairs::kGeneral>(variant, launch);
   }
-  const Layout l = layout_of(a->rows, a->k, a->experts, device.sms);
+  const Workspace w = workspace_of(a->rows, a->k, a->experts, device.sms);
   char* base = static_cast<char*>(a->workspace);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = {base + l.x, reinterpret_cast<float*>(base + l.row_scale),
-                reinterpret_cast<int*>(base + l.tickets)};
-  p.partial = reinterpret_cast<float4*>(base + l.partial);
+  p.prepared = {base + w.x, reinterpret_cast<float*>(base + w.row_scale),
+                reinterpret_cast<int*>(base + w.counters)};
+  p.partial = reinterpret_cast<float4*>(base + w.partial);
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
   p.caller_scale = a->row_scale;
   const void* x = a->x;
@@ -319,8 +319,8 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
                            : launch_prepare(*a, device, variant == 1 ? 32 : 16, p.prepared, stream);
   if (error != cudaSuccess) return error;
   return a->pairs == CCQ_PAIRS_INTEGER
-             ? choose_gemm<Pairs::kInteger>(variant, device, p, x, l.partial_float4, stream)
-             : choose_gemm<Pairs::kGeneral>(variant, device, p, x, l.partial_float4, stream);
+             ? choose_gemm<Pairs::kInteger>(variant, device, p, x, w.partial_float4, stream)
+             : choose_gemm<Pairs::kGeneral>(variant, device, p, x, w.partial_float4, stream);
 }
 
 extern "C" int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int k, int n, int experts) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who computes what in moe_few.cuh, where it lies in shared memory, and which units each warp fetches.
+// Tile scheduler of moe_few.cuh: each block's range of tiles, its shared memory, and the units that each warp requests.
 #pragma once
 
 #include "prepare.cuh"
@@ -38,7 +38,7 @@ struct FewParams {
   int each, longer;      // tiles a block, and how many blocks take one more; where the host knows how many tiles there are
 };
 
-// The expert of a run's first tile, or with one row a block which block of rows that is; blocks of rows of each warp's experts.
+// The expert of a range's first tile, or with one row a block which block of rows that is; blocks of rows of each warp's experts.
 struct FewStart {
   int expert, block, of_warp[16];
 };
@@ -51,15 +51,15 @@ struct FewConfig {
   static_assert(kWarps == 16 && kMaxExperts % kThreads == 0, "FewStart and the scans of offsets are made for that");
   static constexpr int kColumnSlots = 3, kSumsSlots = 3;
   static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
-  static constexpr int kFirst = kStages - kStages / 4;  // units that are ordered before activations are there
+  static constexpr int kFirst = kStages - kStages / 4;  // units that are requested before activations are there
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
-  static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's share of a tile takes
+  static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's partial sums of a tile take
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
   // 256 bytes a row and unit of 128 rows; 16 bytes of zeros a unit.
   __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * (256 * kRows + 16); }
   // Offsets of the sums: 8 columns a unit or two with slots, a group without.
   __host__ __device__ static constexpr int offset_bytes(int blocks_k) { return blocks_k * (kRows == 4 ? 64 : 32); }
-  // Of prefix sums; with one row a block, half of the most rows that a run may touch.
+  // Of prefix sums; with one row a block, half of the most rows that a range may touch.
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
@@ -76,9 +76,9 @@ struct FewShared {
   float2* sums;           // [kSumsSlots][kWK][kEntries]
   int* offsets;           // what accumulators begin with, for windows are 32 less than they are stored: [..][8 columns]
   Barrier *full, *columns_full, *sums_ready, *sums_free, *rows_ready;
-  float* back;            // [kWK][kRows]: undoes the scale of a row's share, times the caller's row scale
+  float* back;            // [kWK][kRows]: undoes the scale of a row's slice, times the caller's row scale
   FewStart* start;
-  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows. kRows 1: a run's experts
+  int *blocks, *rows;     // prefix sums over experts: blocks of kRows rows, rows. kRows 1: a range's experts
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
@@ -110,7 +110,7 @@ __device__ int expert_of(const FewShared<C>& s, int block, int from) {
   }
 }
 
-// With one row a block: the experts of a run's blocks, as many as end at or before each. All threads, which meet in here; each
+// With one row a block: the experts of a range's blocks, as many as end at or before each. All threads, which meet in here; each
 // has few offsets, since a warp that reads them all, or all warps, take a microsecond longer.
 template <typename C>
 __device__ void find_experts(const FewParams& p, const FewShared<C>& s, int first_block, int last_block) {
@@ -130,7 +130,7 @@ __device__ void find_experts(const FewParams& p, const FewShared<C>& s, int firs
   }
 }
 
-// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's run of tiles. All threads, which meet in here.
+// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's range of tiles. All threads, which meet in here.
 // (With one row a block there is nothing to work out.)
 template <typename C>
 __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* begin, int* end) {
@@ -158,8 +158,8 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* beg
     all += of_warp, blocks += w < warp ? of_warp : 0;
   }
   const int tiles = all * p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
-  const int run = tiles / grid, longer = tiles - run * grid;
-  *begin = uniform(own * run + min(own, longer)), *end = *begin + run + uniform(own < longer);
+  const int length = tiles / grid, longer = tiles - length * grid;
+  *begin = uniform(own * length + min(own, longer)), *end = *begin + length + uniform(own < longer);
   const int block = p.column_tiles.divide(*begin);
   before = first > 0 && first <= p.experts ? static_cast<int>(p.offsets[first - 1]) : 0;
 #pragma unroll
@@ -186,9 +186,9 @@ __device__ void one_expert(const FewParams& p, const FewShared<C>& s, int first_
   }
 }
 
-// A warp's walk over the units of its tiles, at the end of the ring where they are ordered.
+// The producer side of a warp's ring: the units of its tiles, in the order in which they are requested.
 template <typename C>
-struct FewFetch {
+struct FewProducer {
   const FewParams& p;
   const FewShared<C>& s;
   const int column_tiles, tiles_n, blocks_k, wk, wn;
@@ -200,7 +200,7 @@ struct FewFetch {
 
   __device__ int next_pair(int pair_) const { return (pair_ - (blocks_k + 1) / 2) & (C::kWK - 1); }
 
-  // At the beginning of a run, when experts need not be known.
+  // At the beginning of a range, when experts need not be known.
   __device__ void start(int begin, int end_, int first_block) {
     end = end_, tile = begin, block = first_block, column = begin - first_block * column_tiles, pair = wk;
     expert = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A lane decodes four neighbouring columns of 128, for up to kRows rows at a time. The 64-groups fall into 32 parts, a
-// warp sums one part after the other, and the parts meet in shared memory in order: the same additions for any number of
-// warps and rows. Weights are decoded in registers, never written.
+// A lane decodes four neighbouring columns of 128, for up to kRows rows at a time. Split K: the 64-groups
+// fall into 32 splits, a warp sums one split after the other, and the splits are added up in shared memory in order: the same
+// additions for any number of warps and rows. Weights are decoded in registers, never written.
 #include "linear_ccq.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace ccq_spare_kernel {
 
 constexpr int kGroup = 64;
-constexpr int kParts = 32;
+constexpr int kSplits = 32;
 constexpr int kColumns = 4;  // of a lane
 constexpr int kBlockColumns = 32 * kColumns;
 constexpr int kRowTiles = 16;  // grid size along rows; more rows are walked through
@@ -58,14 +58,14 @@ __device__ inline void add_state(const int* word, int shift, const float* x, flo
   }
 }
 
-// total[r][c] = what the groups part, part + 32, ... add; `staged` is this warp's.
+// total[r][c] = what the groups split, split + 32, ... add; `staged` is this warp's.
 template <typename Format, int kDtype, int kRows>
 __device__ inline void add_part(const ccq_spare_gemm_args& a, const typename Format::Word* words, int64_t first, int rows,
-                                int part, float (*staged)[kRows], float (*total)[kColumns]) {
+                                int split, float (*staged)[kRows], float (*total)[kColumns]) {
   using Words = typename Format::Words;
   const auto* x = static_cast<const uint16_t*>(a.x);
   const int lane = threadIdx.x % 32, groups = a.k / kGroup;
-  for (int g = part; g < groups; g += kParts) {
+  for (int g = split; g < groups; g += kSplits) {
     for (int i = lane; i < kGroup * kRows; i += 32) {
       const int r = i / kGroup, s = i % kGroup;
       const int64_t at = (first + r) * a.k + g * kGroup + input_row(s, a.row_order);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kWarps) spare_gemm(const __grid_constant_
   for (int64_t first = begin + blockIdx.z * kRows; first < end; first += gridDim.z * kRows) {
     const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), end - first));
     float sum[kOutputs] = {};
-    for (int round = 0; round < kParts; round += kWarps) {
+    for (int round = 0; round < kSplits; round += kWarps) {
       float total[kRows][kColumns] = {};
       add_part<Format, kDtype, kRows>(a, words, first, rows, round + warp, staged[warp], total);
 #pragma unroll

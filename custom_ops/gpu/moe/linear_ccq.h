@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include "dequant.h"
+#include "../common/dequant.h"
 #include "moe_gemm.h"
 
 #ifdef __cplusplus

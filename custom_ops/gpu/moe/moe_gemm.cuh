@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped GEMM for some rows an expert (up to 32 a tile): persistent, split along K, everything streamed through shared
-// memory.
+// The grouped GEMM for some rows an expert (up to 32 a tile): a persistent kernel with a stream-K scheduler, everything
+// streamed through shared memory.
 //
-// Work. A tile has 16 * kTiles columns and up to 8 * kNT rows (schedule.cuh). One that lies in several blocks' stretches is
-// summed from fp32 partial results, always in the order of K (output.cuh).
+// Work. A tile has 16 * kTiles columns and up to 8 * kNT rows (stream_k.cuh). One that is split among blocks is summed from
+// fp32 partial results, always in the order of K (epilogue.cuh).
 //
 // Warps. A warp owns kR tiles of 16 columns and fetches their weights through its own ring (ring.cuh). Activations are the
-// same for all warps: they go through a ring of the block's, which warps fill in turn, one unit each, when they order its
+// same for all warps: they go through a ring of the block's, which warps fill in turn, one unit each, when they request its
 // weights. That ring is longer, so warps may drift kRowsStages - kStages units apart before one waits for another. Both
 // rings run on across tiles.
 //
-// Registers are what this kernel is short of (16 warps leave 128). So where it is in the line of units is worked out at the
-// rings' far end alone, and what a tile's end needs to know waits in shared memory beside the tile's columns; everything in
-// shared memory has an address that the compiler knows.
+// Registers are what this kernel is short of (16 warps leave 128). So only the producer side of the rings keeps the position
+// in the scheduler's order of units, and what the epilogue needs to know of a tile lies in shared memory beside the tile's
+// columns; everything in shared memory has an address that the compiler knows.
 #pragma once
 
-#include "output.cuh"
+#include "epilogue.cuh"
 #include "ring.cuh"
 
 namespace ccq {
@@ -28,7 +28,7 @@ struct Config {
   static constexpr int kTiles = kR * kWarps;  // 16-column tiles a block tile has
   static constexpr int kRowsStages = 8;
   static_assert(kStages < kRowsStages && kNT >= 2);
-  // Of one warp: the ring, then for kStages + 1 tiles (units of at most that many are on their way or in work) a Part and
+  // Of one warp: the ring, then for kStages + 1 tiles (units of at most that many are on their way or in work) a WorkTile and
   // its columns.
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kR * kPlaneBytes * kPlanes;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 32 + kColumnBytes;
@@ -36,13 +36,13 @@ struct Config {
   static constexpr int kRowsBytes = kNT * kRowsUnitBytes;  // a stage of activations
   static constexpr int kBarriers = kWarps * kStages + 2 * kRowsStages + 1;
   static constexpr int kRowsAt = kWarps * kWarpBytes, kBarriersAt = kRowsAt + kRowsStages * kRowsBytes;
-  static constexpr int kLineAt = kBarriersAt + 8 * kBarriers + 8;
-  static_assert(sizeof(Part) == 32 && kBarriers % 2 == 1);
+  static constexpr int kScheduleAt = kBarriersAt + 8 * kBarriers + 8;
+  static_assert(sizeof(WorkTile) == 32 && kBarriers % 2 == 1);
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block
-  // Time of a unit by its tile's rows, roughly (schedule.cuh).
-  static constexpr int kMostWeight = kNT == 2 ? 11 : 18;
+  // Time of a unit by its tile's rows, roughly (stream_k.cuh).
+  static constexpr int kMaxWeight = kNT == 2 ? 11 : 18;
   __host__ __device__ static constexpr int weight(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 11 : 18; }
-  static constexpr size_t shared_bytes(int experts) { return kLineAt + Line<Config>::shared_bytes(experts); }
+  static constexpr size_t shared_bytes(int experts) { return kScheduleAt + StreamK<Config>::shared_bytes(experts); }
 };
 
 template <typename C>
@@ -52,13 +52,13 @@ struct Warp {
   const int lane, warp;
   Ring<kR, C::kStages> ring;
 
-  // The end of the rings where units are ordered.
-  Walk<C> ahead;
-  int ahead_unit = 0;    // its number in the block's stretch
-  int ahead_slot = 0;
-  int ahead_tiles = 0;   // tiles of this warp's that are there
-  int ahead_stride = 0;  // units from one block of 128 rows to the next
-  uint32_t ahead_index = 0;
+  // The producer side of the rings: the next unit to be requested.
+  UnitIterator<C> producer;
+  int producer_unit = 0;    // its number in the block's range
+  int producer_slot = 0;
+  int producer_tiles = 0;   // tiles of this warp's that are there
+  int producer_stride = 0;  // units from one block of 128 rows to the next
+  uint32_t producer_index = 0;
 
   __device__ static char* shared() {
     extern __shared__ __align__(128) char memory[];
@@ -69,12 +69,12 @@ struct Warp {
   __device__ static Barrier* rows_free() { return rows_full() + C::kRowsStages; }
   __device__ static char* rows(int stage) { return shared() + C::kRowsAt + stage * C::kRowsBytes; }
   __device__ static int next_slot(int slot) { return slot + 1 == C::kSlots ? 0 : slot + 1; }
-  __device__ static Line<C> line(const GemmParams& p) {
-    return {shared() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
+  __device__ static StreamK<C> schedule(const GemmParams& p) {
+    return {shared() + C::kScheduleAt, p.experts, p.column_tiles, p.k / 128};
   }
-  __device__ Line<C> line() const { return line(p); }
+  __device__ StreamK<C> schedule() const { return schedule(p); }
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
-  __device__ int owner(const Part& part, int kb) const { return line().owner(part.expert, part.column, part.block, kb); }
+  __device__ int owner(const WorkTile& work, int kb) const { return schedule().owner(work.expert, work.column, work.block, kb); }
   __device__ char* slot(int number) const {
     return shared() + warp * C::kWarpBytes + Ring<kR, C::kStages>::kBytes + number * C::kSlotBytes;
   }
@@ -82,33 +82,33 @@ struct Warp {
 
   // A tile's columns, on the barrier of its first unit, and what else will be wanted of it.
   __device__ void request_tile(int t16, int stage) {
-    char* const to = slot(ahead_slot);
-    if (lane == 0) *reinterpret_cast<Part*>(to) = ahead.part(line());
+    char* const to = slot(producer_slot);
+    if (lane == 0) *reinterpret_cast<WorkTile*>(to) = producer.work_tile(schedule());
     const int tiles_n = p.n / 16;
-    const uint32_t* from = p.columns + (static_cast<size_t>(ahead.expert) * tiles_n + t16) * 32;
+    const uint32_t* from = p.columns + (static_cast<size_t>(producer.expert) * tiles_n + t16) * 32;
     const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
 #if CCQ_BULK
     if (lane == 0) {
-      ring.full[stage].expect(ahead_tiles * kPlaneBytes * C::kPlanes);
+      ring.full[stage].expect(producer_tiles * kPlaneBytes * C::kPlanes);
 #pragma unroll
       for (int j = 0; j < C::kPlanes; ++j)
-        bulk_copy(to + 32 + j * (kR * kPlaneBytes), from + j * plane, ahead_tiles * kPlaneBytes, ring.full + stage);
+        bulk_copy(to + 32 + j * (kR * kPlaneBytes), from + j * plane, producer_tiles * kPlaneBytes, ring.full + stage);
     }
 #else
 #pragma unroll
     for (int j = 0; j < C::kPlanes; ++j)
-      if (lane < ahead_tiles * 8) copy16(to + 32 + j * (kR * kPlaneBytes) + lane * 16, from + j * plane + lane * 4);
+      if (lane < producer_tiles * 8) copy16(to + 32 + j * (kR * kPlaneBytes) + lane * 16, from + j * plane + lane * 4);
 #endif
-    ahead_slot = next_slot(ahead_slot);
+    producer_slot = next_slot(producer_slot);
   }
 
   // The activations of a unit, once all warps have left what lay there.
-  __device__ void request_rows(const Walk<C>& at, int unit) {
+  __device__ void request_rows(const UnitIterator<C>& at, int unit) {
     const int stage = unit % C::kRowsStages;
     if (unit >= C::kRowsStages) rows_free()[stage].wait((unit / C::kRowsStages + 1) & 1);
-    const Part part = at.part(line());
-    const int count = (part.rows + 7) / 8, bytes = part.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes, blocks_k = p.k / 128;
-    const char* from = p.prepared.x + (static_cast<size_t>(part.prepared_block) * blocks_k + part.kb) * kRowsUnitBytes;
+    const WorkTile work = at.work_tile(schedule());
+    const int count = (work.rows + 7) / 8, bytes = work.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes, blocks_k = p.k / 128;
+    const char* from = p.prepared.x + (static_cast<size_t>(work.prepared_block) * blocks_k + work.kb) * kRowsUnitBytes;
     const size_t next = static_cast<size_t>(blocks_k) * kRowsUnitBytes;
     char* const to = rows(stage);
 #if CCQ_BULK
@@ -123,23 +123,23 @@ struct Warp {
 #endif
   }
 
-  // The next unit of the line, or nothing: weights into the stage that all lanes have left (`stage` stages after it), with
-  // a tile's first unit its columns, and by each warp in turn the activations.
+  // The next unit of the block's range, or nothing: weights into the stage that all lanes have left (`stage` stages after it),
+  // with a tile's first unit its columns, and by each warp in turn the activations.
   __device__ void request(int stage = 0, bool beginning = false) {
-    if (ahead.left > 0) {
-      if (ahead.kb == 0 || (beginning && stage == 0)) {
+    if (producer.left > 0) {
+      if (producer.kb == 0 || (beginning && stage == 0)) {
         static_assert(4 % kR == 0, "a warp's tiles lie in one group of four");
         // A warp right of the last column reads the last tiles and writes nothing.
-        const int tiles_n = p.n / 16, t16 = min(tile16(ahead.column), (tiles_n - 1) / kR * kR);
-        ahead_stride = min(4, tiles_n - t16 / 4 * 4), ahead_tiles = min(kR, ahead_stride - t16 % 4);
-        ahead_index = static_cast<uint32_t>(ccq_unit_index(ahead.expert, t16, ahead.kb, tiles_n, p.k / 128));
+        const int tiles_n = p.n / 16, t16 = min(tile16(producer.column), (tiles_n - 1) / kR * kR);
+        producer_stride = min(4, tiles_n - t16 / 4 * 4), producer_tiles = min(kR, producer_stride - t16 % 4);
+        producer_index = static_cast<uint32_t>(ccq_unit_index(producer.expert, t16, producer.kb, tiles_n, p.k / 128));
         request_tile(t16, stage);
       }
-      ring.fetch(p.quant + static_cast<size_t>(ahead_index) * 512, p.scales + static_cast<size_t>(ahead_index) * 16,
-                 ahead_tiles, stage);
-      if (!beginning && ahead_unit % C::kWarps == warp) request_rows(ahead, ahead_unit);
-      ++ahead_unit, ahead_index += ahead_stride;
-      ahead.next(line());
+      ring.fetch(p.quant + static_cast<size_t>(producer_index) * 512, p.scales + static_cast<size_t>(producer_index) * 16,
+                 producer_tiles, stage);
+      if (!beginning && producer_unit % C::kWarps == warp) request_rows(producer, producer_unit);
+      ++producer_unit, producer_index += producer_stride;
+      producer.next(schedule());
     }
     ring.commit();
   }
@@ -155,7 +155,7 @@ struct Unit {
 
   // Group 0: once it is there. Group 1: passes the ring's stage on.
   template <int kGroup>
-  __device__ void take(Warp<C>& w, int number) {
+  __device__ void load(Warp<C>& w, int number) {
     if (kGroup == 0) w.ring.wait();
     const char* const weights = w.ring.unit;
 #pragma unroll
@@ -173,7 +173,7 @@ struct Unit {
       Warp<C>::rows_full()[stage].wait((number / C::kRowsStages) & 1);
     }
   }
-  __device__ void leave(const Warp<C>& w) const {  // when nothing more is read of the activations
+  __device__ void release(const Warp<C>& w) const {  // when nothing more is read of the activations
     Warp<C>::rows_free()[stage].arrive_together();
   }
 };
@@ -186,10 +186,10 @@ __device__ void load_tile_columns(const Warp<C>& w, int slot, Column<C::kPairs> 
     load_columns<C::kPairs>(c + r * kPlaneBytes, c + (C::kR + r) * kPlaneBytes, w.lane / 4, column[r]);
 }
 
-// `units` units of one tile of more than 4 rows into `acc`; `number` is the first one's in the block's stretch. kNT: blocks of
-// 8 rows that this tile really has.
+// Main loop: `units` units of one tile of more than 4 rows into `acc`; `number` is the first one's in the block's range. kNT:
+// blocks of 8 rows that this tile really has.
 template <typename C, int kNT>
-__device__ void multiply(Warp<C>& w, int units, int number, int slot, Accumulator<C, kNT>& acc) {
+__device__ void main_loop(Warp<C>& w, int units, int number, int slot, Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR;
   const int t = w.lane % 4;
 #pragma unroll
@@ -204,13 +204,13 @@ __device__ void multiply(Warp<C>& w, int units, int number, int slot, Accumulato
   Column<C::kPairs> column[kR][2];
   for (int i = 0; i < units; ++i, ++number) {
     Unit<C> unit;
-    unit.template take<0>(w, number);
+    unit.template load<0>(w, number);
     if (i == 0) load_tile_columns(w, slot, column);
     const char* const x = unit.rows + 128 + w.lane * 16;
     const char* const offsets = unit.rows + t * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (half == 1) unit.template take<1>(w, number);
+      if (half == 1) unit.template load<1>(w, number);
       uint4 b[kNT][2];
       float4 s[kNT];
 #pragma unroll
@@ -220,7 +220,7 @@ __device__ void multiply(Warp<C>& w, int units, int number, int slot, Accumulato
           b[nt][i] = *reinterpret_cast<const uint4*>(x + nt * kRowsUnitBytes + half * 1024 + i * 512);
         s[nt] = *reinterpret_cast<const float4*>(offsets + nt * kRowsUnitBytes + half * 64);
       }
-      if (half == 1) unit.leave(w);
+      if (half == 1) unit.release(w);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const uint32_t low = unit.q[r].x, high = unit.q[r].y;
@@ -257,7 +257,7 @@ __device__ void multiply(Warp<C>& w, int units, int number, int slot, Accumulato
 // The same for up to 4 rows, by the integer tensor cores. (From 5 rows on, which need two steps for fp16's one, they are
 // slower.)
 template <typename C>
-__device__ void multiply_bytes(Warp<C>& w, int units, int number, int slot, Accumulator<C, 1>& acc) {
+__device__ void integer_main_loop(Warp<C>& w, int units, int number, int slot, Accumulator<C, 1>& acc) {
   constexpr int kR = C::kR;
   const int t = w.lane % 4;
   uint32_t four = 4, thirty_two = 32;
@@ -266,14 +266,14 @@ __device__ void multiply_bytes(Warp<C>& w, int units, int number, int slot, Accu
   Column<C::kPairs> column[kR][2];
   for (int i = 0; i < units; ++i, ++number) {
     Unit<C> unit;
-    unit.template take<0>(w, number);
+    unit.template load<0>(w, number);
     if (i == 0) load_tile_columns(w, slot, column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (half == 1) unit.template take<1>(w, number);
+      if (half == 1) unit.template load<1>(w, number);
       const uint4 b = *reinterpret_cast<const uint4*>(unit.rows + 128 + half * 512 + w.lane * 16);
       const int2 c = *reinterpret_cast<const int2*>(unit.rows + half * 32 + t * 8);
-      if (half == 1) unit.leave(w);
+      if (half == 1) unit.release(w);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const uint32_t low = unit.q[r].x, high = unit.q[r].y;
@@ -311,11 +311,11 @@ struct Rows {
 
 // kRows: 4 with integers, 8 and more with fp16.
 template <typename C, int kRows>
-__device__ void run_part(Warp<C>& w, int units, int number, int slot, Shares<C>& shares) {
+__device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, PartialSignal<C>& signal) {
   constexpr int kNT = kRows <= 8 ? 1 : kRows / 8;
   Accumulator<C, kNT> acc;
-  if constexpr (kRows <= kMostIntegerRows) multiply_bytes<C>(w, units, number, slot, acc);
-  else multiply<C, kNT>(w, units, number, slot, acc);
+  if constexpr (kRows <= kMostIntegerRows) integer_main_loop<C>(w, units, number, slot, acc);
+  else main_loop<C, kNT>(w, units, number, slot, acc);
   constexpr bool kIntegers = kRows <= kMostIntegerRows;
   constexpr float kFactor = kIntegers ? 1.f : 16777216.f, kUpper = kIntegers ? 1.f : kFactor * kUpperColumns;
   float super[C::kR][2];
@@ -324,48 +324,48 @@ __device__ void run_part(Warp<C>& w, int units, int number, int slot, Shares<C>&
     const float2 s = load_supers(w.slot(slot) + 32 + r * kPlaneBytes, w.lane / 4);
     super[r][0] = s.x * kFactor, super[r][1] = s.y * kUpper;
   }
-  const Part& part = *reinterpret_cast<const Part*>(w.slot(slot));
-  finish_part<C, kNT>(w, part, shares, acc, [&] { write_out<C, kNT>(w, part, super, acc); });
+  const WorkTile& work = *reinterpret_cast<const WorkTile*>(w.slot(slot));
+  epilogue<C, kNT>(w, work, signal, acc, [&] { store_tile<C, kNT>(w, work, super, acc); });
 }
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmParams p) {
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  Barrier *const barriers = Warp<C>::barriers(), *const shares_there = barriers + C::kBarriers - 1;
+  Barrier *const barriers = Warp<C>::barriers(), *const partials_stored = barriers + C::kBarriers - 1;
   if (lane == 0) {  // one lane after another would take microseconds
     for (int i = 0; i < C::kStages; ++i) barriers[warp * C::kStages + i].init(1);
     if (warp < C::kRowsStages) {
       Warp<C>::rows_full()[warp].init(CCQ_BULK ? 1 : 32);
       Warp<C>::rows_free()[warp].init(C::kWarps * kWarpArrivals);
     }
-    if (warp == C::kRowsStages) shares_there->init(C::kWarps * kWarpArrivals);
+    if (warp == C::kRowsStages) partials_stored->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
-  const Line<C> line = Warp<C>::line(p);
-  line.prepare(p.offsets, p.rows);
-  if (static_cast<int>(blockIdx.x) >= line.header().grid) return;
-  const Walk<C> walk(line);
-  int left = walk.left;
+  const StreamK<C> schedule = Warp<C>::schedule(p);
+  schedule.prepare(p.offsets, p.rows);
+  if (static_cast<int>(blockIdx.x) >= schedule.header().grid) return;
+  const UnitIterator<C> start(schedule);
+  int left = start.left;
   if (left == 0) return;
 
   Warp<C> w{p, lane, warp,
-            Ring<C::kR, C::kStages>(Warp<C>::shared() + warp * C::kWarpBytes, barriers + warp * C::kStages), walk};
+            Ring<C::kR, C::kStages>(Warp<C>::shared() + warp * C::kWarpBytes, barriers + warp * C::kStages), start};
 #pragma unroll
   for (int i = 0; i < C::kStages; ++i) w.request(i, true);
-  // Weights and offsets do not depend on the kernel before this one, activations and tickets do.
+  // Weights and offsets do not depend on the kernel before this one, activations and counters do.
   wait_for_prerequisites();
-  Walk<C> first = walk;
-  for (int i = 0; i < C::kStages && first.left > 0; ++i, first.next(line))
+  UnitIterator<C> first = start;
+  for (int i = 0; i < C::kStages && first.left > 0; ++i, first.next(schedule))
     if (i == warp) w.request_rows(first, i);
 
-  Shares<C> shares{shares_there};
+  PartialSignal<C> signal{partials_stored};
   int slot = 0, number = 0;
   __syncwarp();
   while (left > 0) {
-    const Part* const part = reinterpret_cast<const Part*>(w.slot(slot));
-    const int units = part->kb_end - part->kb, count = part->rows;
-    auto run = [&](auto rows) { run_part<C, decltype(rows)::value>(w, units, number, slot, shares); };
+    const WorkTile* const work = reinterpret_cast<const WorkTile*>(w.slot(slot));
+    const int units = work->kb_end - work->kb, count = work->rows;
+    auto run = [&](auto rows) { run_work_tile<C, decltype(rows)::value>(w, units, number, slot, signal); };
     if (count <= 4) run(Rows<4>{});
     else if (count <= 8) run(Rows<8>{});
     else if (C::kNT == 2 || count <= 16) run(Rows<16>{});
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     slot = Warp<C>::next_slot(slot);
     number += units, left -= units;
   }
-  shares.publish(w);
+  signal.publish(w);
 }
 
 }  // namespace ccq

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM for one to four rows an expert: what a decoding step needs, in a single launch.
 //
-// Work. A tile is (expert, kRows of its rows or fewer, 16 * kTiles columns) and all of K. Blocks take equal runs of tiles,
-// columns fastest, so that a block converts activations to integers (in shared memory, all of K) once or twice in its life.
-// No kernel runs before, no tile is cut across blocks.
+// Work. A tile is (expert, kRows of its rows or fewer, 16 * kTiles columns) and all of K. The kernel is persistent: blocks take
+// equal contiguous ranges of tiles, columns fastest, so that a block converts activations to integers (in shared memory, all of
+// K) once or twice in its life. No prologue kernel runs before, no tile is split among blocks.
 //
-// Warps. A tile's K is dealt out to kWK warps in pairs of units (2 x 128 rows); the deal goes on from tile to tile, so
-// that over a few tiles all warps get the same. A warp converts the rows of its own share and begins with it; other shares it
+// Warps. A tile's K is sliced among kWK warps in pairs of units (2 x 128 rows); the next tile's pairs go on with the next warp,
+// so that over a few tiles all warps get the same. A warp converts the rows of its own slice and begins with it; other slices it
 // meets from the second tile on, when they are long ready. Each warp fetches its own weights through its own ring (ring.cuh), which
 // runs on across tiles: the memory never waits for a tile's end. Nothing but the sums of a tile ties warps together, and
-// those go through kSumsSlots buffers: a warp leaves its share and goes on, another one adds up the tile before.
+// those go through kSumsSlots buffers: a warp stores its partial sums and goes on, another one runs the tile's epilogue later.
 //
 // Under way are 67 KB a multiprocessor (kStages). Twice as much is slower, by 3 to 5 % (docs/notes/kernels.md, version 30).
 //
@@ -17,8 +17,8 @@
 // worked out anew: else the compiler reads the thread's number in the inner loop, which costs more than any of this.
 //
 // Activations are integers of 16 bits, two signed digits of 8; weights unsigned bytes (decode.cuh). The integer tensor
-// cores multiply exactly, and so do the group scales: all of a warp's share is one integer, whatever the order. Against
-// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a share's largest value (2^-15
+// cores multiply exactly, and so do the group scales: all of a warp's slice is one integer, whatever the order. Against
+// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a slice's largest value (2^-15
 // where window 0 meets them, which is stored twice), below 1e-3 of the row's norm for any row and 4e-5 for a Gaussian one.
 //
 // Few rows leave most of a step's 8 columns (B's) empty. They carry other groups instead: with R rows a tile's 8 columns
@@ -26,7 +26,7 @@
 // one accumulator collects 4 / R groups side by side. Scales then cost 4 / R times less.
 #pragma once
 
-#include "few_plan.cuh"
+#include "few_schedule.cuh"
 
 namespace ccq {
 
@@ -58,16 +58,16 @@ __device__ inline const char* row_in(const FewParams& p, int row, int count, int
   return static_cast<const char*>(p.x) + static_cast<size_t>(row + min(r, max(count, 1) - 1)) * p.k * 2;
 }
 
-// A warp's share of K: pairs of units `pair`, `pair + kWK`, ... of a tile. In chunks of 16 values a lane: two pairs a step.
+// A warp's slice of K: pairs of units `pair`, `pair + kWK`, ... of a tile. In chunks of 16 values a lane: two pairs a step.
 template <typename C>
-__device__ int chunk_of_share(int pair, int step) {
+__device__ int chunk_of_slice(int pair, int step) {
   const int lane = threadIdx.x % 32;
   return (pair + (2 * step + lane / 16) * C::kWK) * 16 + lane % 16;
 }
 
 // The first chunks of each row that this lane converts.
 template <typename C>
-__device__ void load_share(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair,
+__device__ void load_slice(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair,
                            Chunk (&kept)[C::kRows][C::kKept]) {
   int row, count;
   rows.place<C>(p, s, &row, &count);
@@ -75,16 +75,16 @@ __device__ void load_share(const FewParams& p, const FewShared<C>& s, const FewR
   for (int j = 0; j < C::kKept; ++j)
 #pragma unroll
     for (int r = 0; r < C::kRows; ++r) {
-      const int c = chunk_of_share<C>(pair, j);
+      const int c = chunk_of_slice<C>(pair, j);
       kept[r][j] = Chunk{};
       if (c < p.k / 16) kept[r][j].load(row_in(p, row, count, r), c);
     }
 }
 
-// A share of the rows becomes integers in shared memory, laid out for R rows a tile, with a scale of its own: no warp waits
-// for the largest value of another one. Warps with the same share (kWN > 1) take its steps in turn.
+// A slice of the rows becomes integers in shared memory, laid out for R rows a tile, with a scale of its own: no warp waits
+// for the largest value of another one. Warps with the same slice (kWN > 1) take its steps in turn.
 template <typename C, typename F>
-__device__ void convert_share(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wn,
+__device__ void convert_slice(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wn,
                               const Chunk (&kept)[C::kRows][C::kKept], F&& meanwhile) {
   constexpr int R = C::kRows, kUnit = Slots<R>::kUnit, kGroups = Slots<R>::kGroups;
   const int chunks = p.k / 16, blocks_k = p.k / 128, lane = threadIdx.x % 32;
@@ -98,7 +98,7 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
     if (C::kKept > 1) largest = max(largest, kept[r][C::kKept - 1].largest(p.dtype));
 #pragma unroll 1
     for (int i = C::kKept; i < steps; ++i) {
-      const int c = chunk_of_share<C>(pair, i);
+      const int c = chunk_of_slice<C>(pair, i);
       if (c >= chunks) continue;
       Chunk other;
       other.load(row_in(p, row, count, r), c);
@@ -112,7 +112,7 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {  // whole warps walk the loop together and guard inside it, for quads share a group
     if (C::kWN > 1 && i % C::kWN != wn) continue;
-    const int c = chunk_of_share<C>(pair, i), group = c / 4, t = c % 4;
+    const int c = chunk_of_slice<C>(pair, i), group = c / 4, t = c % 4;
     char* const unit = s.activations + c / 8 * kUnit;
     if (R < 4 && c < chunks && c % 8 == 0) *reinterpret_cast<uint4*>(unit + Slots<R>::kZeros) = make_uint4(0, 0, 0, 0);
     // Groups that are not there: an odd number of units, two units an accumulator.
@@ -135,12 +135,12 @@ __device__ void convert_share(const FewParams& p, const FewShared<C>& s, const F
   }
 }
 
-// This warp's units of a tile: columns g and g + 8 of each of kR tiles, row t % R, all groups, into `out`.
+// Main loop: this warp's units of a tile, columns g and g + 8 of each of kR tiles, row t % R, all groups, into `out`.
 template <typename C>
-__device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& ring, FewFetch<C>& fetch, int pair,
+__device__ void few_main_loop(const FewShared<C>& s, Ring<C::kR, C::kStages>& ring, FewProducer<C>& producer, int pair,
                              const Column<C::kPairs> (&column)[C::kR][2], float2 (&out)[C::kR]) {
   constexpr int kR = C::kR, R = C::kRows, kUnit = Slots<R>::kUnit, kZeros = Slots<R>::kZeros;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks_k = fetch.blocks_k;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks_k = producer.blocks_k;
   // Of this lane's column of B. In odd groups the digits change places, so that quads side by side write to other banks.
   const int slot = g / (2 * R), mine = g % (2 * R) * 64 + t * 16;
   // Nibbles of this lane's accumulators: their slot's group is even or odd, in the first or the second unit (R = 1).
@@ -173,7 +173,7 @@ __device__ void multiply_few(const FewShared<C>& s, Ring<C::kR, C::kStages>& rin
         scale[r] = R > 1 || u == 0 || t >= 2 ? word : scale[r];
       }
       __syncwarp();  // every lane has what it needs of the stage
-      fetch.request(ring);
+      producer.request(ring);
       ring.next();
       const char* const x = s.activations + kb * kUnit;
 #pragma unroll
@@ -231,10 +231,10 @@ __device__ void fetch_columns(const FewParams& p, const FewShared<C>& s, const F
   s.columns_full[slot].arrive_after_copies();
 }
 
-// One warp adds up all warps' shares of a tile, in the order of the warps, and writes the result. `rows`: its rows or the
-// next ones.
+// Epilogue: one warp adds up all warps' partial sums of a tile, in the order of the warps, and writes the result. `rows`: its
+// rows or the next ones.
 template <typename C>
-__device__ void finish_tile(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
+__device__ void few_epilogue(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
   const int tiles_n = p.n / 16, block = p.column_tiles.divide(tile);
   FewRows own{rows.expert, block};
   if (C::kRows == 1) own.expert = expert_of<C>(s, block, 0);
@@ -281,13 +281,13 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     if (warp == C::kWarps - 1) s.rows_ready->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
-  // What the host knows of the run: all, but with several matrices and rows a block.
+  // Whether the host knows the block's range of tiles: always, but with several matrices and rows a block.
   const bool known = C::kRows == 1 || !p.offsets;
   int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
   int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer), first_block = p.column_tiles.divide(begin);
   Ring<kR, C::kStages> ring(s.rings + warp * Ring<kR, C::kStages>::kBytes, s.full + warp * C::kStages);
-  FewFetch<C> fetch{p, s, column_tiles, tiles_n, blocks_k, wk, wn};
-  if (known) fetch.start(begin, end, first_block);
+  FewProducer<C> producer{p, s, column_tiles, tiles_n, blocks_k, wk, wn};
+  if (known) producer.start(begin, end, first_block);
   if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   // Activations come first, then offsets and columns: they would wait behind the weights.
@@ -297,35 +297,35 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
   }
   if (begin == end) return;
   rows = FewRows{known ? 0 : uniform(s.start->expert), first_block};
-  load_share<C>(p, s, rows, wk, kept);
+  load_slice<C>(p, s, rows, wk, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
-  // Barriers stand, and no weights are ordered before all activations are: those would wait behind them.
+  // Barriers stand, and no weights are requested before all activations are: those would wait behind them.
   if (known) __syncthreads();
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
-  if (!known) fetch.start(begin, end, first_block);
-  fetch.find_expert(rows.expert);
+  if (!known) producer.start(begin, end, first_block);
+  producer.find_expert(rows.expert);
   if (warp < min(C::kColumnSlots, end - begin)) fetch_columns<C>(p, s, rows, begin + warp, warp);
-  // Orders beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
+  // Requests beyond what the memory system takes hold up their warp, so at the beginning they come bit by bit.
 #pragma unroll 1
-  for (int i = 0; i < C::kFirst - 1; ++i) fetch.request(ring, i);
+  for (int i = 0; i < C::kFirst - 1; ++i) producer.request(ring, i);
   int finished = begin, pair = wk;
-  for (int tile = begin; tile < end; ++tile, pair = fetch.next_pair(pair)) {
+  for (int tile = begin; tile < end; ++tile, pair = producer.next_pair(pair)) {
     const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
     const bool change = i > 0 && column_tile == 0;
     if (change) {
       rows = FewRows{uniform(expert_of<C>(s, block, rows.expert)), block};
-      load_share<C>(p, s, rows, pair, kept);
+      load_slice<C>(p, s, rows, pair, kept);
     }
     if (change) __syncthreads();  // the activations there are no longer read
     if (change || i == 0) {
-      convert_share<C>(p, s, rows, pair, wn, kept, [&] { if (i == 0) fetch.request(ring, C::kFirst - 1); });
+      convert_slice<C>(p, s, rows, pair, wn, kept, [&] { if (i == 0) producer.request(ring, C::kFirst - 1); });
       s.rows_ready->arrive_together();
       if (i == 0)
 #pragma unroll 1
-        for (int j = C::kFirst; j < C::kStages; ++j) fetch.request(ring, j);
+        for (int j = C::kFirst; j < C::kStages; ++j) producer.request(ring, j);
     }
-    // Shares of other warps are first read in the tile after, or in this one by warps with the same share.
+    // Slices of other warps are first read in the tile after, or in this one by warps with the same slice.
     const bool after = C::kWN > 1 ? change || i == 0 : !change && (column_tile == 1 || i == 1);
     if (after) s.rows_ready->wait((block - first_block) & 1);
     Column<C::kPairs> column[kR][2];
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
       load_columns<C::kPairs>(columns + r * kPlaneBytes, columns + (C::kTiles + r) * kPlaneBytes, lane / 4, column[r]);
 
     float2 out[kR];
-    multiply_few<C>(s, ring, fetch, pair, column, out);
+    few_main_loop<C>(s, ring, producer, pair, column, out);
 
     const int slot = i % C::kSumsSlots, t = lane % 4;
     if (i >= C::kSumsSlots) s.sums_free[slot].wait((i / C::kSumsSlots + 1) & 1);
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
 #pragma unroll 1
     for (; finished <= (tile + 1 == end ? tile : tile - 1); ++finished)
       if ((finished - begin) % C::kWarps == warp) {
-        finish_tile<C>(p, s, finished, begin, rows);
+        few_epilogue<C>(p, s, finished, begin, rows);
         const int next = finished + C::kColumnSlots;
         if (next < end) fetch_columns<C>(p, s, rows, next, (finished - begin) % C::kColumnSlots);
       }

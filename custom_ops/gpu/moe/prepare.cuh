@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations as the grouped GEMM reads them: fp16, a power-of-two scale a row, permuted, with the groups' sums.
+// Prologue kernels of the grouped GEMM, and activations as its main loop reads them: fp16, a power-of-two scale a row, permuted,
+// with the groups' sums.
 //
 // The weights are fp16 (decode.cuh), so bf16 activations must become fp16. Scaling each row by a power of two, so that
 // its largest value lies in [2^14, 2^15), leaves bf16 values exact down to 2^-24 of the row's largest and their error
@@ -10,14 +11,14 @@
 #include <cuda_fp16.h>
 
 #include "decode.cuh"
-#include "launch.cuh"
+#include "../common/launch.cuh"
 #include "moe_gemm.h"
 
 namespace ccq {
 
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
-// What moe_gemm.cuh copies at a stretch: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
+// What moe_gemm.cuh copies at once: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
 // accumulators begin with in each group (windows are 32 less than they are stored), as a lane t wants it; then the pieces.
 //   Tiles of up to 4 rows: integers; int [2 groups][4 t][2 digits], then 64 bytes of nothing, [2][4 rows][2 digits][4 t].
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
@@ -27,7 +28,7 @@ constexpr int kMostIntegerRows = 4;
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
   float* row_scale;  // [rows]: what the row was divided by, times the caller's row scale
-  int* tickets;      // set to zero here, for the split of K
+  int* counters;     // partial results that are ready, by owner (epilogue.cuh); set to zero here
 };
 
 __device__ inline void store(void* to, int dtype, size_t at, float v) {
@@ -178,14 +179,14 @@ __device__ inline int quad_sum(int v) {
 
 __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
-               int tile_rows, int tickets, Prepared out) {
+               int tile_rows, int counters, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
   wait_for_prerequisites();
   dependents_may_start();
   __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
   const int row = blockIdx.x, chunks = k / 16;
   if (row == 0)
-    for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) out.tickets[i] = 0;
+    for (int i = threadIdx.x; i < counters; i += kPrepareThreads) out.counters[i] = 0;
   const char* from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
   Chunk first{};
   if (static_cast<int>(threadIdx.x) < chunks) first.load(from, threadIdx.x);
@@ -272,15 +273,15 @@ __device__ inline void transpose_quad(uint32_t (&e)[4]) {
   }
 }
 
-// What moe_wide.cuh needs before it: tickets set to zero and, if weights have their rows in plain order, activations in the order
+// What moe_wide.cuh needs before it: counters set to zero and, if weights have their rows in plain order, activations in the order
 // in which such weights stand in fragments (`to` [rows, k], from `x`): of a 64-group, words (pairs of rows) 8t + q to 4q + t.
 // Without them (`to` NULL) one block will do.
 __global__ void __launch_bounds__(kPrepareThreads)
-arrange_kernel(const uint4* x, uint4* to, int64_t chunks, int* ticket, int tickets) {
+arrange_kernel(const uint4* x, uint4* to, int64_t chunks, int* counter, int counters) {
   wait_for_prerequisites();
   dependents_may_start();
   if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < tickets; i += kPrepareThreads) ticket[i] = 0;
+    for (int i = threadIdx.x; i < counters; i += kPrepareThreads) counter[i] = 0;
   if (!to) return;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;  // of 16 values; 4 a 64-group
   const bool there = chunk < chunks;

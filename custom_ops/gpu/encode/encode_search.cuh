@@ -18,7 +18,7 @@ struct Encoder : Channel<kTeam, kOneBook> {
   using Base::sh;
   using Base::team;
   using Base::v;
-  using Base::walk;
+  using Base::scan_length;
 
   __device__ Encoder(const ccq_encode_args& args, Shared& shared) : Base(args, shared) {}
 
@@ -48,7 +48,7 @@ struct Encoder : Channel<kTeam, kOneBook> {
         this->load_books(0, p);
         __syncthreads();
         int best[kBatch];
-        best_scores<kBatch, kOneBook>(sh.books, v, walk, points, best);
+        best_scores<kBatch, kOneBook>(sh.books, v, scan_length, points, best);
         for (int b = 0; b < kBatch; ++b) {
           const int score = team_sum<kTeam>(v.used ? best[b] : 0) + rest[b];
           const int g = first + b * kTeams + team;

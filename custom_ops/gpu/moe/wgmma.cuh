@@ -25,15 +25,15 @@ __device__ inline void wgmma_wait() {
 #endif
 }
 
-// A warpgroup's registers, for and from the block's other ones.
+// Registers that a warpgroup returns to, or takes from, the pool that the block's warpgroups share.
 template <int kRegisters>
-__device__ inline void give_registers() {
+__device__ inline void deallocate_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 #endif
 }
 template <int kRegisters>
-__device__ inline void take_registers() {
+__device__ inline void allocate_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 #endif

@@ -56,15 +56,15 @@ struct Channel {
   Scratch scratch;
   const int groups, entries, team, lane;
   const Vector v;
-  int walk;  // entries of the longest book
+  int scan_length;  // entries of the longest book
 
   __device__ Channel(const ccq_encode_args& args, Shared& shared)
       : a(args), sh(shared), scratch(scratch_of(args.workspace, args.k / kGroup, args.pairs)),
         groups(static_cast<int>(args.k / kGroup)),
         entries(args.layout.entries[0] + (args.layout.books > 1 ? args.layout.entries[1] : 0)),
         team(threadIdx.x / kTeam), lane(threadIdx.x % kTeam), v(vector_of(args.layout, threadIdx.x % kTeam)) {
-    walk = args.layout.entries[0];
-    if (args.layout.books > 1) walk = max(walk, args.layout.entries[1]);
+    scan_length = args.layout.entries[0];
+    if (args.layout.books > 1) scan_length = max(scan_length, args.layout.entries[1]);
   }
 
   static constexpr int kTeams = kThreads / kTeam;
@@ -132,7 +132,7 @@ struct Channel {
       points[b] = load_point(group, v, inverse);
       rest[b] = remainder_score(a.layout, group, inverse);
     }
-    best_scores<kCount, kOneBook>(sh.books + slot * entries, v, walk, points, best);
+    best_scores<kCount, kOneBook>(sh.books + slot * entries, v, scan_length, points, best);
 #pragma unroll
     for (int b = 0; b < kCount; ++b) scores[b] = team_sum<kTeam>(v.used ? best[b] : 0) + rest[b];
   }
@@ -149,7 +149,7 @@ struct Channel {
     const float inverse = reciprocal(a.layout, scale);
     const Point point = load_point(group, v, inverse);
     int index;
-    const int best = best_entry(sh.books + slot * entries, v, walk, point, index);
+    const int best = best_entry(sh.books + slot * entries, v, scan_length, point, index);
     const int states = sh.books[slot * entries + v.base + index].x;
     __syncwarp();
     if (v.used)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a tile in the kernels that cut tiles across blocks: partial results added up in order, scales, rounding.
+// Epilogue of the kernels that split tiles among blocks: partial results added up in order, scales, rounding.
 #pragma once
 
 #include "decode.cuh"
 #include "prepare.cuh"
 #include "ring.cuh"
-#include "schedule.cuh"
+#include "stream_k.cuh"
 
 namespace ccq {
 
@@ -29,7 +29,7 @@ struct Accumulator {
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.
 template <typename C, int kNT, typename W>
-__device__ void write_out(const W& w, const Part& part, const float (&super)[C::kR][2],
+__device__ void store_tile(const W& w, const WorkTile& work, const float (&super)[C::kR][2],
                           const Accumulator<C, kNT>& acc) {
   const GemmParams& p = w.p;
   const int g = w.lane / 4, t = w.lane % 4;
@@ -38,12 +38,12 @@ __device__ void write_out(const W& w, const Part& part, const float (&super)[C::
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = nt * 8 + 2 * t + i;
-      if (token >= part.rows) continue;
-      const float row_scale = p.prepared.row_scale[part.row + token];
-      const size_t base = static_cast<size_t>(part.row + token) * p.n;
+      if (token >= work.rows) continue;
+      const float row_scale = p.prepared.row_scale[work.row + token];
+      const size_t base = static_cast<size_t>(work.row + token) * p.n;
 #pragma unroll
       for (int r = 0; r < C::kR; ++r) {
-        const int t16 = w.tile16(part.column) + r;
+        const int t16 = w.tile16(work.column) + r;
         if (t16 >= p.n / 16) continue;
         store(p.out, p.dtype, base + t16 * 16 + g, acc.o[r][nt][i] * super[r][0] * row_scale);
         store(p.out, p.dtype, base + t16 * 16 + g + 8, acc.o[r][nt][2 + i] * super[r][1] * row_scale);
@@ -51,19 +51,19 @@ __device__ void write_out(const W& w, const Part& part, const float (&super)[C::
     }
 }
 
-// A tile that lies in several blocks' stretches is written by the block that has its first units. For that block it is the
-// last tile of its stretch; for the others it is the first, so that their shares are long there when they are wanted, and
-// nobody waits (in launches with less than one tile a block all wait for each other's end, once). Shares are added in the
-// order of K: the same bits on every run.
+// A tile that is split among blocks is written by its owner, the block that has its first units. For that block it is the
+// last tile of its range; for the others it is the first, so that their partial results have long been stored when the owner
+// reads them, and nobody waits (in launches with less than one tile a block all wait for each other's end, once). Partial
+// results are added in the order of K: the same bits on every run.
 template <typename C, int kNT, typename W>
-__device__ float4* share_of(const W& w, int block) {
+__device__ float4* partial_of(const W& w, int block) {
   return w.p.partial + (static_cast<size_t>(block) * C::kWarps + w.warp) * (C::kPartialFloat4 / C::kWarps) + w.lane;
 }
 
 // Only the rows that the tile has: most tiles of a decoding step have one or two.
 template <typename C, int kNT, typename W>
-__device__ void leave_share(const W& w, int rows, const Accumulator<C, kNT>& acc) {
-  float4* const mine = share_of<C, kNT>(w, blockIdx.x);
+__device__ void store_partial(const W& w, int rows, const Accumulator<C, kNT>& acc) {
+  float4* const mine = partial_of<C, kNT>(w, blockIdx.x);
 #pragma unroll
   for (int r = 0; r < C::kR; ++r)
 #pragma unroll
@@ -73,33 +73,33 @@ __device__ void leave_share(const W& w, int rows, const Accumulator<C, kNT>& acc
     }
 }
 
-// A block's own share, until its owner is told. Telling waits for the writes, microseconds on a busy memory system; so one
-// warp does it for all, and late.
+// A block's partial result between being stored and being signalled to the tile's owner. The signal waits for the writes,
+// microseconds on a busy memory system; so one warp sends it for all warps, and late.
 template <typename C>
-struct Shares {
-  Barrier* there;  // one arrival a warp
-  int owner = -1;  // of the block's first tile: nobody to be told
+struct PartialSignal {
+  Barrier* stored;  // one arrival a warp
+  int owner = -1;  // of the block's first tile; -1: there is nobody to signal to
 
   template <typename W>
   __device__ void publish(const W& w) {
     if (owner >= 0 && w.warp == 0) {
-      there->wait(0);
+      stored->wait(0);
       __threadfence();
-      if (w.lane == 0) atomicAdd(w.p.prepared.tickets + owner, 1);
+      if (w.lane == 0) atomicAdd(w.p.prepared.counters + owner, 1);
     }
     owner = -1;
   }
 };
 
-// Adds the shares of the blocks after this one, up to `last`.
+// Adds the partial results of the blocks after this one, up to block `last`.
 template <typename C, int kNT, typename W>
-__device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kNT>& acc) {
-  const int* const ticket = w.p.prepared.tickets + blockIdx.x;
-  int there;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(there) : "l"(ticket) : "memory");
+__device__ void add_partials(const W& w, int rows, int last, Accumulator<C, kNT>& acc) {
+  const int* const counter = w.p.prepared.counters + blockIdx.x;
+  int stored;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(stored) : "l"(counter) : "memory");
   // A vote: lanes stay together, and the compiler knows.
-  while (!__all_sync(~0u, there >= last - static_cast<int>(blockIdx.x)));
-  // Shares on their way at once, added in order: several blocks' where each is small, parts of one where it is large.
+  while (!__all_sync(~0u, stored >= last - static_cast<int>(blockIdx.x)));
+  // Partial results in flight at once, added in order: several blocks' where each is small, pieces of one where it is large.
   constexpr int kAll = C::kR * kNT, kBatch = kNT == 1 ? 4 : 1, kSpan = kAll % 8 == 0 ? 8 : kAll % 4 == 0 ? 4 : kAll;
   for (int base = blockIdx.x + 1; base <= last; base += kBatch) {
 #pragma unroll
@@ -107,7 +107,7 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
       float4 v[kBatch][kSpan];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const float4* from = share_of<C, kNT>(w, min(base + i, last));
+        const float4* from = partial_of<C, kNT>(w, min(base + i, last));
 #pragma unroll
         for (int j = 0; j < kSpan; ++j) v[i][j] = __ldcg(from + (j0 + j) * 32);
       }
@@ -123,19 +123,19 @@ __device__ void collect_shares(const W& w, int rows, int last, Accumulator<C, kN
   }
 }
 
-// What a warp does with its part of a tile; `write`: with a whole one.
+// What a warp does with the accumulators of its work tile; `store`: what it does once they are the sums over all of K.
 template <typename C, int kNT, typename W, typename P, typename F>
-__device__ void finish_part(const W& w, const P& part, Shares<C>& shares, Accumulator<C, kNT>& acc, F&& write) {
-  shares.publish(w);
-  if (part.kb > 0) {
-    leave_share<C, kNT>(w, part.rows, acc);
-    shares.there->arrive_together();
-    shares.owner = w.owner(part, 0);
+__device__ void epilogue(const W& w, const P& work, PartialSignal<C>& signal, Accumulator<C, kNT>& acc, F&& store) {
+  signal.publish(w);
+  if (work.kb > 0) {
+    store_partial<C, kNT>(w, work.rows, acc);
+    signal.stored->arrive_together();
+    signal.owner = w.owner(work, 0);
     return;
   }
   const int blocks_k = w.p.k / 128;
-  if (part.kb_end < blocks_k) collect_shares<C, kNT>(w, part.rows, w.owner(part, blocks_k - 1), acc);
-  write();
+  if (work.kb_end < blocks_k) add_partials<C, kNT>(w, work.rows, w.owner(work, blocks_k - 1), acc);
+  store();
 }
 
 }  // namespace ccq

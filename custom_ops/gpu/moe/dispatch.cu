@@ -2,7 +2,7 @@
 #include "dispatch.h"
 
 #include "half8.cuh"
-#include "launch.cuh"
+#include "../common/launch.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Score loops of the encoder: integers, so that any order of evaluation gives the CPU's choices.
 //
-// One thread holds one vector of a group at up to eight scales and walks the code book; kTeam threads
+// One thread holds one vector of a group at up to eight scales and scans the code book; kTeam threads
 // (16 or 32) make up the group. While only the best score counts, the entry's index is left out: three
 // instructions an entry (two dp2a, one max). 16-bit coordinates by 8-bit states, below 2^24.
 #pragma once
@@ -62,7 +62,7 @@ __device__ inline int evaluate(const Point& p, int2 entry) {
 }
 
 // best[b] = largest score of point b over the entries of its book. Books of different size may meet in
-// a warp (not with kOneBook): the smaller one is walked again, which changes no maximum.
+// a warp (not with kOneBook): the smaller one is scanned again, which changes no maximum.
 template <int kCount, bool kOneBook>
 __device__ inline void best_scores(const int2* book, const Vector& v, int entries, const Point* points, int* best) {
 #pragma unroll

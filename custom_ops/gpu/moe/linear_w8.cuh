@@ -13,7 +13,7 @@
 
 #include <cuda_bf16.h>
 
-#include "launch.cuh"
+#include "../common/launch.cuh"
 #include "linear_w8.h"
 
 namespace ccq_w8 {

@@ -2,7 +2,7 @@
 // Weights on their way: barriers in shared memory, bulk copies, and the ring of units that each warp has to itself.
 //
 // A warp alone reads its ring, so nothing but the copy engine has to be waited for: when all lanes have taken a unit's
-// bytes into registers, one lane orders the next unit into the same place. On Hopper two bulk copies fetch a unit, each
+// bytes into registers, one lane requests the next unit into the same place. On Hopper two bulk copies fetch a unit, each
 // one instruction of one lane; before it, every lane fetches by cp.async the 16 bytes that it will itself decode.
 #pragma once
 

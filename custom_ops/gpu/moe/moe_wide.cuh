@@ -5,15 +5,15 @@
 // that wide_weights.cuh fills, and B (activations, as the caller has them) from shared memory. Scaling accumulators group by
 // group, as moe_gemm.cuh does, would cost per row; so the scales are in the weights, and accumulators run through all of K.
 //
-// A ninth warp orders everything, weights and activations, by bulk copies into a ring of stages, and does nothing else (it
-// and three idle ones make a warpgroup, so that it can hand its registers over); the other eight, two warpgroups, wait for
-// stages and give them back, each at its own pace. Every copy is an instruction, and dozens of cycles, of its own: so few,
-// large ones. Tiles go in waves (waves.cuh).
+// Warp specialization. The producer, a ninth warp, requests everything, weights and activations, by bulk copies into a ring of
+// stages, and does nothing else (it and three idle warps make a warpgroup, so that it can hand its registers over). The eight
+// consumer warps, two warpgroups, wait for full stages and release them, each at its own pace. Every copy is an instruction,
+// and dozens of cycles, of its own: so few, large ones. The kernel is persistent; tiles go in waves (waves.cuh).
 #pragma once
 
 #include <cuda.h>
 
-#include "output.cuh"
+#include "epilogue.cuh"
 #include "waves.cuh"
 #include "wgmma.cuh"
 #include "wide_weights.cuh"
@@ -29,21 +29,21 @@ struct WideConfig {
   // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
   // three the compiler would serialize `wgmma`.)
   static constexpr int kClasses = kN <= 128 ? 2 : 1;
-  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // that multiply; with the ordering one and three idle ones
+  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // consumer warps; with the producer and three idle warps
   static constexpr int kTiles = kR * kWarps;
-  // Registers of a thread: 168 at the beginning; then of those that order and of those that multiply.
-  static constexpr int kOrdering = 40, kMultiplying = 232;
+  // Registers of a thread: 168 at the beginning; then those of the producer's warpgroup and of the consumers'.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // A stage: the activations in two groups of 64 values along K, [2][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
   // their place (the 128-byte swizzle); the tiles' codes; their scales.
   static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup, kScalesAt = kRowsBytes + kTiles * 512;
   static constexpr int kStageBytes = (kScalesAt + kTiles * 16 + 1023) / 1024 * 1024;
-  // Tiles on their way or in work: a WidePart and the columns of each.
+  // Tiles on their way or in work: a WideWorkTile and the columns of each.
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kPlane = kTiles * kPlaneBytes;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kPlane * kPlanes;
   static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
-  static constexpr int kLineAt = kBarriersAt + 16 * kStages + 16;
+  static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
-  static constexpr size_t shared_bytes(int experts) { return 1024 + kLineAt + TileLine<WideConfig>::shared_bytes(experts); }
+  static constexpr size_t shared_bytes(int experts) { return 1024 + kScheduleAt + WaveSchedule<WideConfig>::shared_bytes(experts); }
 };
 
 // Shared memory, by whoever needs it: its addresses are known, so nothing of it stays in registers.
@@ -57,49 +57,49 @@ struct WideShared {
   __device__ static char* slot(int i) { return memory() + C::kSlotsAt + i * C::kSlotBytes; }
   __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
   __device__ static Barrier* free() { return full() + C::kStages; }
-  __device__ static Barrier* shares_there() { return free() + C::kStages; }
-  __device__ static TileLine<C> line(const GemmParams& p) {
-    return {memory() + C::kLineAt, p.experts, p.column_tiles, p.k / 128};
+  __device__ static Barrier* partials_stored() { return free() + C::kStages; }
+  __device__ static WaveSchedule<C> schedule(const GemmParams& p) {
+    return {memory() + C::kScheduleAt, p.experts, p.column_tiles, p.k / 128};
   }
 };
 
-// The ninth warp.
+// The producer warp.
 template <typename C>
-__device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
+__device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows) {
   using S = WideShared<C>;
-  const TileLine<C> line = S::line(p);
+  const WaveSchedule<C> schedule = S::schedule(p);
   const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
-  for (Waves<C> at(line); at.left > 0; at.next(line)) {
-    const WidePart part = at.part(line);
-    const int first = part.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
-    const int halves = part.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
+  for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
+    const WideWorkTile work = at.work_tile(schedule);
+    const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
+    const int halves = work.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
     const bool new_tile = at.tile != last_tile;
     last_tile = at.tile;
     S::free()[stage].wait(parity);
     Barrier* const full = S::full() + stage;
     char* const to = S::stage(stage);
     if (lane == 0) {
-      if (new_tile) *reinterpret_cast<WidePart*>(S::slot(slot)) = part;
+      if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
       full->arrive_and_expect(halves * C::kRowsGroup + there * 528 + (new_tile ? there * kPlaneBytes * C::kPlanes : 0));
       for (int half = 0; half < halves; ++half)
 #pragma unroll
         for (int group = 0; group < 2; ++group)
-          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, part.kb * 128 + group * 64,
-                   part.row + half * (C::kN / 2), full);
+          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
+                   work.row + half * (C::kN / 2), full);
     }
     __syncwarp();
     const int t16 = lane * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
     if (tiles > 0) {
-      const size_t unit = ccq_unit_index(part.expert, first + t16, part.kb, tiles_n, blocks_k);
+      const size_t unit = ccq_unit_index(work.expert, first + t16, work.kb, tiles_n, blocks_k);
       bulk_copy(to + C::kRowsBytes + t16 * 512, p.quant + unit * 512, tiles * 512, full);
       bulk_copy(to + C::kScalesAt + t16 * 16, p.scales + unit * 16, tiles * 16, full);
     }
     if (new_tile) {
       if (lane < C::kPlanes) {
         const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
-        const size_t own = (static_cast<size_t>(part.expert) * tiles_n + first) * 32;
+        const size_t own = (static_cast<size_t>(work.expert) * tiles_n + first) * 32;
         bulk_copy(S::slot(slot) + 128 + lane * C::kPlane, p.columns + lane * plane + own, there * kPlaneBytes, full);
       }
       if (++slot == C::kSlots) slot = 0;
@@ -108,19 +108,19 @@ __device__ void order_stages(const GemmParams& p, const CUtensorMap& rows) {
   }
 }
 
-// One of the other eight.
+// One of the eight consumer warps.
 template <typename C>
-struct WideWarp {
+struct ConsumerWarp {
   const GemmParams& p;
   const int lane, warp;
   int stage = 0;
   uint32_t parity = 0;
 
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
-  __device__ int owner(const WidePart& part, int kb) const { return Waves<C>::owner(WideShared<C>::line(p), part, kb); }
-  __device__ void leave(int which) const { WideShared<C>::free()[which].arrive_together(); }
+  __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(WideShared<C>::schedule(p), work, kb); }
+  __device__ void release(int which) const { WideShared<C>::free()[which].arrive_together(); }
   // The same without a branch, which among `wgmma` would serialize them.
-  __device__ void leave_if(bool condition, int which) const {
+  __device__ void release_if(bool condition, int which) const {
     __syncwarp();
     const bool arrives = condition && (kWarpArrivals == 32 || lane == 0);
     asm volatile(
@@ -131,9 +131,9 @@ struct WideWarp {
   }
 };
 
-// `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
+// Main loop: `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
 template <typename C, int kNT>
-__device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
+__device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
   using S = WideShared<C>;
   constexpr int kR = C::kR;
   const int g = w.lane / 4;
@@ -168,7 +168,7 @@ __device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Ac
       for (int half = 0; half < 2; ++half) {
         uint32_t(&v)[4][4] = a[half];
         wgmma_wait<1>();  // the step before the last one, which read these registers
-        if (r == 0 && half == 1) w.leave_if(last >= 0, last);  // nor is the unit before read any more
+        if (r == 0 && half == 1) w.release_if(last >= 0, last);  // nor is the unit before read any more
         const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
         const auto s = WideScale<C::kBf16>::of(half ? left >> 4 : left);
         const auto u = WideScale<C::kBf16>::of(half ? right >> 4 : right);
@@ -193,7 +193,7 @@ __device__ void multiply_wide(WideWarp<C>& w, int units, const char* columns, Ac
     if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
   }
   wgmma_wait<0>();
-  w.leave(last);
+  w.release(last);
 }
 
 // An 8 x 8 matrix of 16-bit values, row g in lanes 4g to 4g + 3, transposed.
@@ -213,26 +213,26 @@ __device__ inline uint32_t two_outputs(float a, float b) {
 // A finished tile. A lane has columns g of 8-column blocks and rows 2t and 2t + 1; transposed twice, four accumulators give it 8
 // neighbouring columns of row g, which is one store of 16 bytes.
 template <typename C, int kNT>
-__device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const char* columns, const Accumulator<C, kNT>& acc) {
+__device__ void store_wide_tile(const ConsumerWarp<C>& w, const WideWorkTile& work, const char* columns, const Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR, kBlocks = 2 * kR, kFour = kBlocks < 4 ? 4 / kBlocks : 1;  // row blocks for four accumulators
   const GemmParams& p = w.p;
-  const int g = w.lane / 4, t = w.lane % 4, first = part.column * C::kTiles + w.warp * kR;
+  const int g = w.lane / 4, t = w.lane % 4, first = work.column * C::kTiles + w.warp * kR;
   float super[kR][2];
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
     const float2 s = load_supers(columns + (w.warp * kR + r) * kPlaneBytes, g);
     super[r][0] = s.x, super[r][1] = s.y;
   }
-  const float* const scales = p.caller_scale ? p.caller_scale + part.row : nullptr;
+  const float* const scales = p.caller_scale ? p.caller_scale + work.row : nullptr;
 #pragma unroll
   for (int nt0 = 0; nt0 < kNT; nt0 += kFour) {
-    if (nt0 * 8 >= part.rows) continue;
+    if (nt0 * 8 >= work.rows) continue;
     uint32_t e[kFour * kBlocks];
 #pragma unroll
     for (int i = 0; i < kFour; ++i) {
       const int nt = nt0 + i, row = nt * 8 + 2 * t;
-      const float left = scales && row < part.rows ? scales[row] : 1.f;
-      const float right = scales && row + 1 < part.rows ? scales[row + 1] : 1.f;
+      const float left = scales && row < work.rows ? scales[row] : 1.f;
+      const float right = scales && row + 1 < work.rows ? scales[row + 1] : 1.f;
 #pragma unroll
       for (int r = 0; r < kR; ++r)
 #pragma unroll
@@ -247,8 +247,8 @@ __device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const cha
       uint32_t four[4] = {e[4 * q], e[4 * q + 1], e[4 * q + 2], e[4 * q + 3]};
       transpose_quad(four);
       const int own = 4 * q + t, block = own % kBlocks, row = (nt0 + own / kBlocks) * 8 + g;
-      if (row < part.rows && first + block / 2 < p.n / 16) {
-        const size_t at = static_cast<size_t>(part.row + row) * p.n + first * 16 + block * 8;
+      if (row < work.rows && first + block / 2 < p.n / 16) {
+        const size_t at = static_cast<size_t>(work.row + row) * p.n + first * 16 + block * 8;
         *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) = make_uint4(four[0], four[1], four[2], four[3]);
       }
     }
@@ -256,11 +256,11 @@ __device__ void write_wide(const WideWarp<C>& w, const WidePart& part, const cha
 }
 
 template <typename C, int kNT>
-__device__ void run_wide_part(WideWarp<C>& w, const char* slot, Shares<C>& shares) {
-  const WidePart& part = *reinterpret_cast<const WidePart*>(slot);
+__device__ void run_wide_work_tile(ConsumerWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
+  const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   Accumulator<C, kNT> acc;
-  multiply_wide<C, kNT>(w, part.kb_end - part.kb, slot + 128, acc);
-  finish_part<C, kNT>(w, part, shares, acc, [&] { write_wide<C, kNT>(w, part, slot + 128, acc); });
+  wide_main_loop<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
+  epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
 template <typename C>
@@ -271,34 +271,34 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {
     if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps * kWarpArrivals);
-    if (warp == C::kWarps) S::shares_there()->init(C::kWarps * kWarpArrivals);
+    if (warp == C::kWarps) S::partials_stored()->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
-  const TileLine<C> line = S::line(p);
-  line.prepare(p.offsets, p.rows);
+  const WaveSchedule<C> schedule = S::schedule(p);
+  schedule.prepare(p.offsets, p.rows);
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
-    give_registers<C::kOrdering>();
-    if (warp == C::kWarps) order_stages<C>(p, rows);
+    deallocate_registers<C::kProducerRegisters>();
+    if (warp == C::kWarps) produce_stages<C>(p, rows);
   } else {
-    take_registers<C::kMultiplying>();
-    WideWarp<C> w{p, lane, warp};
-    Shares<C> shares{S::shares_there()};
-    int left = Waves<C>(line).left, slot = 0;
+    allocate_registers<C::kConsumerRegisters>();
+    ConsumerWarp<C> w{p, lane, warp};
+    PartialSignal<C> signal{S::partials_stored()};
+    int left = WaveIterator<C>(schedule).left, slot = 0;
     while (left > 0) {
-      S::full()[w.stage].wait(w.parity);  // the part's description comes with its first unit
+      S::full()[w.stage].wait(w.parity);  // the description of the work tile comes with its first unit
       const char* const at = S::slot(slot);
-      const WidePart& part = *reinterpret_cast<const WidePart*>(at);
-      left -= part.kb_end - part.kb;
+      const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(at);
+      left -= work.kb_end - work.kb;
       if constexpr (C::kClasses == 1) {
-        run_wide_part<C, C::kNT>(w, at, shares);
+        run_wide_work_tile<C, C::kNT>(w, at, signal);
       } else {
-        if (TileLine<C>::class_of(part.rows) == 0) run_wide_part<C, C::kNT>(w, at, shares);
-        else run_wide_part<C, C::kNT / 2>(w, at, shares);
+        if (WaveSchedule<C>::class_of(work.rows) == 0) run_wide_work_tile<C, C::kNT>(w, at, signal);
+        else run_wide_work_tile<C, C::kNT / 2>(w, at, signal);
       }
       if (++slot == C::kSlots) slot = 0;
     }
-    shares.publish(w);
+    signal.publish(w);
   }
 }
 
