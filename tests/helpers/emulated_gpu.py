@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("ldlq/ldlq.cu", "ldlq/host_ldlq.cu")
+SOURCES = ("common/library.cu", "ldlq/ldlq.cu", "ldlq/host_ldlq.cu")
 # As setup.py compiles the CPU's core: no fused operations. Contexts are switched by longjmp, which
 # the fortified C library takes for an attack.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w")
