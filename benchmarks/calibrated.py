@@ -41,7 +41,11 @@ from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
 from paddle_ccq.texts.documents import read_documents
 
-FREE, PRODUCT, GPTQ = "CCQ 2.06, data-free", "CCQ 2.06, calibrated", "GPTQ int2, groups of 64"
+UNCALIBRATED, PRODUCT, GPTQ = (
+    "CCQ 2.06, data-free",
+    "CCQ 2.06, calibrated",
+    "GPTQ int2, groups of 64",
+)
 DIAGONAL, FEEDBACK = "CCQ 2.06, diagonal only", "CCQ 2.06, feedback only"
 # A method turns weights [N, K] and their Hessian [K, K], rows in stored order, into weights.
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -111,9 +115,9 @@ def main() -> None:
         rows = Rows(source, folder)
         rows.add_source()
         start = time.perf_counter()
-        free = rows.write(FREE, "wint2", "search", -1)
-        seconds[FREE] = time.perf_counter() - start
-        rows.add_written(FREE, free)
+        uncalibrated = rows.write(UNCALIBRATED, "wint2", "search", -1)
+        seconds[UNCALIBRATED] = time.perf_counter() - start
+        rows.add_written(UNCALIBRATED, uncalibrated)
 
         text = read_calibration_text(args.calibration, source, settings)
         statistics = Statistics(source, text, settings, default_threads())
@@ -123,12 +127,12 @@ def main() -> None:
         )
         statistics.close()
         seconds |= took
-        column_bits = rows.expert_bits[FREE] - rows.nominal_bits[FREE]
-        other = rows.size[FREE] - rows.expert_bits[FREE] * rows.expert_weights / 8
+        column_bits = rows.expert_bits[UNCALIBRATED] - rows.nominal_bits[UNCALIBRATED]
+        other = rows.size[UNCALIBRATED] - rows.expert_bits[UNCALIBRATED] * rows.expert_weights / 8
         for label, (bits, _) in table.items():
             whole = bits + (column_bits if label != GPTQ else 0)
             size = other + whole * rows.expert_weights / 8
-            rows._add(label, OverriddenWeights(free, decoded.pop(label)), size, whole, bits)
+            rows._add(label, OverriddenWeights(uncalibrated, decoded.pop(label)), size, whole, bits)
             print(f"{label}: {seconds[label]:.0f} s", flush=True)
 
         start = time.perf_counter()
@@ -186,7 +190,7 @@ def report(rows: Rows, scores: dict, summary: dict, seconds: dict, tokens: int) 
         )
     header = ["method", "bits, codes", "bits, experts", "nll - bf16", "KL", "top-1", *names]
     pairs = []
-    for other in (FREE, DIAGONAL, FEEDBACK, GPTQ):
+    for other in (UNCALIBRATED, DIAGONAL, FEEDBACK, GPTQ):
         found = {q: paired_difference(scores[PRODUCT], scores[other], q) for q in ("nll", "kl")}
         pairs.append(
             [f"calibrated - {other}", *(f"{d.mean:+.4f} ({d.error:.4f})" for d in found.values())]
@@ -201,7 +205,8 @@ def report(rows: Rows, scores: dict, summary: dict, seconds: dict, tokens: int) 
         f" in {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task"
         " (a task accuracy of 0.9 on 200 items has a standard error of 0.021). Standard errors over"
         f" windows in brackets. `quantize --calibration` took {seconds[PRODUCT] / 60:.1f} minutes,"
-        f" `quantize` {seconds[FREE] / 60:.1f}, on {default_threads()} cores ({processor()})."
+        f" `quantize` {seconds[UNCALIBRATED] / 60:.1f}, on {default_threads()} cores"
+        f" ({processor()})."
     )
     paired = markdown(["same windows; negative: calibrated is better", "nll", "KL"], pairs)
     save_result(f"calibrated_{rows.source.path.name}", numbers)

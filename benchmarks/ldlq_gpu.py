@@ -72,9 +72,9 @@ def measure(shape: Shape, presets: list[str], rate: float, say: Callable) -> dic
         return metric
 
     make_metric, ldlq.make_metric = ldlq.make_metric, timed_metric
-    free = make_encoder("wint2", "fast", threads=threads)
+    uncalibrated = make_encoder("wint2", "fast", threads=threads)
     known = InputHessian(hessian, 1)
-    encoder = Timed("fast", threads, lambda name: known, free)
+    encoder = Timed("fast", threads, lambda name: known, uncalibrated)
     start = time.perf_counter()
     encoder.encode(weight)
     whole = time.perf_counter() - start

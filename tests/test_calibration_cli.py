@@ -61,9 +61,9 @@ def test_outputs_are_closer_than_those_of_a_data_free_run(model, calibrated, tmp
         assert line["calibration_tokens"] > 0
     assert not any("output_rel_mse" in line for line in lines if line not in experts)
     # Of the same files, all but the experts' tensors are the same.
-    free, ours = open_checkpoint(tmp_path / "free"), open_checkpoint(calibrated)
+    uncalibrated, ours = open_checkpoint(tmp_path / "free"), open_checkpoint(calibrated)
     for name in source.names():
-        same = np.array_equal(free.read(name), ours.read(name))
+        same = np.array_equal(uncalibrated.read(name), ours.read(name))
         assert same == (".experts." not in name or "shared" in name), name
 
 

@@ -31,8 +31,8 @@ def run_core(w, h, recipe, threads=1, isa="auto"):
 
 def encoder(h: np.ndarray | None, recipe=None, preset="default") -> ldlq.LdlqEncoder:
     known = InputHessian(h, 0 if h is None else 1000)
-    free = make_encoder("wint2", "fast", threads=1)
-    return ldlq.LdlqEncoder(preset, 1, lambda name: known, free, recipe=recipe)
+    uncalibrated = make_encoder("wint2", "fast", threads=1)
+    return ldlq.LdlqEncoder(preset, 1, lambda name: known, uncalibrated, recipe=recipe)
 
 
 def decoded(tensors: dict[str, np.ndarray]) -> np.ndarray:

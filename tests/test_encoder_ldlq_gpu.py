@@ -170,10 +170,10 @@ def test_a_metric_of_another_size_is_named() -> None:
 
 def test_encoder_stores_and_measures_what_the_cpu_does() -> None:
     w, h = odd_weights(24, 256, seed=24), hessian(256, "low rank")
-    free = make_encoder("wint2", "fast", threads=1)
+    uncalibrated = make_encoder("wint2", "fast", threads=1)
     known = InputHessian(h, 1000)
     cpu, gpu = (
-        calibrated_encoder("fast", 1, lambda name: known, free, device).encode(w)
+        calibrated_encoder("fast", 1, lambda name: known, uncalibrated, device).encode(w)
         for device in ("cpu", "gpu")
     )
     for suffix, value in cpu.tensors.items():

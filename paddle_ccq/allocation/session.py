@@ -100,9 +100,9 @@ class AllocationRequest:
         # Costs are always measured with routing weights, which need no further pass.
         settings = replace(calibration.settings, tokens=fewer, token_weights=ROUTER)
         text = read_calibration_text(calibration.texts, checkpoint, settings)
-        kept = folder / SENSITIVITY_FILE
-        if kept.exists():
-            found = load_sensitivities(kept, "its")
+        path = folder / SENSITIVITY_FILE
+        if path.exists():
+            found = load_sensitivities(path, "its")
             same = (
                 found.settings == self.probing.as_dict()
                 and found.calibration == text.as_dict(settings)
@@ -127,7 +127,7 @@ class AllocationRequest:
             progress,
             device,
         )
-        write_file(kept, json_bytes(found.as_dict()))
+        write_file(path, json_bytes(found.as_dict()))
         return found
 
 

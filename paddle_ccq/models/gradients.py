@@ -116,7 +116,7 @@ class LayerPass:
         turned = paddle.concat([a.reshape(pairs), b.reshape(pairs)], axis=-1)
         q, k = turned.split([heads, kv_heads], axis=1)
         q = (q * dim**-0.5).reshape([length, kv_heads, group, dim])
-        kept, mixed = [], []
+        saved, mixed = [], []
         for head in range(kv_heads):
             queries, keys = q[:, head].reshape([-1, dim]), k[:, head].contiguous()
             values = v[:, head * dim : (head + 1) * dim].contiguous()
@@ -129,8 +129,8 @@ class LayerPass:
                 scores = F.softmax_(scores, axis=-1)
                 probabilities.append(scores)
                 parts.append(paddle.matmul(scores, values[:seen]))
-            kept.append((queries, keys, values, probabilities, paddle.concat(parts)))
-            mixed.append(kept[-1][4].reshape([length, group * dim]))
+            saved.append((queries, keys, values, probabilities, paddle.concat(parts)))
+            mixed.append(saved[-1][4].reshape([length, group * dim]))
         out, backward_out = self._product(
             f"{name}.o_proj.weight", paddle.concat(mixed, axis=-1), attention.out
         )
@@ -138,7 +138,7 @@ class LayerPass:
         def backward(gradient: Tensor) -> Tensor:
             gradient = backward_out(gradient)
             dq, dk, dv = [], [], []
-            for head, (queries, keys, values, probabilities, result) in enumerate(kept):
+            for head, (queries, keys, values, probabilities, result) in enumerate(saved):
                 width = group * dim
                 d_out = gradient[:, head * width : (head + 1) * width].reshape([-1, dim])
                 along = (d_out * result).sum(axis=-1, keepdim=True)

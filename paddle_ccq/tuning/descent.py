@@ -84,7 +84,7 @@ def descend(
 
     with ThreadPoolExecutor(threads) as pool:
         before = best = mean_loss(model, held_out, pool)
-        kept = {name: p.value.copy() for name, p in parameters.items()}
+        best_values = {name: p.value.copy() for name, p in parameters.items()}
         report(0, steps, before)
         for step in range(steps):
             batch = order[step * settings.batch : (step + 1) * settings.batch]
@@ -101,9 +101,9 @@ def descend(
                 report(step + 1, steps, loss)
                 if loss < best:
                     best = loss
-                    kept = {name: p.value.copy() for name, p in parameters.items()}
+                    best_values = {name: p.value.copy() for name, p in parameters.items()}
     for name, parameter in parameters.items():
-        parameter.put(kept[name])
+        parameter.put(best_values[name])
     return before, best
 
 
