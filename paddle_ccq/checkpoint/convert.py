@@ -69,8 +69,7 @@ class Converter:
             else self._unquantized(planned, weight)
         )
         self._check_finite(planned, parts, error, weight)
-        # The paper's encoder is there for comparison: its error is what one wants to see.
-        if planned.quantized and not isinstance(self.encoders[planned.format], PaperEncoder):
+        if planned.quantized and not self._taken_literally(planned):
             self._check_error(planned, error, weight)
         stats: dict[str, Any] = {
             "format": planned.format,
@@ -125,6 +124,11 @@ class Converter:
                 f" values reach {float(np.abs(weight).max()):.7g}, too large for"
                 f" {broken[0] if broken else 'the search'}; the file is damaged"
             )
+
+    def _taken_literally(self, planned: PlannedTensor) -> bool:
+        """The paper's text taken literally is there for comparison: its error is to be seen."""
+        encoder = self.encoders[planned.format]
+        return isinstance(encoder, PaperEncoder) and encoder.literal
 
     def _check_error(
         self, planned: PlannedTensor, error: dict[str, Any], weight: np.ndarray

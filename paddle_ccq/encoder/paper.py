@@ -101,7 +101,7 @@ class PaperEncoder:
 
     def __init__(self, format: str, literal: bool = False, threads: int = 1) -> None:
         self.format = format
-        self._literal = literal
+        self.literal = literal
 
     def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
         """See MatrixEncoder.encode."""
@@ -138,7 +138,7 @@ class PaperEncoder:
         def states_of(q: np.ndarray) -> np.ndarray:
             return np.take_along_axis(books, q[..., None], axis=1).reshape(w.shape)
 
-        if self._literal:
+        if self.literal:
             q = np.floor((words - code_zp[:, None]) / code_scale[:, None])
             q = np.clip(q, 0, 255).astype(np.int64)
             scales = refit_scale(w, states_of(q))
