@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import reporting
 from ..allocation.costs import Sensitivities
+from ..allocation.probing import Execution
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
 from ..checkpoint.companions import check_regular, read_companions
@@ -25,6 +26,7 @@ from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
+from ..host import thread_count
 from ..targets.fastdeploy.card import Recipe
 from . import report
 from .job import Job
@@ -182,15 +184,10 @@ def _measured(job: Job, checkpoint: Checkpoint, workplace: Workplace) -> Sensiti
     options = job.options
     shown = not options.quiet and sys.stderr.isatty()
     with reporting.Progress("layers", checkpoint.config.num_hidden_layers, shown) as progress:
+        threads = thread_count(options.threads)
+        execution = Execution(threads, options.device, workplace.folder, progress)
         return job.wanted.measure(
-            checkpoint,
-            model_name(job.model),
-            job.calibration,
-            workplace.folder,
-            restart=options.restart,
-            progress=progress,
-            threads=options.threads,
-            device=options.device,
+            checkpoint, model_name(job.model), job.calibration, execution, restart=options.restart
         )
 
 
