@@ -116,13 +116,30 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype."""
         info = self.tensors[name]
-        data = np.empty(info.nbytes, np.uint8)
+        return (
+            self._read(name, info.begin, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
+        )
+
+    def read_rows(self, name: str, index: int, rows: slice) -> np.ndarray:
+        """Rows of one entry of a tensor of three dimensions: stored[index][rows], and no more.
+
+        `rows` has a beginning and an end.
+        """
+        info = self.tensors[name]
+        _, height, width = info.shape
+        row_bytes = width * DTYPES[info.dtype].itemsize
+        begin = info.begin + (index * height + rows.start) * row_bytes
+        data = self._read(name, begin, (rows.stop - rows.start) * row_bytes)
+        return data.view(DTYPES[info.dtype]).reshape(-1, width)
+
+    def _read(self, name: str, begin: int, nbytes: int) -> np.ndarray:
+        data = np.empty(nbytes, np.uint8)
         with open(self.path, "rb") as file:
-            file.seek(info.begin)
+            file.seek(begin)
             got = file.readinto(data)
-        if got != info.nbytes:
+        if got != nbytes:
             raise CcqError(f"{self.path}: ends inside tensor {name!r}; the file was changed")
-        return data.view(DTYPES[info.dtype]).reshape(info.shape)
+        return data
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -276,6 +293,12 @@ class TensorFolder:
         if name in self._replaced:
             return self._replaced[name]
         return self.files[self._home[name]].read(name)
+
+    def read_rows(self, name: str, index: int, rows: slice) -> np.ndarray:
+        """stored[index][rows] of a tensor of three dimensions; the rest of it is not read."""
+        if name in self._replaced:
+            return self._replaced[name][index][rows]
+        return self.files[self._home[name]].read_rows(name, index, rows)
 
     def with_replaced(self, tensors: Mapping[str, np.ndarray]) -> TensorFolder:
         """The same folder, with some tensors taken from memory instead of the files."""
