@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CcqError
+from ..json_files import load_json, parse_json
 from .safetensors_format import (
     DTYPES,
     FLOAT_DTYPES,
@@ -68,30 +68,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     nbytes: int
-
-
-def load_json(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> Any:
-    """Parse a JSON file from an untrusted source; every failure is a CcqError naming the file."""
-    with open(path, "rb") as file:
-        text = file.read(max_bytes + 1)
-    if len(text) > max_bytes:
-        raise CcqError(f"{path}: larger than {max_bytes} bytes; not a checkpoint's JSON file")
-    return _parse_json(text, path)
-
-
-def _parse_json(text: bytes, path: Path) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise ValueError(f"{twice!r} occurs twice")
-        return result
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CcqError(f"{path}: not valid JSON: {error}") from None
 
 
 class SafetensorsFile:
@@ -157,7 +133,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, 
         )
     if 8 + size > file_bytes:
         raise CcqError(f"{path}: truncated: header needs {8 + size} bytes, file has {file_bytes}")
-    header = _parse_json(file.read(size), path)
+    header = parse_json(file.read(size), path)
     if not isinstance(header, dict):
         raise CcqError(f"{path}: the safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", {})

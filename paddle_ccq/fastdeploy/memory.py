@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan
+from ..families.ernie45 import ErnieConfig
 
 GIB = 1 << 30
 BLOCK_TOKENS = 64  # FastDeploy's default block_size
