@@ -269,12 +269,12 @@ def register_random() -> None:
 
 def shape_folder(target: Path, layers: int, wint4_end: int) -> Path:
     """A folder with the config.json of the 300B's shape and nothing else."""
-    from paddle_ccq.checkpoint.config import ErnieConfig
+    from paddle_ccq.families.registry import read_config
     from paddle_ccq.targets.fastdeploy.config import output_config
     from paddle_ccq.targets.fastdeploy.layout import build_plan
 
     raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-    config = ErnieConfig.from_json(raw)
+    config = read_config(raw)
     plan = build_plan(config, format="wint2", wint4_end_layer=wint4_end)
     written = output_config(plan, {"row_order": plan.row_order})
     (target / "config.json").write_text(json.dumps(written))

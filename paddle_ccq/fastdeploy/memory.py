@@ -9,9 +9,9 @@ activations and libraries are estimates.
 
 from __future__ import annotations
 
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan
 from ..engine_check import GIB, CardMemory
+from ..families.ernie45 import ErnieConfig
 
 BLOCK_TOKENS = 64  # FastDeploy's default block_size
 DEFAULT_BATCHED_TOKENS = 8192  # FastDeploy's default with chunked prefill

@@ -13,8 +13,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.platforms import current_platform
 
-from ..checkpoint.config import ErnieConfig
 from ..codec.row_order import FASTDEPLOY_2_1
+from ..families.ernie45 import ErnieConfig
 from . import names
 from .claims import (
     METHOD,
