@@ -81,6 +81,16 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
     return found, k, n
 
 
+def projections(up_gate: tuple[int, int], down: tuple[int, int]) -> None:
+    """[K, N] of an expert's two matrices, which must belong together."""
+    (hidden, both), (width, out) = up_gate, down
+    if (hidden, both) != (out, 2 * width):
+        raise ValueError(
+            f"down is [{width}, {out}]; with up_gate [{hidden}, {both}] it must be "
+            f"[{both // 2}, {hidden}]"
+        )
+
+
 def row_order(value: str) -> np.ndarray:
     """For every stored row of a 64-group the input row that it multiplies."""
     if value not in ROW_ORDERS:
