@@ -94,9 +94,11 @@ class Converter:
         where = f"{self.checkpoint.path}: {name}"
         damaged = count_nonfinite(weight)
         if damaged:
+            place = self.checkpoint.nonfinite_place(name)
+            first = f", the first in {place}" if place else ""
             raise CcqError(
-                f"{where} holds {damaged} values that are NaN or infinite; the file is damaged"
-                " (--allow-nonfinite would set them to 0)"
+                f"{where} holds {damaged} values that are NaN or infinite{first}; the file is"
+                " damaged (--allow-nonfinite would set them to 0)"
             )
         largest = float(np.abs(weight).max())
         raise CcqError(

@@ -14,6 +14,11 @@ from .tensor import Tensors
 CONFIG_FILE = "config.json"
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
 
+# quant_method of sources whose values are read (checkpoint/sources/scheme.py), and of checkpoints
+# that this package writes for other loaders than FastDeploy.
+FP8, COMPRESSED_TENSORS, CCQ = "fp8", "compressed-tensors", "ccq"
+QUANT_METHODS = (FP8, COMPRESSED_TENSORS, CCQ)
+
 # Far above any published model; they bound the work that a hostile file can ask for.
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
