@@ -197,6 +197,16 @@ def make_family(
         examples=f"model.layers.0.{layout.experts}.0.{layout.projections[0]}.weight",
         model_types=tuple(model_types),
         keeps_others=True,
+        is_mine=lambda name: f".{layout.experts}." in name,
+        why_unexpected=_why_unexpected,
+    )
+
+
+def _why_unexpected(config: MoeConfig, _: str) -> str:
+    layers = f"{min(config.sparse)} to {max(config.sparse)}" if config.sparse else "none"
+    return (
+        f"is not called for by config.json: {config.moe_num_experts} experts of width"
+        f" {config.moe_intermediate_size} in {len(config.sparse)} layers ({layers})"
     )
 
 

@@ -67,6 +67,8 @@ class Family:
             choose; -1 for none.
         model_types: config.json's `model_type` of these alone; empty: of all others.
         keeps_others: tensors that it does not name are kept as they are; else they are refused.
+        is_mine: of a family that keeps others, whether an on-disk name can only be that of a routed
+            expert, so that it is refused where config.json does not call for it.
         examples: what its tensors are called, for the message that none was found.
     """
 
@@ -84,6 +86,7 @@ class Family:
     wint4_end_layer: Callable[[Any], int] = lambda _: -1
     model_types: tuple[str, ...] = ()
     keeps_others: bool = False
+    is_mine: Callable[[str], bool] = lambda _: False
 
     def naming(self, name: str) -> Naming:
         """The naming of that name."""

@@ -132,8 +132,9 @@ class TensorSpec:
         cut: how it is cut for tensor parallelism; None for what every rank holds whole.
         sources: on disk, by naming (Family.namings).
         optional: a checkpoint may lack it, as some do that of a layer for multi-token prediction.
-        stored: (name, safetensors dtype, shape) of the on-disk tensors that hold it, where the
-            source's files or config.json have been asked (checkpoint/stored_tensors.py).
+        kept: (name, safetensors dtype, shape) of the tensors that hold it as the source has it, in
+            the naming "pt"; and source_bytes: what it takes there. The source's files, or
+            config.json, say so (checkpoint/source_tensors.py).
     """
 
     name: str
@@ -146,9 +147,10 @@ class TensorSpec:
     cut: Cut | None = None
     sources: Mapping[str, Storage] = field(default_factory=dict, repr=False, compare=False)
     optional: bool = False
-    stored: tuple[tuple[str, str, tuple[int, ...]], ...] = field(
+    kept: tuple[tuple[str, str, tuple[int, ...]], ...] = field(
         default=(), repr=False, compare=False
     )
+    source_bytes: int = field(default=0, repr=False, compare=False)
 
     @property
     def is_expert(self) -> bool:
