@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paddle_ccq.checkpoint.plan import Plan
+from paddle_ccq.engine_check import GIB
 from paddle_ccq.families.registry import read_config
-from paddle_ccq.fastdeploy.memory import GIB, card_memory
+from paddle_ccq.fastdeploy.memory import card_memory
 from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 HERE = Path(__file__).resolve().parent

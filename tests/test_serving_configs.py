@@ -22,10 +22,11 @@ import pytest
 import yaml
 
 from helpers.synthetic import tiny_config, write_checkpoint
+from paddle_ccq.engine_check import GIB
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy import launch
-from paddle_ccq.fastdeploy.memory import GIB, card_memory
+from paddle_ccq.fastdeploy.memory import card_memory
 from paddle_ccq.fastdeploy.releases import RELEASES, release_of
 from paddle_ccq.fastdeploy.server_flags import PORTS, arguments, unknown_settings
 from paddle_ccq.fastdeploy.settings import (

@@ -235,7 +235,7 @@ def register_random() -> None:
                         parameter.data.random_(0, 127)
             torch.cuda.synchronize()
 
-    from paddle_ccq.vllm import dense, experts, integer_experts
+    from paddle_ccq.vllm import dense, experts, gpu_experts
 
     def randomize_linear(method: Any, layer: Any) -> None:
         layer.ccq_weight.data.random_(0, 256)
@@ -263,8 +263,8 @@ def register_random() -> None:
             getattr(layer, f"ccq_{part}_scale").data.uniform_(1e-3, 3e-3)
 
     dense.Wint8LinearMethod.ccq_randomize = randomize_linear
-    experts.Wint2ExpertsMethod.ccq_randomize = randomize_wint2
-    integer_experts.Wint4ExpertsMethod.ccq_randomize = randomize_wint4
+    gpu_experts.Wint2ExpertsMethod.ccq_randomize = randomize_wint2
+    gpu_experts.Wint4ExpertsMethod.ccq_randomize = randomize_wint4
 
 
 def shape_folder(target: Path, layers: int, wint4_end: int) -> Path:
