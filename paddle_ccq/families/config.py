@@ -56,6 +56,8 @@ class ModelConfig:
     raw: dict[str, Any] = field(repr=False, compare=False)
     tie_stated: bool = field(default=True, compare=False)
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    # The family's tensors as a source has them; None: as config.json alone calls for them.
+    of_source: Tensors | None = field(default=None, repr=False, compare=False)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer has routed experts."""
@@ -82,4 +84,4 @@ class ModelConfig:
     @cached_property
     def tensors(self) -> Tensors:
         """Every tensor of the model by canonical name, in model order."""
-        return Tensors(self.family.tensors(self))
+        return self.of_source or Tensors(self.family.tensors(self))

@@ -169,7 +169,10 @@ def _pt_storage(
         source = Source(own.replace(projection, part), (width, rows), place, stacked=stacked)
         parts.append(source)
         begin += width
-    return Storage(tuple(parts), True, own.removesuffix(".weight"))
+    packed = own.removesuffix(".weight")
+    # Hugging Face's word for it.
+    here = packed.replace(UP_GATE, "gate_up_proj")
+    return Storage(tuple(parts), True, packed, here)
 
 
 def head_name(config: ErnieConfig) -> str:
