@@ -71,7 +71,7 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
                 f"{suffix} must be {expected}{list(shape)}, got {value.dtype}{list(value.shape)}"
             )
         found[suffix] = value
-    if format == "wint2":
+    if "code_zp" in found:
         first = found["code_zp"].astype(np.float64)
         last = first + 255 * found["code_scale"].astype(np.float64)
         for name, codes in (("code_zp", first), ("code_scale", last)):
