@@ -14,6 +14,11 @@ from .tensor import Tensors
 CONFIG_FILE = "config.json"
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
 
+# quant_method of sources whose values are read (checkpoint/sources/scheme.py), and of checkpoints
+# that this package writes for other loaders than FastDeploy.
+FP8, COMPRESSED_TENSORS, CCQ = "fp8", "compressed-tensors", "ccq"
+QUANT_METHODS = (FP8, COMPRESSED_TENSORS, CCQ)
+
 # Far above any published model; they bound the work that a hostile file can ask for.
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
@@ -63,6 +68,11 @@ class ModelConfig:
 
     def dense_layers(self) -> list[int]:
         return [layer for layer in range(self.num_hidden_layers) if not self.is_moe_layer(layer)]
+
+    @property
+    def prediction_layers(self) -> range:
+        """Numbers of the layers for multi-token prediction that count on from the others."""
+        return range(0)
 
     def spell_out(self, result: dict[str, Any]) -> None:
         """Add to an output's fields what they leave open, so that all loaders build this model."""

@@ -15,17 +15,19 @@ from .. import reporting
 from ..allocation.costs import Sensitivities
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
+from ..checkpoint import source_tensors
 from ..checkpoint.companions import check_regular, read_companions
 from ..checkpoint.plan import LayerFormats, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_folder
 from ..checkpoint.source_card import read_source_card
+from ..checkpoint.sources.scheme import SourceScheme
 from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
-from ..families.config import CONFIG_FILE
-from ..targets.fastdeploy.card import Recipe
+from ..families.config import CCQ, CONFIG_FILE
+from ..targets.recipe import Recipe
 from . import report
 from .job import Job
 from .options import PathLike, QuantizeOptions
@@ -110,19 +112,26 @@ def resolve_locally(job: Job) -> None:
     job.source = folder
     job.config, assumed = config_of_folder(folder)
     job.notes = (*job.config.notes, *assumed)
-    quantization = job.config.raw.get("quantization_config")
+    where = folder / CONFIG_FILE if folder.is_dir() else folder
+    SourceScheme.read(job.config.raw, where)
+    quantization = job.config.raw.get("quantization_config") or {}
     # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
-    if quantization and quantization.get("is_quantized", True):
+    ours = quantization.get("quant_method") in (None, CCQ)
+    if quantization and ours and quantization.get("is_quantized", True):
         raise CcqError(
-            f"{folder / CONFIG_FILE if folder.is_dir() else folder}: has a quantization_config, so"
-            " the model is quantized already; quantize the original float checkpoint instead"
+            f"{where}: has a quantization_config, so the model is quantized already; quantize the"
+            " original checkpoint instead"
         )
 
 
 def planned(job: Job) -> Plan:
     """The plan before costs are measured; everything that can be refused now is refused."""
     assert job.config is not None
-    config, options, wanted = job.config, job.options.plan, job.wanted
+    wanted, options = job.wanted, job.options.plan(job.config)
+    if not options.target.dense_formats and job.config.of_source is None:
+        # What is not quantized keeps its dtype, which its files know, or config.json.
+        job.config = source_tensors.complete(job.config, job.source)
+    config = job.config
     if wanted is None:
         return make_plan(config, options)
     uniform = LayerFormats(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
@@ -167,7 +176,8 @@ def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace
             job.costs = _measured(job, checkpoint, workplace)
         job.allocation = wanted.resolve(plan, job.costs)
         plan = make_plan(
-            plan.config, replace(options.plan, layer_formats=job.allocation.layer_formats)
+            plan.config,
+            replace(options.plan(plan.config), layer_formats=job.allocation.layer_formats),
         )
         job.say(report.as_text(comparison_table(job.allocation)))
         for note in wanted.notes:
