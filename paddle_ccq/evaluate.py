@@ -18,6 +18,7 @@ from .checkpoint.source import model_name, resolve_model
 from .command import no_message, run_command, to_stderr
 from .errors import CcqError, readable
 from .host import available_memory, require_paddle, thread_count
+from .models.support import require_computed
 from .models.weights import EXACT, READINGS, weight_source
 from .texts.documents import read_documents
 from .units import gibibytes
@@ -75,6 +76,8 @@ def evaluate(
     checkpoints = {MODEL: open_checkpoint(resolve_model(model, source, log=log), row_order)}
     if reference is not None:
         checkpoints[REFERENCE] = open_checkpoint(resolve_model(reference, source, log=log))
+    for found in checkpoints.values():
+        require_computed(found.config, "evaluate")
     sources = {name: weight_source(found, weights) for name, found in checkpoints.items()}
     config = checkpoints[MODEL].config
     tokenizer = Tokenizer(checkpoints[MODEL].path, config.raw)

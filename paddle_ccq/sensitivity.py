@@ -25,6 +25,7 @@ from .command import no_message, run_command, to_stderr
 from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError
 from .host import default_threads, require_paddle
+from .models.support import require_computed
 from .ops import gpu_library
 from .texts.documents import read_texts
 
@@ -77,6 +78,7 @@ def sensitivity(
 
     texts = read_texts(local_text(calibration), "--calibration")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log))
+    require_computed(checkpoint.config, "sensitivity")
     for message in checkpoint.messages:
         log(message)
     if checkpoint.is_quantized:

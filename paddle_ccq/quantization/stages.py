@@ -27,6 +27,7 @@ from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
 from ..families.config import CCQ, CONFIG_FILE
+from ..models.support import require_computed
 from ..targets.recipe import Recipe
 from . import report
 from .job import Job
@@ -128,6 +129,9 @@ def planned(job: Job) -> Plan:
     """The plan before costs are measured; everything that can be refused now is refused."""
     assert job.config is not None
     wanted, options = job.wanted, job.options.plan(job.config)
+    for flag, asked in (("--calibration", job.calibration), ("--allocate", wanted)):
+        if asked is not None:
+            require_computed(job.config, flag)
     if not options.target.dense_formats and job.config.of_source is None:
         # What is not quantized keeps its dtype, which its files know, or config.json.
         job.config = source_tensors.complete(job.config, job.source)
