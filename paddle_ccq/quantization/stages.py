@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import reporting
 from ..allocation.costs import Sensitivities
+from ..allocation.probing import Execution
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
 from ..checkpoint import source_tensors
@@ -27,6 +28,7 @@ from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
 from ..families.config import CCQ, CONFIG_FILE
+from ..host import thread_count
 from ..models.support import require_computed
 from ..targets.recipe import Recipe
 from . import report
@@ -196,15 +198,10 @@ def _measured(job: Job, checkpoint: Checkpoint, workplace: Workplace) -> Sensiti
     options = job.options
     shown = not options.quiet and sys.stderr.isatty()
     with reporting.Progress("layers", checkpoint.config.num_hidden_layers, shown) as progress:
+        threads = thread_count(options.threads)
+        execution = Execution(threads, options.device, workplace.folder, progress)
         return job.wanted.measure(
-            checkpoint,
-            model_name(job.model),
-            job.calibration,
-            workplace.folder,
-            restart=options.restart,
-            progress=progress,
-            threads=options.threads,
-            device=options.device,
+            checkpoint, model_name(job.model), job.calibration, execution, restart=options.restart
         )
 
 
