@@ -27,6 +27,7 @@ from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
 from .errors import CcqError, visible
+from .families.registry import ASKED
 from .families.tensor import Role
 from .targets.inspect import inspect
 from .targets.inspection import Inspection, other_order
@@ -95,7 +96,9 @@ def verify(
 def _reference(
     reference: str | os.PathLike[str], inspection: Inspection, source: str | None
 ) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr))
+    name = inspection.config.family.name
+    asked = name if name in ASKED else None
+    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr), family=asked)
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")

@@ -230,11 +230,14 @@ class Checkpoint:
             raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None
 
 
-def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: str | os.PathLike[str], row_order: str | None = None, family: str | None = None
+) -> Checkpoint:
     """Open a checkpoint folder and check that every tensor of the model is there.
 
     `row_order` ("fastdeploy-2.1" or "plain") says how WINT2 input rows are ordered where the
-    checkpoint itself does not.
+    checkpoint itself does not. `family` is one of families.registry.ASKED; None: config.json
+    decides.
     """
     path = snapshot_folder(Path(folder))
     if not path.exists():
@@ -252,7 +255,7 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
             " are for serving, use the one they were cut from"
         )
     check_regular(path)
-    config = read_config(path)
+    config = read_config(path, family=family)
     return Checkpoint(path, config, TensorFolder(path), row_order)
 
 

@@ -151,7 +151,7 @@ def _reason(config: ModelConfig, name: str, copies: dict[str, str]) -> str:
     return config.family.why_unexpected(config, name)
 
 
-def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
+def config_of_folder(folder: Path, family: str | None = None) -> tuple[ModelConfig, list[str]]:
     """The config of a model folder, whose weights decide what it leaves open if they are there.
 
     The messages say what was found, or assumed without weights.
@@ -159,7 +159,7 @@ def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
     Raises:
         CcqError: if config.json can't be used, or contradicts the weights on the head.
     """
-    config = read_config(folder)
+    config = read_config(folder, family=family)
     try:
         tensors = TensorFolder(folder)
         naming = config.family.detect_naming(tensors.names(), folder)

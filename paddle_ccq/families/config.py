@@ -74,6 +74,11 @@ class ModelConfig:
         """Numbers of the layers for multi-token prediction that count on from the others."""
         return range(0)
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a packed checkpoint's quantization_config must hold to be read again."""
+        return {}
+
     def spell_out(self, result: dict[str, Any]) -> None:
         """Add to an output's fields what they leave open, so that all loaders build this model."""
 

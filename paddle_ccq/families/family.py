@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,8 @@ class Family:
         keeps_others: tensors that it does not name are kept as they are; else they are refused.
         is_mine: of a family that keeps others, whether an on-disk name can only be that of a routed
             expert, so that it is refused where config.json does not call for it.
+        discover: of a family without shapes of its own, (config, shape by on-disk name) -> the
+            config with what is stored.
         examples: what its tensors are called, for the message that none was found.
     """
 
@@ -86,6 +88,7 @@ class Family:
     wint4_end_layer: Callable[[Any], int] = lambda _: -1
     model_types: tuple[str, ...] = ()
     keeps_others: bool = False
+    discover: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     is_mine: Callable[[str], bool] = lambda _: False
 
     def naming(self, name: str) -> Naming:

@@ -18,6 +18,7 @@ from ..codec.formats import DEFAULT_EXPERTS
 from ..encoder.base import DEVICES, ENCODERS, PRESETS
 from ..errors import CcqError
 from ..families.config import ModelConfig
+from ..families.registry import ASKED
 from ..host import thread_count
 from ..targets.outputs import TargetChoice
 
@@ -32,6 +33,7 @@ class QuantizeOptions:
         format: of routed experts, one of codec.formats.EXPERT_FORMATS.
         target: whose layout is written, one of targets.outputs.TARGETS; None: FastDeploy's for
             ERNIE-4.5 text models, Hugging Face's for all others.
+        family: "generic" for a model of no known family, whose experts are found by their names.
         preset, encoder: time against error; the search, or the paper's algorithm.
         calibration: a file of text or a data set's hub id; None encodes without data.
         calibration_tokens, calibration_weights: see calibration/settings.py.
@@ -57,6 +59,7 @@ class QuantizeOptions:
 
     format: str = DEFAULT_EXPERTS
     target: str | None = None
+    family: str | None = None
     preset: str = "default"
     encoder: str = "search"
     calibration: PathLike | None = None
@@ -88,6 +91,8 @@ class QuantizeOptions:
             if value not in allowed:
                 raise CcqError(f"{flag} {value}: not one of {', '.join(allowed)}")
         thread_count(self.threads)
+        if self.family not in (None, *ASKED):
+            raise CcqError(f"--family {self.family}: not one of {', '.join(ASKED)}")
         _ = self.target_choice
 
     @property
