@@ -129,8 +129,8 @@ def _check_allowed(
         )
     if tensor.is_dense and not dense_formats:
         raise CcqError(
-            f"{where} touches {tensor.name}, a dense linear layer: with this --target everything but"
-            " the routed experts stays as it is; make the pattern narrower"
+            f"{where} touches {tensor.name}, a dense linear layer: with this --target everything"
+            " but the routed experts stays as it is; make the pattern narrower"
         )
     allowed = (*WIDER_EXPERT_FORMATS, expert_format) if tensor.is_expert else dense_formats
     if rule.format not in allowed:
