@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -22,7 +23,7 @@ from paddle_ccq.dequantize import dequantize
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.registry import read_config
 from paddle_ccq.quantize import main, quantize
-from paddle_ccq.targets.fastdeploy.inspection import Inspection
+from paddle_ccq.targets.inspect import inspect
 from paddle_ccq.verify import verify
 
 CONFIG = tiny_config(num_nextn_predict_layers=1)
@@ -155,7 +156,7 @@ def test_a_layer_that_was_never_published_is_taken_as_none(tmp_path, output):
     (tmp_path / "out" / "config.json").write_text(
         json.dumps({**config_of(tmp_path / "out"), "num_nextn_predict_layers": 1})
     )
-    assert not Inspection(tmp_path / "out").config.num_nextn_predict_layers
+    assert not inspect(tmp_path / "out").config.num_nextn_predict_layers
 
 
 @pytest.mark.parametrize("name", ["mtp_linear_proj.0", "mtp_block.0.mlp.up_proj"])
@@ -189,3 +190,77 @@ def test_what_computes_tokens_does_not_hold_it(source):
         **config.raw,
         "num_nextn_predict_layers": 0,
     }
+
+
+# --- other families ---
+
+
+def with_layer(folder: Path, case: str) -> set[str]:
+    """A tiny model of a family with random tensors of its layer for prediction; their names."""
+    from helpers import family_models
+
+    config = {**family_models.by_name(case).config}
+    rng = np.random.default_rng(1)
+    model = read_config(config)
+    tensors, added = {}, set()
+    for tensor in model.tensors.values():
+        for part in tensor.sources["pt"].parts:
+            values = rng.standard_normal(part.shape).astype(np.float32) * 0.05
+            tensors[part.name] = values.astype(ml_dtypes.bfloat16)
+            if model.is_prediction(tensor):
+                added.add(part.name)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tensors(folder, tensors, shards=2)
+    return added
+
+
+@pytest.mark.parametrize("case", ["deepseek-v3", "glm-4.5"])
+def test_a_layer_with_experts_is_kept_with_its_experts_packed(tmp_path, case):
+    added = with_layer(tmp_path / "source", case)
+    assert any(".experts." in name for name in added)
+    assert any(name.endswith(".eh_proj.weight") for name in added)
+    for folder, drop in (("kept", False), ("dropped", True)):
+        quantize(tmp_path / "source", tmp_path / folder, **OPTIONS, drop_mtp=drop)
+        result = verify(tmp_path / folder, tmp_path / "source")
+        assert result.sound, result.problems
+    source = written(tmp_path / "source")
+    kept, dropped = written(tmp_path / "kept"), written(tmp_path / "dropped")
+    layer = f"layers.{read_config(config_of(tmp_path / 'source')).num_hidden_layers}."
+    extra = {name for name in kept if layer in name}
+    assert {name for name in added if ".experts." not in name} < extra
+    for name in extra & added:
+        np.testing.assert_array_equal(kept[name].view(np.uint16), source[name].view(np.uint16))
+    packed = {name for name in extra - added if ".experts." in name}
+    assert packed == extra - added and any(name.endswith(".super_scales") for name in packed)
+    assert dropped.keys() == kept.keys() - extra
+    for name, value in dropped.items():
+        np.testing.assert_array_equal(value.view(np.uint8), kept[name].view(np.uint8))
+    assert config_of(tmp_path / "kept")["num_nextn_predict_layers"] == 1
+    assert config_of(tmp_path / "dropped")["num_nextn_predict_layers"] == 0
+    modules = config_of(tmp_path / "kept")["quantization_config"]["experts"].keys()
+    left = config_of(tmp_path / "dropped")["quantization_config"]["experts"].keys()
+    assert modules - left == {f"model.{layer}mlp.experts"}
+
+
+def test_a_layer_of_a_place_of_its_own_is_dropped_whole(tmp_path):
+    from helpers import family_models
+
+    config = {**family_models.by_name("qwen3.5-moe").config, "mtp_num_hidden_layers": 1}
+    model = read_config(config)
+    names = {n for n, t in model.tensors.items() if model.is_prediction(t)}
+    assert {"mtp.fc.weight", "mtp.norm.weight"} < names
+    assert all(name.startswith("mtp.") for name in names)
+    without = model.without_mtp()
+    assert set(model.tensors) - set(without.tensors) == names
+    assert without.raw["mtp_num_hidden_layers"] == 0
+    assert without.moe_layers() == list(range(model.num_hidden_layers))
+    nested = read_config(
+        {
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "model_type": "qwen3_5_moe",
+            "text_config": {k: v for k, v in config.items() if k != "architectures"},
+        }
+    )
+    assert nested.without_mtp().raw["text_config"]["mtp_num_hidden_layers"] == 0
+    assert nested.raw["text_config"]["mtp_num_hidden_layers"] == 1

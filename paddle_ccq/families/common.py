@@ -60,12 +60,20 @@ class MoeConfig(ModelConfig):
     def is_moe_layer(self, layer: int) -> bool:
         return layer in self.sparse
 
+    def with_tie(self, tied: bool) -> MoeConfig:
+        """As for all models, but config.json stays as it is: loaders have this family's default."""
+        return replace(self, tie_word_embeddings=tied, tie_stated=True)
+
+    def without_mtp(self) -> MoeConfig:
+        rest = self.sparse - set(self.prediction_layers)
+        return replace(super().without_mtp(), sparse=rest)
+
     def moe_layers(self) -> list[int]:
         return sorted(self.sparse)
 
     @property
-    def extra_layers(self) -> range:
-        """The numbers of the layers for multi-token prediction, which follow on the others."""
+    def prediction_layers(self) -> range:
+        """Those of all these families do."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -178,7 +186,9 @@ def make_family(
     model_types: Sequence[str] = (),
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
-    read = keys or Keys()
+    read, places = keys or Keys(), {layout.experts, layout.stacked}
+    # Where layers for multi-token prediction have a place of their own, all of it is theirs.
+    apart = layout.extra_place.partition(".")[0]
 
     def parse(fields: Fields, family: Family, _: list[str] | None) -> MoeConfig:
         return _parse(fields, family, read, layout)
@@ -195,9 +205,11 @@ def make_family(
         embedding=lambda config: f"{layout.prefix(config)}embed_tokens.weight",
         head="lm_head.weight",
         examples=f"model.layers.0.{layout.experts}.0.{layout.projections[0]}.weight",
+        is_mtp=lambda name: bool(apart) and name.startswith(f"{apart}."),
+        mtp_keys=read.extra_layers,
         model_types=tuple(model_types),
         keeps_others=True,
-        is_mine=lambda name: f".{layout.experts}." in name,
+        is_mine=lambda name: any(f".{place}." in name for place in places),
         why_unexpected=_why_unexpected,
     )
 
@@ -254,7 +266,7 @@ def _parse(fields: Fields, family: Family, keys: Keys, layout: Layout) -> MoeCon
         sparse=frozenset(),
     )
     sparse = frozenset(layout.sparse(config)) if experts else frozenset()
-    extra = frozenset(config.extra_layers) if sparse else frozenset()
+    extra = frozenset(config.prediction_layers) if sparse else frozenset()
     return replace(config, sparse=sparse | extra)
 
 
