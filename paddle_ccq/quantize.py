@@ -72,6 +72,11 @@ def build_parser() -> Arguments:
         action="store_true",
         help="wint4 in any layers; FastDeploy then needs our plugin",
     )
+    add(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out the layers for multi-token prediction, which speculative decoding needs",
+    )
     _add_run(parser)
     parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})
     return parser

@@ -102,7 +102,10 @@ def _reference(
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
-    wanted, given = inspection.config.tensors.shapes, checkpoint.config.tensors.shapes
+    model = checkpoint.config
+    if not inspection.config.num_nextn_predict_layers:
+        model = model.without_mtp()  # the checkpoint may have been written without these layers
+    wanted, given = inspection.config.tensors.shapes, model.tensors.shapes
     if wanted != given:
         name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
         raise CcqError(f"--reference {reference}: another model; the two differ in {name}")

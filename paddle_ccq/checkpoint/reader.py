@@ -27,7 +27,7 @@ from .source_tensors import KEPT_NAMING
 from .sources.locate import locate
 from .sources.scheme import SourceScheme
 from .sources.stored import StoredWeight
-from .unexpected import pass_over, resolve_head
+from .unexpected import pass_over, resolve_head, resolve_mtp
 
 # Our own key in config.json; FastDeploy does not look at it.
 PROVENANCE_KEY = "paddle_ccq"
@@ -61,11 +61,12 @@ class Checkpoint:
         self.scheme = SourceScheme.read(config.raw, path / CONFIG_FILE)
         self.naming = config.family.detect_naming(tensors.names(), path)
         config, messages = resolve_head(config, tensors, self.naming)
-        self.config = config
+        self.config, more = resolve_mtp(config, tensors)
         if config.family.keeps_others:
             packed = packed_tensors(tensors)
             self.config = source_tensors.of_folder(config, self.scheme, tensors, packed)
-        self.messages = [*tensors.messages, self.naming.description, *config.notes, *messages]
+        messages = [*config.notes, *messages, *more]
+        self.messages = [*tensors.messages, self.naming.description, *messages]
         self._entries = _plan(self)
         self.is_quantized = any(entry.packed for entry in self._entries.values())
         self.row_order = _row_order(self, row_order)
@@ -78,6 +79,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Canonical names, in model order."""
         return list(self._entries)
+
+    def model_names(self) -> list[str]:
+        """Names of what computes a token: all but the layers for multi-token prediction."""
+        tensors = self.config.tensors
+        return [name for name in self.names() if not self.config.is_prediction(tensors[name])]
 
     def format_of(self, name: str) -> str:
         """ "bf16" for any float, else the name of the packed format."""

@@ -64,6 +64,10 @@ class MoeConfig(ModelConfig):
         """As for all models, but config.json stays as it is: loaders have this family's default."""
         return replace(self, tie_word_embeddings=tied, tie_stated=True)
 
+    def without_mtp(self) -> MoeConfig:
+        rest = self.sparse - set(self.prediction_layers)
+        return replace(super().without_mtp(), sparse=rest)
+
     def moe_layers(self) -> list[int]:
         return sorted(self.sparse)
 
@@ -183,6 +187,8 @@ def make_family(
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
     read, places = keys or Keys(), {layout.experts, layout.stacked}
+    # Where layers for multi-token prediction have a place of their own, all of it is theirs.
+    apart = layout.extra_place.partition(".")[0]
 
     def parse(fields: Fields, family: Family, _: list[str] | None) -> MoeConfig:
         return _parse(fields, family, read, layout)
@@ -199,6 +205,8 @@ def make_family(
         embedding=lambda config: f"{layout.prefix(config)}embed_tokens.weight",
         head="lm_head.weight",
         examples=f"model.layers.0.{layout.experts}.0.{layout.projections[0]}.weight",
+        is_mtp=lambda name: bool(apart) and name.startswith(f"{apart}."),
+        mtp_keys=read.extra_layers,
         model_types=tuple(model_types),
         keeps_others=True,
         is_mine=lambda name: any(f".{place}." in name for place in places),

@@ -58,7 +58,8 @@ class Family:
         tensors: the tensors of a parsed config, in model order.
         embedding: of a config, the canonical name of the embedding.
         head: the canonical name of the output head, which may be the same matrix.
-        is_mtp: whether an on-disk name belongs to a head that is not used.
+        is_mtp: whether an on-disk name belongs to a layer for multi-token prediction.
+        mtp_keys: entries of config.json that say how many such layers there are.
         table: (config, on-disk name) -> the values of a stored table that follows from the config;
             None for every other tensor.
         why_unexpected: (config, on-disk name) -> why a stored tensor that the model does not have
@@ -83,6 +84,7 @@ class Family:
     head: str
     examples: str
     is_mtp: Callable[[str], bool] = lambda _: False
+    mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers",)
     table: Callable[[Any, str], Sequence[float] | None] = _none
     why_unexpected: Callable[[Any, str], str] = _unexpected
     wint4_end_layer: Callable[[Any], int] = lambda _: -1

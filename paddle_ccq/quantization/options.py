@@ -44,6 +44,7 @@ class QuantizeOptions:
         allocate: a size such as "2.3bpw" or "100GB" that formats of MoE layers are chosen for.
         sensitivity: a file of costs for `allocate`; None measures them in this run.
         allow_plugin_layout: wint4 in any layers, which FastDeploy needs our plugin for.
+        drop_mtp: leave out the layers for multi-token prediction.
         max_shard_size: bytes of one file, or a size such as "5GB".
         threads: of the encoder; None takes all processors. Bytes do not depend on it.
         device: "cpu" or "gpu"; where codes are searched. Bytes do not depend on it.
@@ -72,6 +73,7 @@ class QuantizeOptions:
     allocate: str | int | None = None
     sensitivity: PathLike | None = None
     allow_plugin_layout: bool = False
+    drop_mtp: bool = False
     max_shard_size: str | int = "5GB"
     threads: int | None = None
     device: str = "cpu"

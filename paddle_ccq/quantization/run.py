@@ -137,6 +137,8 @@ class QuantizeRun:
             "max_shard_size": plan.max_shard_bytes,
             "allow_nonfinite": options.allow_nonfinite,
         }
+        if options.drop_mtp:
+            chosen["drop_mtp"] = True
         if self.recipe.calibration:
             chosen["calibration"] = self.recipe.calibration
         if self.recipe.allocation:

@@ -99,6 +99,16 @@ def resolve(job: Job) -> None:
     job.source = resolve_model(job.model, job.options.source, job.options.revision, log=job.say)
     check_regular(job.source)
     job.config, _ = config_of_folder(job.source, job.options.family)
+    if job.options.drop_mtp:
+        job.say(drop_mtp(job))
+
+
+def drop_mtp(job: Job) -> str:
+    """Take the layers for multi-token prediction out of the model; the message for the user."""
+    assert job.config is not None
+    whole, job.config = job.config, job.config.without_mtp()
+    left_out = len(whole.tensors) - len(job.config.tensors)
+    return f"--drop-mtp: {left_out} tensors for multi-token prediction are left out"
 
 
 def resolve_locally(job: Job) -> None:
@@ -115,6 +125,8 @@ def resolve_locally(job: Job) -> None:
     job.source = folder
     job.config, assumed = config_of_folder(folder, job.options.family)
     job.notes = (*job.config.notes, *assumed)
+    if job.options.drop_mtp:
+        job.notes = (*job.notes, drop_mtp(job))
     where = folder / CONFIG_FILE if folder.is_dir() else folder
     SourceScheme.read(job.config.raw, where)
     quantization = job.config.raw.get("quantization_config") or {}
