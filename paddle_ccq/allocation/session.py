@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from rich.table import Table
 from .. import reporting
 from ..calibration.session import CalibrationRequest
 from ..calibration.settings import ROUTER
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan, rule_forced_layers
 from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
 from ..checkpoint.rules import Rule
@@ -21,8 +20,8 @@ from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
 from ..codec import formats
 from ..codec.formats import FORMATS
 from ..errors import CcqError
+from ..families.ernie45 import ErnieConfig
 from ..families.tensor import Role
-from ..host import default_threads
 from ..units import gigabytes
 from .costs import (
     PROJECTIONS,
@@ -31,11 +30,9 @@ from .costs import (
     model_shape,
     weights_sha256,
 )
-from .probing import Probing, perturbed_bytes, perturbed_count
+from .probing import Execution, Probing, perturbed_bytes, perturbed_count
 from .resolve import HIGH, Allocation, allocate_layers
 from .target import Target, parse_target
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -88,14 +85,11 @@ class AllocationRequest:
         checkpoint: Checkpoint,
         model_name: str,
         calibration: CalibrationRequest,
-        folder: Path,
+        execution: Execution,
         *,
         restart: bool,
-        progress: Progress,
-        threads: int | None,
-        device: str,
     ) -> Sensitivities:
-        """The costs, measured now or by the interrupted run that is going on in `folder`."""
+        """The costs, measured now or by the interrupted run that is going on in the folder."""
         from ..calibration.text import read_calibration_text
         from .measure import measure
 
@@ -103,6 +97,8 @@ class AllocationRequest:
         # Costs are always measured with routing weights, which need no further pass.
         settings = replace(calibration.settings, tokens=fewer, token_weights=ROUTER)
         text = read_calibration_text(calibration.texts, checkpoint, settings)
+        folder = execution.folder
+        assert folder is not None
         path = folder / SENSITIVITY_FILE
         if path.exists():
             found = load_sensitivities(path, "its")
@@ -119,17 +115,7 @@ class AllocationRequest:
                 " allocated from these weights and this calibration. Repeat that command to finish"
                 " it, or add --restart to start over"
             )
-        found = measure(
-            checkpoint,
-            model_name,
-            text,
-            settings,
-            self.probing,
-            threads or default_threads(),
-            folder,
-            progress,
-            device,
-        )
+        found = measure(checkpoint, model_name, text, settings, self.probing, execution)
         write_file(path, json_bytes(found.as_dict()))
         return found
 

@@ -30,6 +30,7 @@ class Role(Enum):
     NORM = "a norm"
     EMBEDDING = "the embedding"
     HEAD = "the output head"
+    OTHER = "another tensor"
 
 
 DENSE_ROLES = frozenset({Role.SHARED_EXPERT, Role.ATTENTION, Role.MLP})
@@ -68,18 +69,36 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A place in a tensor of three dimensions that holds a matrix of every expert.
+
+    Attributes:
+        shape: of the whole stored tensor: [experts, out, in].
+        index: the expert's place along the first axis.
+        rows: of the expert's matrix, with a beginning and an end; None: all of them.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    index: int
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """One tensor on disk: its name, its shape, and the canonical columns that it holds.
 
     Attributes:
         columns: None for tensors that are stored whole.
         aliases: names under which other programs store the same tensor.
+        stacked: where the same values lie in checkpoints that stack the matrices of all experts.
     """
 
     name: str
     shape: tuple[int, ...]
     columns: slice | None = None
     aliases: tuple[str, ...] = ()
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +108,14 @@ class Storage:
     Attributes:
         packed: what the names of a packed matrix' tensors begin with, before `.quant_weight` and
             the other suffixes.
+        packed_here: the same in checkpoints that keep the naming for everything else too; "" where
+            it is no other.
     """
 
     parts: tuple[Source, ...]
     transposed: bool
     packed: str
+    packed_here: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,10 @@ class TensorSpec:
         projection: which one of its role it is in its place: a projection, or which norm.
         cut: how it is cut for tensor parallelism; None for what every rank holds whole.
         sources: on disk, by naming (Family.namings).
+        optional: a checkpoint may lack it, as some do that of a layer for multi-token prediction.
+        kept: (name, safetensors dtype, shape) of the tensors that hold it as the source has it, in
+            the naming "pt"; and source_bytes: what it takes there. The source's files, or
+            config.json, say so (checkpoint/source_tensors.py).
     """
 
     name: str
@@ -120,6 +146,11 @@ class TensorSpec:
     expert: int | None = None
     cut: Cut | None = None
     sources: Mapping[str, Storage] = field(default_factory=dict, repr=False, compare=False)
+    optional: bool = False
+    kept: tuple[tuple[str, str, tuple[int, ...]], ...] = field(
+        default=(), repr=False, compare=False
+    )
+    source_bytes: int = field(default=0, repr=False, compare=False)
 
     @property
     def is_expert(self) -> bool:

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ...checkpoint.config import ErnieConfig
 from ...checkpoint.plan import WIDER, Plan, PlanOptions, make_plan
 from ...checkpoint.safetensors_format import StoredSpec
 from ...codec import formats
 from ...codec.formats import stored_order
 from ...codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ...errors import CcqError
-from ...families.ernie45 import PADDLE
+from ...families.ernie45 import PADDLE, ErnieConfig
 from ...families.tensor import EXACT_ROLES, TensorSpec
 from ...reporting import ranges
 
+# Of --target.
+NAME = "fastdeploy"
 # The row order that its kernels expect, by --fastdeploy-layout.
 ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
 # Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
@@ -45,6 +46,14 @@ class FastDeploy:
         if self.fastdeploy_layout not in ROW_ORDERS:
             known = ", ".join(ROW_ORDERS)
             raise CcqError(f"--fastdeploy-layout {self.fastdeploy_layout}: not one of {known}")
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    @property
+    def dense_formats(self) -> tuple[str, ...]:
+        return formats.DENSE_FORMATS
 
     @property
     def shard_metadata(self) -> Mapping[str, str]:
