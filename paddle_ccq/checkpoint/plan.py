@@ -3,83 +3,82 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..errors import CcqError
 from ..families.config import ModelConfig
-from ..families.tensor import Cut, Role, TensorSpec
+from ..families.tensor import Role, TensorSpec
+from .planned import BASE_MEMORY, PlannedTensor, Shard, split, working_bytes
 from .rules import DefaultFormat, Rule, forced_layers, layer_formats, matching_rules
-from .safetensors_format import StoredSpec, shard_name, tensor_bytes
-from .target import Target
+from .safetensors_format import StoredSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # The format of dense linear layers, and the wider format of experts.
 DENSE, WIDER = "wint8", "wint4"
-# What is written as the source has it, in any dtype, scales included.
-KEPT = "kept"
-_UNQUANTIZED = ("bf16", "f32", KEPT)
-
-# Interpreter and libraries, before any tensor is read.
-BASE_MEMORY = 150_000_000
-# Bytes of host memory per weight at the worst moment, beside the output: stored values and float32,
-# or float32, a re-ordered copy and one encoder slice (quantized); measured 8.4 with the output.
-QUANTIZED_BYTES_PER_WEIGHT = 9
-UNQUANTIZED_BYTES_PER_WEIGHT = 4
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the model with its format and stored tensors; all ranks have the same shapes."""
-
-    index: int
-    tensor: TensorSpec
-    format: str  # "f32", "bf16" and KEPT are not quantized
-    specs: tuple[StoredSpec, ...]  # of one rank
+class Target(Protocol):
+    """The interface through which a plan knows the engine that it is made for (targets/)."""
 
     @property
     def name(self) -> str:
-        """The canonical name."""
-        return self.tensor.name
+        """What `--target` calls it."""
+        ...
 
     @property
-    def layer(self) -> int | None:
-        return self.tensor.layer
+    def shard_metadata(self) -> Mapping[str, str]:
+        """The metadata of every weight file."""
+        ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The canonical shape of the whole tensor."""
-        return self.tensor.shape
+    def dense_formats(self) -> tuple[str, ...]:
+        """What dense linear layers may become, the default first; nothing: they are kept."""
+        ...
 
-    @property
-    def cut(self) -> Cut | None:
-        return self.tensor.cut
+    def with_any_layers(self) -> Target:
+        """The same target, but with any format of experts allowed in any layer."""
+        ...
 
-    @property
-    def quantized(self) -> bool:
-        return self.format not in _UNQUANTIZED
+    def row_order(self, format: str) -> str:
+        """The order in which rows of a format are stored (codec/row_order.py)."""
+        ...
 
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
+    def unquantized_format(self, tensor: TensorSpec) -> str:
+        """How a tensor is stored that is never quantized: "f32", "bf16" or KEPT."""
+        ...
 
-    @property
-    def rank_bytes(self) -> int:
-        return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.specs)
+    def stored(
+        self, tensor: TensorSpec, format: str, shape: tuple[int, ...]
+    ) -> tuple[StoredSpec, ...]:
+        """The stored tensors of a tensor in a format; `shape` is a rank's."""
+        ...
 
+    def shape_problem(self, format: str, shape: tuple[int, ...]) -> str | None:
+        """Why a tensor cannot take a format, in plain words; None if it can."""
+        ...
 
-@dataclass(frozen=True)
-class Shard:
-    """One output file of every rank and the tensors that it holds, in order."""
+    def check_layers(self, formats: Mapping[int, str]) -> None:
+        """Refuse formats of MoE layers that the engine cannot load; there may be no such layer."""
+        ...
 
-    name: str
-    tensors: tuple[PlannedTensor, ...]
+    def model_notes(self, config: ModelConfig) -> list[str]:
+        """Notes on what the engine cannot do with a model whose checkpoint can be written."""
+        ...
 
-    @property
-    def specs(self) -> list[StoredSpec]:
-        return [spec for planned in self.tensors for spec in planned.specs]
+    def plan_notes(self, plan: Plan) -> list[str]:
+        """Notes about the engine for the user of a plan."""
+        ...
+
+    def facts(self, plan: Plan) -> list[tuple[str, str]]:
+        """The engine's own lines in the table of a dry run."""
+        ...
+
+    def choices(self, plan: Plan) -> dict[str, Any]:
+        """The target's choices that decide the bytes of the output, for the journal."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -218,15 +217,7 @@ class Plan:
 
     def peak_memory(self) -> int:
         """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
-        return BASE_MEMORY + max(map(_working_bytes, self.tensors))
-
-
-def _working_bytes(planned: PlannedTensor) -> int:
-    """Bytes of host memory that a tensor takes on its way, its output included."""
-    if planned.format == KEPT:
-        return planned.rank_bytes
-    each = QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else UNQUANTIZED_BYTES_PER_WEIGHT
-    return planned.weights * each + planned.rank_bytes
+        return BASE_MEMORY + max(map(working_bytes, self.tensors))
 
 
 def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
@@ -260,7 +251,7 @@ def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
         options=options,
         format=options.format if experts else DENSE,
         tensors=tensors,
-        shards=_split(tensors, options.max_shard_bytes),
+        shards=split(tensors, options.max_shard_bytes),
         reasons=reasons,
     )
     return replace(plan, messages=tuple(_messages(plan)))
@@ -352,17 +343,3 @@ def _planned(
     cut, shape = tensor.cut, tensor.shape
     rank_shape = cut.rank_shape(shape, size) if cut and size > 1 else shape
     return PlannedTensor(index, tensor, format, target.stored(tensor, format, rank_shape))
-
-
-def _split(tensors: Sequence[PlannedTensor], max_bytes: int) -> tuple[Shard, ...]:
-    """Shards of at most `max_bytes`; the tensors of one matrix stay together."""
-    groups: list[list[PlannedTensor]] = []
-    budget = -1
-    for planned in tensors:
-        if not groups or planned.rank_bytes > budget:
-            groups.append([])
-            budget = max_bytes
-        groups[-1].append(planned)
-        budget -= planned.rank_bytes
-    count = len(groups)
-    return tuple(Shard(shard_name(i, count), tuple(group)) for i, group in enumerate(groups))

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.plan import Plan
-from ..checkpoint.target import Target
+from ..checkpoint.plan import Plan, Target
 from ..errors import CcqError
 from ..families.config import ModelConfig
 from ..families.ernie45 import ERNIE45
