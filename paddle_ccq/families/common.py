@@ -87,6 +87,7 @@ class Part:
 
     Attributes:
         shape: as it is stored.
+        optional: a checkpoint may lack it.
         alias: the name in checkpoints that transformers writes in its own layout.
     """
 
@@ -301,14 +302,13 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
     last = config.num_hidden_layers + config.num_nextn_predict_layers
     for layer in range(last):
         place = f"{prefix}layers.{{layer}}."
-        optional = layer >= config.num_hidden_layers
-        if optional and layout.extra_place:
+        if layer >= config.num_hidden_layers and layout.extra_place:
             place = layout.extra_place.format(number=layer - config.num_hidden_layers)
         for part in layout.layer(config, layer):
-            yield _plain(part, place, layer, optional)
+            yield _plain(part, place, layer)
         if config.is_moe_layer(layer):
             for expert in range(config.moe_num_experts):
-                yield from expert_tensors(config, layout, place, layer, expert, optional)
+                yield from expert_tensors(config, layout, place, layer, expert)
     yield _plain(Part(f"{prefix}norm.weight", (config.hidden_size,), Role.NORM))
     if not config.tie_word_embeddings:
         yield _plain(Part("lm_head.weight", size, Role.HEAD))
@@ -319,9 +319,7 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
 _DENSE = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 
 
-def _plain(
-    part: Part, place: str = "", layer: int | None = None, optional: bool = False
-) -> TensorSpec:
+def _plain(part: Part, place: str = "", layer: int | None = None) -> TensorSpec:
     template = place + part.name if layer is not None else starred(part.name)
     name = (place + part.name).format(layer=layer) if layer is not None else part.name
     alias = (place + part.alias).format(layer=layer) if part.alias else None
@@ -336,12 +334,12 @@ def _plain(
         part.name.removesuffix(".weight"),
         layer,
         sources={NAMING: storage},
-        optional=optional or part.optional,
+        optional=part.optional,
     )
 
 
 def expert_tensors(
-    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int, optional: bool = False
+    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int
 ) -> Iterator[TensorSpec]:
     """The two matrices of a routed expert; `place` stands before the experts' module."""
     experts, hidden, width = (
@@ -381,5 +379,4 @@ def expert_tensors(
             expert,
             cut,
             {NAMING: Storage(sources, True, own + packed)},
-            optional,
         )
