@@ -222,7 +222,8 @@ def test_layers_for_prediction_can_be_left_out(made, tmp_path):
     assert {n: v.tobytes() for n, v in stored(tmp_path / "output").items()} == {
         n: v.tobytes() for n, v in expected.items()
     }
-    assert (
+    config = json.loads((tmp_path / "output/config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
         json.loads((tmp_path / "output/config.json").read_text())["num_nextn_predict_layers"] == 0
     )
 
