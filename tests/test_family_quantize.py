@@ -224,8 +224,6 @@ def test_layers_for_prediction_can_be_left_out(made, tmp_path):
     }
     config = json.loads((tmp_path / "output/config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
-        json.loads((tmp_path / "output/config.json").read_text())["num_nextn_predict_layers"] == 0
-    )
 
 
 def test_kimi_from_int4(made, tmp_path):
