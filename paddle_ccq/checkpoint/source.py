@@ -72,6 +72,11 @@ _VARIANTS = {"": "", "base": "-Base", "pt": "-PT", "paddle": "-Paddle"}
 # Published under names that do not follow the pattern.
 _OTHERS = (
     "ERNIE-4.5-21B-A3B-Thinking",
+    "ERNIE-4.5-VL-28B-A3B-PT",
+    "ERNIE-4.5-VL-28B-A3B-Base-PT",
+    "ERNIE-4.5-VL-28B-A3B-Thinking",
+    "ERNIE-4.5-VL-424B-A47B-PT",
+    "ERNIE-4.5-VL-424B-A47B-Base-PT",
     "ERNIE-4.5-300B-A47B-2Bits-Paddle",
     "ERNIE-4.5-300B-A47B-2Bits-TP2-Paddle",
     "ERNIE-4.5-300B-A47B-2Bits-TP4-Paddle",
