@@ -642,3 +642,45 @@ def test_another_target_or_family_is_another_run(tmp_path, monkeypatch):
             quantize(tmp_path / "source", tmp_path / "output", **OPTIONS)
     with pytest.raises(CcqError, match="--target null then, huggingface now"):
         quantize(tmp_path / "source", tmp_path / "output", target="huggingface", **OPTIONS)
+
+
+# --- config.json and tensors of published kinds ---------------------------------------------------
+
+
+def fp8_source(plain: Made, folder: Path, config: dict[str, Any], more: Tensors) -> Path:
+    """The source with its experts in FP8."""
+    tensors = stored(plain.source)
+    for name in [n for n in tensors if ".experts." in n]:
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensors[name].astype(np.float32))
+    return write_source(folder, config, tensors | more)
+
+
+def test_the_entry_may_lie_in_text_config(made, tmp_path):
+    plain = made(by_name("qwen3.5-moe-vision"))
+    config = json.loads(json.dumps(plain.case.config))
+    config["text_config"]["quantization_config"] = FP8_CONFIG
+    source = fp8_source(plain, tmp_path / "source", config, {})
+    quantize(source, tmp_path / "output", **OPTIONS)
+    entry = entry_of(tmp_path / "output")
+    assert entry["source_quantization_config"] == FP8_CONFIG
+    written = json.loads((tmp_path / "output/config.json").read_text())
+    assert "quantization_config" not in written["text_config"]
+    assert verify(tmp_path / "output", source).sound
+    dequantize(tmp_path / "output", tmp_path / "float", log=lambda _: None)
+    again = json.loads((tmp_path / "float/config.json").read_text())
+    assert "quantization_config" not in {**again, **again["text_config"]}
+
+
+def test_scales_of_experts_inputs_are_passed_over_with_a_word(made, tmp_path, capsys):
+    plain = made(by_name("qwen3-moe"))
+    name = "model.layers.1.mlp.experts.0.up_proj.input_scale"
+    dense = "model.layers.1.self_attn.q_proj.input_scale"
+    more = {key: np.ones(1, np.float32) for key in (name, dense)}
+    config = {**plain.case.config, "quantization_config": FP8_CONFIG}
+    source = fp8_source(plain, tmp_path / "source", config, more)
+    quantize(source, tmp_path / "output", preset="fast")
+    assert "passing over 1 scales of experts' inputs" in capsys.readouterr().err
+    output = stored(tmp_path / "output")
+    assert dense in output
+    assert name not in output
+    assert verify(tmp_path / "output", source).sound
