@@ -10,29 +10,15 @@ from typing import Any
 import numpy as np
 
 from . import gpu_library
+from .gpu_library import MAX_KAPPAS, TrellisArgs
 
 # custom_ops/gpu/encode/trellis.h.
-MAX_KAPPAS, MAX_TRIES, MAX_BEAM = 8, 15, 65534
+MAX_TRIES, MAX_BEAM = 15, 65534
 MAX_N, MAX_K = 1 << 24, 1 << 20
 # Device memory for the survivors' costs of the channels in flight: 128 bytes for each of their
 # weights. An H200 filled with channels of 8,192 rows takes 4.4 GiB at the default preset; with less
 # there are fewer channels at a time, and the same result.
 RUN_BYTES = 6 << 30
-
-
-class TrellisArgs(ctypes.Structure):
-    """struct ccq_trellis_args (custom_ops/gpu/encode/trellis.h)."""
-
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("nominal", ctypes.c_double),
-        ("kappas", ctypes.c_double * MAX_KAPPAS),
-        *[(name, ctypes.c_int) for name in ("kappa_count", "window_low", "window_high", "beam")],
-        ("run_bytes", ctypes.c_int64),
-        *[(name, ctypes.c_void_p) for name in ("words", "scales", "supers", "sums", "workspace")],
-    ]
 
 
 def trellis(
@@ -64,7 +50,7 @@ def trellis(
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} must be {low} to {high}, got {value}")
-    library = _load()
+    library = gpu_library.load()
     weight = np.ascontiguousarray(weight)
     found = {
         "words": np.empty((n, k // 64, 16), np.uint8),
@@ -95,16 +81,4 @@ def trellis(
 
 def held_bytes() -> int:
     """Device memory that the search keeps for its next call."""
-    return int(_load().ccq_trellis_held_bytes())
-
-
-def _load() -> ctypes.CDLL:
-    library = gpu_library.load()
-    library.ccq_trellis_workspace.argtypes = [ctypes.POINTER(TrellisArgs)]
-    library.ccq_trellis_workspace.restype = ctypes.c_size_t
-    library.ccq_trellis_host.argtypes = [
-        ctypes.POINTER(TrellisArgs),
-        ctypes.POINTER(ctypes.c_float),
-    ]
-    library.ccq_trellis_held_bytes.restype = ctypes.c_size_t
-    return library
+    return int(gpu_library.load().ccq_trellis_held_bytes())

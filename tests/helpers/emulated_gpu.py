@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU library's encoders of ccq-2t and with statistics, compiled for the processor (tests/cuda_host)."""
+"""The GPU library's searches of ccq-2t and with statistics, compiled for the processor."""
 
 from __future__ import annotations
 
