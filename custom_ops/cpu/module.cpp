@@ -11,6 +11,7 @@
 #include "encode.h"
 #include "ldlq.h"
 #include "ops_module.h"
+#include "trellis.h"
 
 namespace py = pybind11;
 
@@ -189,6 +190,39 @@ py::dict ldlq(const Weight& weight, const py::dict& metric_in, const Weight& boo
   return result;
 }
 
+py::dict trellis(const Weight& weight, const py::dict& recipe_in, int threads, const std::string& isa) {
+  if (weight.ndim() != 2 || weight.shape(1) % ccq::kGroup || weight.shape(1) == 0)
+    throw std::invalid_argument("weight must be float32 [N, K] with 64 | K");
+  ccq::TrellisRecipe recipe;
+  recipe.nominal = recipe_in["nominal"].cast<double>();
+  recipe.kappas = recipe_in["kappas"].cast<std::vector<double>>();
+  recipe.window_low = recipe_in["window_low"].cast<int>();
+  recipe.window_high = recipe_in["window_high"].cast<int>();
+  recipe.beam = recipe_in["beam"].cast<int>();
+  if (recipe.beam < 0 || recipe.beam >= 1 << 22) throw std::invalid_argument("beam must be 0 to 2^22 - 1");
+  if (recipe.window_low > 0 || recipe.window_high < 0 || threads < 1)
+    throw std::invalid_argument("the window must hold 0, and threads >= 1");
+  const ccq::TrellisKernels* kernels = ccq::pick_trellis(isa.c_str());
+  if (!kernels) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+  const py::ssize_t n = weight.shape(0), k = weight.shape(1), groups = k / ccq::kGroup;
+  py::array_t<uint8_t> words({n, groups, static_cast<py::ssize_t>(ccq::kTrellisBytes)});
+  py::array_t<uint8_t> scales({n, groups});
+  py::array_t<float> supers(n);
+  py::array_t<double> sums({n, static_cast<py::ssize_t>(3)});
+  const ccq::TrellisOutput out{words.mutable_data(), scales.mutable_data(), supers.mutable_data(),
+                               sums.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    ccq::trellis_encode(*kernels, recipe, weight.data(), n, k, threads, out);
+  }
+  py::dict result;
+  result["words"] = words;
+  result["scales"] = scales;
+  result["supers"] = supers;
+  result["sums"] = sums;
+  return result;
+}
+
 std::vector<std::string> ldlq_instruction_sets() {
   std::vector<std::string> names;
   for (const char* name : {"avx512", "avx2", "plain"})
@@ -211,6 +245,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
   m.def("ldlq", &ldlq, py::arg("weight"), py::arg("metric"), py::arg("books"), py::arg("supers"),
         py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("trellis", &trellis, py::arg("weight"), py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
   m.def("ldlq_instruction_sets", &ldlq_instruction_sets, "Usable builds of ldlq, fastest first.");
   m.def("instruction_sets", &instruction_sets, "Usable builds of the score loop, fastest first.");
   ccq::bind_ops(m);

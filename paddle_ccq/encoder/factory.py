@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..codec import formats
+from ..codec import formats, trellis
 from ..host import default_threads
 from .base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .integer import IntegerEncoder
 from .ldlq import Hessians, LdlqEncoder
 from .paper import PaperEncoder
 from .search import SearchEncoder
+from .trellis import TrellisEncoder
 
 
 def make_encoder(
@@ -27,7 +28,8 @@ def make_encoder(
     `device` chooses where the search runs; the result is the same.
 
     Raises:
-        ValueError: for an unknown format, preset, encoder or device.
+        ValueError: for an unknown format, preset, encoder or device, or an encoder that the format
+            does not have.
         CcqError: for the device "gpu" without the GPU library.
     """
     threads = threads or default_threads()
@@ -43,6 +45,10 @@ def make_encoder(
         return IntegerEncoder(format)
     if kind is not formats.Kind.CCQ:
         raise ValueError(f"no encoder for format {format!r}")
+    if format == trellis.NAME:
+        if encoder != "search" or device != "cpu":
+            raise ValueError(f"{format} has no encoder {encoder!r} on the device {device!r}")
+        return TrellisEncoder(preset, threads)
     if encoder != "search":
         return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)
     if device == "gpu":
