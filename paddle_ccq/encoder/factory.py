@@ -46,8 +46,12 @@ def make_encoder(
     if kind is not formats.Kind.CCQ:
         raise ValueError(f"no encoder for format {format!r}")
     if format == trellis.NAME:
-        if encoder != "search" or device != "cpu":
-            raise ValueError(f"{format} has no encoder {encoder!r} on the device {device!r}")
+        if encoder != "search":
+            raise ValueError(f"{format} has no encoder {encoder!r}")
+        if device == "gpu":
+            from .search_gpu import GpuTrellisEncoder
+
+            return GpuTrellisEncoder(preset, threads)
         return TrellisEncoder(preset, threads)
     if encoder != "search":
         return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ops import gpu, gpu_ldlq
+from ..ops import gpu, gpu_ldlq, gpu_trellis
 from .ldlq import LdlqEncoder, Prepared
 from .ldlq_metric import LdlqMetric
 from .search import SearchEncoder
+from .trellis import TrellisEncoder
 
 
 class GpuSearchEncoder(SearchEncoder):
@@ -16,6 +17,14 @@ class GpuSearchEncoder(SearchEncoder):
 
     def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         found, _ = gpu.encode(weight, self._books, self._layout.as_dict(), self._recipe.as_dict())
+        return found
+
+
+class GpuTrellisEncoder(TrellisEncoder):
+    """TrellisEncoder on the first GPU; needs the compiled GPU library."""
+
+    def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
+        found, _ = gpu_trellis.trellis(weight, self._recipe.as_dict())
         return found
 
 

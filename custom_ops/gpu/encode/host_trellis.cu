@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t kLeastRunBytes = int64_t{16} << 20;
+constexpr int64_t kLeastRunBytes = int64_t{1} << 20;
 
 // Freeing memory stalls the device, so buffers live as long as the process and only grow.
 struct Buffer {
