@@ -30,8 +30,8 @@ from .wint2 import ROW_MULTIPLE, ROWS_PER_BYTE, unpack_scales
 
 NAME = "ccq-2t"
 # The same numbers stand in custom_ops/gpu/common/trellis_code.h; tests compare both.
-MULTIPLIERS = (2114868183, 2501052553)
-ADDENDS = (1949234378, 2452798596)
+MULTIPLIERS = (2205301807, 2589985801)
+ADDENDS = (3398453655, 2169544712)
 # Values -LARGEST .. LARGEST.
 LARGEST = 255
 
