@@ -99,6 +99,7 @@ core = Pybind11Extension(
             "ldlq_avx2",
             "ldlq_avx512",
             "trellis",
+            "trellis_ldlq",
             "trellis_plain",
             "trellis_avx2",
             "trellis_avx512",

@@ -17,9 +17,24 @@ constexpr int kTrellisScaleMax = 15;
 // that cost. Costs and |u - v|^2 are below 2^22: sums stay inside 32 unsigned bits. count >= 1.
 using TrellisStepFn = void (*)(const uint32_t* keys, int count, const int32_t* u, uint32_t* best);
 
+// The values in the metric of a block: t01[word], t23[word] hold 16 rint(v root) in halves, root upper [4, 4] with
+// columns of norm 1 on average; v planar, [4][65536].
+using TrellisTableFn = void (*)(const int16_t* v, const float* root, uint32_t* t01, uint32_t* t23);
+// As step, with a target of its own for every key (two words of halves, 16 u) and values from a table.
+using TrellisMetricStepFn = void (*)(const uint32_t* keys, const uint32_t* targets, int count, const uint32_t* t01,
+                                     const uint32_t* t23, uint32_t* best);
+// out[r] = x[r] + e[0] m[0][r] + .. + e[3] m[3][r], in this order; rows of m lie `stride` apart.
+using AddFourFn = void (*)(float* out, const float* x, const float* e, const float* m, int64_t stride, int count);
+// x[0..64) += sum over i of e[i] m[i], from i = 0 on.
+using AddTileFn = void (*)(float* x, const float* e, const float* m, int64_t stride, int count);
+
 struct TrellisKernels {
   const char* name;
   TrellisStepFn step;
+  TrellisTableFn table;
+  TrellisMetricStepFn step_in_metric;
+  AddFourFn add_four;
+  AddTileFn add_tile;
 };
 const TrellisKernels* trellis_plain();
 const TrellisKernels* trellis_avx2();

@@ -162,6 +162,7 @@ _ALL = (
         decode_stored=lambda t, dtype: trellis.dequantize(trellis.TrellisTensors(**t), dtype),
         uses=frozenset({Use.EXPERTS}),
         column_scale="super_scales",
+        calibrated=True,
     ),
     _spare_scale(CCQ_2_5),
     _spare_scale(CCQ_2_75),

@@ -13,6 +13,7 @@ from .ldlq import Hessians, LdlqEncoder
 from .paper import PaperEncoder
 from .search import SearchEncoder
 from .trellis import TrellisEncoder
+from .trellis_ldlq import TrellisLdlqEncoder
 
 
 def make_encoder(
@@ -65,10 +66,12 @@ def make_encoder(
 def calibrated_encoder(
     preset: str, threads: int, hessians: Hessians, data_free: MatrixEncoder, device: str = "cpu"
 ) -> LdlqEncoder:
-    """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
+    """A calibrated encoder of the format of `data_free`; where it searches changes no byte.
 
     Factors of the statistics and metrics of the outputs are computed on the CPU either way.
     """
+    if data_free.format == trellis.NAME:
+        return TrellisLdlqEncoder(preset, threads, hessians, data_free)
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder
 
