@@ -107,7 +107,8 @@ core = Pybind11Extension(
         )
     ],
     depends=[
-        *(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inc")),
+        *glob(f"{SOURCES}/*.h"),
+        *glob(f"{SOURCES}/*.inc"),
         "custom_ops/gpu/common/trellis_code.h",
     ],
     include_dirs=[SOURCES],
