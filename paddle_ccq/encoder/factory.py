@@ -71,6 +71,10 @@ def calibrated_encoder(
     Factors of the statistics and metrics of the outputs are computed on the CPU either way.
     """
     if data_free.format == trellis.NAME:
+        if device == "gpu":
+            from .search_gpu import GpuTrellisLdlqEncoder
+
+            return GpuTrellisLdlqEncoder(preset, threads, hessians, data_free)
         return TrellisLdlqEncoder(preset, threads, hessians, data_free)
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder

@@ -48,6 +48,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -258,6 +262,18 @@ T __shfl_xor_sync(unsigned, T value, int mask, int width) {
   if ((lane ^ mask) / width != lane / width) emulated::fail("a shuffle leaves its part of the warp");
   return emulated::shuffle(value, lane ^ mask);
 }
+
+inline unsigned __ballot_sync(unsigned, bool holds) {
+  emulated::Fiber* me = emulated::machine.current;
+  uint64_t* slots = emulated::machine.slots[me->shuffles++ & 1];
+  const int t = threadIdx.x, base = t / emulated::kWarpSize * emulated::kWarpSize;
+  slots[t] = holds;
+  emulated::stop(emulated::Stop::kShuffle);
+  unsigned all = 0;
+  for (int i = 0; i < emulated::kWarpSize; ++i) all |= static_cast<unsigned>(slots[base + i]) << i;
+  return all;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <typename T>
 T __ldg(const T* p) {

@@ -37,3 +37,12 @@ def weights(kind: str, n: int, k: int, seed: int = 0) -> np.ndarray:
     elif kind == "far apart":
         w *= np.repeat(rng.choice([0.01, 0.1, 1, 10], (n, k // 64)), 64, axis=1).astype(np.float32)
     return w
+
+
+def hessian(k: int, kind: str = "autoregressive") -> np.ndarray:
+    """[k, k]: of neighbours that go together, or of few directions and inputs of all sizes."""
+    if kind == "autoregressive":
+        return 0.9 ** np.abs(np.subtract.outer(np.arange(k), np.arange(k)))
+    rng = np.random.default_rng(k)
+    x = rng.standard_normal((k // 4, k)) * rng.lognormal(0, 1, k)
+    return x.T @ x / len(x)
