@@ -6,8 +6,8 @@ written here, sums from the first term on, but for costs (integers) and losses (
 
 A survivor is a sequence of bytes with the errors e = w - w' of its own weights. In the metric of
 block b (trellis_metric.py) its next byte is best nearest to w_b + sum of e_a M_ab, so every
-survivor has a target of its own. Both sides are rounded to integers: the code's values in the metric,
-rint(v R_b), and the survivor's target over the group's scale.
+survivor has a target of its own. Both sides are rounded to integers: the code's values in the
+metric, rint(v R_b), and the survivor's target over the group's scale.
 
 Errors of a group ask something of all weights after it. While the next group is searched, all
 survivors of the group before are kept, each with its own claim on the next group's weights. The
