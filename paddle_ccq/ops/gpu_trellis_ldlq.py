@@ -14,7 +14,7 @@ from .gpu_library import TrellisFactors, TrellisLdlqArgs
 
 # custom_ops/gpu/encode/trellis_ldlq.h and trellis_ldlq.cu.
 WINDOW = 68
-MAX_N, MAX_K, MAX_BEAM = 1 << 20, 1 << 17, (1 << 22) - 1
+MAX_N, MAX_K, MAX_BEAM = 1 << 19, 1 << 17, (1 << 22) - 1
 _FACTORS = ("m", "root", "unit", "ratio", "spread")
 
 

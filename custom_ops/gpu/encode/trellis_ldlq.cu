@@ -123,7 +123,7 @@ int resident_blocks() {
 Plan make_plan(const ccq_trellis_ldlq_args& a, void* workspace, size_t* bytes) {
   Plan p{};
   *bytes = 0;
-  if (a.n < 1 || a.n > (1 << 20) || a.k < kGroup || a.k % kGroup || a.k > (1 << 17) || a.candidates < 1) return p;
+  if (a.n < 1 || a.n > (1 << 19) || a.k < kGroup || a.k % kGroup || a.k > (1 << 17) || a.candidates < 1) return p;
   if (a.window_low > 0 || a.window_high < 0 || a.sweeps < 0 || a.beam < 0 || a.beam > kCostLimit) return p;
   const int blocks = resident_blocks();
   p.n = a.n, p.k = a.k, p.weight = a.weight, p.h = a.h, p.inverse = a.inverse, p.all = a.all, p.windows = a.windows;
