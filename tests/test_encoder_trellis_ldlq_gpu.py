@@ -106,7 +106,7 @@ def test_a_full_device_is_refused_in_one_line_and_the_next_call_works(
     monkeypatch.setenv("CCQ_EMULATE_MEMORY", str(1 << 20))
     with pytest.raises(CcqError, match="encoding on the GPU failed: out of memory"):
         gpu_trellis_ldlq.trellis_ldlq(
-            *arguments(weights("gaussian", 1, 6400), np.eye(6400), replace(SMALL, sweeps=0))
+            *arguments(weights("gaussian", 1, 640), np.eye(640), replace(SMALL, sweeps=0))
         )
     monkeypatch.delenv("CCQ_EMULATE_MEMORY")
     assert_same(args)
