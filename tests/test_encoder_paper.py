@@ -63,3 +63,13 @@ def test_zero_channels_and_groups_stay_zero(format: str) -> None:
         format, make_encoder(format, encoder="paper").encode(w).tensors, "bfloat16"
     ).T
     assert not back[0].any() and not back[1, :64].any() and np.all(np.isfinite(back))
+
+
+def test_formats_that_the_paper_does_not_have_are_refused() -> None:
+    for format in formats.CCQ_FORMATS:
+        if format in paper.FORMATS:
+            assert make_encoder(format, encoder="paper").format == format
+        else:
+            with pytest.raises(ValueError, match=f"the paper has no {format}"):
+                make_encoder(format, encoder="paper")
+    assert set(paper.FORMATS) < set(formats.CCQ_FORMATS)
