@@ -55,7 +55,7 @@ def test_error_is_the_known_one(format: str, encoder: str, expected: float) -> N
     assert encoded.stats.rel_mse == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("format", formats.CCQ_FORMATS)
+@pytest.mark.parametrize("format", paper.FORMATS)
 def test_zero_channels_and_groups_stay_zero(format: str) -> None:
     w = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)
     w[0], w[1, :64] = 0, 0
