@@ -139,6 +139,7 @@ class _Reading:
             if self.problems is None:
                 raise
             self.problems.append(str(error))
+            self.used.update((part.name, *part.aliases))
             return None
 
     def _held(self, tensor: TensorSpec, parts: list[StoredWeight]) -> TensorSpec:
