@@ -173,6 +173,7 @@ class Layout:
         prefix: config -> what the names of the text model begin with.
         experts: the module of a layer's experts.
         projections: gate, up and down of an expert.
+        expert_width: (config, expert) -> its width, where they differ.
         stacked: the module that holds stacks of all experts' matrices, `gate_up_proj` and
             `down_proj`, in checkpoints that have them.
         outside: config -> tensors beside the text model's, by their whole names.
@@ -185,7 +186,8 @@ class Layout:
     prefix: Callable[[MoeConfig], str] = lambda _: "model."
     experts: str = "mlp.experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    stacked: str = "mlp.experts"
+    stacked: str | None = "mlp.experts"
+    expert_width: Callable[[MoeConfig, int], int] = lambda config, _: config.moe_intermediate_size
     outside: Callable[[MoeConfig], Iterable[Part]] = lambda _: ()
     extra_place: str = ""
 
@@ -199,7 +201,7 @@ def make_family(
     model_types: Sequence[str] = (),
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
-    read, places = keys or Keys(), {layout.experts, layout.stacked}
+    read, places = keys or Keys(), {layout.experts, layout.stacked or layout.experts}
     # Where layers for multi-token prediction have a place of their own, all of it is theirs.
     apart = layout.extra_place.partition(".")[0]
 
@@ -354,11 +356,8 @@ def expert_tensors(
     config: MoeConfig, layout: Layout, place: str, layer: int, expert: int
 ) -> Iterator[TensorSpec]:
     """The two matrices of a routed expert; `place` stands before the experts' module."""
-    experts, hidden, width = (
-        config.moe_num_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
-    )
+    experts, hidden = config.moe_num_experts, config.hidden_size
+    width = layout.expert_width(config, expert)
     template = f"{place}{layout.experts}.{{expert}}."
     own = template.format(layer=layer, expert=expert)
     stack = f"{place.format(layer=layer)}{layout.stacked}."
@@ -366,10 +365,11 @@ def expert_tensors(
     both, one = (experts, 2 * width, hidden), (experts, hidden, width)
 
     def part(
-        projection: str, shape: tuple[int, int], begin: int | None, stacked: Stacked
+        projection: str, shape: tuple[int, int], begin: int | None, stacked: Stacked | None
     ) -> Source:
         columns = None if begin is None else slice(begin, begin + shape[0])
-        return Source(f"{own}{projection}.weight", shape, columns, stacked=stacked)
+        place = stacked if layout.stacked else None
+        return Source(f"{own}{projection}.weight", shape, columns, stacked=place)
 
     first, second = (slice(begin, begin + width) for begin in (0, width))
     parts = (

@@ -190,11 +190,51 @@ CASES = (
         auto="AutoModelForImageTextToText",
     ),
 )
+# Apart from the others: transformers holds its experts in two modules.
+ERNIE_VL = Case(
+    "ernie-4.5-vl",
+    "ERNIE-4.5-VL",
+    {
+        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+        "model_type": "ernie4_5_vl_moe",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "text_config": {
+            **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 256,
+            "moe_intermediate_size": [256, 128],
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500000.0,
+                "mrope_section": [6, 6, 4],
+            },
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+        },
+        "image_token_id": 90,
+        "image_start_token_id": 91,
+        "image_end_token_id": 92,
+        "video_start_token_id": 93,
+        "video_end_token_id": 94,
+        "video_token_id": 95,
+    },
+    auto="AutoModelForImageTextToText",
+)
 
 
 def by_name(name: str) -> Case:
     """The case of that name."""
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in (*CASES, ERNIE_VL) if case.name == name)
 
 
 def random_tensors(case: Case, seed: int = 0) -> Tensors:

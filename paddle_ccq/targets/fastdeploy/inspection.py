@@ -8,7 +8,8 @@ import math
 import re
 from pathlib import Path
 
-from ...checkpoint.plan import LayerFormats, Plan, PlannedTensor
+from ...checkpoint.plan import LayerFormats, Plan
+from ...checkpoint.planned import PlannedTensor
 from ...checkpoint.rules import Rule
 from ...checkpoint.safetensors_format import FLOAT_DTYPES
 from ...codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
