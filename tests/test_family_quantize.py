@@ -271,8 +271,13 @@ def test_tensors_that_the_family_does_not_name_are_kept(made, tmp_path):
         "model.layers.0.self_attn.extra.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
         "model.counts": np.arange(4, dtype=np.int64),
         "a{b}c": np.ones((2, 2), np.float16),
+        "a.number": np.array(2.5, np.float32),
+        "a.count": np.array(7, np.int32),
+        "nothing": np.zeros((0, 4), np.float32),
+        "model.layers.0.self_attn.q_proj.input_scale": np.array(0.5, np.float32),
     }
     source = changed_source(plain, tmp_path / "source", **more)
+    quantize(source, dry_run=True, **OPTIONS)
     quantize(source, tmp_path / "output", **OPTIONS)
     assert verify(tmp_path / "output", source).sound
     dequantize(tmp_path / "output", tmp_path / "again", log=lambda _: None)
