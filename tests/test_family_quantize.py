@@ -411,6 +411,7 @@ def broken(found: Made, folder: Path, change: Any) -> list[str]:
 PACKED = "model.layers.1.mlp.experts.2.gate_up_proj"
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
