@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize an ERNIE-4.5 checkpoint to FastDeploy's WINT2, or to the 2.5- and 2.75-bit formats."""
+"""Quantize a checkpoint to 2 to 2.75 bits, for FastDeploy, for vLLM and for our own server."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def plan_table(plan: Plan, quantized_only: bool = False) -> Table:
                 str(list(members[0].shape)),
                 f"{len(members):,}",
                 FORMAT_WORDS.get(members[0].format, members[0].format),
-                f"{8 * stored / weights:.3f}",
+                f"{8 * stored / max(weights, 1):.3f}",
                 gigabytes(stored),
             ]
         )
