@@ -37,27 +37,6 @@ struct Slots {
   static constexpr int kUnit = 256 * R + 16, kZeros = 256 * R;
 };
 
-// A block of rows and its expert, the same for all lanes and known to be.
-struct FewRows {
-  int expert, block;
-
-  // Its first row and how many rows it has; none if it lies behind the last expert's.
-  template <typename C>
-  __device__ void place(const FewParams& p, const FewShared<C>& s, int* row, int* count) const {
-    *row = block * C::kRows, *count = min(C::kRows, p.rows - *row);
-    if (C::kRows == 1) {
-      *count = expert < p.experts;
-    } else if (p.offsets) {
-      *row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
-      *count = min(C::kRows, s.rows[expert + 1] - *row);
-    }
-  }
-};
-// Row r of them in memory, or the last one in its place.
-__device__ inline const char* row_in(const FewParams& p, int row, int count, int r) {
-  return static_cast<const char*>(p.x) + static_cast<size_t>(row + min(r, max(count, 1) - 1)) * p.k * 2;
-}
-
 // A warp's slice of K: pairs of units `pair`, `pair + kWK`, ... of a tile. In chunks of 16 values a lane: two pairs a step.
 template <typename C>
 __device__ int chunk_of_slice(int pair, int step) {

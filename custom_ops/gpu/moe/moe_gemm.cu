@@ -13,6 +13,7 @@
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
 #ifdef CCQ_SM90A
+#include "few_warpgroup.cuh"
 #include "moe_wide.cuh"
 #include "wide_map.h"
 #endif
@@ -48,6 +49,7 @@ cudaError_t current_device(Device* device) {
 
 #ifdef CCQ_TUNING
 int g_variant = -1;  // forced by benchmarks
+int g_stages = 0;    // of few_warpgroup.cuh; 0: as always
 #endif
 
 // Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
@@ -66,6 +68,19 @@ auto with_few(int variant, F&& use) {
     default: return use(FewConfig<kPairs, 4, 16, 1, 4, 2>{});
   }
 }
+
+#ifdef CCQ_SM90A
+// Of few_warpgroup.cuh: rows a tile, units a stage.
+template <Pairs kPairs, typename F>
+auto with_warpgroup_few(int variant, F&& use) {
+  switch (variant) {
+    case kWarpgroupFew: return use(WarpgroupFew<kPairs, 1, 4>{});
+    case kWarpgroupFew + 1: return use(WarpgroupFew<kPairs, 2, 4>{});
+    case kWarpgroupFew + 2: return use(WarpgroupFew<kPairs, 4, 4>{});
+    default: return use(WarpgroupFew<kPairs, 8, 2>{});
+  }
+}
+#endif
 
 // Of moe_gemm.cuh: 16-column tiles a warp, blocks of 8 rows, stages. The last two are for less shared memory than Hopper's.
 template <Pairs kPairs, typename F>
@@ -107,6 +122,13 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
+#ifdef CCQ_SM90A
+  if (variant >= kWarpgroupFew)
+    return with_warpgroup_few<Pairs::kGeneral>(variant, [&](auto c) {
+      using C = decltype(c);
+      return C::shared_bytes(k, experts) + C::kLeastStages * C::kStageBytes;
+    });
+#endif
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
 #ifdef CCQ_SM90A
@@ -216,16 +238,14 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
   });
 }
 
-template <typename C>
-cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
-  const size_t shared = C::shared_bytes(p.k, p.experts);
+template <typename C, typename K>
+cudaError_t launch_few(const Device& device, K* kernel, FewParams p, size_t shared, int threads, cudaStream_t stream) {
   // More than half of what there is: of two blocks that share a multiprocessor because the next kernel starts early, one would
   // have to wait while other multiprocessors are idle.
   const size_t at_least = std::max<size_t>(shared, device.shared / 2 + 1024);
   static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
   if (device.id >= kMaxDevices || raised[device.id].load() < at_least) {
-    cudaError_t error =
-        cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
     if (error != cudaSuccess) return error;
     if (device.id < kMaxDevices) raised[device.id].store(at_least);
   }
@@ -236,8 +256,22 @@ cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
   const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
   p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
   if (C::kRows == 1 && p.each / p.column_tiles.by + 2 > 2 * C::entries(p.experts)) return cudaErrorInvalidConfiguration;
-  return launch_early(few_kernel<C>, grid, C::kThreads, at_least, stream, p);
+  return launch_early(kernel, grid, threads, at_least, stream, p);
 }
+
+#ifdef CCQ_SM90A
+template <typename C>
+cudaError_t launch_warpgroup_few(const Device& device, FewParams p, cudaStream_t stream) {
+  const size_t shared = C::shared_bytes(p.k, p.experts);
+  const int left = (device.shared - static_cast<int>(shared)) / C::kStageBytes / C::kSlices * C::kSlices;
+  p.stages = std::min(left, C::kUsualStages);
+#ifdef CCQ_TUNING
+  if (g_stages) p.stages = std::min(left, g_stages);
+#endif
+  if (p.stages < C::kLeastStages) return cudaErrorInvalidConfiguration;
+  return launch_few<C>(device, warpgroup_few_kernel<C>, p, shared + p.stages * C::kStageBytes, C::kAllThreads, stream);
+}
+#endif
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
 
@@ -301,7 +335,17 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
-    auto launch = [&](auto config) { return launch_few<decltype(config)>(device, p, stream); };
+#ifdef CCQ_SM90A
+    if (variant >= kWarpgroupFew) {
+      auto launch = [&](auto config) { return launch_warpgroup_few<decltype(config)>(device, p, stream); };
+      return a->pairs == CCQ_PAIRS_INTEGER ? with_warpgroup_few<Pairs::kInteger>(variant, launch)
+                                           : with_warpgroup_few<Pairs::kGeneral>(variant, launch);
+    }
+#endif
+    auto launch = [&](auto config) {
+      using C = decltype(config);
+      return launch_few<C>(device, few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kThreads, stream);
+    };
     return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
                                          : with_few<Pairs::kGeneral>(variant, launch);
   }
@@ -331,4 +375,5 @@ extern "C" int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int
 
 #ifdef CCQ_TUNING
 extern "C" void ccq_moe_gemm_force_variant(int variant) { ccq::g_variant = variant; }
+extern "C" void ccq_moe_gemm_force_stages(int stages) { ccq::g_stages = stages; }
 #endif

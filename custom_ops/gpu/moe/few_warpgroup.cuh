@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped GEMM for one to eight rows an expert on Hopper (sm_90a): as moe_few.cuh, with warpgroup instructions.
+//
+// `wgmma` with its first operand in registers runs beside the other instructions, which `mma.sync` does not: decoding hides the
+// multiplication. Its second operand, activations as digits (prepare.cuh), lies in shared memory, the same for four warps.
+//
+// Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take equal contiguous ranges of tiles. A
+// stage is kUnits units of 128 input rows of all 64 columns: contiguous in memory, so that one copy brings its codes. Stages of
+// a range go in turn to four warpgroups, each warp of which has 16 columns. Sums of a tile's parts meet in shared memory.
+//
+// Warps. One requests stages; sixteen multiply; one adds up the sums of a tile and writes them.
+//
+// Activations are converted by blocks of 512 values of a row, each with a scale of its own; so what a warpgroup has multiplied is
+// scaled and added up as float32 once a stage.
+#pragma once
+
+#include "few_schedule.cuh"
+#include "wgmma.cuh"
+
+namespace ccq {
+
+template <Pairs kPairs_, int kRows_, int kUnits_>
+struct WarpgroupFew {
+  static constexpr Pairs kPairs = kPairs_;
+  static constexpr int kRows = kRows_, kUnits = kUnits_;
+  static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;      // 8-column blocks of the second operand
+  static constexpr int kGroups = kRows < 4 ? 4 / kRows : 1;  // groups that share an accumulator (moe_few.cuh, "slots")
+  static constexpr int kWarps = 16, kThreads = kWarps * 32, kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 64;
+  static constexpr int kSlices = 4, kTiles = 4;
+  static constexpr int kScalesAt = kUnits * kTiles * 512, kStageBytes = kUnits * kTiles * 528;
+  // Copies on their way: about 67 KB of a multiprocessor's.
+  static constexpr int kUsualStages = 32 / kUnits, kLeastStages = kSlices;
+  static constexpr int kMostStages = 32, kColumnSlots = 8, kMostSums = 4;
+  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
+  static constexpr int kEntries = kTiles * 8 * kRows;  // float2 of one slice's sums
+  // The second operand of a 64-group: [step][half of it along K][kNT][8 columns][16 bytes]. Groups lie 16 bytes further apart, so
+  // that the same bytes of neighbouring groups are in different banks.
+  static constexpr int kGroupBytes = 512 * kNT + 16, kOffsetBytes = 64 * kNT;
+  static constexpr int kKept = kRows < 4 ? kRows : 4;  // chunks that a lane loads at once
+  static constexpr int kBarriers = 2 * kMostStages + 2 * kColumnSlots + 2 * kMostSums;
+  static_assert(kMaxExperts % kThreads == 0, "the scans of offsets are made for that");
+
+  __host__ __device__ static constexpr int quads(int k) { return (k + 511) / 512; }
+  __host__ __device__ static constexpr int stages_of(int k) { return (k / 128 + kUnits - 1) / kUnits; }
+  // A warpgroup that has no part in every tile needs more of them, or it would mistake one round of a barrier for another.
+  __host__ __device__ static constexpr int sums_slots(int k) { return kRows > 4 && stages_of(k) >= kSlices ? 2 : 4; }
+  __host__ __device__ static constexpr int slices(int k) { return stages_of(k) < kSlices ? stages_of(k) : kSlices; }
+  __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
+  // Without the ring.
+  static constexpr size_t shared_bytes(int k, int experts) {
+    return kColumnSlots * kColumnBytes + sums_slots(k) * slices(k) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
+           quads(k) * 8 / kGroups * kOffsetBytes + (quads(k) * kRows * 4 + 15) / 16 * 16 + kBarriers * 8 + sizeof(FewStart) +
+           2 * entries(experts) * sizeof(int);
+  }
+};
+
+template <typename C>
+struct WarpgroupShared {
+  char *ring, *columns, *activations, *offsets;
+  float2* sums;  // [slots][slices][kEntries]
+  float* back;   // [quads][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
+  Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free;
+  FewStart* start;
+  int *blocks, *rows;  // few_schedule.cuh
+
+  __device__ WarpgroupShared(char* at, const FewParams& p) {
+    auto take = [&at](int bytes) { char* q = at; at += bytes; return q; };
+    const int quads = C::quads(p.k);
+    ring = take(p.stages * C::kStageBytes);
+    columns = take(C::kColumnSlots * C::kColumnBytes);
+    sums = reinterpret_cast<float2*>(take(C::sums_slots(p.k) * C::slices(p.k) * C::kEntries * 8));
+    activations = take(quads * 8 * C::kGroupBytes);
+    offsets = take(quads * 8 / C::kGroups * C::kOffsetBytes);
+    back = reinterpret_cast<float*>(take((quads * C::kRows * 4 + 15) / 16 * 16));
+    full = reinterpret_cast<Barrier*>(take(C::kBarriers * 8));
+    free = full + C::kMostStages, columns_full = free + C::kMostStages, columns_free = columns_full + C::kColumnSlots;
+    sums_ready = columns_free + C::kColumnSlots, sums_free = sums_ready + C::kMostSums;
+    start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
+    blocks = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
+    rows = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
+  }
+};
+
+// A warp converts blocks of 512 values of a row, a lane 16 of them: block `item` of a warp is (quad, row).
+template <typename C>
+__device__ void load_items(const FewParams& p, const WarpgroupShared<C>& s, const FewRows& rows, int first, Chunk (&kept)[C::kKept]) {
+  int row, count;
+  rows.place<C>(p, s, &row, &count);
+#pragma unroll
+  for (int i = 0; i < C::kKept; ++i) {
+    const int item = first + i * C::kWarps, c = item / C::kRows * 32 + threadIdx.x % 32;
+    kept[i] = Chunk{};
+    if (c < p.k / 16) kept[i].load(row_in(p, row, count, item % C::kRows), c);
+  }
+}
+
+// The consumer warps together: activations of a block of rows become digits in shared memory. `kept`: each warp's first items.
+template <typename C>
+__device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
+  constexpr int R = C::kRows;
+  const int lane = threadIdx.x % 32, items = C::quads(p.k) * R;
+  int first_row, count;
+  rows.place<C>(p, s, &first_row, &count);
+#pragma unroll 1
+  for (int first = warp; first < items; first += C::kKept * C::kWarps) {
+    if (first != warp) load_items<C>(p, s, rows, first, kept);
+#pragma unroll
+    for (int i = 0; i < C::kKept; ++i) {
+      const int item = first + i * C::kWarps, quad = item / R, row = item % R;
+      if (item >= items) break;
+      const IntegerScale own(__reduce_max_sync(~0u, kept[i].largest(p.dtype)));
+      if (lane == 0)
+        s.back[item] = p.row_scale && count > 0 ? own.back * p.row_scale[first_row + min(row, count - 1)] : own.back;
+      if (p.fastdeploy) kept[i].arrange();
+      const Digits digits(kept[i], p.dtype, own.scale);
+      const int group = quad * 8 + lane / 4, t = lane % 4, slot = group % C::kGroups;
+      int offset[2];
+#pragma unroll
+      for (int d = 0; d < 2; ++d) {
+        offset[d] = quad_sum(digits.offset[d]);
+        const int column = slot * 2 * R + 2 * row + d;
+        char* const to = s.activations + group * C::kGroupBytes + column / 8 * 128 + column % 8 * 16 + t * 4;
+        const uint32_t words[4] = {digits.bytes[d].x, digits.bytes[d].y, digits.bytes[d].z, digits.bytes[d].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) *reinterpret_cast<uint32_t*>(to + j * (128 * C::kNT)) = words[j];
+      }
+      if (t == 0)
+        *reinterpret_cast<int4*>(s.offsets + group / C::kGroups * C::kOffsetBytes + (slot * R + row) * 16) =
+            make_int4(offset[0], offset[1], offset[0], offset[1]);
+    }
+  }
+}
+
+// A stage's part of the sums, of columns g and g + 8: `out`, for row t of each block of four (or t % kRows).
+template <typename C>
+__device__ void multiply_stage(const char* codes, const char* scales, int unit_codes, int unit_scales, uint64_t b,
+                               const char* offsets, const float* back, const Column<C::kPairs> (&column)[2], Barrier* free,
+                               uint32_t four, uint32_t thirty_two, float2 (&out)[C::kNT]) {
+  constexpr int kNT = C::kNT, kGroups = C::kGroups, kAll = 2 * C::kUnits;
+  const int t = threadIdx.x % 4;
+  const int shift = kGroups == 4 ? t % 2 * 4 : kGroups == 2 ? t / 2 * 4 : 0;
+  int o[kNT][4] = {}, d[2][kNT][4];
+  uint32_t a[2][2][4], f[2] = {}, word = 0;
+  uint4 q{};
+  auto scaled = [&](int set) {
+#pragma unroll
+    for (int j = 0; j < kNT; ++j) {
+      o[j][0] += f[0] * d[set][j][0], o[j][1] += f[0] * d[set][j][1];
+      o[j][2] += f[1] * d[set][j][2], o[j][3] += f[1] * d[set][j][3];
+    }
+  };
+#pragma unroll
+  for (int group = 0; group < kAll; ++group) {
+    const int u = group / 2, half = group % 2, set = group / kGroups % 2;
+    const bool first = group % kGroups == 0;
+    if (half == 0) {
+      q = *reinterpret_cast<const uint4*>(codes + u * unit_codes);
+      if (kGroups < 4 || u % 2 == 0)
+        word = *reinterpret_cast<const uint16_t*>(scales + (kGroups == 4 ? u + t / 2 : u) * unit_scales);
+      if (u == C::kUnits - 1) {  // every lane has what it needs of the stage. Without a branch, which would serialize `wgmma`
+        __syncwarp();
+        free->arrive_if(kWarpArrivals == 32 || threadIdx.x % 32 == 0);
+      }
+    }
+    const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
+    uint32_t(&steps)[2][4] = a[group % 2];
+    {
+      const ByteWindows v(column[0].template codes<0>(low), four, thirty_two), w(column[1].template codes<0>(high), four, thirty_two);
+      steps[0][0] = v.outer, steps[0][1] = w.outer, steps[0][2] = v.inner, steps[0][3] = w.inner;
+    }
+    {
+      const ByteWindows v(column[0].template codes<1>(low), four, thirty_two), w(column[1].template codes<1>(high), four, thirty_two);
+      steps[1][0] = v.outer, steps[1][1] = w.outer, steps[1][2] = v.inner, steps[1][3] = w.inner;
+    }
+    if (first)
+#pragma unroll
+      for (int j = 0; j < kNT; ++j) {
+        const int4 c = *reinterpret_cast<const int4*>(offsets + group / kGroups * C::kOffsetBytes + j * 64);
+        d[set][j][0] = c.x, d[set][j][1] = c.y, d[set][j][2] = c.z, d[set][j][3] = c.w;
+      }
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+      wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * kNT)) / 16);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (first && group > 0) scaled(set ^ 1);
+    if (group % kGroups == kGroups - 1) {
+      const int by = kGroups == 1 ? half * 4 : shift;
+      f[0] = word >> by & 15, f[1] = word >> (by + 8) & 15;
+    }
+  }
+  wgmma_wait<0>();
+  scaled((kAll - 1) / kGroups % 2);
+#pragma unroll
+  for (int j = 0; j < kNT; ++j) {
+    const float scale = back[4 * j];
+    out[j].x = fmaf(fmaf(static_cast<float>(o[j][0]), 256.f, static_cast<float>(o[j][1])), scale, out[j].x);
+    out[j].y = fmaf(fmaf(static_cast<float>(o[j][2]), 256.f, static_cast<float>(o[j][3])), scale, out[j].y);
+  }
+}
+
+// The warp that requests: columns of a tile, then its stages.
+template <typename C>
+__device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, int expert) {
+  const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
+  int block = p.column_tiles.divide(begin), column = begin - block * column_tiles, stage = 0;
+  uint32_t parity = 1;  // of the round before: passed at once in the first
+  const uint64_t policy = streaming_policy();
+  for (int tile = begin; tile < end; ++tile) {
+    const int i = tile - begin, slot = i % C::kColumnSlots, t16 = column * C::kTiles, tiles = min(C::kTiles, tiles_n - t16);
+    s.columns_free[slot].wait((i / C::kColumnSlots + 1) & 1);
+    if (lane == 0) {
+      s.columns_full[slot].arrive_and_expect(tiles * kPlaneBytes * C::kPlanes);
+      const uint32_t* const from = p.columns + (static_cast<size_t>(expert) * tiles_n + t16) * 32;
+      const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
+#pragma unroll
+      for (int j = 0; j < C::kPlanes; ++j)
+        bulk_copy(s.columns + slot * C::kColumnBytes + j * (C::kTiles * kPlaneBytes), from + j * plane, tiles * kPlaneBytes,
+                  s.columns_full + slot);
+    }
+    size_t unit = ccq_unit_index(expert, t16, 0, tiles_n, blocks_k);
+    for (int kb = 0; kb < blocks_k; kb += C::kUnits) {
+      const int units = min(C::kUnits, blocks_k - kb) * tiles;
+      s.free[stage].wait(parity);
+      if (lane == 0) {
+        Barrier* const full = s.full + stage;
+        char* const to = s.ring + stage * C::kStageBytes;
+        full->arrive_and_expect(units * 528);
+        bulk_copy(to, p.quant + unit * 512, units * 512, full, policy);
+        bulk_copy(to + C::kScalesAt, p.scales + unit * 16, units * 16, full, policy);
+      }
+      __syncwarp();
+      unit += units;
+      if (++stage == p.stages) stage = 0, parity ^= 1;
+    }
+    if (++column == column_tiles) {
+      column = 0, ++block;
+      if (tile + 1 < end) expert = min(expert_of<C>(s, block, expert), p.experts - 1);
+    }
+  }
+}
+
+// The warp that writes: a tile's sums, in the order of K.
+template <typename C>
+__device__ void write_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows) {
+  const int tiles_n = p.n / 16, column_tiles = p.column_tiles.by, slots = C::sums_slots(p.k), slices = C::slices(p.k);
+  int column = begin - rows.block * column_tiles, row, count;
+  rows.place<C>(p, s, &row, &count);
+  for (int tile = begin; tile < end; ++tile) {
+    const int i = tile - begin, slot = i % slots, columns_slot = i % C::kColumnSlots;
+    const char* const columns = s.columns + columns_slot * C::kColumnBytes;
+    const float2* const from = s.sums + slot * slices * C::kEntries;
+    s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
+    s.sums_ready[slot].wait((i / slots) & 1);
+#pragma unroll
+    for (int e = threadIdx.x % 32; e < C::kEntries; e += 32) {
+      float2 sum = from[e];
+      for (int w = 1; w < slices; ++w) {
+        const float2 v = from[w * C::kEntries + e];
+        sum.x += v.x, sum.y += v.y;
+      }
+      const int own = e % C::kRows, g = e / C::kRows % 8, r = e / C::kRows / 8, t16 = column * C::kTiles + r;
+      if (t16 >= tiles_n || own >= count) continue;
+      const float2 super = load_supers(columns + r * kPlaneBytes, g);
+      const size_t to = static_cast<size_t>(row + own) * p.n + t16 * 16 + g;
+      store(p.out, p.dtype, to, sum.x * super.x);
+      store(p.out, p.dtype, to + 8, sum.y * super.y);
+    }
+    s.sums_free[slot].arrive_together();
+    s.columns_free[columns_slot].arrive_together();
+    if (++column == column_tiles && tile + 1 < end) {
+      column = 0, ++rows.block;
+      rows.expert = expert_of<C>(s, rows.block, rows.expert);
+      rows.place<C>(p, s, &row, &count);
+    }
+  }
+}
+
+// The warps that multiply.
+template <typename C>
+__device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows, int warp,
+                               Chunk (&kept)[C::kKept]) {
+  constexpr int R = C::kRows;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 4, wn = warp % 4;
+  const int tiles_n = p.n / 16, column_tiles = p.column_tiles.by, stages_k = C::stages_of(p.k);
+  const int slots = C::sums_slots(p.k), slices = C::slices(p.k);
+  uint32_t four = 4, thirty_two = 32;
+  asm volatile("" : "+r"(four), "+r"(thirty_two));
+  const uint64_t b0 = plain_descriptor(shared_address(s.activations), 128 * C::kNT, 128);
+  int tile = begin, part = wk, stage = wk;
+  uint32_t parity = 0;
+  while (part >= stages_k) part -= stages_k, ++tile;
+  for (int block = rows.block; ; ++block) {
+    const int block_end = min(end, (block + 1) * column_tiles);
+    if (block > rows.block) {
+      rows = FewRows{expert_of<C>(s, block, rows.expert), block};
+      load_items<C>(p, s, rows, warp, kept);
+      named_barrier<1, C::kThreads>();  // the activations there are no longer read
+    }
+    convert_rows<C>(p, s, rows, warp, kept);
+    publish_shared();
+    named_barrier<1, C::kThreads>();
+    while (tile < block_end) {
+      const int i = tile - begin, columns_slot = i % C::kColumnSlots, t16 = (tile - block * column_tiles) * C::kTiles;
+      const int tiles = min(C::kTiles, tiles_n - t16), own = min(wn, tiles - 1), slice = part;
+      Column<C::kPairs> column[2];
+      const char* const columns = s.columns + columns_slot * C::kColumnBytes + own * kPlaneBytes;
+      s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
+      load_columns<C::kPairs>(columns, columns + C::kTiles * kPlaneBytes, g, column);
+      float2 out[C::kNT] = {};
+#pragma unroll 1
+      for (; part < stages_k; part += C::kSlices) {
+        const char* const at = s.ring + stage * C::kStageBytes;
+        s.full[stage].wait(parity);
+        const int group = part * (2 * C::kUnits);
+        multiply_stage<C>(at + own * 512 + lane * 16, at + C::kScalesAt + own * 16 + g * 2, tiles * 512, tiles * 16,
+                          b0 + group * C::kGroupBytes / 16, s.offsets + group / C::kGroups * C::kOffsetBytes + t * 16,
+                          s.back + group / 8 * R + t % (R < 4 ? R : 4), column, s.free + stage, four, thirty_two, out);
+        if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
+      }
+      const int slot = i % slots;
+      s.sums_free[slot].wait((i / slots + 1) & 1);
+      float2* const to = s.sums + (slot * slices + slice) * C::kEntries + wn * 8 * R;
+#pragma unroll
+      for (int j = 0; j < C::kNT; ++j) {
+        // Lanes t and t ^ 2 have the same row, with one row all four lanes of a quad.
+        if (R < 4) out[j].x += __shfl_xor_sync(~0u, out[j].x, 2), out[j].y += __shfl_xor_sync(~0u, out[j].y, 2);
+        if (R < 2) out[j].x += __shfl_xor_sync(~0u, out[j].x, 1), out[j].y += __shfl_xor_sync(~0u, out[j].y, 1);
+        if (t < R) to[g * R + 4 * j + t] = out[j];
+      }
+      s.sums_ready[slot].arrive_together();
+      s.columns_free[columns_slot].arrive_together();
+      for (part -= stages_k, ++tile; part >= stages_k; part -= stages_k) ++tile;
+    }
+    if (block_end == end) break;
+  }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const FewParams p) {
+  dependents_may_start();
+  extern __shared__ __align__(128) char shared[];
+  const WarpgroupShared<C> s(shared, p);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
+#pragma unroll
+    for (int i = warp; i < C::kMostStages; i += C::kWarps) s.full[i].init(1), s.free[i].init(4 * kWarpArrivals);
+    const int warps = 4 * C::slices(p.k);
+    if (warp < C::kColumnSlots) s.columns_full[warp].init(1), s.columns_free[warp].init((warps + 1) * kWarpArrivals);
+    if (warp < C::kMostSums) s.sums_ready[warp].init(warps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
+    publish_barriers();
+  }
+  if (C::kGroups > 1) {  // columns of a group that hold other groups are zero, and stay so
+    for (int i = threadIdx.x * 16; i < C::quads(p.k) * 8 * C::kGroupBytes; i += C::kAllThreads * 16)
+      *reinterpret_cast<uint4*>(s.activations + i) = uint4{};
+    publish_shared();
+  }
+  // Whether the host knows the block's range of tiles: always, but with several matrices and rows a block.
+  const bool known = C::kRows == 1 || !p.offsets;
+  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
+  int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer), first_block = p.column_tiles.divide(begin);
+  if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
+  wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
+  if (!known) {
+    scan_offsets<C>(p, s, &begin, &end);
+    first_block = p.column_tiles.divide(begin);
+  }
+  if (begin == end) return;
+  FewRows rows{known ? 0 : uniform(s.start->expert), first_block};
+  Chunk kept[C::kKept];
+  if (warp < C::kWarps) load_items<C>(p, s, rows, warp, kept);
+  if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
+  else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
+  // Barriers stand, and no weights are requested before all activations are: those would wait behind them.
+  __syncthreads();
+  if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
+  if (warp == C::kProducer) request_stages<C>(p, s, begin, end, min(rows.expert, p.experts - 1));
+  else if (warp == C::kWriter) write_tiles<C>(p, s, begin, end, rows);
+  else multiply_tiles<C>(p, s, begin, end, rows, warp, kept);
+}
+
+}  // namespace ccq
