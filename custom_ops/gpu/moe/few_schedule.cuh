@@ -154,8 +154,8 @@ __device__ void find_experts(const FewParams& p, const S& s, int first_block, in
 
 // Prefix sums over experts, of blocks of kRows rows and of rows, and this block's range of tiles. All threads, which meet in here.
 // (With one row a block there is nothing to work out.)
-template <typename C, typename S>
-__device__ void scan_offsets(const FewParams& p, const S& s, int* begin, int* end) {
+template <typename C>
+__device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* begin, int* end) {
   constexpr int kEach = kMaxExperts / C::kThreads;  // experts side by side are a thread's: their sum goes through the scan
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = p.experts > C::kThreads ? kEach : 1;
   const int first = threadIdx.x * each;
@@ -171,7 +171,7 @@ __device__ void scan_offsets(const FewParams& p, const S& s, int* begin, int* en
     const int other = __shfl_up_sync(~0u, counts, d);
     if (lane >= d) counts += other;
   }
-  if (lane == 31 && warp < C::kWarps) s.start->of_warp[warp] = counts;
+  if (lane == 31) s.start->of_warp[warp] = counts;
   __syncthreads();
   int blocks = counts - count, all = 0;
 #pragma unroll

@@ -19,25 +19,36 @@
 
 namespace ccq {
 
-template <Pairs kPairs_, int kRows_, int kUnits_>
+// What the scan of offsets finds, and what its warps tell each other.
+struct WarpgroupStart {
+  int expert, block, begin, end, of_warp[16], weight_of_warp[16];
+};
+
+// kCluster: blocks that share a tile's K, in equal parts.
+template <Pairs kPairs_, int kRows_, int kUnits_, int kCluster_ = 1>
 struct WarpgroupFew {
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kRows = kRows_, kUnits = kUnits_;
+  static constexpr int kRows = kRows_, kUnits = kUnits_, kCluster = kCluster_;
   static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;      // 8-column blocks of the second operand
   static constexpr int kGroups = kRows < 4 ? 4 / kRows : 1;  // groups that share an accumulator (moe_few.cuh, "slots")
-  static constexpr int kWarps = 16, kThreads = kWarps * 32, kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 64;
+  static constexpr int kWarps = 16, kThreads = kWarps * 32, kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 128;
+  // Registers of a thread: 96 at the beginning; then those of the warps that request and write, and of those that multiply.
+  static constexpr int kOtherRegisters = 64, kConsumerRegisters = 104;
   static constexpr int kSlices = 4, kTiles = 4;
   static constexpr int kScalesAt = kUnits * kTiles * 512, kStageBytes = kUnits * kTiles * 528;
   // Copies on their way: about 67 KB of a multiprocessor's.
   static constexpr int kUsualStages = 32 / kUnits, kLeastStages = kSlices;
   static constexpr int kMostStages = 32, kColumnSlots = 8, kMostSums = 4;
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
-  static constexpr int kEntries = kTiles * 8 * kRows;  // float2 of one slice's sums
+  static constexpr int kRowEntries = kTiles * 8 + 4, kEntries = kRows * kRowEntries;  // float2 of one slice's sums, of a row
   // The second operand of a 64-group: [step][half of it along K][kNT][8 columns][16 bytes]. Groups lie 16 bytes further apart, so
   // that the same bytes of neighbouring groups are in different banks.
   static constexpr int kGroupBytes = 512 * kNT + 16, kOffsetBytes = 64 * kNT;
   static constexpr int kKept = kRows < 4 ? kRows : 4;  // chunks that a lane loads at once
-  static constexpr int kBarriers = 2 * kMostStages + 2 * kColumnSlots + 2 * kMostSums;
+  static constexpr int kBarriers = 2 * kMostStages + 2 * kColumnSlots + 4 * kMostSums;
+  // Time of a tile by its rows, about: where the host does not know the blocks' ranges, they are of equal weight.
+  static constexpr int kMostWeight = kRows == 16 ? 16 : kRows == 8 ? 11 : 8;
+  __host__ __device__ static constexpr int weight(int rows) { return rows <= 4 ? 8 : rows <= 8 ? 11 : 16; }
   static_assert(kMaxExperts % kThreads == 0, "the scans of offsets are made for that");
 
   __host__ __device__ static constexpr int quads(int k) { return (k + 511) / 512; }
@@ -46,10 +57,10 @@ struct WarpgroupFew {
   __host__ __device__ static constexpr int sums_slots(int k) { return kRows > 4 && stages_of(k) >= kSlices ? 2 : 4; }
   __host__ __device__ static constexpr int slices(int k) { return stages_of(k) < kSlices ? stages_of(k) : kSlices; }
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
-  // Without the ring.
+  // Without the ring; `k` of one block.
   static constexpr size_t shared_bytes(int k, int experts) {
-    return kColumnSlots * kColumnBytes + sums_slots(k) * slices(k) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
-           quads(k) * 8 / kGroups * kOffsetBytes + (quads(k) * kRows * 4 + 15) / 16 * 16 + kBarriers * 8 + sizeof(FewStart) +
+    return kColumnSlots * kColumnBytes + sums_slots(k) * (slices(k) + kCluster - 1) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
+           quads(k) * 8 / kGroups * kOffsetBytes + (quads(k) * kRows * 4 + 15) / 16 * 16 + kBarriers * 8 + sizeof(WarpgroupStart) +
            2 * entries(experts) * sizeof(int);
   }
 };
@@ -57,29 +68,99 @@ struct WarpgroupFew {
 template <typename C>
 struct WarpgroupShared {
   char *ring, *columns, *activations, *offsets;
-  float2* sums;  // [slots][slices][kEntries]
+  float2* sums;  // [slots][slices][kEntries]; then, of the cluster's other block, [slots][kEntries]
   float* back;   // [quads][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
-  Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free;
-  FewStart* start;
+  Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free, *other_ready, *other_free;
+  WarpgroupStart* start;
   int *blocks, *rows;  // few_schedule.cuh
 
   __device__ WarpgroupShared(char* at, const FewParams& p) {
     auto take = [&at](int bytes) { char* q = at; at += bytes; return q; };
-    const int quads = C::quads(p.k);
+    const int k = p.k / C::kCluster, quads = C::quads(k);
     ring = take(p.stages * C::kStageBytes);
     columns = take(C::kColumnSlots * C::kColumnBytes);
-    sums = reinterpret_cast<float2*>(take(C::sums_slots(p.k) * C::slices(p.k) * C::kEntries * 8));
+    sums = reinterpret_cast<float2*>(take(C::sums_slots(k) * (C::slices(k) + C::kCluster - 1) * C::kEntries * 8));
     activations = take(quads * 8 * C::kGroupBytes);
     offsets = take(quads * 8 / C::kGroups * C::kOffsetBytes);
     back = reinterpret_cast<float*>(take((quads * C::kRows * 4 + 15) / 16 * 16));
     full = reinterpret_cast<Barrier*>(take(C::kBarriers * 8));
     free = full + C::kMostStages, columns_full = free + C::kMostStages, columns_free = columns_full + C::kColumnSlots;
     sums_ready = columns_free + C::kColumnSlots, sums_free = sums_ready + C::kMostSums;
-    start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
+    other_ready = sums_free + C::kMostSums, other_free = other_ready + C::kMostSums;
+    start = reinterpret_cast<WarpgroupStart*>(take(sizeof(WarpgroupStart)));
     blocks = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
     rows = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
   }
 };
+
+// Prefix sums over experts, of blocks of kRows rows and of rows, and this block's range of tiles: of equal weight. All threads,
+// which meet in here.
+template <typename C>
+__device__ void weigh_offsets(const FewParams& p, const WarpgroupShared<C>& s, int* begin, int* end) {
+  constexpr int kEach = kMaxExperts / C::kThreads;  // experts side by side are a thread's: their sum goes through the scan
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = p.experts > C::kThreads ? kEach : 1;
+  const int first = threadIdx.x * each;
+  const int before = first > 0 && first <= p.experts ? static_cast<int>(p.offsets[first - 1]) : 0;
+  int ends[kEach], count = 0, weight = 0, start = before;
+  auto add = [&](int rows, int* count, int* weight) {
+    const int full = rows / C::kRows, rest = rows % C::kRows;
+    *count += full + (rest > 0), *weight += full * C::kMostWeight + (rest > 0 ? C::weight(rest) : 0);
+  };
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    ends[j] = j < each && first + j < p.experts ? static_cast<int>(p.offsets[first + j]) : start;
+    add(ends[j] - start, &count, &weight), start = ends[j];
+  }
+  int counts = count, weights = weight;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(~0u, counts, d), others = __shfl_up_sync(~0u, weights, d);
+    if (lane >= d) counts += other, weights += others;
+  }
+  if (lane == 31 && warp < C::kWarps) s.start->of_warp[warp] = counts, s.start->weight_of_warp[warp] = weights;
+  if (threadIdx.x == 0) s.blocks[0] = s.rows[0] = 0, s.start->expert = p.experts - 1;
+  __syncthreads();
+  int blocks = counts - count, all = 0, all_weights = 0;
+  weight = weights - weight;
+#pragma unroll
+  for (int w = 0; w < C::kWarps; ++w) {
+    const int of_warp = s.start->of_warp[w], weight_of_warp = s.start->weight_of_warp[w];
+    all += of_warp, blocks += w < warp ? of_warp : 0;
+    all_weights += weight_of_warp, weight += w < warp ? weight_of_warp : 0;
+  }
+  const int column_tiles = p.column_tiles.by, grid = gridDim.x / C::kCluster, own = blockIdx.x / C::kCluster;
+  const int64_t total = static_cast<int64_t>(all_weights) * column_tiles;
+  const int64_t borders[2] = {own * total / grid, (own + 1) * total / grid};
+  if (threadIdx.x == 0) s.start->begin = s.start->end = all * column_tiles;
+  __syncthreads();
+  start = before;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (j >= each || first + j >= p.experts) break;
+    int own_blocks = 0, own_weight = 0;
+    add(ends[j] - start, &own_blocks, &own_weight);
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int64_t local = borders[b] - static_cast<int64_t>(weight) * column_tiles;
+      if (local < 0 || local >= static_cast<int64_t>(own_weight) * column_tiles) continue;
+      const int at = static_cast<int>(local), of_block = C::kMostWeight * column_tiles, block = min(at / of_block, own_blocks - 1);
+      const int each_tile = C::weight(min(C::kRows, ends[j] - start - block * C::kRows));
+      const int tile = (blocks + block) * column_tiles + (at - block * of_block + each_tile - 1) / each_tile;
+      if (b == 0) s.start->begin = tile, s.start->expert = first + j;
+      else s.start->end = tile;
+    }
+    blocks += own_blocks, weight += own_weight, start = ends[j];
+    s.blocks[first + j + 1] = blocks, s.rows[first + j + 1] = start;
+  }
+  __syncthreads();
+  *begin = uniform(s.start->begin), *end = uniform(s.start->end);
+}
+
+// A block's number in its cluster.
+template <typename C>
+__device__ int cluster_rank() {
+  return C::kCluster > 1 ? blockIdx.x % C::kCluster : 0;
+}
 
 // A warp converts blocks of 512 values of a row, a lane 16 of them: block `item` of a warp is (quad, row).
 template <typename C>
@@ -89,8 +170,9 @@ __device__ void load_items(const FewParams& p, const WarpgroupShared<C>& s, cons
 #pragma unroll
   for (int i = 0; i < C::kKept; ++i) {
     const int item = first + i * C::kWarps, c = item / C::kRows * 32 + threadIdx.x % 32;
+    const int chunks = p.k / C::kCluster / 16;
     kept[i] = Chunk{};
-    if (c < p.k / 16) kept[i].load(row_in(p, row, count, item % C::kRows), c);
+    if (c < chunks) kept[i].load(row_in(p, row, count, item % C::kRows), cluster_rank<C>() * chunks + c);
   }
 }
 
@@ -98,7 +180,7 @@ __device__ void load_items(const FewParams& p, const WarpgroupShared<C>& s, cons
 template <typename C>
 __device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
   constexpr int R = C::kRows;
-  const int lane = threadIdx.x % 32, items = C::quads(p.k) * R;
+  const int lane = threadIdx.x % 32, items = C::quads(p.k / C::kCluster) * R;
   int first_row, count;
   rows.place<C>(p, s, &first_row, &count);
 #pragma unroll 1
@@ -131,12 +213,13 @@ __device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, co
   }
 }
 
-// A stage's part of the sums, of columns g and g + 8: `out`, for row t of each block of four (or t % kRows).
-template <typename C>
+// A stage's part of the sums, of columns g and g + 8: `out`, for row t of each block of four (or t % kRows); kNT: blocks that the
+// tile really has.
+template <typename C, int kNT>
 __device__ void multiply_stage(const char* codes, const char* scales, int unit_codes, int unit_scales, uint64_t b,
                                const char* offsets, const float* back, const Column<C::kPairs> (&column)[2], Barrier* free,
                                uint32_t four, uint32_t thirty_two, float2 (&out)[C::kNT]) {
-  constexpr int kNT = C::kNT, kGroups = C::kGroups, kAll = 2 * C::kUnits;
+  constexpr int kGroups = C::kGroups, kAll = 2 * C::kUnits;
   const int t = threadIdx.x % 4;
   const int shift = kGroups == 4 ? t % 2 * 4 : kGroups == 2 ? t / 2 * 4 : 0;
   int o[kNT][4] = {}, d[2][kNT][4];
@@ -181,7 +264,7 @@ __device__ void multiply_stage(const char* codes, const char* scales, int unit_c
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 2; ++step)
-      wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * kNT)) / 16);
+      wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * C::kNT)) / 16);
     wgmma_commit();
     wgmma_wait<1>();
     if (first && group > 0) scaled(set ^ 1);
@@ -203,7 +286,8 @@ __device__ void multiply_stage(const char* codes, const char* scales, int unit_c
 // The warp that requests: columns of a tile, then its stages.
 template <typename C>
 __device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, int expert) {
-  const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
+  const int lane = threadIdx.x % 32, all_blocks = p.k / 128, blocks_k = all_blocks / C::kCluster, tiles_n = p.n / 16;
+  const int column_tiles = p.column_tiles.by;
   int block = p.column_tiles.divide(begin), column = begin - block * column_tiles, stage = 0;
   uint32_t parity = 1;  // of the round before: passed at once in the first
   const uint64_t policy = streaming_policy();
@@ -219,7 +303,7 @@ __device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, 
         bulk_copy(s.columns + slot * C::kColumnBytes + j * (C::kTiles * kPlaneBytes), from + j * plane, tiles * kPlaneBytes,
                   s.columns_full + slot);
     }
-    size_t unit = ccq_unit_index(expert, t16, 0, tiles_n, blocks_k);
+    size_t unit = ccq_unit_index(expert, t16, cluster_rank<C>() * blocks_k, tiles_n, all_blocks);
     for (int kb = 0; kb < blocks_k; kb += C::kUnits) {
       const int units = min(C::kUnits, blocks_k - kb) * tiles;
       s.free[stage].wait(parity);
@@ -241,34 +325,49 @@ __device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, 
   }
 }
 
-// The warp that writes: a tile's sums, in the order of K.
+// The warp that writes: a tile's sums, in the order of K. A lane has columns g and g + 8 of one 16-column tile. In a cluster the
+// second block hands its sums to the first one.
 template <typename C>
 __device__ void write_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows) {
-  const int tiles_n = p.n / 16, column_tiles = p.column_tiles.by, slots = C::sums_slots(p.k), slices = C::slices(p.k);
+  const int k = p.k / C::kCluster, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
+  const int slots = C::sums_slots(k), slices = C::slices(k), lane = threadIdx.x % 32, rank = cluster_rank<C>();
   int column = begin - rows.block * column_tiles, row, count;
   rows.place<C>(p, s, &row, &count);
   for (int tile = begin; tile < end; ++tile) {
-    const int i = tile - begin, slot = i % slots, columns_slot = i % C::kColumnSlots;
-    const char* const columns = s.columns + columns_slot * C::kColumnBytes;
+    const int i = tile - begin, slot = i % slots, columns_slot = i % C::kColumnSlots, t16 = column * C::kTiles + lane / 8;
     const float2* const from = s.sums + slot * slices * C::kEntries;
+    float2* const other = s.sums + (slots * slices + slot) * C::kEntries;
     s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
+    const float2 super = load_supers(s.columns + columns_slot * C::kColumnBytes + lane / 8 * kPlaneBytes, lane % 8);
     s.sums_ready[slot].wait((i / slots) & 1);
-#pragma unroll
-    for (int e = threadIdx.x % 32; e < C::kEntries; e += 32) {
-      float2 sum = from[e];
+    if (C::kCluster > 1 && rank == 0) s.other_ready[slot].wait_cluster((i / slots) & 1);
+    if (C::kCluster > 1 && rank == 1) s.other_free[slot].wait_cluster((i / slots + 1) & 1);
+#pragma unroll 2
+    for (int r = 0; r < count; ++r) {
+      float2 sum = from[r * C::kRowEntries + lane];
       for (int w = 1; w < slices; ++w) {
-        const float2 v = from[w * C::kEntries + e];
+        const float2 v = from[w * C::kEntries + r * C::kRowEntries + lane];
         sum.x += v.x, sum.y += v.y;
       }
-      const int own = e % C::kRows, g = e / C::kRows % 8, r = e / C::kRows / 8, t16 = column * C::kTiles + r;
-      if (t16 >= tiles_n || own >= count) continue;
-      const float2 super = load_supers(columns + r * kPlaneBytes, g);
-      const size_t to = static_cast<size_t>(row + own) * p.n + t16 * 16 + g;
+      if (C::kCluster > 1) {
+        if (rank == 1) {
+          store_in_block(other + r * C::kRowEntries + lane, 0, sum);
+          continue;
+        }
+        const float2 v = other[r * C::kRowEntries + lane];
+        sum.x += v.x, sum.y += v.y;
+      }
+      if (t16 >= tiles_n) continue;
+      const size_t to = static_cast<size_t>(row + r) * p.n + t16 * 16 + lane % 8;
       store(p.out, p.dtype, to, sum.x * super.x);
       store(p.out, p.dtype, to + 8, sum.y * super.y);
     }
     s.sums_free[slot].arrive_together();
     s.columns_free[columns_slot].arrive_together();
+    if (C::kCluster > 1) {
+      __syncwarp();
+      if (lane == 0) (rank == 1 ? s.other_ready : s.other_free)[slot].arrive_in_block(rank ^ 1);
+    }
     if (++column == column_tiles && tile + 1 < end) {
       column = 0, ++rows.block;
       rows.expert = expert_of<C>(s, rows.block, rows.expert);
@@ -277,14 +376,19 @@ __device__ void write_tiles(const FewParams& p, const WarpgroupShared<C>& s, int
   }
 }
 
+template <int kBlocks>
+struct Blocks {
+  static constexpr int value = kBlocks;
+};
+
 // The warps that multiply.
 template <typename C>
 __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows, int warp,
                                Chunk (&kept)[C::kKept]) {
   constexpr int R = C::kRows;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 4, wn = warp % 4;
-  const int tiles_n = p.n / 16, column_tiles = p.column_tiles.by, stages_k = C::stages_of(p.k);
-  const int slots = C::sums_slots(p.k), slices = C::slices(p.k);
+  const int k = p.k / C::kCluster, tiles_n = p.n / 16, column_tiles = p.column_tiles.by, stages_k = C::stages_of(k);
+  const int slots = C::sums_slots(k), slices = C::slices(k);
   uint32_t four = 4, thirty_two = 32;
   asm volatile("" : "+r"(four), "+r"(thirty_two));
   const uint64_t b0 = plain_descriptor(shared_address(s.activations), 128 * C::kNT, 128);
@@ -301,6 +405,8 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
     convert_rows<C>(p, s, rows, warp, kept);
     publish_shared();
     named_barrier<1, C::kThreads>();
+    int row, count;
+    rows.place<C>(p, s, &row, &count);
     while (tile < block_end) {
       const int i = tile - begin, columns_slot = i % C::kColumnSlots, t16 = (tile - block * column_tiles) * C::kTiles;
       const int tiles = min(C::kTiles, tiles_n - t16), own = min(wn, tiles - 1), slice = part;
@@ -309,25 +415,38 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
       s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
       load_columns<C::kPairs>(columns, columns + C::kTiles * kPlaneBytes, g, column);
       float2 out[C::kNT] = {};
+      auto multiply = [&](auto blocks) {
 #pragma unroll 1
-      for (; part < stages_k; part += C::kSlices) {
-        const char* const at = s.ring + stage * C::kStageBytes;
-        s.full[stage].wait(parity);
-        const int group = part * (2 * C::kUnits);
-        multiply_stage<C>(at + own * 512 + lane * 16, at + C::kScalesAt + own * 16 + g * 2, tiles * 512, tiles * 16,
-                          b0 + group * C::kGroupBytes / 16, s.offsets + group / C::kGroups * C::kOffsetBytes + t * 16,
-                          s.back + group / 8 * R + t % (R < 4 ? R : 4), column, s.free + stage, four, thirty_two, out);
-        if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
+        for (; part < stages_k; part += C::kSlices) {
+          const char* const at = s.ring + stage * C::kStageBytes;
+          s.full[stage].wait(parity);
+          const int group = part * (2 * C::kUnits);
+          multiply_stage<C, decltype(blocks)::value>(
+              at + own * 512 + lane * 16, at + C::kScalesAt + own * 16 + g * 2, tiles * 512, tiles * 16,
+              b0 + group * C::kGroupBytes / 16, s.offsets + group / C::kGroups * C::kOffsetBytes + t * 16,
+              s.back + group / 8 * R + t % (R < 4 ? R : 4), column, s.free + stage, four, thirty_two, out);
+          if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
+        }
+      };
+      if constexpr (C::kNT == 4) {
+        if (count <= 4) multiply(Blocks<1>{});
+        else if (count <= 8) multiply(Blocks<2>{});
+        else multiply(Blocks<4>{});
+      } else if constexpr (C::kNT == 2) {
+        if (count <= 4) multiply(Blocks<1>{});
+        else multiply(Blocks<2>{});
+      } else {
+        multiply(Blocks<1>{});
       }
       const int slot = i % slots;
       s.sums_free[slot].wait((i / slots + 1) & 1);
-      float2* const to = s.sums + (slot * slices + slice) * C::kEntries + wn * 8 * R;
+      float2* const to = s.sums + (slot * slices + slice) * C::kEntries + wn * 8 + g;
 #pragma unroll
       for (int j = 0; j < C::kNT; ++j) {
         // Lanes t and t ^ 2 have the same row, with one row all four lanes of a quad.
         if (R < 4) out[j].x += __shfl_xor_sync(~0u, out[j].x, 2), out[j].y += __shfl_xor_sync(~0u, out[j].y, 2);
         if (R < 2) out[j].x += __shfl_xor_sync(~0u, out[j].x, 1), out[j].y += __shfl_xor_sync(~0u, out[j].y, 1);
-        if (t < R) to[g * R + 4 * j + t] = out[j];
+        if (4 * j + t < count) to[(4 * j + t) * C::kRowEntries] = out[j];
       }
       s.sums_ready[slot].arrive_together();
       s.columns_free[columns_slot].arrive_together();
@@ -342,42 +461,56 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
   dependents_may_start();
   extern __shared__ __align__(128) char shared[];
   const WarpgroupShared<C> s(shared, p);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, k = p.k / C::kCluster;
   if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
 #pragma unroll
     for (int i = warp; i < C::kMostStages; i += C::kWarps) s.full[i].init(1), s.free[i].init(4 * kWarpArrivals);
-    const int warps = 4 * C::slices(p.k);
+    const int warps = 4 * C::slices(k);
     if (warp < C::kColumnSlots) s.columns_full[warp].init(1), s.columns_free[warp].init((warps + 1) * kWarpArrivals);
-    if (warp < C::kMostSums) s.sums_ready[warp].init(warps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
+    if (warp < C::kMostSums) {
+      s.sums_ready[warp].init(warps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
+      s.other_ready[warp].init(1), s.other_free[warp].init(1);
+    }
     publish_barriers();
   }
   if (C::kGroups > 1) {  // columns of a group that hold other groups are zero, and stay so
-    for (int i = threadIdx.x * 16; i < C::quads(p.k) * 8 * C::kGroupBytes; i += C::kAllThreads * 16)
+    for (int i = threadIdx.x * 16; i < C::quads(k) * 8 * C::kGroupBytes; i += C::kAllThreads * 16)
       *reinterpret_cast<uint4*>(s.activations + i) = uint4{};
     publish_shared();
   }
   // Whether the host knows the block's range of tiles: always, but with several matrices and rows a block.
   const bool known = C::kRows == 1 || !p.offsets;
-  int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
-  int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer), first_block = p.column_tiles.divide(begin);
+  const int own = blockIdx.x / C::kCluster;
+  int begin = own * p.each + min(own, p.longer);
+  int end = begin + p.each + (own < p.longer), first_block = p.column_tiles.divide(begin);
   if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
   wait_for_prerequisites();  // before any read: an earlier kernel may have written anything, weights included
   if (!known) {
-    scan_offsets<C>(p, s, &begin, &end);
+    weigh_offsets<C>(p, s, &begin, &end);
     first_block = p.column_tiles.divide(begin);
   }
   if (begin == end) return;
-  FewRows rows{known ? 0 : uniform(s.start->expert), first_block};
+  FewRows rows{known ? 0 : uniform(expert_of<C>(s, first_block, s.start->expert)), first_block};
   Chunk kept[C::kKept];
   if (warp < C::kWarps) load_items<C>(p, s, rows, warp, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
   // Barriers stand, and no weights are requested before all activations are: those would wait behind them.
   __syncthreads();
+  if (C::kCluster > 1) cluster_barrier();
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
-  if (warp == C::kProducer) request_stages<C>(p, s, begin, end, min(rows.expert, p.experts - 1));
-  else if (warp == C::kWriter) write_tiles<C>(p, s, begin, end, rows);
-  else multiply_tiles<C>(p, s, begin, end, rows, warp, kept);
+  if (warp >= C::kWarps) {
+    deallocate_registers<C::kOtherRegisters>();
+    if (warp == C::kProducer) request_stages<C>(p, s, begin, end, min(rows.expert, p.experts - 1));
+    else if (warp == C::kWriter) write_tiles<C>(p, s, begin, end, rows);
+  } else {
+    allocate_registers<C::kConsumerRegisters>();
+    multiply_tiles<C>(p, s, begin, end, rows, warp, kept);
+  }
+  if (C::kCluster > 1) {  // the other block may still write here
+    __syncwarp();
+    cluster_barrier();
+  }
 }
 
 }  // namespace ccq
