@@ -8,7 +8,7 @@
 // stage is kUnits units of 128 input rows of all 64 columns: contiguous in memory, so that one copy brings its codes. Stages of
 // a range go in turn to four warpgroups, each warp of which has 16 columns. Sums of a tile's parts meet in shared memory.
 //
-// Warps. One requests stages; sixteen multiply; one adds up the sums of a tile and writes them.
+// Warps. Two request stages; sixteen multiply; one adds up the sums of a tile and writes them.
 //
 // Activations are converted by blocks of 512 values of a row, each with a scale of its own; so what a warpgroup has multiplied is
 // scaled and added up as float32 once a stage.
@@ -31,21 +31,26 @@ struct WarpgroupFew {
   static constexpr int kRows = kRows_, kUnits = kUnits_, kCluster = kCluster_;
   static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;      // 8-column blocks of the second operand
   static constexpr int kGroups = kRows < 4 ? 4 / kRows : 1;  // groups that share an accumulator (moe_few.cuh, "slots")
-  static constexpr int kWarps = 16, kThreads = kWarps * 32, kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 128;
+  static constexpr int kWarps = 16, kThreads = kWarps * 32, kAllThreads = kThreads + 128;
+  static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers;
   // Registers of a thread: 96 at the beginning; then those of the warps that request and write, and of those that multiply.
   static constexpr int kOtherRegisters = 64, kConsumerRegisters = 104;
   static constexpr int kSlices = 4, kTiles = 4;
-  static constexpr int kScalesAt = kUnits * kTiles * 512, kStageBytes = kUnits * kTiles * 528;
+  static constexpr int kUnitBytes = kTiles * 512;  // codes of a unit of all columns
+  static constexpr int kStageBytes = kUnits * kUnitBytes;
   // Copies on their way: about 67 KB of a multiprocessor's.
   static constexpr int kUsualStages = 32 / kUnits, kLeastStages = kSlices;
-  static constexpr int kMostStages = 32, kColumnSlots = 8, kMostSums = 4;
-  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
+  static constexpr int kMostStages = 32, kMostColumns = 8, kMostSums = 4;
+  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1;
+  // Of a tile: its columns, then its scales, [units][kTiles * 16].
+  static constexpr int kColumnBytes = kTiles * kPlaneBytes * kPlanes, kUnitScales = kTiles * 16;
+  __host__ __device__ static constexpr int column_bytes(int k) { return kColumnBytes + (k / 128 + kUnits - 1) / kUnits * kUnits * kUnitScales; }
   static constexpr int kRowEntries = kTiles * 8 + 4, kEntries = kRows * kRowEntries;  // float2 of one slice's sums, of a row
   // The second operand of a 64-group: [step][half of it along K][kNT][8 columns][16 bytes]. Groups lie 16 bytes further apart, so
   // that the same bytes of neighbouring groups are in different banks.
   static constexpr int kGroupBytes = 512 * kNT + 16, kOffsetBytes = 64 * kNT;
   static constexpr int kKept = kRows < 4 ? kRows : 4;  // chunks that a lane loads at once
-  static constexpr int kBarriers = 2 * kMostStages + 2 * kColumnSlots + 4 * kMostSums;
+  static constexpr int kBarriers = 2 * kMostStages + 2 * kMostColumns + 4 * kMostSums;
   // Time of a tile by its rows, about: where the host does not know the blocks' ranges, they are of equal weight.
   static constexpr int kMostWeight = kRows == 16 ? 16 : kRows == 8 ? 11 : 8;
   __host__ __device__ static constexpr int weight(int rows) { return rows <= 4 ? 8 : rows <= 8 ? 11 : 16; }
@@ -55,11 +60,13 @@ struct WarpgroupFew {
   __host__ __device__ static constexpr int stages_of(int k) { return (k / 128 + kUnits - 1) / kUnits; }
   // A warpgroup that has no part in every tile needs more of them, or it would mistake one round of a barrier for another.
   __host__ __device__ static constexpr int sums_slots(int k) { return kRows > 4 && stages_of(k) >= kSlices ? 2 : 4; }
+  // Tiles whose columns are there or on their way: with few stages a tile more of them. Numbers of slots are powers of two.
+  __host__ __device__ static constexpr int column_slots(int k) { return stages_of(k) < kSlices ? kMostColumns : 4; }
   __host__ __device__ static constexpr int slices(int k) { return stages_of(k) < kSlices ? stages_of(k) : kSlices; }
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   // Without the ring; `k` of one block.
   static constexpr size_t shared_bytes(int k, int experts) {
-    return kColumnSlots * kColumnBytes + sums_slots(k) * (slices(k) + kCluster - 1) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
+    return column_slots(k) * column_bytes(k) + sums_slots(k) * (slices(k) + kCluster - 1) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
            quads(k) * 8 / kGroups * kOffsetBytes + (quads(k) * kRows * 4 + 15) / 16 * 16 + kBarriers * 8 + sizeof(WarpgroupStart) +
            2 * entries(experts) * sizeof(int);
   }
@@ -78,14 +85,14 @@ struct WarpgroupShared {
     auto take = [&at](int bytes) { char* q = at; at += bytes; return q; };
     const int k = p.k / C::kCluster, quads = C::quads(k);
     ring = take(p.stages * C::kStageBytes);
-    columns = take(C::kColumnSlots * C::kColumnBytes);
+    columns = take(C::column_slots(k) * C::column_bytes(k));
     sums = reinterpret_cast<float2*>(take(C::sums_slots(k) * (C::slices(k) + C::kCluster - 1) * C::kEntries * 8));
     activations = take(quads * 8 * C::kGroupBytes);
     offsets = take(quads * 8 / C::kGroups * C::kOffsetBytes);
     back = reinterpret_cast<float*>(take((quads * C::kRows * 4 + 15) / 16 * 16));
     full = reinterpret_cast<Barrier*>(take(C::kBarriers * 8));
-    free = full + C::kMostStages, columns_full = free + C::kMostStages, columns_free = columns_full + C::kColumnSlots;
-    sums_ready = columns_free + C::kColumnSlots, sums_free = sums_ready + C::kMostSums;
+    free = full + C::kMostStages, columns_full = free + C::kMostStages, columns_free = columns_full + C::kMostColumns;
+    sums_ready = columns_free + C::kMostColumns, sums_free = sums_ready + C::kMostSums;
     other_ready = sums_free + C::kMostSums, other_free = other_ready + C::kMostSums;
     start = reinterpret_cast<WarpgroupStart*>(take(sizeof(WarpgroupStart)));
     blocks = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
@@ -214,17 +221,31 @@ __device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, co
 }
 
 // A stage's part of the sums, of columns g and g + 8: `out`, for row t of each block of four (or t % kRows); kNT: blocks that the
-// tile really has.
+// tile really has. All that is read of shared memory is asked for a group ahead.
 template <typename C, int kNT>
-__device__ void multiply_stage(const char* codes, const char* scales, int unit_codes, int unit_scales, uint64_t b,
-                               const char* offsets, const float* back, const Column<C::kPairs> (&column)[2], Barrier* free,
-                               uint32_t four, uint32_t thirty_two, float2 (&out)[C::kNT]) {
+__device__ void multiply_stage(const char* codes, const char* scales, uint64_t b, const char* offsets, const float* back,
+                               const Column<C::kPairs> (&column)[2], Barrier* free, uint32_t four, uint32_t thirty_two,
+                               float2 (&out)[C::kNT]) {
   constexpr int kGroups = C::kGroups, kAll = 2 * C::kUnits;
   const int t = threadIdx.x % 4;
   const int shift = kGroups == 4 ? t % 2 * 4 : kGroups == 2 ? t / 2 * 4 : 0;
   int o[kNT][4] = {}, d[2][kNT][4];
-  uint32_t a[2][2][4], f[2] = {}, word = 0;
-  uint4 q{};
+  uint32_t a[2][2][4], f[2] = {}, nibbles[2] = {}, next_nibbles[2] = {};  // of columns g and g + 8
+  uint4 q{}, next_q{};
+  auto begin = [&](int set, int group) {
+#pragma unroll
+    for (int j = 0; j < kNT; ++j) {
+      const int4 c = *reinterpret_cast<const int4*>(offsets + group / kGroups * C::kOffsetBytes + j * 64);
+      d[set][j][0] = c.x, d[set][j][1] = c.y, d[set][j][2] = c.z, d[set][j][3] = c.w;
+    }
+  };
+  auto load = [&](int u) {
+    next_q = *reinterpret_cast<const uint4*>(codes + u * C::kUnitBytes);
+    if (kGroups < 4 || u % 2 == 0)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        next_nibbles[i] = *reinterpret_cast<const uint8_t*>(scales + (kGroups == 4 ? u + t / 2 : u) * C::kUnitScales + i);
+  };
   auto scaled = [&](int set) {
 #pragma unroll
     for (int j = 0; j < kNT; ++j) {
@@ -232,19 +253,13 @@ __device__ void multiply_stage(const char* codes, const char* scales, int unit_c
       o[j][2] += f[1] * d[set][j][2], o[j][3] += f[1] * d[set][j][3];
     }
   };
+  load(0);
+  begin(0, 0);
 #pragma unroll
   for (int group = 0; group < kAll; ++group) {
     const int u = group / 2, half = group % 2, set = group / kGroups % 2;
     const bool first = group % kGroups == 0;
-    if (half == 0) {
-      q = *reinterpret_cast<const uint4*>(codes + u * unit_codes);
-      if (kGroups < 4 || u % 2 == 0)
-        word = *reinterpret_cast<const uint16_t*>(scales + (kGroups == 4 ? u + t / 2 : u) * unit_scales);
-      if (u == C::kUnits - 1) {  // every lane has what it needs of the stage. Without a branch, which would serialize `wgmma`
-        __syncwarp();
-        free->arrive_if(kWarpArrivals == 32 || threadIdx.x % 32 == 0);
-      }
-    }
+    if (half == 0) q = next_q, nibbles[0] = next_nibbles[0], nibbles[1] = next_nibbles[1];
     const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
     uint32_t(&steps)[2][4] = a[group % 2];
     {
@@ -255,23 +270,24 @@ __device__ void multiply_stage(const char* codes, const char* scales, int unit_c
       const ByteWindows v(column[0].template codes<1>(low), four, thirty_two), w(column[1].template codes<1>(high), four, thirty_two);
       steps[1][0] = v.outer, steps[1][1] = w.outer, steps[1][2] = v.inner, steps[1][3] = w.inner;
     }
-    if (first)
-#pragma unroll
-      for (int j = 0; j < kNT; ++j) {
-        const int4 c = *reinterpret_cast<const int4*>(offsets + group / kGroups * C::kOffsetBytes + j * 64);
-        d[set][j][0] = c.x, d[set][j][1] = c.y, d[set][j][2] = c.z, d[set][j][3] = c.w;
-      }
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 2; ++step)
       wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * C::kNT)) / 16);
     wgmma_commit();
+    if (half == 0 && u + 1 < C::kUnits) {
+      load(u + 1);
+      if (u + 2 == C::kUnits) {  // every lane has what it needs of the stage. Without a branch, which would serialize `wgmma`
+        __syncwarp();
+        free->arrive_if(kWarpArrivals == 32 || threadIdx.x % 32 == 0);
+      }
+    }
     wgmma_wait<1>();
     if (first && group > 0) scaled(set ^ 1);
-    if (group % kGroups == kGroups - 1) {
-      const int by = kGroups == 1 ? half * 4 : shift;
-      f[0] = word >> by & 15, f[1] = word >> (by + 8) & 15;
-    }
+    if (first && group + kGroups < kAll) begin(set ^ 1, group + kGroups);
+    if (group % kGroups == kGroups - 1)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) f[i] = kGroups > 1 ? nibbles[i] >> shift & 15 : half ? nibbles[i] >> 4 : nibbles[i] & 15;
   }
   wgmma_wait<0>();
   scaled((kAll - 1) / kGroups % 2);
@@ -283,39 +299,56 @@ __device__ void multiply_stage(const char* codes, const char* scales, int unit_c
   }
 }
 
-// The warp that requests: columns of a tile, then its stages.
+// The warps that request: columns and scales of a tile, then its stages, each warp every kProducers-th.
 template <typename C>
-__device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, int expert) {
+__device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, int expert, int own) {
   const int lane = threadIdx.x % 32, all_blocks = p.k / 128, blocks_k = all_blocks / C::kCluster, tiles_n = p.n / 16;
-  const int column_tiles = p.column_tiles.by;
-  int block = p.column_tiles.divide(begin), column = begin - block * column_tiles, stage = 0;
+  const int column_tiles = p.column_tiles.by, slots = C::column_slots(p.k / C::kCluster), bytes = C::column_bytes(p.k / C::kCluster);
+  int block = p.column_tiles.divide(begin), column = begin - block * column_tiles, stage = 0, turn = 0;
   uint32_t parity = 1;  // of the round before: passed at once in the first
   const uint64_t policy = streaming_policy();
   for (int tile = begin; tile < end; ++tile) {
-    const int i = tile - begin, slot = i % C::kColumnSlots, t16 = column * C::kTiles, tiles = min(C::kTiles, tiles_n - t16);
-    s.columns_free[slot].wait((i / C::kColumnSlots + 1) & 1);
-    if (lane == 0) {
-      s.columns_full[slot].arrive_and_expect(tiles * kPlaneBytes * C::kPlanes);
-      const uint32_t* const from = p.columns + (static_cast<size_t>(expert) * tiles_n + t16) * 32;
-      const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
-#pragma unroll
-      for (int j = 0; j < C::kPlanes; ++j)
-        bulk_copy(s.columns + slot * C::kColumnBytes + j * (C::kTiles * kPlaneBytes), from + j * plane, tiles * kPlaneBytes,
-                  s.columns_full + slot);
-    }
+    const int i = tile - begin, slot = (i & (slots - 1)), t16 = column * C::kTiles, tiles = min(C::kTiles, tiles_n - t16);
     size_t unit = ccq_unit_index(expert, t16, cluster_rank<C>() * blocks_k, tiles_n, all_blocks);
-    for (int kb = 0; kb < blocks_k; kb += C::kUnits) {
-      const int units = min(C::kUnits, blocks_k - kb) * tiles;
-      s.free[stage].wait(parity);
+    if (own == 0) {
+      s.columns_free[slot].wait((i & slots) == 0);
       if (lane == 0) {
-        Barrier* const full = s.full + stage;
-        char* const to = s.ring + stage * C::kStageBytes;
-        full->arrive_and_expect(units * 528);
-        bulk_copy(to, p.quant + unit * 512, units * 512, full, policy);
-        bulk_copy(to + C::kScalesAt, p.scales + unit * 16, units * 16, full, policy);
+        Barrier* const full = s.columns_full + slot;
+        char* const to = s.columns + slot * bytes;
+        full->arrive_and_expect(tiles * kPlaneBytes * C::kPlanes + blocks_k * tiles * 16);
+        const uint32_t* const from = p.columns + (static_cast<size_t>(expert) * tiles_n + t16) * 32;
+        const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
+#pragma unroll
+        for (int j = 0; j < C::kPlanes; ++j)
+          bulk_copy(to + j * (C::kTiles * kPlaneBytes), from + j * plane, tiles * kPlaneBytes, full);
+        if (tiles == C::kTiles) {
+          bulk_copy(to + C::kColumnBytes, p.scales + unit * 16, blocks_k * C::kUnitScales, full, policy);
+        } else {
+          for (int u = 0; u < blocks_k; ++u)
+            bulk_copy(to + C::kColumnBytes + u * C::kUnitScales, p.scales + (unit + u * tiles) * 16, tiles * 16, full, policy);
+        }
       }
       __syncwarp();
+    }
+    for (int kb = 0; kb < blocks_k; kb += C::kUnits) {
+      const int units = min(C::kUnits, blocks_k - kb) * tiles;
+      if (turn == own) {
+        s.free[stage].wait(parity);
+        if (lane == 0) {
+          Barrier* const full = s.full + stage;
+          char* const to = s.ring + stage * C::kStageBytes;
+          full->arrive_and_expect(units * 512);
+          if (tiles == C::kTiles) {
+            bulk_copy(to, p.quant + unit * 512, units * 512, full, policy);
+          } else {
+            for (int u = 0; u * tiles < units; ++u)
+              bulk_copy(to + u * C::kUnitBytes, p.quant + (unit + u * tiles) * 512, tiles * 512, full, policy);
+          }
+        }
+        __syncwarp();
+      }
       unit += units;
+      if (++turn == C::kProducers) turn = 0;
       if (++stage == p.stages) stage = 0, parity ^= 1;
     }
     if (++column == column_tiles) {
@@ -331,17 +364,18 @@ template <typename C>
 __device__ void write_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows) {
   const int k = p.k / C::kCluster, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
   const int slots = C::sums_slots(k), slices = C::slices(k), lane = threadIdx.x % 32, rank = cluster_rank<C>();
+  const int column_slots = C::column_slots(k);
   int column = begin - rows.block * column_tiles, row, count;
   rows.place<C>(p, s, &row, &count);
   for (int tile = begin; tile < end; ++tile) {
-    const int i = tile - begin, slot = i % slots, columns_slot = i % C::kColumnSlots, t16 = column * C::kTiles + lane / 8;
+    const int i = tile - begin, slot = (i & (slots - 1)), columns_slot = (i & (column_slots - 1)), t16 = column * C::kTiles + lane / 8;
     const float2* const from = s.sums + slot * slices * C::kEntries;
     float2* const other = s.sums + (slots * slices + slot) * C::kEntries;
-    s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
-    const float2 super = load_supers(s.columns + columns_slot * C::kColumnBytes + lane / 8 * kPlaneBytes, lane % 8);
-    s.sums_ready[slot].wait((i / slots) & 1);
-    if (C::kCluster > 1 && rank == 0) s.other_ready[slot].wait_cluster((i / slots) & 1);
-    if (C::kCluster > 1 && rank == 1) s.other_free[slot].wait_cluster((i / slots + 1) & 1);
+    s.columns_full[columns_slot].wait((i & column_slots) != 0);
+    const float2 super = load_supers(s.columns + columns_slot * C::column_bytes(k) + lane / 8 * kPlaneBytes, lane % 8);
+    s.sums_ready[slot].wait((i & slots) != 0);
+    if (C::kCluster > 1 && rank == 0) s.other_ready[slot].wait_cluster((i & slots) != 0);
+    if (C::kCluster > 1 && rank == 1) s.other_free[slot].wait_cluster((i & slots) == 0);
 #pragma unroll 2
     for (int r = 0; r < count; ++r) {
       float2 sum = from[r * C::kRowEntries + lane];
@@ -385,10 +419,10 @@ struct Blocks {
 template <typename C>
 __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows, int warp,
                                Chunk (&kept)[C::kKept]) {
-  constexpr int R = C::kRows;
+  constexpr int R = C::kRows, kPartBytes = 2 * C::kUnits * C::kGroupBytes, kPartOffsets = 2 * C::kUnits / C::kGroups * C::kOffsetBytes;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 4, wn = warp % 4;
-  const int k = p.k / C::kCluster, tiles_n = p.n / 16, column_tiles = p.column_tiles.by, stages_k = C::stages_of(k);
-  const int slots = C::sums_slots(k), slices = C::slices(k);
+  const int k = p.k / C::kCluster, column_tiles = p.column_tiles.by, stages_k = C::stages_of(k);
+  const int slots = C::sums_slots(k), slices = C::slices(k), column_slots = C::column_slots(k);
   uint32_t four = 4, thirty_two = 32;
   asm volatile("" : "+r"(four), "+r"(thirty_two));
   const uint64_t b0 = plain_descriptor(shared_address(s.activations), 128 * C::kNT, 128);
@@ -398,7 +432,7 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
   for (int block = rows.block; ; ++block) {
     const int block_end = min(end, (block + 1) * column_tiles);
     if (block > rows.block) {
-      rows = FewRows{expert_of<C>(s, block, rows.expert), block};
+      rows = FewRows{uniform(expert_of<C>(s, block, rows.expert)), block};
       load_items<C>(p, s, rows, warp, kept);
       named_barrier<1, C::kThreads>();  // the activations there are no longer read
     }
@@ -407,24 +441,29 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
     named_barrier<1, C::kThreads>();
     int row, count;
     rows.place<C>(p, s, &row, &count);
+    count = uniform(count);
     while (tile < block_end) {
-      const int i = tile - begin, columns_slot = i % C::kColumnSlots, t16 = (tile - block * column_tiles) * C::kTiles;
-      const int tiles = min(C::kTiles, tiles_n - t16), own = min(wn, tiles - 1), slice = part;
+      // A warp right of the last column multiplies what lies there and writes nothing.
+      const int i = tile - begin, columns_slot = (i & (column_slots - 1)), slice = part;
       Column<C::kPairs> column[2];
-      const char* const columns = s.columns + columns_slot * C::kColumnBytes + own * kPlaneBytes;
-      s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
+      const char* const at_columns = s.columns + columns_slot * C::column_bytes(k);
+      const char* const columns = at_columns + wn * kPlaneBytes;
+      s.columns_full[columns_slot].wait((i & column_slots) != 0);
       load_columns<C::kPairs>(columns, columns + C::kTiles * kPlaneBytes, g, column);
       float2 out[C::kNT] = {};
+      uint64_t b = b0 + part * kPartBytes / 16;
+      const char* offsets = s.offsets + part * kPartOffsets + t * 16;
+      const float* back = s.back + part * C::kUnits / 4 * R + t % (R < 4 ? R : 4);
+      const char* scales = at_columns + C::kColumnBytes + part * C::kUnits * C::kUnitScales + wn * 16 + g * 2;
       auto multiply = [&](auto blocks) {
 #pragma unroll 1
         for (; part < stages_k; part += C::kSlices) {
           const char* const at = s.ring + stage * C::kStageBytes;
           s.full[stage].wait(parity);
-          const int group = part * (2 * C::kUnits);
-          multiply_stage<C, decltype(blocks)::value>(
-              at + own * 512 + lane * 16, at + C::kScalesAt + own * 16 + g * 2, tiles * 512, tiles * 16,
-              b0 + group * C::kGroupBytes / 16, s.offsets + group / C::kGroups * C::kOffsetBytes + t * 16,
-              s.back + group / 8 * R + t % (R < 4 ? R : 4), column, s.free + stage, four, thirty_two, out);
+          multiply_stage<C, decltype(blocks)::value>(at + wn * 512 + lane * 16, scales, b, offsets, back, column,
+                                                     s.free + stage, four, thirty_two, out);
+          b += C::kSlices * kPartBytes / 16, offsets += C::kSlices * kPartOffsets, back += C::kSlices * C::kUnits / 4 * R;
+          scales += C::kSlices * C::kUnits * C::kUnitScales;
           if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
         }
       };
@@ -438,8 +477,8 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
       } else {
         multiply(Blocks<1>{});
       }
-      const int slot = i % slots;
-      s.sums_free[slot].wait((i / slots + 1) & 1);
+      const int slot = (i & (slots - 1));
+      s.sums_free[slot].wait((i & slots) == 0);
       float2* const to = s.sums + (slot * slices + slice) * C::kEntries + wn * 8 + g;
 #pragma unroll
       for (int j = 0; j < C::kNT; ++j) {
@@ -466,7 +505,7 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
 #pragma unroll
     for (int i = warp; i < C::kMostStages; i += C::kWarps) s.full[i].init(1), s.free[i].init(4 * kWarpArrivals);
     const int warps = 4 * C::slices(k);
-    if (warp < C::kColumnSlots) s.columns_full[warp].init(1), s.columns_free[warp].init((warps + 1) * kWarpArrivals);
+    if (warp < C::kMostColumns) s.columns_full[warp].init(1), s.columns_free[warp].init((warps + 1) * kWarpArrivals);
     if (warp < C::kMostSums) {
       s.sums_ready[warp].init(warps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
       s.other_ready[warp].init(1), s.other_free[warp].init(1);
@@ -501,7 +540,7 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
   if (warp >= C::kWarps) {
     deallocate_registers<C::kOtherRegisters>();
-    if (warp == C::kProducer) request_stages<C>(p, s, begin, end, min(rows.expert, p.experts - 1));
+    if (warp < C::kWriter) request_stages<C>(p, s, begin, end, min(rows.expert, p.experts - 1), warp - C::kProducer);
     else if (warp == C::kWriter) write_tiles<C>(p, s, begin, end, rows);
   } else {
     allocate_registers<C::kConsumerRegisters>();
