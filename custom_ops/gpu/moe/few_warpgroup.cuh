@@ -38,8 +38,8 @@ struct WarpgroupFew {
   static constexpr int kSlices = 4, kTiles = 4;
   static constexpr int kUnitBytes = kTiles * 512;  // codes of a unit of all columns
   static constexpr int kStageBytes = kUnits * kUnitBytes;
-  // Copies on their way: about 67 KB of a multiprocessor's.
-  static constexpr int kUsualStages = 32 / kUnits, kLeastStages = kSlices;
+  // Copies on their way: up to 98 KB of a multiprocessor's.
+  static constexpr int kUsualStages = 48 / kUnits, kLeastStages = kSlices;
   static constexpr int kMostStages = 32, kMostColumns = 8, kMostSums = 4;
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1;
   // Of a tile: its columns, then its scales, [units][kTiles * 16].
@@ -497,6 +497,7 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
 
 template <typename C>
 __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const FewParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // empty for other GPUs, which never run it
   dependents_may_start();
   extern __shared__ __align__(128) char shared[];
   const WarpgroupShared<C> s(shared, p);
@@ -550,6 +551,7 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
     __syncwarp();
     cluster_barrier();
   }
+#endif
 }
 
 }  // namespace ccq

@@ -11,10 +11,10 @@
 
 #include "../common/arena.h"
 #include "choice.h"
+#include "few_warpgroup.h"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
 #ifdef CCQ_SM90A
-#include "few_warpgroup.cuh"
 #include "moe_wide.cuh"
 #include "wide_map.h"
 #endif
@@ -50,7 +50,6 @@ cudaError_t current_device(Device* device) {
 
 #ifdef CCQ_TUNING
 int g_variant = -1;  // forced by benchmarks
-int g_stages = 0;    // of few_warpgroup.cuh; 0: as always
 #endif
 
 // Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
@@ -69,19 +68,6 @@ auto with_few(int variant, F&& use) {
     default: return use(FewConfig<kPairs, 4, 16, 1, 4, 2>{});
   }
 }
-
-#ifdef CCQ_SM90A
-// Of few_warpgroup.cuh: rows a tile, units a stage.
-template <Pairs kPairs, typename F>
-auto with_warpgroup_few(int variant, F&& use) {
-  switch (variant) {
-    case kWarpgroupFew: return use(WarpgroupFew<kPairs, 1, 4>{});
-    case kWarpgroupFew + 1: return use(WarpgroupFew<kPairs, 2, 4>{});
-    case kWarpgroupFew + 2: return use(WarpgroupFew<kPairs, 4, 4>{});
-    default: return use(WarpgroupFew<kPairs, 8, 2>{});
-  }
-}
-#endif
 
 // Of moe_gemm.cuh: 16-column tiles a warp, blocks of 8 rows, stages. The last two are for less shared memory than Hopper's.
 template <Pairs kPairs, typename F>
@@ -123,13 +109,7 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
-#ifdef CCQ_SM90A
-  if (variant >= kWarpgroupFew)
-    return with_warpgroup_few<Pairs::kGeneral>(variant, [&](auto c) {
-      using C = decltype(c);
-      return C::shared_bytes(k, experts) + C::kLeastStages * C::kStageBytes;
-    });
-#endif
+  if (variant >= kWarpgroupFew) return warpgroup_few_shared(variant, k, experts);
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
 #ifdef CCQ_SM90A
@@ -252,20 +232,6 @@ cudaError_t launch_few(const Device& device, K* kernel, FewParams p, size_t shar
   return launch_early(kernel, grid, threads, at_least, stream, p);
 }
 
-#ifdef CCQ_SM90A
-template <typename C>
-cudaError_t launch_warpgroup_few(const Device& device, FewParams p, cudaStream_t stream) {
-  const size_t shared = C::shared_bytes(p.k, p.experts);
-  const int left = (device.shared - static_cast<int>(shared)) / C::kStageBytes / C::kSlices * C::kSlices;
-  p.stages = std::min(left, C::kUsualStages);
-#ifdef CCQ_TUNING
-  if (g_stages) p.stages = std::min(left, g_stages);
-#endif
-  if (p.stages < C::kLeastStages) return cudaErrorInvalidConfiguration;
-  return launch_few<C>(device, warpgroup_few_kernel<C>, p, shared + p.stages * C::kStageBytes, C::kAllThreads, stream);
-}
-#endif
-
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
 
 bool valid(const ccq_moe_gemm_args* a) {
@@ -327,16 +293,10 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
+  if (variant >= kWarpgroupFew) return warpgroup_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
-#ifdef CCQ_SM90A
-    if (variant >= kWarpgroupFew) {
-      auto launch = [&](auto config) { return launch_warpgroup_few<decltype(config)>(device, p, stream); };
-      return a->pairs == CCQ_PAIRS_INTEGER ? with_warpgroup_few<Pairs::kInteger>(variant, launch)
-                                           : with_warpgroup_few<Pairs::kGeneral>(variant, launch);
-    }
-#endif
     auto launch = [&](auto config) {
       using C = decltype(config);
       return launch_few<C>(device, few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kThreads, stream);
@@ -368,5 +328,4 @@ extern "C" int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int
 
 #ifdef CCQ_TUNING
 extern "C" void ccq_moe_gemm_force_variant(int variant) { ccq::g_variant = variant; }
-extern "C" void ccq_moe_gemm_force_stages(int stages) { ccq::g_stages = stages; }
 #endif
