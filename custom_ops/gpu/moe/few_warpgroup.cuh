@@ -224,7 +224,7 @@ __device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, co
 // tile really has. All that is read of shared memory is asked for a group ahead.
 template <typename C, int kNT>
 __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b, const char* offsets, const float* back,
-                               const Column<C::kPairs> (&column)[2], Barrier* free, uint32_t four, uint32_t thirty_two,
+                               const Column<C::kPairs> (&column)[2], Barrier* free, uint32_t four,
                                float2 (&out)[C::kNT]) {
   constexpr int kGroups = C::kGroups, kAll = 2 * C::kUnits;
   const int t = threadIdx.x % 4;
@@ -263,12 +263,12 @@ __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b
     const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
     uint32_t(&steps)[2][4] = a[group % 2];
     {
-      const ByteWindows v(column[0].template codes<0>(low), four, thirty_two), w(column[1].template codes<0>(high), four, thirty_two);
-      steps[0][0] = v.outer, steps[0][1] = w.outer, steps[0][2] = v.inner, steps[0][3] = w.inner;
+      const ByteWindows v(column[0].template codes<0>(low), four), w(column[1].template codes<0>(high), four);
+      steps[0][0] = v.even, steps[0][1] = w.even, steps[0][2] = v.odd, steps[0][3] = w.odd;
     }
     {
-      const ByteWindows v(column[0].template codes<1>(low), four, thirty_two), w(column[1].template codes<1>(high), four, thirty_two);
-      steps[1][0] = v.outer, steps[1][1] = w.outer, steps[1][2] = v.inner, steps[1][3] = w.inner;
+      const ByteWindows v(column[0].template codes<1>(low), four), w(column[1].template codes<1>(high), four);
+      steps[1][0] = v.even, steps[1][1] = w.even, steps[1][2] = v.odd, steps[1][3] = w.odd;
     }
     wgmma_fence();
 #pragma unroll
@@ -423,8 +423,8 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 4, wn = warp % 4;
   const int k = p.k / C::kCluster, column_tiles = p.column_tiles.by, stages_k = C::stages_of(k);
   const int slots = C::sums_slots(k), slices = C::slices(k), column_slots = C::column_slots(k);
-  uint32_t four = 4, thirty_two = 32;
-  asm volatile("" : "+r"(four), "+r"(thirty_two));
+  uint32_t four = 4;
+  asm volatile("" : "+r"(four));
   const uint64_t b0 = plain_descriptor(shared_address(s.activations), 128 * C::kNT, 128);
   int tile = begin, part = wk, stage = wk;
   uint32_t parity = 0;
@@ -461,7 +461,7 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
           const char* const at = s.ring + stage * C::kStageBytes;
           s.full[stage].wait(parity);
           multiply_stage<C, decltype(blocks)::value>(at + wn * 512 + lane * 16, scales, b, offsets, back, column,
-                                                     s.free + stage, four, thirty_two, out);
+                                                     s.free + stage, four, out);
           b += C::kSlices * kPartBytes / 16, offsets += C::kSlices * kPartOffsets, back += C::kSlices * C::kUnits / 4 * R;
           scales += C::kSlices * C::kUnits * C::kUnitScales;
           if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
