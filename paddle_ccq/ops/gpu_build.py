@@ -13,7 +13,7 @@ SOURCES = (
     *(
         "moe/repack.cu",
         "moe/moe_gemm.cu",
-        "moe/few_warpgroup.cu",
+        "moe/few_stream.cu",
         "moe/activation.cu",
         "moe/dispatch.cu",
     ),

@@ -25,36 +25,25 @@ __device__ inline void wait_for_prerequisites() {
 #endif
 }
 
-// `cluster`: blocks side by side that are one cluster, on Hopper and later.
 template <typename... P, typename... A>
-cudaError_t launch_early_in_clusters(int cluster, void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-                                     A... arguments) {
+cudaError_t launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, A... arguments) {
 #if CUDART_VERSION >= 12030  // the first that captures such a launch into a graph
   int id = 0, major = 0;
   cudaError_t error = cudaGetDevice(&id);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
   if (error != cudaSuccess) return error;
   if (major >= 9) {
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
+    config.attrs = &attribute, config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
   }
 #endif
-  if (cluster > 1) return cudaErrorInvalidConfiguration;
   kernel<<<grid, threads, shared, stream>>>(static_cast<P>(arguments)...);
   return cudaGetLastError();
-}
-
-template <typename... P, typename... A>
-cudaError_t launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, A... arguments) {
-  return launch_early_in_clusters(1, kernel, grid, threads, shared, stream, arguments...);
 }
 
 }  // namespace ccq

@@ -12,7 +12,7 @@
 
 namespace ccq {
 
-constexpr int kWide = 10, kFew = 20, kWarpgroupFew = 30;
+constexpr int kWide = 10, kFew = 20, kStreamFew = 30;
 
 struct Gpu {
   int sms, major, shared;  // shared: bytes of shared memory that a block may have

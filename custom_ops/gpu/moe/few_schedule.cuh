@@ -36,7 +36,7 @@ struct FewParams {
   int rows, k, n, experts, dtype, fastdeploy;
   Divider column_tiles;  // tiles side by side
   int each, longer;      // tiles a block, and how many blocks take one more; where the host knows how many tiles there are
-  int stages;            // of few_warpgroup.cuh
+  int stages;            // of few_stream.cuh
 };
 
 // The expert of a range's first tile, or with one row a block which block of rows that is; blocks of rows of each warp's experts.

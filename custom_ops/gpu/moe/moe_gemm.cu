@@ -11,7 +11,7 @@
 
 #include "../common/arena.h"
 #include "choice.h"
-#include "few_warpgroup.h"
+#include "few_stream.h"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
 #ifdef CCQ_SM90A
@@ -92,7 +92,11 @@ auto with_wide(int variant, F&& use) {
     case kWide + 2: return use(WideConfig<kPairs, kBf16, 4, 64, 5>{});
     case kWide + 3: return use(WideConfig<kPairs, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<kPairs, kBf16, 2, 128, 4>{});
-    default: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
+    case kWide + 5: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
+    case kWide + 6: return use(WideConfig<kPairs, kBf16, 2, 16, 8, 16>{});
+    case kWide + 7: return use(WideConfig<kPairs, kBf16, 2, 32, 6, 16>{});
+    case kWide + 8: return use(WideConfig<kPairs, kBf16, 2, 48, 5, 16>{});
+    default: return use(WideConfig<kPairs, kBf16, 1, 64, 6, 16>{});
   }
 }
 #endif
@@ -109,14 +113,13 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
-  if (variant >= kWarpgroupFew) return warpgroup_few_shared(variant, k, experts);
+  if (variant >= kStreamFew) return stream_few_shared(variant, k, experts);
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
 #ifdef CCQ_SM90A
   if (variant >= kWide)
     return with_wide<Pairs::kGeneral, true>(variant, [](auto c) {
       using C = decltype(c);
-      static_assert(of_wide<C>(), "choice.h knows the same tiles");
       return C::shared_bytes(kMaxExperts);
     });
 #endif
@@ -293,7 +296,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
-  if (variant >= kWarpgroupFew) return warpgroup_few_gemm(*a, variant, device.sms, device.shared, stream);
+  if (variant >= kStreamFew) return stream_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};

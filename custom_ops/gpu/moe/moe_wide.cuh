@@ -177,7 +177,7 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* column
         for (int pair = 0; pair < 2; ++pair) {
           uint32_t(&v)[kSteps][4] = a[kSteps == 4 ? half : pair];
           if (kSteps == 2 || pair == 0) wgmma_wait<1>();  // the group before the last one, which read these registers
-          if (r == 0 && half + pair == 1 && (kSteps == 2 || half == 1)) w.release_if(last >= 0, last);  // nor is the unit before read
+          if (r == 0 && half == kSteps / 4 && pair == 1 - kSteps / 4) w.release_if(last >= 0, last);  // nor is the unit before read
           uint32_t first[2][2], second[2][2];
           s.weights(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low), magic, first[0], second[0]);
           u.weights(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high), magic, first[1], second[1]);

@@ -88,43 +88,7 @@ struct Barrier {
                    : "memory");
     } while (!passed);
   }
-  // Between blocks of a cluster: what came before the arrival is there after the wait.
-  __device__ void arrive_in_block(int rank) {
-#if CCQ_BULK
-    asm volatile(
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }\n" ::"r"(
-            shared_address(this)),
-        "r"(rank)
-        : "memory");
-#endif
-  }
-  __device__ void wait_cluster(uint32_t parity) {
-    uint32_t passed = 1;
-    do {
-#if CCQ_BULK
-      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }\n"
-                   : "=r"(passed)
-                   : "r"(shared_address(this)), "r"(parity)
-                   : "memory");
-#endif
-    } while (!passed);
-  }
 };
-
-// All threads of a cluster's blocks meet.
-__device__ inline void cluster_barrier() {
-#if CCQ_BULK
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-#endif
-}
-// Into the same place of another block's shared memory.
-__device__ inline void store_in_block(float2* to, int rank, float2 v) {
-#if CCQ_BULK
-  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\nst.shared::cluster.v2.f32 [a], {%2, %3}; }\n" ::"r"(shared_address(to)),
-               "r"(rank), "f"(v.x), "f"(v.y)
-               : "memory");
-#endif
-}
 
 // After Barrier::init, by who called it, and before the block's barrier: for the copy engine to see it.
 __device__ inline void publish_barriers() {

@@ -20,15 +20,15 @@
 namespace ccq {
 
 // What the scan of offsets finds, and what its warps tell each other.
-struct WarpgroupStart {
+struct StreamStart {
   int expert, block, begin, end, of_warp[16], weight_of_warp[16];
 };
 
-// kCluster: blocks that share a tile's K, in equal parts.
-template <Pairs kPairs_, int kRows_, int kUnits_, int kCluster_ = 1>
-struct WarpgroupFew {
+template <Pairs kPairs_, int kRows_, bool kWarpgroup_ = false>
+struct StreamFew {
+  static constexpr bool kWarpgroup = kWarpgroup_;  // multiplies by wgmma
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kRows = kRows_, kUnits = kUnits_, kCluster = kCluster_;
+  static constexpr int kRows = kRows_, kUnits = 4;
   static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;      // 8-column blocks of the second operand
   static constexpr int kGroups = kRows < 4 ? 4 / kRows : 1;  // groups that share an accumulator (moe_few.cuh, "slots")
   static constexpr int kWarps = 16, kThreads = kWarps * 32, kAllThreads = kThreads + 128;
@@ -50,10 +50,10 @@ struct WarpgroupFew {
   // that the same bytes of neighbouring groups are in different banks.
   static constexpr int kGroupBytes = 512 * kNT + 16, kOffsetBytes = 64 * kNT;
   static constexpr int kKept = kRows < 4 ? kRows : 4;  // chunks that a lane loads at once
-  static constexpr int kBarriers = 2 * kMostStages + 2 * kMostColumns + 4 * kMostSums;
+  static constexpr int kBarriers = 2 * kMostStages + 2 * kMostColumns + 2 * kMostSums;
   // Time of a tile by its rows, about: where the host does not know the blocks' ranges, they are of equal weight.
-  static constexpr int kMostWeight = kRows == 16 ? 16 : kRows == 8 ? 11 : 8;
-  __host__ __device__ static constexpr int weight(int rows) { return rows <= 4 ? 8 : rows <= 8 ? 11 : 16; }
+  static constexpr int kMostWeight = kRows == 8 ? 11 : 8;
+  __host__ __device__ static constexpr int weight(int rows) { return rows <= 4 ? 8 : 11; }
   static_assert(kMaxExperts % kThreads == 0, "the scans of offsets are made for that");
 
   __host__ __device__ static constexpr int quads(int k) { return (k + 511) / 512; }
@@ -66,35 +66,34 @@ struct WarpgroupFew {
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   // Without the ring; `k` of one block.
   static constexpr size_t shared_bytes(int k, int experts) {
-    return column_slots(k) * column_bytes(k) + sums_slots(k) * (slices(k) + kCluster - 1) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
-           quads(k) * 8 / kGroups * kOffsetBytes + (quads(k) * kRows * 4 + 15) / 16 * 16 + kBarriers * 8 + sizeof(WarpgroupStart) +
+    return column_slots(k) * column_bytes(k) + sums_slots(k) * slices(k) * kEntries * 8 + quads(k) * 8 * kGroupBytes +
+           quads(k) * 8 / kGroups * kOffsetBytes + (quads(k) * kRows * 4 + 15) / 16 * 16 + kBarriers * 8 + sizeof(StreamStart) +
            2 * entries(experts) * sizeof(int);
   }
 };
 
 template <typename C>
-struct WarpgroupShared {
+struct StreamShared {
   char *ring, *columns, *activations, *offsets;
-  float2* sums;  // [slots][slices][kEntries]; then, of the cluster's other block, [slots][kEntries]
+  float2* sums;  // [slots][slices][kEntries]
   float* back;   // [quads][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
-  Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free, *other_ready, *other_free;
-  WarpgroupStart* start;
+  Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free;
+  StreamStart* start;
   int *blocks, *rows;  // few_schedule.cuh
 
-  __device__ WarpgroupShared(char* at, const FewParams& p) {
+  __device__ StreamShared(char* at, const FewParams& p) {
     auto take = [&at](int bytes) { char* q = at; at += bytes; return q; };
-    const int k = p.k / C::kCluster, quads = C::quads(k);
+    const int k = p.k, quads = C::quads(k);
     ring = take(p.stages * C::kStageBytes);
     columns = take(C::column_slots(k) * C::column_bytes(k));
-    sums = reinterpret_cast<float2*>(take(C::sums_slots(k) * (C::slices(k) + C::kCluster - 1) * C::kEntries * 8));
+    sums = reinterpret_cast<float2*>(take(C::sums_slots(k) * C::slices(k) * C::kEntries * 8));
     activations = take(quads * 8 * C::kGroupBytes);
     offsets = take(quads * 8 / C::kGroups * C::kOffsetBytes);
     back = reinterpret_cast<float*>(take((quads * C::kRows * 4 + 15) / 16 * 16));
     full = reinterpret_cast<Barrier*>(take(C::kBarriers * 8));
     free = full + C::kMostStages, columns_full = free + C::kMostStages, columns_free = columns_full + C::kMostColumns;
     sums_ready = columns_free + C::kMostColumns, sums_free = sums_ready + C::kMostSums;
-    other_ready = sums_free + C::kMostSums, other_free = other_ready + C::kMostSums;
-    start = reinterpret_cast<WarpgroupStart*>(take(sizeof(WarpgroupStart)));
+    start = reinterpret_cast<StreamStart*>(take(sizeof(StreamStart)));
     blocks = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
     rows = reinterpret_cast<int*>(take(4 * C::entries(p.experts)));
   }
@@ -103,7 +102,7 @@ struct WarpgroupShared {
 // Prefix sums over experts, of blocks of kRows rows and of rows, and this block's range of tiles: of equal weight. All threads,
 // which meet in here.
 template <typename C>
-__device__ void weigh_offsets(const FewParams& p, const WarpgroupShared<C>& s, int* begin, int* end) {
+__device__ void weigh_offsets(const FewParams& p, const StreamShared<C>& s, int* begin, int* end) {
   constexpr int kEach = kMaxExperts / C::kThreads;  // experts side by side are a thread's: their sum goes through the scan
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = p.experts > C::kThreads ? kEach : 1;
   const int first = threadIdx.x * each;
@@ -135,7 +134,7 @@ __device__ void weigh_offsets(const FewParams& p, const WarpgroupShared<C>& s, i
     all += of_warp, blocks += w < warp ? of_warp : 0;
     all_weights += weight_of_warp, weight += w < warp ? weight_of_warp : 0;
   }
-  const int column_tiles = p.column_tiles.by, grid = gridDim.x / C::kCluster, own = blockIdx.x / C::kCluster;
+  const int column_tiles = p.column_tiles.by, grid = gridDim.x, own = blockIdx.x;
   const int64_t total = static_cast<int64_t>(all_weights) * column_tiles;
   const int64_t borders[2] = {own * total / grid, (own + 1) * total / grid};
   if (threadIdx.x == 0) s.start->begin = s.start->end = all * column_tiles;
@@ -163,31 +162,25 @@ __device__ void weigh_offsets(const FewParams& p, const WarpgroupShared<C>& s, i
   *begin = uniform(s.start->begin), *end = uniform(s.start->end);
 }
 
-// A block's number in its cluster.
-template <typename C>
-__device__ int cluster_rank() {
-  return C::kCluster > 1 ? blockIdx.x % C::kCluster : 0;
-}
-
 // A warp converts blocks of 512 values of a row, a lane 16 of them: block `item` of a warp is (quad, row).
 template <typename C>
-__device__ void load_items(const FewParams& p, const WarpgroupShared<C>& s, const FewRows& rows, int first, Chunk (&kept)[C::kKept]) {
+__device__ void load_items(const FewParams& p, const StreamShared<C>& s, const FewRows& rows, int first, Chunk (&kept)[C::kKept]) {
   int row, count;
   rows.place<C>(p, s, &row, &count);
 #pragma unroll
   for (int i = 0; i < C::kKept; ++i) {
     const int item = first + i * C::kWarps, c = item / C::kRows * 32 + threadIdx.x % 32;
-    const int chunks = p.k / C::kCluster / 16;
+    const int chunks = p.k / 16;
     kept[i] = Chunk{};
-    if (c < chunks) kept[i].load(row_in(p, row, count, item % C::kRows), cluster_rank<C>() * chunks + c);
+    if (c < chunks) kept[i].load(row_in(p, row, count, item % C::kRows), c);
   }
 }
 
 // The consumer warps together: activations of a block of rows become digits in shared memory. `kept`: each warp's first items.
 template <typename C>
-__device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
+__device__ void convert_rows(const FewParams& p, const StreamShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
   constexpr int R = C::kRows;
-  const int lane = threadIdx.x % 32, items = C::quads(p.k / C::kCluster) * R;
+  const int lane = threadIdx.x % 32, items = C::quads(p.k) * R;
   int first_row, count;
   rows.place<C>(p, s, &first_row, &count);
 #pragma unroll 1
@@ -208,6 +201,10 @@ __device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, co
       for (int d = 0; d < 2; ++d) {
         offset[d] = quad_sum(digits.offset[d]);
         const int column = slot * 2 * R + 2 * row + d;
+        if (!C::kWarpgroup) {
+          *reinterpret_cast<uint4*>(s.activations + group * C::kGroupBytes + column / 8 * 512 + column % 8 * 64 + t * 16) = digits.bytes[d];
+          continue;
+        }
         char* const to = s.activations + group * C::kGroupBytes + column / 8 * 128 + column % 8 * 16 + t * 4;
         const uint32_t words[4] = {digits.bytes[d].x, digits.bytes[d].y, digits.bytes[d].z, digits.bytes[d].w};
 #pragma unroll
@@ -223,7 +220,7 @@ __device__ void convert_rows(const FewParams& p, const WarpgroupShared<C>& s, co
 // A stage's part of the sums, of columns g and g + 8: `out`, for row t of each block of four (or t % kRows); kNT: blocks that the
 // tile really has. All that is read of shared memory is asked for a group ahead.
 template <typename C, int kNT>
-__device__ void multiply_stage(const char* codes, const char* scales, uint64_t b, const char* offsets, const float* back,
+__device__ void multiply_stage(const char* codes, const char* scales, uint64_t b, const char* x, const char* offsets, const float* back,
                                const Column<C::kPairs> (&column)[2], Barrier* free, uint32_t four,
                                float2 (&out)[C::kNT]) {
   constexpr int kGroups = C::kGroups, kAll = 2 * C::kUnits;
@@ -270,11 +267,20 @@ __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b
       const ByteWindows v(column[0].template codes<1>(low), four), w(column[1].template codes<1>(high), four);
       steps[1][0] = v.even, steps[1][1] = w.even, steps[1][2] = v.odd, steps[1][3] = w.odd;
     }
-    wgmma_fence();
+    if constexpr (!C::kWarpgroup) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step)
-      wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * C::kNT)) / 16);
-    wgmma_commit();
+      for (int j = 0; j < kNT; ++j) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x + group * C::kGroupBytes + j * 512);
+        mma_bytes(d[set][j], steps[0][0], steps[0][1], steps[0][2], steps[0][3], v.x, v.y);
+        mma_bytes(d[set][j], steps[1][0], steps[1][1], steps[1][2], steps[1][3], v.z, v.w);
+      }
+    } else {
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+        wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * C::kNT)) / 16);
+      wgmma_commit();
+    }
     if (half == 0 && u + 1 < C::kUnits) {
       load(u + 1);
       if (u + 2 == C::kUnits) {  // every lane has what it needs of the stage. Without a branch, which would serialize `wgmma`
@@ -282,14 +288,14 @@ __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b
         free->arrive_if(kWarpArrivals == 32 || threadIdx.x % 32 == 0);
       }
     }
-    wgmma_wait<1>();
+    if (C::kWarpgroup) wgmma_wait<1>();
     if (first && group > 0) scaled(set ^ 1);
     if (first && group + kGroups < kAll) begin(set ^ 1, group + kGroups);
     if (group % kGroups == kGroups - 1)
 #pragma unroll
       for (int i = 0; i < 2; ++i) f[i] = kGroups > 1 ? nibbles[i] >> shift & 15 : half ? nibbles[i] >> 4 : nibbles[i] & 15;
   }
-  wgmma_wait<0>();
+  if (C::kWarpgroup) wgmma_wait<0>();
   scaled((kAll - 1) / kGroups % 2);
 #pragma unroll
   for (int j = 0; j < kNT; ++j) {
@@ -301,15 +307,15 @@ __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b
 
 // The warps that request: columns and scales of a tile, then its stages, each warp every kProducers-th.
 template <typename C>
-__device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, int expert, int own) {
-  const int lane = threadIdx.x % 32, all_blocks = p.k / 128, blocks_k = all_blocks / C::kCluster, tiles_n = p.n / 16;
-  const int column_tiles = p.column_tiles.by, slots = C::column_slots(p.k / C::kCluster), bytes = C::column_bytes(p.k / C::kCluster);
+__device__ void request_stages(const FewParams& p, const StreamShared<C>& s, int begin, int end, int expert, int own) {
+  const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
+  const int column_tiles = p.column_tiles.by, slots = C::column_slots(p.k), bytes = C::column_bytes(p.k);
   int block = p.column_tiles.divide(begin), column = begin - block * column_tiles, stage = 0, turn = 0;
   uint32_t parity = 1;  // of the round before: passed at once in the first
   const uint64_t policy = streaming_policy();
   for (int tile = begin; tile < end; ++tile) {
     const int i = tile - begin, slot = (i & (slots - 1)), t16 = column * C::kTiles, tiles = min(C::kTiles, tiles_n - t16);
-    size_t unit = ccq_unit_index(expert, t16, cluster_rank<C>() * blocks_k, tiles_n, all_blocks);
+    size_t unit = ccq_unit_index(expert, t16, 0, tiles_n, blocks_k);
     if (own == 0) {
       s.columns_free[slot].wait((i & slots) == 0);
       if (lane == 0) {
@@ -358,37 +364,25 @@ __device__ void request_stages(const FewParams& p, const WarpgroupShared<C>& s, 
   }
 }
 
-// The warp that writes: a tile's sums, in the order of K. A lane has columns g and g + 8 of one 16-column tile. In a cluster the
-// second block hands its sums to the first one.
+// The warp that writes: a tile's sums, in the order of K. A lane has columns g and g + 8 of one 16-column tile.
 template <typename C>
-__device__ void write_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows) {
-  const int k = p.k / C::kCluster, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
-  const int slots = C::sums_slots(k), slices = C::slices(k), lane = threadIdx.x % 32, rank = cluster_rank<C>();
+__device__ void write_tiles(const FewParams& p, const StreamShared<C>& s, int begin, int end, FewRows rows) {
+  const int k = p.k, tiles_n = p.n / 16, column_tiles = p.column_tiles.by;
+  const int slots = C::sums_slots(k), slices = C::slices(k), lane = threadIdx.x % 32;
   const int column_slots = C::column_slots(k);
   int column = begin - rows.block * column_tiles, row, count;
   rows.place<C>(p, s, &row, &count);
   for (int tile = begin; tile < end; ++tile) {
     const int i = tile - begin, slot = (i & (slots - 1)), columns_slot = (i & (column_slots - 1)), t16 = column * C::kTiles + lane / 8;
     const float2* const from = s.sums + slot * slices * C::kEntries;
-    float2* const other = s.sums + (slots * slices + slot) * C::kEntries;
     s.columns_full[columns_slot].wait((i & column_slots) != 0);
     const float2 super = load_supers(s.columns + columns_slot * C::column_bytes(k) + lane / 8 * kPlaneBytes, lane % 8);
     s.sums_ready[slot].wait((i & slots) != 0);
-    if (C::kCluster > 1 && rank == 0) s.other_ready[slot].wait_cluster((i & slots) != 0);
-    if (C::kCluster > 1 && rank == 1) s.other_free[slot].wait_cluster((i & slots) == 0);
 #pragma unroll 2
     for (int r = 0; r < count; ++r) {
       float2 sum = from[r * C::kRowEntries + lane];
       for (int w = 1; w < slices; ++w) {
         const float2 v = from[w * C::kEntries + r * C::kRowEntries + lane];
-        sum.x += v.x, sum.y += v.y;
-      }
-      if (C::kCluster > 1) {
-        if (rank == 1) {
-          store_in_block(other + r * C::kRowEntries + lane, 0, sum);
-          continue;
-        }
-        const float2 v = other[r * C::kRowEntries + lane];
         sum.x += v.x, sum.y += v.y;
       }
       if (t16 >= tiles_n) continue;
@@ -398,10 +392,6 @@ __device__ void write_tiles(const FewParams& p, const WarpgroupShared<C>& s, int
     }
     s.sums_free[slot].arrive_together();
     s.columns_free[columns_slot].arrive_together();
-    if (C::kCluster > 1) {
-      __syncwarp();
-      if (lane == 0) (rank == 1 ? s.other_ready : s.other_free)[slot].arrive_in_block(rank ^ 1);
-    }
     if (++column == column_tiles && tile + 1 < end) {
       column = 0, ++rows.block;
       rows.expert = expert_of<C>(s, rows.block, rows.expert);
@@ -417,11 +407,11 @@ struct Blocks {
 
 // The warps that multiply.
 template <typename C>
-__device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, int begin, int end, FewRows rows, int warp,
+__device__ void multiply_tiles(const FewParams& p, const StreamShared<C>& s, int begin, int end, FewRows rows, int warp,
                                Chunk (&kept)[C::kKept]) {
   constexpr int R = C::kRows, kPartBytes = 2 * C::kUnits * C::kGroupBytes, kPartOffsets = 2 * C::kUnits / C::kGroups * C::kOffsetBytes;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 4, wn = warp % 4;
-  const int k = p.k / C::kCluster, column_tiles = p.column_tiles.by, stages_k = C::stages_of(k);
+  const int k = p.k, column_tiles = p.column_tiles.by, stages_k = C::stages_of(k);
   const int slots = C::sums_slots(k), slices = C::slices(k), column_slots = C::column_slots(k);
   uint32_t four = 4;
   asm volatile("" : "+r"(four));
@@ -452,6 +442,7 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
       load_columns<C::kPairs>(columns, columns + C::kTiles * kPlaneBytes, g, column);
       float2 out[C::kNT] = {};
       uint64_t b = b0 + part * kPartBytes / 16;
+      const char* x = s.activations + part * kPartBytes + lane * 16;
       const char* offsets = s.offsets + part * kPartOffsets + t * 16;
       const float* back = s.back + part * C::kUnits / 4 * R + t % (R < 4 ? R : 4);
       const char* scales = at_columns + C::kColumnBytes + part * C::kUnits * C::kUnitScales + wn * 16 + g * 2;
@@ -460,18 +451,14 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
         for (; part < stages_k; part += C::kSlices) {
           const char* const at = s.ring + stage * C::kStageBytes;
           s.full[stage].wait(parity);
-          multiply_stage<C, decltype(blocks)::value>(at + wn * 512 + lane * 16, scales, b, offsets, back, column,
+          multiply_stage<C, decltype(blocks)::value>(at + wn * 512 + lane * 16, scales, b, x, offsets, back, column,
                                                      s.free + stage, four, out);
-          b += C::kSlices * kPartBytes / 16, offsets += C::kSlices * kPartOffsets, back += C::kSlices * C::kUnits / 4 * R;
+          b += C::kSlices * kPartBytes / 16, x += C::kSlices * kPartBytes, offsets += C::kSlices * kPartOffsets, back += C::kSlices * C::kUnits / 4 * R;
           scales += C::kSlices * C::kUnits * C::kUnitScales;
           if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
         }
       };
-      if constexpr (C::kNT == 4) {
-        if (count <= 4) multiply(Blocks<1>{});
-        else if (count <= 8) multiply(Blocks<2>{});
-        else multiply(Blocks<4>{});
-      } else if constexpr (C::kNT == 2) {
+      if constexpr (C::kNT == 2) {
         if (count <= 4) multiply(Blocks<1>{});
         else multiply(Blocks<2>{});
       } else {
@@ -496,12 +483,12 @@ __device__ void multiply_tiles(const FewParams& p, const WarpgroupShared<C>& s, 
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const FewParams p) {
+__global__ void __launch_bounds__(C::kAllThreads, 1) stream_kernel(const FewParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // empty for other GPUs, which never run it
   dependents_may_start();
   extern __shared__ __align__(128) char shared[];
-  const WarpgroupShared<C> s(shared, p);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, k = p.k / C::kCluster;
+  const StreamShared<C> s(shared, p);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, k = p.k;
   if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
 #pragma unroll
     for (int i = warp; i < C::kMostStages; i += C::kWarps) s.full[i].init(1), s.free[i].init(4 * kWarpArrivals);
@@ -509,7 +496,6 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
     if (warp < C::kMostColumns) s.columns_full[warp].init(1), s.columns_free[warp].init((warps + 1) * kWarpArrivals);
     if (warp < C::kMostSums) {
       s.sums_ready[warp].init(warps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
-      s.other_ready[warp].init(1), s.other_free[warp].init(1);
     }
     publish_barriers();
   }
@@ -520,7 +506,7 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
   }
   // Whether the host knows the block's range of tiles: always, but with several matrices and rows a block.
   const bool known = C::kRows == 1 || !p.offsets;
-  const int own = blockIdx.x / C::kCluster;
+  const int own = blockIdx.x;
   int begin = own * p.each + min(own, p.longer);
   int end = begin + p.each + (own < p.longer), first_block = p.column_tiles.divide(begin);
   if (p.offsets && static_cast<int>(threadIdx.x) * 16 < p.experts) prefetch_line(p.offsets + threadIdx.x * 16);
@@ -537,7 +523,6 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
   // Barriers stand, and no weights are requested before all activations are: those would wait behind them.
   __syncthreads();
-  if (C::kCluster > 1) cluster_barrier();
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
   if (warp >= C::kWarps) {
     deallocate_registers<C::kOtherRegisters>();
@@ -546,10 +531,6 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) warpgroup_few_kernel(const 
   } else {
     allocate_registers<C::kConsumerRegisters>();
     multiply_tiles<C>(p, s, begin, end, rows, warp, kept);
-  }
-  if (C::kCluster > 1) {  // the other block may still write here
-    __syncwarp();
-    cluster_barrier();
   }
 #endif
 }
