@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped GEMM for one to eight rows an expert on Hopper (sm_90a): as moe_few.cuh, with warpgroup instructions.
+// The grouped GEMM for one to eight rows of several experts, on Hopper (sm_90a): moe_few.cuh's arithmetic, fed otherwise.
 //
-// `wgmma` with its first operand in registers runs beside the other instructions, which `mma.sync` does not: decoding hides the
-// multiplication. Its second operand, activations as digits (prepare.cuh), lies in shared memory, the same for four warps.
+// Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take contiguous ranges of tiles, equal
+// ones or, where an expert's rows decide how long a tile takes, of equal weight. A stage is kUnits units of 128 input rows of all
+// 64 columns: contiguous in memory, so that one copy of 8 KB brings its codes. A tile's columns and all its scales come together.
 //
-// Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take equal contiguous ranges of tiles. A
-// stage is kUnits units of 128 input rows of all 64 columns: contiguous in memory, so that one copy brings its codes. Stages of
-// a range go in turn to four warpgroups, each warp of which has 16 columns. Sums of a tile's parts meet in shared memory.
+// Warps. Two request. Sixteen multiply, in four teams: the stages of a range go to the teams in turn, whatever tile they belong to,
+// and each warp of a team has 16 of the 64 columns. One adds up the teams' sums of a tile and writes them. So the warps that multiply
+// are short of nothing but instructions, and what they need of shared memory they ask for a group ahead.
 //
-// Warps. Two request stages; sixteen multiply; one adds up the sums of a tile and writes them.
-//
-// Activations are converted by blocks of 512 values of a row, each with a scale of its own; so what a warpgroup has multiplied is
-// scaled and added up as float32 once a stage.
+// Activations become two digits of 8 bits in blocks of 512 values of a row, each with a scale of its own (prepare.cuh); so a stage's
+// sums are scaled and added up as float32. Groups share accumulators where a tile has one row or two (moe_few.cuh, "slots").
 #pragma once
 
 #include "few_schedule.cuh"
-#include "wgmma.cuh"
+#include "wgmma.cuh"  // registers from warps to warps
 
 namespace ccq {
 
@@ -24,9 +23,8 @@ struct StreamStart {
   int expert, block, begin, end, of_warp[16], weight_of_warp[16];
 };
 
-template <Pairs kPairs_, int kRows_, bool kWarpgroup_ = false>
+template <Pairs kPairs_, int kRows_>
 struct StreamFew {
-  static constexpr bool kWarpgroup = kWarpgroup_;  // multiplies by wgmma
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kRows = kRows_, kUnits = 4;
   static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;      // 8-column blocks of the second operand
@@ -35,7 +33,7 @@ struct StreamFew {
   static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers;
   // Registers of a thread: 96 at the beginning; then those of the warps that request and write, and of those that multiply.
   static constexpr int kOtherRegisters = 64, kConsumerRegisters = 104;
-  static constexpr int kSlices = 4, kTiles = 4;
+  static constexpr int kSlices = 4, kTiles = 4;  // teams, which divide a tile's K; 16-column tiles
   static constexpr int kUnitBytes = kTiles * 512;  // codes of a unit of all columns
   static constexpr int kStageBytes = kUnits * kUnitBytes;
   // Copies on their way: up to 98 KB of a multiprocessor's.
@@ -46,8 +44,8 @@ struct StreamFew {
   static constexpr int kColumnBytes = kTiles * kPlaneBytes * kPlanes, kUnitScales = kTiles * 16;
   __host__ __device__ static constexpr int column_bytes(int k) { return kColumnBytes + (k / 128 + kUnits - 1) / kUnits * kUnits * kUnitScales; }
   static constexpr int kRowEntries = kTiles * 8 + 4, kEntries = kRows * kRowEntries;  // float2 of one slice's sums, of a row
-  // The second operand of a 64-group: [step][half of it along K][kNT][8 columns][16 bytes]. Groups lie 16 bytes further apart, so
-  // that the same bytes of neighbouring groups are in different banks.
+  // Digits of a 64-group: [kNT][8 columns][4 lanes of a quad][16 bytes]. Groups lie 16 bytes further apart, so that the same
+  // bytes of neighbouring groups are in different banks.
   static constexpr int kGroupBytes = 512 * kNT + 16, kOffsetBytes = 64 * kNT;
   static constexpr int kKept = kRows < 4 ? kRows : 4;  // chunks that a lane loads at once
   static constexpr int kBarriers = 2 * kMostStages + 2 * kMostColumns + 2 * kMostSums;
@@ -58,7 +56,7 @@ struct StreamFew {
 
   __host__ __device__ static constexpr int quads(int k) { return (k + 511) / 512; }
   __host__ __device__ static constexpr int stages_of(int k) { return (k / 128 + kUnits - 1) / kUnits; }
-  // A warpgroup that has no part in every tile needs more of them, or it would mistake one round of a barrier for another.
+  // A team that has no part in every tile needs more of them, or it would mistake one round of a barrier for another.
   __host__ __device__ static constexpr int sums_slots(int k) { return kRows > 4 && stages_of(k) >= kSlices ? 2 : 4; }
   // Tiles whose columns are there or on their way: with few stages a tile more of them. Numbers of slots are powers of two.
   __host__ __device__ static constexpr int column_slots(int k) { return stages_of(k) < kSlices ? kMostColumns : 4; }
@@ -201,14 +199,8 @@ __device__ void convert_rows(const FewParams& p, const StreamShared<C>& s, const
       for (int d = 0; d < 2; ++d) {
         offset[d] = quad_sum(digits.offset[d]);
         const int column = slot * 2 * R + 2 * row + d;
-        if (!C::kWarpgroup) {
-          *reinterpret_cast<uint4*>(s.activations + group * C::kGroupBytes + column / 8 * 512 + column % 8 * 64 + t * 16) = digits.bytes[d];
-          continue;
-        }
-        char* const to = s.activations + group * C::kGroupBytes + column / 8 * 128 + column % 8 * 16 + t * 4;
-        const uint32_t words[4] = {digits.bytes[d].x, digits.bytes[d].y, digits.bytes[d].z, digits.bytes[d].w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) *reinterpret_cast<uint32_t*>(to + j * (128 * C::kNT)) = words[j];
+        *reinterpret_cast<uint4*>(s.activations + group * C::kGroupBytes + column / 8 * 512 + column % 8 * 64 + t * 16) =
+            digits.bytes[d];
       }
       if (t == 0)
         *reinterpret_cast<int4*>(s.offsets + group / C::kGroups * C::kOffsetBytes + (slot * R + row) * 16) =
@@ -220,14 +212,14 @@ __device__ void convert_rows(const FewParams& p, const StreamShared<C>& s, const
 // A stage's part of the sums, of columns g and g + 8: `out`, for row t of each block of four (or t % kRows); kNT: blocks that the
 // tile really has. All that is read of shared memory is asked for a group ahead.
 template <typename C, int kNT>
-__device__ void multiply_stage(const char* codes, const char* scales, uint64_t b, const char* x, const char* offsets, const float* back,
+__device__ void multiply_stage(const char* codes, const char* scales, const char* x, const char* offsets, const float* back,
                                const Column<C::kPairs> (&column)[2], Barrier* free, uint32_t four,
                                float2 (&out)[C::kNT]) {
   constexpr int kGroups = C::kGroups, kAll = 2 * C::kUnits;
   const int t = threadIdx.x % 4;
   const int shift = kGroups == 4 ? t % 2 * 4 : kGroups == 2 ? t / 2 * 4 : 0;
   int o[kNT][4] = {}, d[2][kNT][4];
-  uint32_t a[2][2][4], f[2] = {}, nibbles[2] = {}, next_nibbles[2] = {};  // of columns g and g + 8
+  uint32_t f[2] = {}, nibbles[2] = {}, next_nibbles[2] = {};  // of columns g and g + 8
   uint4 q{}, next_q{};
   auto begin = [&](int set, int group) {
 #pragma unroll
@@ -256,9 +248,12 @@ __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b
   for (int group = 0; group < kAll; ++group) {
     const int u = group / 2, half = group % 2, set = group / kGroups % 2;
     const bool first = group % kGroups == 0;
-    if (half == 0) q = next_q, nibbles[0] = next_nibbles[0], nibbles[1] = next_nibbles[1];
+    if (half == 0) {
+      q = next_q, nibbles[0] = next_nibbles[0], nibbles[1] = next_nibbles[1];
+      asm("" : "+r"(nibbles[0]), "+r"(nibbles[1]));  // else the compiler, which knows that they are bytes, masks and shifts
+    }
     const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
-    uint32_t(&steps)[2][4] = a[group % 2];
+    uint32_t steps[2][4];
     {
       const ByteWindows v(column[0].template codes<0>(low), four), w(column[1].template codes<0>(high), four);
       steps[0][0] = v.even, steps[0][1] = w.even, steps[0][2] = v.odd, steps[0][3] = w.odd;
@@ -267,35 +262,22 @@ __device__ void multiply_stage(const char* codes, const char* scales, uint64_t b
       const ByteWindows v(column[0].template codes<1>(low), four), w(column[1].template codes<1>(high), four);
       steps[1][0] = v.even, steps[1][1] = w.even, steps[1][2] = v.odd, steps[1][3] = w.odd;
     }
-    if constexpr (!C::kWarpgroup) {
 #pragma unroll
-      for (int j = 0; j < kNT; ++j) {
-        const uint4 v = *reinterpret_cast<const uint4*>(x + group * C::kGroupBytes + j * 512);
-        mma_bytes(d[set][j], steps[0][0], steps[0][1], steps[0][2], steps[0][3], v.x, v.y);
-        mma_bytes(d[set][j], steps[1][0], steps[1][1], steps[1][2], steps[1][3], v.z, v.w);
-      }
-    } else {
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 2; ++step)
-        wgmma_bytes(d[set], steps[step], b + (group * C::kGroupBytes + step * (256 * C::kNT)) / 16);
-      wgmma_commit();
+    for (int j = 0; j < kNT; ++j) {
+      const uint4 v = *reinterpret_cast<const uint4*>(x + group * C::kGroupBytes + j * 512);
+      mma_bytes(d[set][j], steps[0][0], steps[0][1], steps[0][2], steps[0][3], v.x, v.y);
+      mma_bytes(d[set][j], steps[1][0], steps[1][1], steps[1][2], steps[1][3], v.z, v.w);
     }
     if (half == 0 && u + 1 < C::kUnits) {
       load(u + 1);
-      if (u + 2 == C::kUnits) {  // every lane has what it needs of the stage. Without a branch, which would serialize `wgmma`
-        __syncwarp();
-        free->arrive_if(kWarpArrivals == 32 || threadIdx.x % 32 == 0);
-      }
+      if (u + 2 == C::kUnits) free->arrive_together();  // every lane has what it needs of the stage
     }
-    if (C::kWarpgroup) wgmma_wait<1>();
     if (first && group > 0) scaled(set ^ 1);
     if (first && group + kGroups < kAll) begin(set ^ 1, group + kGroups);
     if (group % kGroups == kGroups - 1)
 #pragma unroll
       for (int i = 0; i < 2; ++i) f[i] = kGroups > 1 ? nibbles[i] >> shift & 15 : half ? nibbles[i] >> 4 : nibbles[i] & 15;
   }
-  if (C::kWarpgroup) wgmma_wait<0>();
   scaled((kAll - 1) / kGroups % 2);
 #pragma unroll
   for (int j = 0; j < kNT; ++j) {
@@ -415,7 +397,6 @@ __device__ void multiply_tiles(const FewParams& p, const StreamShared<C>& s, int
   const int slots = C::sums_slots(k), slices = C::slices(k), column_slots = C::column_slots(k);
   uint32_t four = 4;
   asm volatile("" : "+r"(four));
-  const uint64_t b0 = plain_descriptor(shared_address(s.activations), 128 * C::kNT, 128);
   int tile = begin, part = wk, stage = wk;
   uint32_t parity = 0;
   while (part >= stages_k) part -= stages_k, ++tile;
@@ -427,7 +408,6 @@ __device__ void multiply_tiles(const FewParams& p, const StreamShared<C>& s, int
       named_barrier<1, C::kThreads>();  // the activations there are no longer read
     }
     convert_rows<C>(p, s, rows, warp, kept);
-    publish_shared();
     named_barrier<1, C::kThreads>();
     int row, count;
     rows.place<C>(p, s, &row, &count);
@@ -441,7 +421,6 @@ __device__ void multiply_tiles(const FewParams& p, const StreamShared<C>& s, int
       s.columns_full[columns_slot].wait((i & column_slots) != 0);
       load_columns<C::kPairs>(columns, columns + C::kTiles * kPlaneBytes, g, column);
       float2 out[C::kNT] = {};
-      uint64_t b = b0 + part * kPartBytes / 16;
       const char* x = s.activations + part * kPartBytes + lane * 16;
       const char* offsets = s.offsets + part * kPartOffsets + t * 16;
       const float* back = s.back + part * C::kUnits / 4 * R + t % (R < 4 ? R : 4);
@@ -451,9 +430,9 @@ __device__ void multiply_tiles(const FewParams& p, const StreamShared<C>& s, int
         for (; part < stages_k; part += C::kSlices) {
           const char* const at = s.ring + stage * C::kStageBytes;
           s.full[stage].wait(parity);
-          multiply_stage<C, decltype(blocks)::value>(at + wn * 512 + lane * 16, scales, b, x, offsets, back, column,
+          multiply_stage<C, decltype(blocks)::value>(at + wn * 512 + lane * 16, scales, x, offsets, back, column,
                                                      s.free + stage, four, out);
-          b += C::kSlices * kPartBytes / 16, x += C::kSlices * kPartBytes, offsets += C::kSlices * kPartOffsets, back += C::kSlices * C::kUnits / 4 * R;
+          x += C::kSlices * kPartBytes, offsets += C::kSlices * kPartOffsets, back += C::kSlices * C::kUnits / 4 * R;
           scales += C::kSlices * C::kUnits * C::kUnitScales;
           if ((stage += C::kSlices) >= p.stages) stage -= p.stages, parity ^= 1;
         }
@@ -499,11 +478,9 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) stream_kernel(const FewPara
     }
     publish_barriers();
   }
-  if (C::kGroups > 1) {  // columns of a group that hold other groups are zero, and stay so
+  if (C::kGroups > 1)  // columns of a group that hold other groups are zero, and stay so
     for (int i = threadIdx.x * 16; i < C::quads(k) * 8 * C::kGroupBytes; i += C::kAllThreads * 16)
       *reinterpret_cast<uint4*>(s.activations + i) = uint4{};
-    publish_shared();
-  }
   // Whether the host knows the block's range of tiles: always, but with several matrices and rows a block.
   const bool known = C::kRows == 1 || !p.offsets;
   const int own = blockIdx.x;

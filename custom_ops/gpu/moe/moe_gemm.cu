@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Three kernels: moe_few.cuh for one or two rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more (compiled with
+// Four kernels: moe_few.cuh and, on Hopper, few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more (compiled with
 // -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, moe_gemm.cuh serves them too).
 
 #include "moe_gemm.h"

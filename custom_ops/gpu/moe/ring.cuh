@@ -44,13 +44,6 @@ struct Barrier {
   __device__ void arrive() {
     asm volatile("{ .reg .b64 s; mbarrier.arrive.shared.b64 s, [%0]; }\n" ::"r"(shared_address(this)) : "memory");
   }
-  // The same without a branch, which between `wgmma` would serialize them.
-  __device__ void arrive_if(bool arrives) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 s; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 s, [%0]; }\n" ::"r"(shared_address(this)),
-        "r"(static_cast<int>(arrives))
-        : "memory");
-  }
   // A warp's arrival (kWarpArrivals), after all that its lanes did. All lanes together.
   __device__ void arrive_together() {
     __syncwarp();
@@ -92,13 +85,6 @@ struct Barrier {
 
 // After Barrier::init, by who called it, and before the block's barrier: for the copy engine to see it.
 __device__ inline void publish_barriers() {
-#if CCQ_BULK
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-#endif
-}
-
-// What a thread wrote into shared memory, for the copy engine and the tensor cores: before the barrier that the others pass.
-__device__ inline void publish_shared() {
 #if CCQ_BULK
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 #endif

@@ -44,36 +44,6 @@ __device__ inline uint64_t descriptor(uint32_t shared, uint32_t blocks) {
   return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | 1ull << 16 | static_cast<uint64_t>(blocks >> 4) << 32 | 1ull << 62;
 }
 
-// The same of 8-column core matrices [8][16 bytes] as they are, without swizzle; `along_k`: bytes from the one to the next along K,
-// `blocks`: to the next 8 columns. Aligned to 16 bytes.
-__device__ inline uint64_t plain_descriptor(uint32_t shared, uint32_t along_k, uint32_t blocks) {
-  return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | static_cast<uint64_t>(along_k >> 4) << 16 | static_cast<uint64_t>(blocks >> 4) << 32;
-}
-
-// d[64 x 8 kNT] += a[64 x 32] * b[32 x 8 kNT], unsigned by signed bytes; of the 64 rows a warp has 16.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define CCQ_I4(d, i) "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])
-#define CCQ_WGMMA_BYTES(n, names, a_names, b_name, ...)                                                                \
-  asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;\n"                                                                \
-               "wgmma.mma_async.sync.aligned.m64n" n "k32.s32.u8.s8 {" names "}, {" a_names "}, " b_name ", p; }\n"     \
-               : __VA_ARGS__                                                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#else
-#define CCQ_WGMMA_BYTES(...)
-#endif
-__device__ inline void wgmma_bytes(int (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
-  CCQ_WGMMA_BYTES("8", "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", CCQ_I4(d, 0));
-}
-__device__ inline void wgmma_bytes(int (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
-  CCQ_WGMMA_BYTES("16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", CCQ_I4(d, 0), CCQ_I4(d, 1));
-}
-__device__ inline void wgmma_bytes(int (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
-  CCQ_WGMMA_BYTES("32", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", CCQ_I4(d, 0),
-                  CCQ_I4(d, 1), CCQ_I4(d, 2), CCQ_I4(d, 3));
-}
-#undef CCQ_I4
-#undef CCQ_WGMMA_BYTES
-
 #define CCQ_F4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define CCQ_F16(d, i) CCQ_F4(d, i), CCQ_F4(d, i + 1), CCQ_F4(d, i + 2), CCQ_F4(d, i + 3)
 #define CCQ_WGMMA_OF(type, n, names, a_names, b_name, ...)                                                             \
