@@ -93,7 +93,7 @@ auto with_wide(int variant, F&& use) {
     case kWide + 3: return use(WideConfig<kPairs, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<kPairs, kBf16, 2, 128, 4>{});
     case kWide + 5: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
-    case kWide + 6: return use(WideConfig<kPairs, kBf16, 2, 16, 8, 16>{});
+    case kWide + 6: return use(WideConfig<kPairs, kBf16, 2, 16, 6, 16>{});
     case kWide + 7: return use(WideConfig<kPairs, kBf16, 2, 32, 6, 16>{});
     case kWide + 8: return use(WideConfig<kPairs, kBf16, 2, 48, 5, 16>{});
     default: return use(WideConfig<kPairs, kBf16, 1, 64, 6, 16>{});
