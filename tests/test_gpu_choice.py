@@ -12,6 +12,7 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu" / "moe"
 H200 = (132, 9, 232448)
+STREAMS = 4  # configurations of few_stream.cuh, whose costs come last
 PROGRAM = r"""
 #include <cstdio>
 #include "choice.h"
@@ -26,6 +27,7 @@ int main() {
     auto fits = [&](int variant) { return variant <= most; };
     std::printf("%d", ccq::kernel_choice(gpu, call, gpu.major == 9, fits));
     for (const auto& c : ccq::kWideCosts) std::printf(" %.3f", ccq::wide_cost(gpu, call, c));
+    for (const auto& c : ccq::kStreamCosts) std::printf(" %.3f", ccq::stream_cost(gpu, call, c));
     std::printf("\n");
   }
 }
@@ -92,19 +94,30 @@ def test_the_least_cost_wins_and_costs_grow_with_rows(program: Path) -> None:
     calls = [(64 * mean, 4096, 7168, 64) for mean in range(18, 1200, 7)]
     found = choices(program, calls)
     for kernel, *costs in found:
-        assert costs[int(kernel) - 10] == min(costs)
-    least = [min(costs) for _, *costs in found]
+        assert costs[int(kernel) - 10] == min(costs[:-STREAMS])
+    least = [min(costs[:-STREAMS]) for _, *costs in found]
     # A tile more costs at once what its rows cost little by little: up to a tenth of ups and downs.
     assert all(b > a * 0.9 for a, b in pairwise(least))
     assert least[-1] > 15 * least[0]
 
 
+def test_few_rows_of_several_experts_get_the_rows_a_tile_that_cost_least(program: Path) -> None:
+    calls = [(rows, 4096, 7168, 64) for rows in (1, 8, 20, 40, 64, 100, 128, 180, 220)]
+    found = choices(program, calls)
+    for kernel, *costs in found:
+        assert costs[int(kernel) - 30 - STREAMS] == min(costs[-STREAMS:])
+    kernels = [int(kernel) for kernel, *_ in found]
+    assert kernels == sorted(kernels)
+    assert kernels[0] == 30
+    assert kernels[-1] >= 32
+
+
 @pytest.mark.parametrize(
     ("call", "kernel"),
     [
-        ((8, 8192, 7168, 64), 22),  # one token: one row a tile, long columns
-        ((128, 8192, 7168, 64), 29),  # 16 tokens: four rows a tile
-        ((8, 7168, 1024, 256), 22), ((1024, 8192, 7168, 64), 0), ((1088, 8192, 7168, 64), 1),
+        ((8, 8192, 7168, 64), 30),  # one token: one row a tile
+        ((128, 8192, 7168, 64), 32),  # 16 tokens: four rows a tile
+        ((8, 7168, 1024, 256), 30), ((1024, 8192, 7168, 64), 0), ((1088, 8192, 7168, 64), 1),
         ((1, 4096, 1024, 1), 20), ((8, 512, 7168, 256), 24), ((64, 4096, 1024, 1), 3),
     ],
 )  # fmt: skip
@@ -118,4 +131,7 @@ def test_what_does_not_fit_is_passed_over(program: Path) -> None:
     assert int(choices(program, [call], most=12)[0][0]) in (11, 12)  # no tiles of 256 columns
     assert int(choices(program, [call], gpu=(108, 8, 166912))[0][0]) == 1  # before Hopper
     assert int(choices(program, [call], gpu=(108, 8, 101376), most=0)[0][0]) == 3
-    assert int(choices(program, [(8, 8192, 7168, 64)], most=19)[0][0]) in (0, 3)
+    few = (8, 8192, 7168, 64)
+    assert int(choices(program, [few], most=29)[0][0]) == 22  # no ring for all columns
+    assert int(choices(program, [few], most=19)[0][0]) in (0, 3)
+    assert int(choices(program, [few], gpu=(108, 8, 166912))[0][0]) == 22  # before Hopper

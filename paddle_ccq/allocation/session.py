@@ -48,9 +48,11 @@ class AllocationRequest:
     @property
     def notes(self) -> list[str]:
         """Notes on what the predicted losses do not include."""
-        if self.calibrated or self.format != "wint2":
+        if self.calibrated or not FORMATS[self.format].calibrated:
             return []
-        return ["costs were measured on calibrated wint2; without --calibration it loses more"]
+        return [
+            f"costs were measured on calibrated {self.format}; without --calibration it loses more"
+        ]
 
     @property
     def probing(self) -> Probing:

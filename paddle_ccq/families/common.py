@@ -16,7 +16,7 @@ from typing import Any
 from .config import FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
 from .family import Family, Naming
 from .fields import Fields, show
-from .tensor import DOWN, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec
+from .tensor import DOWN, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec, starred
 
 NAMING = "pt"
 # Names of a routed expert's matrices where it is packed, whatever its parts are called.
@@ -60,12 +60,20 @@ class MoeConfig(ModelConfig):
     def is_moe_layer(self, layer: int) -> bool:
         return layer in self.sparse
 
+    def with_tie(self, tied: bool) -> MoeConfig:
+        """As for all models, but config.json stays as it is: loaders have this family's default."""
+        return replace(self, tie_word_embeddings=tied, tie_stated=True)
+
+    def without_mtp(self) -> MoeConfig:
+        rest = self.sparse - set(self.prediction_layers)
+        return replace(super().without_mtp(), sparse=rest)
+
     def moe_layers(self) -> list[int]:
         return sorted(self.sparse)
 
     @property
-    def extra_layers(self) -> range:
-        """The numbers of the layers for multi-token prediction, which follow on the others."""
+    def prediction_layers(self) -> range:
+        """Those of all these families do."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -79,6 +87,7 @@ class Part:
 
     Attributes:
         shape: as it is stored.
+        optional: a checkpoint may lack it.
         alias: the name in checkpoints that transformers writes in its own layout.
     """
 
@@ -152,6 +161,7 @@ class Layout:
         prefix: config -> what the names of the text model begin with.
         experts: the module of a layer's experts.
         projections: gate, up and down of an expert.
+        expert_width: (config, expert) -> its width, where they differ.
         stacked: the module that holds stacks of all experts' matrices, `gate_up_proj` and
             `down_proj`, in checkpoints that have them.
         outside: config -> tensors beside the text model's, by their whole names.
@@ -164,7 +174,8 @@ class Layout:
     prefix: Callable[[MoeConfig], str] = lambda _: "model."
     experts: str = "mlp.experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    stacked: str = "mlp.experts"
+    stacked: str | None = "mlp.experts"
+    expert_width: Callable[[MoeConfig, int], int] = lambda config, _: config.moe_intermediate_size
     outside: Callable[[MoeConfig], Iterable[Part]] = lambda _: ()
     extra_place: str = ""
 
@@ -178,7 +189,9 @@ def make_family(
     model_types: Sequence[str] = (),
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
-    read = keys or Keys()
+    read, places = keys or Keys(), {layout.experts, layout.stacked or layout.experts}
+    # Where layers for multi-token prediction have a place of their own, all of it is theirs.
+    apart = layout.extra_place.partition(".")[0]
 
     def parse(fields: Fields, family: Family, _: list[str] | None) -> MoeConfig:
         return _parse(fields, family, read, layout)
@@ -195,9 +208,11 @@ def make_family(
         embedding=lambda config: f"{layout.prefix(config)}embed_tokens.weight",
         head="lm_head.weight",
         examples=f"model.layers.0.{layout.experts}.0.{layout.projections[0]}.weight",
+        is_mtp=lambda name: bool(apart) and name.startswith(f"{apart}."),
+        mtp_keys=read.extra_layers,
         model_types=tuple(model_types),
         keeps_others=True,
-        is_mine=lambda name: f".{layout.experts}." in name,
+        is_mine=lambda name: any(f".{place}." in name for place in places),
         why_unexpected=_why_unexpected,
     )
 
@@ -244,7 +259,7 @@ def _parse(fields: Fields, family: Family, keys: Keys, layout: Layout) -> MoeCon
         moe_k=_first(fields, ("num_experts_per_tok", "moe_topk"), 1, max(experts, 1), 1),
         moe_intermediate_size=_first(fields, keys.width, 1, MAX_WIDTH) if experts else 0,
         num_nextn_predict_layers=_first(fields, keys.extra_layers, 0, MAX_EXTRA_LAYERS, 0),
-        dtype=_dtype(fields),
+        dtype=read_dtype(fields),
         raw=raw,
         values=fields.values,
         sizes={
@@ -254,7 +269,7 @@ def _parse(fields: Fields, family: Family, keys: Keys, layout: Layout) -> MoeCon
         sparse=frozenset(),
     )
     sparse = frozenset(layout.sparse(config)) if experts else frozenset()
-    extra = frozenset(config.extra_layers) if sparse else frozenset()
+    extra = frozenset(config.prediction_layers) if sparse else frozenset()
     return replace(config, sparse=sparse | extra)
 
 
@@ -271,7 +286,8 @@ def _first(
     return values[0]
 
 
-def _dtype(fields: Fields) -> str:
+def read_dtype(fields: Fields) -> str:
+    """The type of weights that are not quantized; bfloat16 where none is stated."""
     value = fields.get("dtype", None) or fields.get("torch_dtype", "bfloat16")
     if value not in FLOAT_TYPES:
         raise fields.fail("dtype", f"{show(value)} is not one of {', '.join(FLOAT_TYPES)}")
@@ -288,14 +304,13 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
     last = config.num_hidden_layers + config.num_nextn_predict_layers
     for layer in range(last):
         place = f"{prefix}layers.{{layer}}."
-        optional = layer >= config.num_hidden_layers
-        if optional and layout.extra_place:
+        if layer >= config.num_hidden_layers and layout.extra_place:
             place = layout.extra_place.format(number=layer - config.num_hidden_layers)
         for part in layout.layer(config, layer):
-            yield _plain(part, place, layer, optional)
+            yield _plain(part, place, layer)
         if config.is_moe_layer(layer):
             for expert in range(config.moe_num_experts):
-                yield from _expert(config, layout, place, layer, expert, optional)
+                yield from expert_tensors(config, layout, place, layer, expert)
     yield _plain(Part(f"{prefix}norm.weight", (config.hidden_size,), Role.NORM))
     if not config.tie_word_embeddings:
         yield _plain(Part("lm_head.weight", size, Role.HEAD))
@@ -306,11 +321,9 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
 _DENSE = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 
 
-def _plain(
-    part: Part, place: str = "", layer: int | None = None, optional: bool = False
-) -> TensorSpec:
-    template = place + part.name
-    name = template.format(layer=layer)
+def _plain(part: Part, place: str = "", layer: int | None = None) -> TensorSpec:
+    template = place + part.name if layer is not None else starred(part.name)
+    name = (place + part.name).format(layer=layer) if layer is not None else part.name
     alias = (place + part.alias).format(layer=layer) if part.alias else None
     turned = part.role in _DENSE
     source = Source(name, part.shape, None, (alias,) if alias else ())
@@ -323,18 +336,16 @@ def _plain(
         part.name.removesuffix(".weight"),
         layer,
         sources={NAMING: storage},
-        optional=optional or part.optional,
+        optional=part.optional,
     )
 
 
-def _expert(
-    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int, optional: bool
+def expert_tensors(
+    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int
 ) -> Iterator[TensorSpec]:
-    experts, hidden, width = (
-        config.moe_num_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
-    )
+    """The two matrices of a routed expert; `place` stands before the experts' module."""
+    experts, hidden = config.moe_num_experts, config.hidden_size
+    width = layout.expert_width(config, expert)
     template = f"{place}{layout.experts}.{{expert}}."
     own = template.format(layer=layer, expert=expert)
     stack = f"{place.format(layer=layer)}{layout.stacked}."
@@ -342,10 +353,11 @@ def _expert(
     both, one = (experts, 2 * width, hidden), (experts, hidden, width)
 
     def part(
-        projection: str, shape: tuple[int, int], begin: int | None, stacked: Stacked
+        projection: str, shape: tuple[int, int], begin: int | None, stacked: Stacked | None
     ) -> Source:
         columns = None if begin is None else slice(begin, begin + shape[0])
-        return Source(f"{own}{projection}.weight", shape, columns, stacked=stacked)
+        place = stacked if layout.stacked else None
+        return Source(f"{own}{projection}.weight", shape, columns, stacked=place)
 
     first, second = (slice(begin, begin + width) for begin in (0, width))
     parts = (
@@ -367,5 +379,4 @@ def _expert(
             expert,
             cut,
             {NAMING: Storage(sources, True, own + packed)},
-            optional,
         )

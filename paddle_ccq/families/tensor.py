@@ -124,14 +124,14 @@ class TensorSpec:
 
     Attributes:
         name: the canonical name.
-        template: the name with {layer} and {expert} for their numbers; tensors that differ in
-            these alone share it.
+        template: the name with {layer} and {expert} for their numbers, and * for numbers of other
+            parts; tensors that differ in these alone share it.
         shape: canonical; matrices are [in, out].
         layer, expert: their numbers, None outside of layers and experts.
         projection: which one of its role it is in its place: a projection, or which norm.
         cut: how it is cut for tensor parallelism; None for what every rank holds whole.
         sources: on disk, by naming (Family.namings).
-        optional: a checkpoint may lack it, as some do that of a layer for multi-token prediction.
+        optional: a checkpoint may lack it, such as a layer's copy of the embedding.
         kept: (name, safetensors dtype, shape) of the tensors that hold it as the source has it, in
             the naming "pt"; and source_bytes: what it takes there. The source's files, or
             config.json, say so (checkpoint/source_tensors.py).
@@ -171,6 +171,12 @@ class TensorSpec:
     def stem(self) -> str:
         """The canonical name of the layer that the tensor is the weight of."""
         return self.name.removesuffix(".weight")
+
+
+def starred(name: str) -> str:
+    """A template for a tensor outside of layers: * for every number, braces doubled."""
+    parts = ("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join(parts).replace("{", "{{").replace("}", "}}")
 
 
 class Tensors(Mapping[str, TensorSpec]):
