@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Four kernels: moe_few.cuh and, on Hopper, few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more (compiled with
-// -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, moe_gemm.cuh serves them too).
+// Four kernels: moe_few.cuh and few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more. few_stream.cuh
+// and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, the
+// other two serve all.
 
 #include "moe_gemm.h"
 
@@ -92,11 +93,7 @@ auto with_wide(int variant, F&& use) {
     case kWide + 2: return use(WideConfig<kPairs, kBf16, 4, 64, 5>{});
     case kWide + 3: return use(WideConfig<kPairs, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<kPairs, kBf16, 2, 128, 4>{});
-    case kWide + 5: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
-    case kWide + 6: return use(WideConfig<kPairs, kBf16, 2, 16, 6, 16>{});
-    case kWide + 7: return use(WideConfig<kPairs, kBf16, 2, 32, 6, 16>{});
-    case kWide + 8: return use(WideConfig<kPairs, kBf16, 2, 48, 5, 16>{});
-    default: return use(WideConfig<kPairs, kBf16, 1, 64, 6, 16>{});
+    default: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
   }
 }
 #endif
@@ -120,6 +117,7 @@ size_t shared_of(int variant, int k, int experts) {
   if (variant >= kWide)
     return with_wide<Pairs::kGeneral, true>(variant, [](auto c) {
       using C = decltype(c);
+      static_assert(of_wide<C>(), "choice.h knows the same tiles");
       return C::shared_bytes(kMaxExperts);
     });
 #endif

@@ -20,9 +20,8 @@
 
 namespace ccq {
 
-// kR: 16-column tiles a warp; kN: the most rows of a tile; kWarps: consumer warps. Sixteen hide each other's latencies where a tile
-// has few rows, and registers suffice.
-template <Pairs kPairs_, bool kBf16_, int kR_, int kN_, int kStages_, int kWarps_ = 8>
+// kR: 16-column tiles a warp; kN: the most rows of a tile.
+template <Pairs kPairs_, bool kBf16_, int kR_, int kN_, int kStages_>
 struct WideConfig {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr bool kBf16 = kBf16_;  // the activations' type
@@ -30,10 +29,10 @@ struct WideConfig {
   // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
   // three the compiler would serialize `wgmma`.)
   static constexpr int kClasses = kN <= 128 ? 2 : 1;
-  static constexpr int kWarps = kWarps_, kThreads = (kWarps + 4) * 32;  // consumer warps; with the producer and three idle warps
+  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // consumer warps; with the producer and three idle warps
   static constexpr int kTiles = kR * kWarps;
-  // Registers of a thread: 168 at the beginning, 96 with sixteen warps; then those of the producer's warpgroup and of the consumers'.
-  static constexpr int kProducerRegisters = kWarps == 8 ? 40 : 32, kConsumerRegisters = kWarps == 8 ? 232 : 112;
+  // Registers of a thread: 168 at the beginning; then those of the producer's warpgroup and of the consumers'.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // A stage: the activations in two groups of 64 values along K, [2][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
   // their place (the 128-byte swizzle); the tiles' codes; their scales.
   static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup, kScalesAt = kRowsBytes + kTiles * 512;
@@ -148,10 +147,7 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* column
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
   int last = -1;  // the stage of the unit before
-  // Weights of two groups of instructions: one is multiplied while the other is decoded. A group is four steps of 16 input rows, or
-  // two where registers are short.
-  constexpr int kSteps = C::kWarps == 8 ? 4 : 2;
-  uint32_t a[2][kSteps][4];
+  uint32_t a[2][4][4];  // two steps' weights: one is multiplied while the other is decoded
   for (int i = 0; i < units; ++i) {
     S::full()[w.stage].wait(w.parity);
     if (i == 0) {
@@ -170,31 +166,27 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* column
       const uint32_t left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        uint32_t(&v)[4][4] = a[half];
+        wgmma_wait<1>();  // the step before the last one, which read these registers
+        if (r == 0 && half == 1) w.release_if(last >= 0, last);  // nor is the unit before read any more
         const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
         const auto s = WideScale<C::kBf16>::of(half ? left >> 4 : left);
         const auto u = WideScale<C::kBf16>::of(half ? right >> 4 : right);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          uint32_t(&v)[kSteps][4] = a[kSteps == 4 ? half : pair];
-          if (kSteps == 2 || pair == 0) wgmma_wait<1>();  // the group before the last one, which read these registers
-          if (r == 0 && half == kSteps / 4 && pair == 1 - kSteps / 4) w.release_if(last >= 0, last);  // nor is the unit before read
           uint32_t first[2][2], second[2][2];
           s.weights(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low), magic, first[0], second[0]);
           u.weights(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high), magic, first[1], second[1]);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            uint32_t(&step)[4] = v[kSteps == 4 ? pair + 2 * i : i];
+            uint32_t(&step)[4] = v[pair + 2 * i];
             step[0] = first[0][i], step[1] = first[1][i], step[2] = second[0][i], step[3] = second[1][i];
           }
-          if (kSteps == 4 && pair == 0) continue;
-          wgmma_fence();
-#pragma unroll
-          for (int j = 0; j < kSteps; ++j) {
-            const int at = kSteps == 4 ? j : pair + 2 * j;
-            wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + at * 2);
-          }
-          wgmma_commit();
         }
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
+        wgmma_commit();
       }
     }
     last = w.stage;
