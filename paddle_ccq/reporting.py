@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -222,6 +223,18 @@ def check_can_write(path: str | os.PathLike[str], force: bool, flag: str = "--js
         partial_name(path).unlink()
     except OSError as error:
         raise CcqError(f"{flag} {path}: {describe_os_error(error)}") from None
+
+
+def json_writer(args: argparse.Namespace) -> Callable[[Any], None]:
+    """What writes a command's result where --json says, if it does.
+
+    Raises:
+        CcqError: at once, if a file is there and --force is not given.
+    """
+    if args.json is None:
+        return lambda result: None
+    check_can_write(args.json, args.force)
+    return lambda result: write_json(args.json, result)
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:

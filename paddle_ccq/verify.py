@@ -283,8 +283,7 @@ def build_parser() -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
-        if args.json:
-            reporting.check_can_write(args.json, args.force)
+        write_json = reporting.json_writer(args)
         result = verify(
             args.folder,
             args.reference,
@@ -293,8 +292,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet=args.quiet,
         )
         print_result(result)
-        if args.json:
-            reporting.write_json(args.json, result.to_json())
+        write_json(result.to_json())
         return 0 if result.sound else 1
 
     return run_command(build_parser(), argv, body)
