@@ -85,11 +85,11 @@ INT4 = {
 
 def shape_plan(layers: int, wint4_end: int) -> Any:
     """The plan of a checkpoint of this shape."""
-    from paddle_ccq.checkpoint.config import ErnieConfig
+    from paddle_ccq.families.registry import read_config
     from paddle_ccq.targets.fastdeploy.layout import build_plan
 
     raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-    return build_plan(ErnieConfig.from_json(raw), format="wint2", wint4_end_layer=wint4_end)
+    return build_plan(read_config(raw), format="wint2", wint4_end_layer=wint4_end)
 
 
 def shape_folder(target: Path, layers: int, wint4_end: int, peer: str = "") -> Path:
@@ -157,7 +157,7 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    from paddle_ccq.vllm import dense, experts, integer_experts, plugin
+    from paddle_ccq.vllm import dense, gpu_experts, plugin
 
     @register_model_loader(LOAD_FORMAT)
     class RandomLoader(BaseModelLoader):
@@ -174,8 +174,8 @@ def register() -> None:
             torch.cuda.synchronize()
 
     dense.Wint8LinearMethod.ccq_randomize = _randomize_linear
-    experts.Wint2ExpertsMethod.ccq_randomize = _randomize_wint2
-    integer_experts.Wint4ExpertsMethod.ccq_randomize = _randomize_wint4
+    gpu_experts.Wint2ExpertsMethod.ccq_randomize = _randomize_wint2
+    gpu_experts.Wint4ExpertsMethod.ccq_randomize = _randomize_wint4
     plugin.register()
 
 
