@@ -16,16 +16,11 @@ def short_name(name: str) -> str:
 
 
 def one_step(events: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """The kernels of the last but one step of a run of steps that are alike.
+    """The kernels of the last step but one: what lies between two choices of a token.
 
-    A step's longest repeated part is a layer; its own mark is the kernel that runs once a step with
-    the largest number of repeats, found by its name's count.
+    All kernels where no such choice is found.
     """
-    counts: dict[str, int] = defaultdict(int)
-    for _, _, name in events:
-        counts[name] += 1
-    # Kernels that run once a step: argmax over the vocabulary among them.
-    marks = [i for i, (_, _, name) in enumerate(events) if "argmax" in name.lower()]
+    marks = [i for i, (_, _, name) in enumerate(events) if re.search("argmax|gumbel", name.lower())]
     if len(marks) < 3:
         return events
     return events[marks[-3] + 1 : marks[-2] + 1]
