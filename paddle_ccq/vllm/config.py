@@ -26,6 +26,8 @@ from .claims import (
     read_model_config,
     row_order_of,
 )
+from .methods import experts_method
+from .packed_claims import is_packed
 
 
 class CcqConfig(QuantizationConfig):
@@ -55,7 +57,11 @@ class CcqConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CcqConfig:
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        if is_packed(config):
+            from .packed_config import PackedConfig
+
+            return PackedConfig.from_config(config)
         return cls(Claim.read(config))
 
     @classmethod
@@ -107,17 +113,4 @@ class CcqConfig(QuantizationConfig):
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
         format, cut = self.claim.expert_format(names.layer_of(prefix)), self.ranks > 1
-        moe = layer.moe_config
-        if current_platform.is_cpu():
-            from . import cpu_experts
-
-            if format == "wint4":
-                return cpu_experts.CpuWint4ExpertsMethod(moe, prefix, cut)
-            return cpu_experts.CpuCodedExpertsMethod(moe, prefix, cut, format, self.row_order)
-        from . import gpu_experts
-
-        if format == "wint4":
-            return gpu_experts.Wint4ExpertsMethod(moe, prefix, cut)
-        if format == "wint2":
-            return gpu_experts.Wint2ExpertsMethod(moe, prefix, cut, self.row_order)
-        return gpu_experts.SpareExpertsMethod(moe, prefix, cut, format)
+        return experts_method(layer.moe_config, prefix, cut, format, self.row_order)

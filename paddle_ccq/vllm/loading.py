@@ -36,7 +36,7 @@ def load(model: Any, quantization: CcqConfig, weights: Weights, base: Callable[.
         weights = _rank_folders(quantization)
     modules = dict(model.named_modules())
     loaded = base(_place(modules, weights, heads))
-    _check_all_there(modules)
+    check_all_there(modules)
     return loaded
 
 
@@ -106,7 +106,12 @@ def _floats(
         yield part, value.t() if turned else value
 
 
-def _check_all_there(modules: dict[str, Any]) -> None:
+def check_all_there(modules: dict[str, Any]) -> None:
+    """Refuse layers of which parts never came.
+
+    Raises:
+        CcqError: naming the first.
+    """
     for name, module in modules.items():
         missing = getattr(getattr(module, "quant_method", None), "missing", None)
         if missing is None:
