@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../common/arena.h"
 #include "choice.h"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
@@ -134,36 +135,28 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   });
 }
 
-// Where the arrays of the workspace begin, each on a 256-byte border. Partial results: for each SM what one tile of each of its
-// blocks has, which grows with the rows a tile may have.
-struct Workspace {
-  size_t x, row_scale, counters, partial, partial_float4, bytes;
-};
-
 constexpr int kWarpsPerSm = 16;
 constexpr int kMaxPartialFloat4 = 9216;
 
-Workspace workspace_of(int rows, int k, int experts, int sms) {
-  const size_t blocks = static_cast<size_t>(rows) / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-  Workspace w{};
-  size_t end = 0;
-  auto take = [&end](size_t bytes) {
-    size_t at = end;
-    end += (bytes + 255) / 256 * 256;
-    return at;
-  };
-  const int mean = rows / experts;
-  w.partial_float4 = mean < 24 ? 4096 : kMaxPartialFloat4;
+// The arrays of a workspace. Partial results: for each SM what one tile of each of its blocks has, which grows with the rows a
+// tile may have.
+struct Workspace {
+  Prepared prepared;
+  float4* partial;
+  size_t partial_float4;  // for each SM
+
+  Workspace(Arena& arena, int rows, int k, int experts, int sms) {
+    const int64_t blocks = int64_t{rows} / 8 + experts + 1;  // of prepared rows, see first_prepared_block
+    partial_float4 = rows / experts < 24 ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
-  w.partial_float4 = kMaxPartialFloat4;
+    partial_float4 = kMaxPartialFloat4;
 #endif
-  w.counters = take(sizeof(int) * kWarpsPerSm * sms);
-  w.partial = take(sizeof(float4) * w.partial_float4 * sms);
-  w.x = take(blocks * (k / 128) * kRowsUnitBytes);
-  w.row_scale = take(sizeof(float) * rows);
-  w.bytes = end;
-  return w;
-}
+    prepared.counters = arena.take<int>(int64_t{kWarpsPerSm} * sms);
+    partial = arena.take<float4>(static_cast<int64_t>(partial_float4) * sms);
+    prepared.x = arena.take<char>(blocks * (k / 128) * kRowsUnitBytes);
+    prepared.row_scale = arena.take<float>(rows);
+  }
+};
 
 // Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
 // shared-memory limit raised. 0: an error, in *error.
@@ -282,7 +275,9 @@ extern "C" size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts) {
   (void)n;
   ccq::Device device;
   if (rows < 0 || k <= 0 || experts <= 0 || ccq::current_device(&device) != cudaSuccess) return 0;
-  return ccq::workspace_of(rows, k, experts, device.sms).bytes;
+  ccq::Arena arena(nullptr);
+  ccq::Workspace(arena, rows, k, experts, device.sms);
+  return arena.most();
 }
 
 extern "C" int ccq_moe_gemm_variant(const ccq_moe_gemm_args* a) {
@@ -305,13 +300,11 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
     return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
                                          : with_few<Pairs::kGeneral>(variant, launch);
   }
-  const Workspace w = workspace_of(a->rows, a->k, a->experts, device.sms);
-  char* base = static_cast<char*>(a->workspace);
+  Arena arena(a->workspace);
+  const Workspace w(arena, a->rows, a->k, a->experts, device.sms);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = {base + w.x, reinterpret_cast<float*>(base + w.row_scale),
-                reinterpret_cast<int*>(base + w.counters)};
-  p.partial = reinterpret_cast<float4*>(base + w.partial);
+  p.prepared = w.prepared, p.partial = w.partial;
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
   p.caller_scale = a->row_scale;
   const void* x = a->x;
