@@ -177,6 +177,12 @@ def register() -> None:
     gpu_experts.Wint2ExpertsMethod.ccq_randomize = _randomize_wint2
     gpu_experts.Wint4ExpertsMethod.ccq_randomize = _randomize_wint4
     plugin.register()
+    # The class itself, for a name would be looked at in another process of 20 s.
+    from vllm.model_executor.models import ModelRegistry
+
+    from paddle_ccq.vllm.model import CcqErnieMoeForCausalLM
+
+    ModelRegistry.register_model(SHAPE["architectures"][0], CcqErnieMoeForCausalLM)
 
 
 def use_in_all_processes() -> None:

@@ -35,6 +35,8 @@ def make_engine(folder: Path, arguments: argparse.Namespace) -> Any:
         "pipeline_parallel_size": arguments.pipeline_parallel_size,
         "enable_expert_parallel": arguments.enable_expert_parallel,
     }
+    if arguments.few_graphs:  # of the measured sizes alone: a quicker start
+        options["compilation_config"] = {"cudagraph_capture_sizes": sorted(arguments.batches)}
     if arguments.peer == "compressed-tensors":
         options["moe_backend"] = arguments.moe_backend
     elif arguments.peer:

@@ -18,6 +18,9 @@
 
 namespace ccq_w8 {
 
+// Sums of bytes and digits over a warp's slice stay within 32 bits up to here.
+constexpr int kFewMostK = 16 * 65536;
+
 // kRows: 1, 2, 4 or 8; kUnits: units of 1 KiB that one copy brings.
 template <int kRows_, int kStages_>
 struct FewConfig {
