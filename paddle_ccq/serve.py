@@ -20,6 +20,7 @@ from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
 from .command import no_message, run_command
 from .errors import CcqError, describe_os_error, visible
+from .models.support import require_computed
 from .units import gibibytes
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def build_service(args: argparse.Namespace) -> Service:
         ) from None
     say = no_message if args.quiet else _say
     checkpoint = open_checkpoint(args.folder, args.row_order)
+    require_computed(checkpoint.config, "serve")
     name = model_name(checkpoint.path)
     for message in checkpoint.messages:
         say(f"{name}: {message}")
@@ -224,7 +226,7 @@ def _ready(service: Service, args: argparse.Namespace) -> tuple[str, str]:
 
     engine, settings = service.engine, service.settings
     model = engine.model
-    floats = 4 * sum(_size(service, name) for name in service.checkpoint.names())
+    floats = 4 * sum(_size(service, name) for name in service.checkpoint.model_names())
     on_gpu = f" and {gibibytes(model.gpu_bytes)} on the GPU" if model.gpu_bytes else ""
     return (
         f"{settings.name}: experts {gibibytes(model.expert_bytes)}{on_gpu}, other weights"

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from . import reporting
 from .arguments import Arguments
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
-from .checkpoint.plan import PlannedTensor
+from .checkpoint.plan import KEPT, PlannedTensor
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
-from .checkpoint.safetensors_format import DTYPES
+from .checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES
 from .checkpoint.source import resolve_model
 from .checkpoint.tensor_parallel import join
 from .checkpoint.values import difference_energy, energy, finite, is_approximation, product
@@ -27,8 +27,10 @@ from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
 from .errors import CcqError, visible
+from .families.registry import ASKED
 from .families.tensor import Role
-from .targets.fastdeploy.inspection import Inspection, other_order
+from .targets.inspect import inspect
+from .targets.inspection import Inspection, other_order
 
 # Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
 # what all zeros would give); of quantized matrices the format knows it.
@@ -72,7 +74,7 @@ def verify(
     Raises:
         CcqError: if `folder` is no quantized checkpoint at all, or the reference can't be used.
     """
-    inspection = Inspection(Path(folder))
+    inspection = inspect(Path(folder))
     original = _reference(reference, inspection, source) if reference is not None else None
     inspection.check_config()
     inspection.check_structure()
@@ -94,11 +96,16 @@ def verify(
 def _reference(
     reference: str | os.PathLike[str], inspection: Inspection, source: str | None
 ) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr))
+    name = inspection.config.family.name
+    asked = name if name in ASKED else None
+    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr), family=asked)
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
-    wanted, given = inspection.config.tensors.shapes, checkpoint.config.tensors.shapes
+    model = checkpoint.config
+    if not inspection.config.num_nextn_predict_layers:
+        model = model.without_mtp()  # the checkpoint may have been written without these layers
+    wanted, given = inspection.config.tensors.shapes, model.tensors.shapes
     if wanted != given:
         name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
         raise CcqError(f"--reference {reference}: another model; the two differ in {name}")
@@ -123,6 +130,12 @@ def _compare(
         if any(part is None for part in parts):
             continue
         whole = [part for part in parts if part is not None]
+        if planned.format == KEPT:
+            if _kept_equal(planned, whole[0], reference):
+                result.unquantized_equal += 1
+            else:
+                result.problems.append(f"{planned.name}: not the reference's bytes")
+            continue
         if not planned.quantized:
             ((_, stored_as, _),) = planned.specs
             weight = _finite(planned, reference.read_stored(planned.name), stored_as, result)
@@ -174,6 +187,18 @@ def _equal(planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: n
     whole = join([next(iter(part.values())) for part in parts], planned.cut)
     expected = weight.astype(DTYPES[dtype], copy=False)
     return expected.reshape(whole.shape).tobytes() == whole.tobytes()
+
+
+def _kept_equal(
+    planned: PlannedTensor, found: dict[str, np.ndarray], reference: Checkpoint
+) -> bool:
+    """Whether a tensor holds the reference's bytes; 0 stands for what is NaN or infinite there."""
+    wanted = reference.read_kept(planned.name, planned.specs)
+    for name, dtype, _ in planned.specs:
+        expected = finite(wanted[name], dtype)[0] if dtype in FLOAT_DTYPES else wanted[name]
+        if expected.tobytes() != found[name].tobytes():
+            return False
+    return True
 
 
 def _near(planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:

@@ -12,13 +12,15 @@ from ..allocation.session import make_request as make_allocation
 from ..calibration.session import CalibrationRequest
 from ..calibration.session import make_request as make_calibration
 from ..checkpoint.plan import PlanOptions
-from ..checkpoint.rules import load_rules
+from ..checkpoint.rules import Rule, load_rules
 from ..checkpoint.safetensors_format import parse_size
 from ..codec.formats import DEFAULT_EXPERTS
 from ..encoder.base import DEVICES, ENCODERS, PRESETS
 from ..errors import CcqError
+from ..families.config import ModelConfig
+from ..families.registry import ASKED
 from ..host import thread_count
-from ..targets.fastdeploy.layout import FastDeploy
+from ..targets.outputs import TargetChoice
 
 PathLike = str | os.PathLike[str]
 
@@ -29,6 +31,9 @@ class QuantizeOptions:
 
     Attributes:
         format: of routed experts, one of codec.formats.EXPERT_FORMATS.
+        target: whose layout is written, one of targets.outputs.TARGETS; None: FastDeploy's for
+            ERNIE-4.5 text models, Hugging Face's for all others.
+        family: "generic" for a model of no known family, whose experts are found by their names.
         preset, encoder: time against error; the search, or the paper's algorithm.
         calibration: a file of text or a data set's hub id; None encodes without data.
         calibration_tokens, calibration_weights: see calibration/settings.py.
@@ -39,6 +44,7 @@ class QuantizeOptions:
         allocate: a size such as "2.3bpw" or "100GB" that formats of MoE layers are chosen for.
         sensitivity: a file of costs for `allocate`; None measures them in this run.
         allow_plugin_layout: wint4 in any layers, which FastDeploy needs our plugin for.
+        drop_mtp: leave out the layers for multi-token prediction.
         max_shard_size: bytes of one file, or a size such as "5GB".
         threads: of the encoder; None takes all processors. Bytes do not depend on it.
         device: "cpu" or "gpu"; where codes are searched. Bytes do not depend on it.
@@ -53,6 +59,8 @@ class QuantizeOptions:
     """
 
     format: str = DEFAULT_EXPERTS
+    target: str | None = None
+    family: str | None = None
     preset: str = "default"
     encoder: str = "search"
     calibration: PathLike | None = None
@@ -65,6 +73,7 @@ class QuantizeOptions:
     allocate: str | int | None = None
     sensitivity: PathLike | None = None
     allow_plugin_layout: bool = False
+    drop_mtp: bool = False
     max_shard_size: str | int = "5GB"
     threads: int | None = None
     device: str = "cpu"
@@ -84,17 +93,34 @@ class QuantizeOptions:
             if value not in allowed:
                 raise CcqError(f"{flag} {value}: not one of {', '.join(allowed)}")
         thread_count(self.threads)
+        if self.family not in (None, *ASKED):
+            raise CcqError(f"--family {self.family}: not one of {', '.join(ASKED)}")
+        _ = self.target_choice
+
+    @property
+    def target_choice(self) -> TargetChoice:
+        """What is asked of the target."""
+        return TargetChoice(
+            self.target,
+            self.fastdeploy_layout,
+            self.allow_plugin_layout,
+            self.tensor_parallel_size,
+        )
 
     @cached_property
-    def plan(self) -> PlanOptions:
-        """The options that decide the plan; the file of rules is read here."""
+    def read_rules(self) -> tuple[Rule, ...]:
+        """The rules of the file, which is read here."""
+        return load_rules(self.rules) if self.rules is not None else ()
+
+    def plan(self, config: ModelConfig) -> PlanOptions:
+        """The options that decide the plan of a model."""
         size = self.max_shard_size
         return PlanOptions(
-            target=FastDeploy(self.fastdeploy_layout, self.allow_plugin_layout),
+            target=self.target_choice.of(config),
             format=self.format,
             wint4_end_layer=self.wint4_end_layer,
             tensor_parallel_size=self.tensor_parallel_size,
-            rules=load_rules(self.rules) if self.rules is not None else (),
+            rules=self.read_rules,
             max_shard_bytes=size if isinstance(size, int) else parse_size(size),
         )
 
@@ -109,7 +135,7 @@ class QuantizeOptions:
         return make_allocation(
             self.allocate,
             self.format,
-            self.plan.rules,
+            self.read_rules,
             self.sensitivity,
             self.allow_plugin_layout,
             self.wint4_end_layer,

@@ -22,6 +22,7 @@ from ..checkpoint.journal import make_fingerprint
 from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
+from ..codec import trellis
 from ..codec.formats import CCQ_FORMATS
 from ..encoder import factory
 from ..encoder.base import MatrixEncoder
@@ -29,9 +30,8 @@ from ..encoder.ldlq import Hessians
 from ..errors import CcqError
 from ..families.config import CONFIG_FILE
 from ..ops import gpu_library
-from ..targets.fastdeploy.card import Recipe, model_card
-from ..targets.fastdeploy.config import output_config
-from ..targets.fastdeploy.layout import wint4_end_layer
+from ..targets.outputs import OUTPUTS
+from ..targets.recipe import Recipe
 from ..units import gigabytes
 from ..version import __version__
 from .options import QuantizeOptions
@@ -55,6 +55,12 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
         CcqError: saying what to build.
     """
     used = {planned.format for planned in plan.tensors if planned.quantized}
+    if trellis.NAME in used and options.encoder != "search":
+        raise CcqError(
+            f"--encoder {options.encoder}: the paper has no {trellis.NAME}; leave the flag out"
+        )
+    if trellis.NAME in used and options.device == "gpu":
+        raise CcqError(f"--device gpu: {trellis.NAME} is encoded on the CPU only; use --device cpu")
     if options.encoder == "search" and used & set(CCQ_FORMATS):
         from .. import compiled  # noqa: F401
     if options.device == "gpu":
@@ -138,6 +144,8 @@ class QuantizeRun:
             "max_shard_size": plan.max_shard_bytes,
             "allow_nonfinite": options.allow_nonfinite,
         }
+        if options.drop_mtp:
+            chosen["drop_mtp"] = True
         if self.recipe.calibration:
             chosen["calibration"] = self.recipe.calibration
         if self.recipe.allocation:
@@ -199,14 +207,14 @@ class QuantizeRun:
 
     def _small_files(self, records: list[dict[str, Any]]) -> dict[str, bytes]:
         plan = self.plan
+        outputs = OUTPUTS[plan.target.name]
         provenance = {
             "format": plan.format,
             "preset": self.options.preset,
             "encoder": self.options.encoder,
             "row_order": plan.row_order,
             "source_model": self.recipe.source_model,
-            "wint4_end_layer": wint4_end_layer(plan),
-            "tensor_parallel_size": plan.tensor_parallel_size,
+            **outputs.recorded(plan),
         }
         if self.recipe.calibration:
             provenance["calibration"] = {
@@ -215,10 +223,10 @@ class QuantizeRun:
             }
         if self.recipe.allocation:
             provenance["allocation"] = self.recipe.allocation
-        config = output_config(plan, provenance)
+        config = outputs.config(plan, provenance)
         files = dict(read_companions(self.checkpoint.path).files)
         files[CONFIG_FILE] = json_bytes(config)
-        files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")
+        files["README.md"] = outputs.card(plan, self.recipe, records).encode("utf-8")
         return files
 
 

@@ -16,6 +16,7 @@ from ..allocation.costs import Sensitivities
 from ..allocation.probing import Execution
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
+from ..checkpoint import source_tensors
 from ..checkpoint.companions import check_regular, read_companions
 from ..checkpoint.plan import LayerFormats, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
@@ -28,7 +29,8 @@ from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
 from ..families.config import CCQ, CONFIG_FILE
 from ..host import thread_count
-from ..targets.fastdeploy.card import Recipe
+from ..models.support import require_computed
+from ..targets.recipe import Recipe
 from . import report
 from .job import Job
 from .options import PathLike, QuantizeOptions
@@ -65,7 +67,7 @@ def quantize(
     plan = planned(job)
     check(job, plan, target, log_path)
     with Workplace(target) as workplace:
-        checkpoint = opened(job)
+        checkpoint = opened(job, plan)
         plan = allocated(job, plan, checkpoint, workplace)
         result = encoded(job, plan, checkpoint, workplace, log_path)
     finish(job, result)
@@ -96,7 +98,17 @@ def resolve(job: Job) -> None:
     """The model's folder, downloaded where it is not on this machine, and its config."""
     job.source = resolve_model(job.model, job.options.source, job.options.revision, log=job.say)
     check_regular(job.source)
-    job.config, _ = config_of_folder(job.source)
+    job.config, _ = config_of_folder(job.source, job.options.family)
+    if job.options.drop_mtp:
+        job.say(drop_mtp(job))
+
+
+def drop_mtp(job: Job) -> str:
+    """Take the layers for multi-token prediction out of the model; the message for the user."""
+    assert job.config is not None
+    whole, job.config = job.config, job.config.without_mtp()
+    left_out = len(whole.tensors) - len(job.config.tensors)
+    return f"--drop-mtp: {left_out} tensors for multi-token prediction are left out"
 
 
 def resolve_locally(job: Job) -> None:
@@ -111,8 +123,10 @@ def resolve_locally(job: Job) -> None:
         folder = snapshot_folder(folder)
         check_regular(folder)
     job.source = folder
-    job.config, assumed = config_of_folder(folder)
+    job.config, assumed = config_of_folder(folder, job.options.family)
     job.notes = (*job.config.notes, *assumed)
+    if job.options.drop_mtp:
+        job.notes = (*job.notes, drop_mtp(job))
     where = folder / CONFIG_FILE if folder.is_dir() else folder
     SourceScheme.read(job.config.raw, where)
     quantization = job.config.raw.get("quantization_config") or {}
@@ -128,7 +142,14 @@ def resolve_locally(job: Job) -> None:
 def planned(job: Job) -> Plan:
     """The plan before costs are measured; everything that can be refused now is refused."""
     assert job.config is not None
-    config, options, wanted = job.config, job.options.plan, job.wanted
+    wanted, options = job.wanted, job.options.plan(job.config)
+    for flag, asked in (("--calibration", job.calibration), ("--allocate", wanted)):
+        if asked is not None:
+            require_computed(job.config, flag)
+    if not options.target.dense_formats and job.config.of_source is None:
+        # What is not quantized keeps its dtype, which its files know, or config.json.
+        job.config = source_tensors.complete(job.config, job.source)
+    config = job.config
     if wanted is None:
         return make_plan(config, options)
     uniform = LayerFormats(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
@@ -149,14 +170,16 @@ def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
         job.calibration.check(plan, job.options.encoder)
 
 
-def opened(job: Job) -> Checkpoint:
+def opened(job: Job, plan: Plan) -> Checkpoint:
     """Open the source's weights and report all files that are not carried over."""
-    checkpoint = open_checkpoint(job.source)
+    checkpoint = open_checkpoint(job.source, family=job.options.family)
     if checkpoint.is_quantized:
         raise CcqError(
             f"{job.source}: quantized already; quantize the original float checkpoint instead"
         )
     # Checked before the work, so that their problems are not found only after it.
+    if plan.config.family.discover:
+        job.say("found and quantized:\n" + report.as_text(reporting.plan_table(plan, True)))
     beside = (*read_companions(job.source).messages, *read_source_card(job.source)[1])
     for message in (*checkpoint.messages, *beside):
         job.say(message)
@@ -173,7 +196,8 @@ def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace
             job.costs = _measured(job, checkpoint, workplace)
         job.allocation = wanted.resolve(plan, job.costs)
         plan = make_plan(
-            plan.config, replace(options.plan, layer_formats=job.allocation.layer_formats)
+            plan.config,
+            replace(options.plan(plan.config), layer_formats=job.allocation.layer_formats),
         )
         job.say(report.as_text(comparison_table(job.allocation)))
         for note in wanted.notes:
