@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "linear_w8.cuh"
-#include "linear_w8_few.cuh"
+#include "linear_w8_launch.cuh"
 
 #include <algorithm>
-#include <utility>
 
 namespace ccq_w8 {
 namespace {
@@ -44,37 +43,6 @@ struct Kernel {
   }
 };
 
-cudaError_t attribute(cudaDeviceAttr which, int* value) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(value, which, device) : error;
-}
-
-// Whole tiles a block and activations as integers (linear_w8_few.cuh). False if a GPU before Hopper, or too many activations
-// for its shared memory, call for the other kernel.
-template <typename C>
-bool launch_few(const ccq_linear_w8_args& a, cudaStream_t stream, cudaError_t* error) {
-  int major = 0, most = 0, count = 0;
-  for (auto [which, to] : {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
-                           {cudaDevAttrMaxSharedMemoryPerBlockOptin, &most},
-                           {cudaDevAttrMultiProcessorCount, &count}})
-    if ((*error = attribute(which, to)) != cudaSuccess) return true;
-  const size_t shared = C::shared_bytes(a.k);
-  if (major < 9 || shared > static_cast<size_t>(most) || a.k > kFewMostK) return false;
-  auto kernel = few<C>;
-  *error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (*error == cudaSuccess)
-    *error = ccq::launch_early(kernel, dim3(std::min(count, a.n / 16)), C::kThreads, shared, stream, a);
-  return true;
-}
-
-bool launch_few(const ccq_linear_w8_args& a, cudaStream_t stream, cudaError_t* error) {
-  if (a.rows == 1) return launch_few<FewConfig<1, 3>>(a, stream, error);
-  if (a.rows == 2) return launch_few<FewConfig<2, 3>>(a, stream, error);
-  if (a.rows <= 4) return launch_few<FewConfig<4, 3>>(a, stream, error);
-  return a.rows <= 8 && launch_few<FewConfig<8, 2>>(a, stream, error);
-}
-
 template <typename Do>
 auto choose(int rows, Do run) {
   if (rows <= 8) return run(Kernel<2, 1, 6, 4>{});
@@ -91,7 +59,7 @@ __global__ void __launch_bounds__(256)
   const int steps = k / kRows, piece = i % 64, lane = piece % 32;
   const int64_t unit = i / 64, tile = unit / steps;
   const int column = static_cast<int>(tile) * 16 + piece / 32 * 8 + lane / 4;
-  const int64_t row = unit % steps * kRows + lane % 4 * 16;
+  const int64_t row = unit % steps * kRows + (lane ^ lane / 8) % 4 * 16;
   const float s = __bfloat162float(scale[first + column]);
   const uint4 bytes = weight[static_cast<int64_t>(first / 16) * steps * 64 + i];
   __nv_bfloat162 values[8];
@@ -133,7 +101,7 @@ extern "C" cudaError_t ccq_linear_w8(const ccq_linear_w8_args* args, cudaStream_
   if (a.rows == 0) return cudaSuccess;
   if (!a.x || !a.weight || !a.scale || !a.out || !a.workspace || !a.counters) return cudaErrorInvalidValue;
   cudaError_t error = cudaSuccess;
-  if (launch_few(a, stream, &error)) return error;
+  if (launch_few(a, stream, &error) || launch_many(a, stream, &error)) return error;
   return choose(a.rows, [&](auto kernel) { return decltype(kernel)::launch(a, stream); });
 }
 

@@ -25,7 +25,7 @@ struct ManyConfig {
   static constexpr int kWriters = kC >= 4 ? 1 : 4 / kC;
   static constexpr size_t shared_bytes(int k) {
     return size_t{kStages} * kStageBytes + static_cast<size_t>(k / kC) * kN + 2 * kSlotFloats * 4 + kRows * 12 +
-           8 * (2 * kStages + 4) + 1024;
+           8 * (2 * kStages + 6) + 1024;
   }
 };
 
@@ -154,10 +154,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   float* const back = slots + 2 * C::kSlotFloats;
   int* const offset = reinterpret_cast<int*>(back + R);
   Barrier* const full = reinterpret_cast<Barrier*>(offset + 2 * R);
-  Barrier *const empty = full + kStages, *const sums = empty + kStages, *const free = sums + 2;
+  Barrier *const empty = full + kStages, *const sums = empty + kStages, *const free = sums + 2, *const turn = free + 2;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) full[i].init(1), empty[i].init(4);
-    for (int i = 0; i < 2; ++i) sums[i].init(kC * C::kWriters), free[i].init(kC);
+    for (int i = 0; i < 2; ++i) sums[i].init(kC * C::kWriters), free[i].init(kC), turn[i].init(4);
     publish_barriers();
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
@@ -210,6 +210,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   for (int tile = begin + group, round = 0; tile < end; tile += 2, ++round) {
     int d[C::kN / 8][4];
     int before = -1;
+    // A stage's barrier tells its last round from the one before alone, so a group begins when the other has got all it needs.
+    turn[group].wait(group == 0 ? (round + 1) & 1 : round & 1);
 #pragma unroll 1
     for (int s = 0; s < stages_of_tile; ++s) {
       full[stage].wait(parity);
@@ -229,6 +231,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       before = stage;
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
+    if (lane == 0) turn[group ^ 1].arrive();
     wgmma_wait<0>();
     if (lane == 0) empty[before].arrive();
     // The other group's tile lies between.
