@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..families.ernie45 import ErnieConfig
+from ..families.registry import read_config
 from . import names
 from .claims import (
     METHOD,
@@ -40,6 +41,15 @@ class CcqConfig(QuantizationConfig):
         self.model: ErnieConfig | None = None
         self.folder = ""
         self.ranks = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For vLLM's other processes, which read the model's config anew: it holds functions."""
+        raw = None if self.model is None else dict(self.model.raw)
+        return self.__dict__ | {"model": raw}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raw = state["model"]
+        self.__dict__.update(state, model=None if raw is None else read_config(raw))
 
     @classmethod
     def get_name(cls) -> str:

@@ -7,6 +7,7 @@ method that the source's own quantization_config names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,9 +90,9 @@ class PackedConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if hasattr(layer, "moe_config"):
-            name = prefix.removesuffix(".routed_experts")
+            # By its layer: some models give their experts a prefix that is not the module's name.
             for disk, module in self.modules.items():
-                if module == name:
+                if _layer_of(module) == _layer_of(prefix):
                     return self._experts(layer, prefix, self.claim.experts[disk])
         if self.source is not None:
             self.source.packed_modules_mapping = self.packed_modules_mapping
@@ -125,11 +126,19 @@ class PackedConfig(QuantizationConfig):
     def _layer(self, modules: dict[str, Any], disk: str) -> Any:
         """The module of experts by its name on disk; None where this card or model has it not."""
         name = self.modules[disk]
-        for candidate in (f"{name}.routed_experts", name):
-            module = modules.get(candidate)
-            if module is not None and hasattr(getattr(module, "quant_method", None), "place"):
+        found = [modules.get(candidate) for candidate in (f"{name}.routed_experts", name)]
+        if not any(found):
+            return None
+        for module in found:
+            if hasattr(getattr(module, "quant_method", None), "place"):
                 return module
-        return None
+        raise CcqError(f"{disk}: vLLM's class of this model has no such experts in a packed format")
+
+
+def _layer_of(name: str) -> str:
+    """A name up to its layer's number: "model.layers.3" of "model.layers.3.mlp.experts"."""
+    found = re.match(r".*\blayers\.\d+(?=\.)", name)
+    return found[0] if found else name
 
 
 def _source_config(claim: PackedClaim) -> QuantizationConfig | None:
