@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,14 @@ def read(folder: Path, threads: int) -> float:
 class Memory(threading.Thread):
     """Watches host memory: of all processes below this one, own pages and mapped ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, save: Callable[[dict[str, float]], None]) -> None:
         super().__init__(daemon=True)
+        self.save = save
         self.peak: dict[str, float] = {}
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self.stopped.wait(0.2):
+        while not self.stopped.wait(0.5):
             sizes = {"RssAnon": 0, "RssFile": 0, "RssShmem": 0}
             for pid in self.family():
                 try:
@@ -145,6 +147,7 @@ class Memory(threading.Thread):
             sizes["all"] = sum(sizes.values())
             for key, size in sizes.items():
                 self.peak[key] = max(self.peak.get(key, 0), size)
+            self.save(self.peak)
 
     @staticmethod
     def family() -> set[int]:
@@ -163,15 +166,19 @@ class Memory(threading.Thread):
         return found
 
 
-def measure(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    folder: Path, options: dict[str, Any], save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Saved step by step, for a load may be cut short."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result: dict[str, Any] = {"bytes": size, "read_seconds": {}}
-    for threads in (4, 16):
+    for threads in (16,):
         forget(folder)
         result["read_seconds"][threads] = read(folder, threads)
         print("read", threads, round(result["read_seconds"][threads], 1), flush=True)
     forget(folder)
-    memory = Memory()
+    save(result)
+    memory = Memory(lambda peak: save(result | {"peak_host_bytes": peak}))
     memory.start()
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams
@@ -179,7 +186,8 @@ def measure(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     result["import_seconds"] = time.perf_counter() - begin
     engine = LLM(
         str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=9216,
-        max_num_batched_tokens=8192, max_num_seqs=32, gpu_memory_utilization=0.94, **options,
+        max_num_batched_tokens=8192, max_num_seqs=32, gpu_memory_utilization=0.94,
+        compilation_config={"cudagraph_capture_sizes": [1, 8, 32]}, **options,
     )  # fmt: skip
     result["up_seconds"] = time.perf_counter() - begin
     settings = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, detokenize=False)
@@ -213,8 +221,12 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     vllm_random.use_in_all_processes()
     options = {"tensor_parallel_size": arguments.tensor_parallel_size}
-    result = options | measure(arguments.folder, options)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save(result: dict[str, Any]) -> None:
+        arguments.output.write_text(json.dumps(options | result, indent=1) + "\n")
+
+    result = measure(arguments.folder, options, save)
+    save(result)
     print(json.dumps(result), flush=True)
     return 0
 

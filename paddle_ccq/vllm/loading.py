@@ -18,6 +18,7 @@ from ..errors import CcqError
 from . import names
 from .config import CcqConfig
 from .names import DenseTensor, ExpertTensor
+from .read_ahead import ahead
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -34,6 +35,8 @@ def load(model: Any, quantization: CcqConfig, weights: Weights, base: Callable[.
     heads = (config.q_size, config.kv_size, config.kv_size)
     if quantization.ranks > 1:
         weights = _rank_folders(quantization)
+    else:
+        weights = ahead(quantization.folder, weights)
     modules = dict(model.named_modules())
     loaded = base(_place(modules, weights, heads))
     check_all_there(modules)

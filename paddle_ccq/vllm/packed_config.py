@@ -25,6 +25,7 @@ from .claims import METHOD
 from .loading import Weights, check_all_there
 from .methods import experts_method
 from .packed_claims import WHERE, PackedClaim
+from .read_ahead import ahead
 
 
 class PackedConfig(QuantizationConfig):
@@ -36,6 +37,7 @@ class PackedConfig(QuantizationConfig):
         # Name on disk -> vLLM's; models apply their renaming while they are made.
         self.modules = {module: module for module in claim.experts}
         self.source = _source_config(claim)
+        self.folder = ""
         self._register()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -72,6 +74,7 @@ class PackedConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Called at the start, in the first process."""
+        self.folder = model_name
         if self.source is not None:
             self.source.maybe_update_config(model_name, hf_config=hf_config)
         if not current_platform.is_cpu():
@@ -112,7 +115,7 @@ class PackedConfig(QuantizationConfig):
             CcqError: naming a tensor that does not fit, and experts that never came whole.
         """
         modules = dict(model.named_modules())
-        for name, tensor in weights:
+        for name, tensor in ahead(self.folder, weights):
             found = self.claim.parse(name)
             if found is None:
                 yield name, tensor
