@@ -2,7 +2,7 @@
 """The vLLM engine on a GPU: are its answers right, and how fast is it?
 
     python benchmarks/gpu/vllm_engine.py quality OUT.json FOLDER... [--text FILE] [--graphs]
-    python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--peer gptq]
+    python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--peer]
     python benchmarks/gpu/vllm_engine.py linear OUT.json
 
 `quality` scores text through the engine's prompt log-probabilities beside the float32 model of
@@ -199,8 +199,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     two.add_argument("--tensor-parallel-size", type=int, default=1)
     two.add_argument("--pipeline-parallel-size", type=int, default=1)
     two.add_argument("--enable-expert-parallel", action="store_true")
-    two.add_argument("--peer", default="", help="4 bits, a key of vllm_random.INT4")
-    two.add_argument("--moe-backend", default="humming", help="of compressed-tensors")
+    two.add_argument("--peer", action="store_true", help="4 bits in place of ours")
+    two.add_argument("--moe-backend", default="humming", help="of the 4 bits, triton too")
     two.add_argument("--answer", type=int, default=128)
     two.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     two.add_argument("--prompts", type=int, nargs="*", default=[1024, 4096, 8192])

@@ -42,44 +42,24 @@ SHAPE = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
-# Integers of 4 bits with a scale for 128 weights of a column, in the formats of two peers.
+# What vLLM reads for integers of 4 bits with a scale for 128 weights of a column.
 INT4 = {
-    "compressed-tensors": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "input_activations": None,
-                "output_activations": None,
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": 128,
-                    "dynamic": False,
-                },
-            }
-        },
-    },
-    "gptq": {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": 128,
-        "sym": True,
-        "desc_act": False,
-        "lm_head": False,
-        "modules_in_block_to_quantize": [
-            "self_attn.qkv_proj",
-            "self_attn.o_proj",
-            "mlp.gate_up_proj",
-            "mlp.down_proj",
-            "mlp.experts",
-        ],
-    },
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "desc_act": False,
+    "lm_head": False,
+    "modules_in_block_to_quantize": [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "mlp.experts",
+    ],
 }
 
 
@@ -92,13 +72,13 @@ def shape_plan(layers: int, wint4_end: int) -> Any:
     return build_plan(read_config(raw), format="wint2", wint4_end_layer=wint4_end)
 
 
-def shape_folder(target: Path, layers: int, wint4_end: int, peer: str = "") -> Path:
-    """A folder with the config.json of the 300B's shape alone; `peer` is a key of INT4."""
+def shape_folder(target: Path, layers: int, wint4_end: int, peer: bool = False) -> Path:
+    """A folder with the config.json of the 300B's shape alone; `peer`: with 4 bits."""
     from paddle_ccq.targets.fastdeploy.config import output_config
 
     if peer:
         raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-        written = raw | {"quantization_config": INT4[peer]}
+        written = raw | {"quantization_config": INT4}
     else:
         plan = shape_plan(layers, wint4_end)
         written = output_config(plan, {"row_order": plan.row_order})

@@ -37,10 +37,10 @@ def make_engine(folder: Path, arguments: argparse.Namespace) -> Any:
     }
     if arguments.few_graphs:  # of the measured sizes alone: a quicker start
         options["compilation_config"] = {"cudagraph_capture_sizes": sorted(arguments.batches)}
-    if arguments.peer == "compressed-tensors":
-        options["moe_backend"] = arguments.moe_backend
+    if arguments.peer and arguments.moe_backend == "triton":
+        options["quantization"] = "moe_wna16"  # the Triton experts are a method of their own
     elif arguments.peer:
-        options["quantization"] = "moe_wna16"  # Machete and vLLM's Triton experts
+        options["moe_backend"] = arguments.moe_backend
     return LLM(**options)
 
 
