@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .checkpoint.plan import KEPT, Plan, PlannedTensor
+from .checkpoint.plan import Plan
+from .checkpoint.planned import KEPT, PlannedTensor
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
 from .families.tensor import Role

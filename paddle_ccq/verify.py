@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import reporting
 from .arguments import Arguments
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
-from .checkpoint.plan import KEPT, PlannedTensor
+from .checkpoint.planned import KEPT, PlannedTensor
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES
 from .checkpoint.source import resolve_model

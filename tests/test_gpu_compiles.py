@@ -26,7 +26,11 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "source",
-    ["moe/repack.cu", "moe/moe_gemm.cu", "moe/linear_w8.cu", "ldlq/host_ldlq.cu"],
+    [
+        *("moe/repack.cu", "moe/moe_gemm.cu", "moe/linear_w8.cu"),
+        *("encode/trellis.cu", "encode/host_trellis.cu", "encode/trellis_ldlq.cu"),
+        *("encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),
+    ],
 )
 def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
     compiled(tmp_path, source, arch, "-O1")

@@ -70,8 +70,8 @@ def of_folder(
 ) -> ModelConfig:
     """The config with every tensor as the files hold it, and with those that it does not name.
 
-    Optional tensors that are not there are left out: single ones, and layers for multi-token
-    prediction as a whole. Whatever else is missing stays, for the reader to complain about.
+    Optional tensors that are not there are left out, and layers for multi-token prediction of which
+    nothing is there. Whatever else is missing stays, for the reader to complain about.
 
     Args:
         packed: what the names of packed matrices begin with -> their tensors by suffix.
@@ -100,18 +100,16 @@ class _Reading:
     def named(self) -> Iterator[TensorSpec]:
         """The tensors that the family names."""
         found = [(tensor, self._parts(tensor)) for tensor in self.config.tensors.values()]
-        # A layer of which anything is there must be there as a whole.
-        begun = {
-            tensor.layer
-            for tensor, parts in found
-            if tensor.optional and tensor.is_expert and (parts is None or any(parts))
-        }
+        # A layer for multi-token prediction is there as a whole or not at all.
+        begun = {tensor.layer for tensor, parts in found if parts is None or any(parts)}
         for tensor, parts in found:
             if parts is None:  # packed
                 yield tensor
             elif any(parts):
                 yield self._held(tensor, [part for part in parts if part is not None])
-            elif not tensor.optional or (tensor.is_expert and tensor.layer in begun):
+            elif not tensor.optional and (
+                tensor.layer in begun or not self.config.is_prediction(tensor)
+            ):
                 yield _expected(self.config, self.scheme, tensor)  # and missing
 
     def _parts(self, tensor: TensorSpec) -> list[StoredWeight | None] | None:

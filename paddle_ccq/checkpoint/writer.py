@@ -23,7 +23,8 @@ import numpy as np
 from ..errors import CcqError
 from .journal import Journal, fingerprint_differences
 from .manifest import MANIFEST_FILE, manifest_bytes
-from .plan import Plan, PlannedTensor
+from .plan import Plan
+from .planned import PlannedTensor
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX
 from .safetensors_format import INDEX_FILE, StoredSpec, index_bytes
 from .safetensors_writer import SafetensorsWriter, sync_folder

@@ -47,8 +47,12 @@ def make_encoder(
     if kind is not formats.Kind.CCQ:
         raise ValueError(f"no encoder for format {format!r}")
     if format == trellis.NAME:
-        if encoder != "search" or device != "cpu":
-            raise ValueError(f"{format} has no encoder {encoder!r} on the device {device!r}")
+        if encoder != "search":
+            raise ValueError(f"{format} has no encoder {encoder!r}")
+        if device == "gpu":
+            from .search_gpu import GpuTrellisEncoder
+
+            return GpuTrellisEncoder(preset, threads)
         return TrellisEncoder(preset, threads)
     if encoder != "search":
         return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)
@@ -67,6 +71,10 @@ def calibrated_encoder(
     Factors of the statistics and metrics of the outputs are computed on the CPU either way.
     """
     if data_free.format == trellis.NAME:
+        if device == "gpu":
+            from .search_gpu import GpuTrellisLdlqEncoder
+
+            return GpuTrellisLdlqEncoder(preset, threads, hessians, data_free)
         return TrellisLdlqEncoder(preset, threads, hessians, data_free)
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder

@@ -59,8 +59,6 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
         raise CcqError(
             f"--encoder {options.encoder}: the paper has no {trellis.NAME}; leave the flag out"
         )
-    if trellis.NAME in used and options.device == "gpu":
-        raise CcqError(f"--device gpu: {trellis.NAME} is encoded on the CPU only; use --device cpu")
     if options.encoder == "search" and used & set(CCQ_FORMATS):
         from .. import compiled  # noqa: F401
     if options.device == "gpu":

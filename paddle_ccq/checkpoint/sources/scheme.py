@@ -15,6 +15,8 @@ from ...families.config import CCQ, COMPRESSED_TENSORS, FP8
 
 # Where config.json may say it; the second is the older name of compressed-tensors.
 KEYS = ("quantization_config", "compression_config")
+# The text model's object in config.json of models with vision.
+NESTED = "text_config"
 # In what this package writes for other loaders than FastDeploy: the entry that holds the
 # source's own quantization_config.
 SOURCE_KEY = "source_quantization_config"
@@ -46,6 +48,23 @@ class Part:
     block: Block
 
 
+def stated_entries(raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a config.json says of its numbers, with the key of each; in a nested text_config too."""
+    nested = raw.get(NESTED)
+    found = [(key, raw[key]) for key in KEYS if raw.get(key)]
+    if not found and isinstance(nested, Mapping):
+        found = [(f"{NESTED}.{key}", nested[key]) for key in KEYS if nested.get(key)]
+    return found
+
+
+def without_entries(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of its numbers."""
+    result = {key: value for key, value in raw.items() if key not in KEYS}
+    if isinstance(raw.get(NESTED), Mapping):
+        result[NESTED] = {k: v for k, v in raw[NESTED].items() if k not in KEYS}
+    return result
+
+
 @dataclass(frozen=True)
 class SourceScheme:
     """How the matrices of a source are stored, by its config.json.
@@ -74,7 +93,7 @@ class SourceScheme:
         Raises:
             CcqError: for a method or a format that is not read, or an entry that is no such thing.
         """
-        stated = [(key, raw[key]) for key in KEYS if raw.get(key)]
+        stated = stated_entries(raw)
         if not stated:
             return cls(where=str(where))
         key, entry = stated[0]

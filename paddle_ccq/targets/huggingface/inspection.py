@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...checkpoint.plan import KEPT, LayerFormats, Plan, PlannedTensor, PlanOptions, make_plan
+from ...checkpoint.plan import LayerFormats, Plan, PlanOptions, make_plan
+from ...checkpoint.planned import KEPT, PlannedTensor
 from ...checkpoint.reader import packed_tensors
 from ...checkpoint.safetensors_io import TensorFolder
 from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
