@@ -14,10 +14,10 @@ from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.platforms import current_platform
 
-from . import cpu_router, loading
+from . import cpu_router, loading, packed_loading
 from .config import CcqConfig
 from .packed_config import PackedConfig
-from .plugin import PACKED_MODELS, PREFIX
+from .packed_models import PACKED_MODELS, PREFIX
 
 
 class _LoadsPacked:
@@ -33,7 +33,7 @@ class _LoadsPacked:
     def load_weights(self, weights: loading.Weights) -> set[str]:
         if self.packed is None:
             return super().load_weights(weights)
-        return super().load_weights(self.packed.place(self, weights))
+        return super().load_weights(packed_loading.place(self, self.packed, weights))
 
 
 class _Loads(_LoadsPacked):

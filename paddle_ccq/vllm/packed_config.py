@@ -8,7 +8,6 @@ method that the source's own quantization_config names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from ..errors import CcqError
+from . import packed_models
 from .claims import METHOD
-from .loading import Weights, check_all_there
 from .methods import experts_method
 from .packed_claims import WHERE, PackedClaim
-from .read_ahead import ahead
 
 
 class PackedConfig(QuantizationConfig):
@@ -38,18 +36,12 @@ class PackedConfig(QuantizationConfig):
         self.modules = {module: module for module in claim.experts}
         self.source = _source_config(claim)
         self.folder = ""
-        self._register()
+        packed_models.register()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another of vLLM's processes."""
         self.__dict__.update(state)
-        self._register()
-
-    @staticmethod
-    def _register() -> None:
-        from .plugin import register_packed
-
-        register_packed()
+        packed_models.register()
 
     @classmethod
     def get_name(cls) -> str:
@@ -107,35 +99,6 @@ class PackedConfig(QuantizationConfig):
         if getattr(activation, "value", activation) != "silu":
             raise CcqError(f"{prefix}: experts with {activation}; the products here have SwiGLU")
         return experts_method(layer.moe_config, prefix, False, format, self.claim.row_order)
-
-    def place(self, model: torch.nn.Module, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Put packed tensors where they belong, and hand the others on.
-
-        Raises:
-            CcqError: naming a tensor that does not fit, and experts that never came whole.
-        """
-        modules = dict(model.named_modules())
-        for name, tensor in ahead(self.folder, weights):
-            found = self.claim.parse(name)
-            if found is None:
-                yield name, tensor
-                continue
-            layer = self._layer(modules, found.module)
-            if layer is not None:
-                arguments = (found.expert, found.projection, found.suffix, tensor, name)
-                layer.quant_method.place(layer, *arguments)
-        check_all_there(modules)
-
-    def _layer(self, modules: dict[str, Any], disk: str) -> Any:
-        """The module of experts by its name on disk; None where this card or model has it not."""
-        name = self.modules[disk]
-        found = [modules.get(candidate) for candidate in (f"{name}.routed_experts", name)]
-        if not any(found):
-            return None
-        for module in found:
-            if hasattr(getattr(module, "quant_method", None), "place"):
-                return module
-        raise CcqError(f"{disk}: vLLM's class of this model has no such experts in a packed format")
 
 
 def _layer_of(name: str) -> str:

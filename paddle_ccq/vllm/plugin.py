@@ -22,17 +22,6 @@ MODELS = {
     "Ernie4_5_ForCausalLM": "CcqErnieForCausalLM",
 }
 _MODULE = "paddle_ccq.vllm.model"
-# Of Hugging Face's naming: vLLM's module of each class, which has the architecture's name.
-PACKED_MODELS = {
-    "DeepseekV3ForCausalLM": "vllm.model_executor.models.deepseek_v2",
-    "Glm4MoeForCausalLM": "vllm.model_executor.models.glm4_moe",
-    "MiniMaxM2ForCausalLM": "vllm.model_executor.models.minimax_m2",
-    "Qwen3MoeForCausalLM": "vllm.model_executor.models.qwen3_moe",
-    "Qwen3_5MoeForCausalLM": "vllm.model_executor.models.qwen3_5",
-    "Qwen3_5MoeForConditionalGeneration": "vllm.model_executor.models.qwen3_5",
-}
-PREFIX = "Ccq"
-_registered: set[str] = set()
 
 
 def register() -> None:
@@ -58,16 +47,3 @@ def register() -> None:
     quantization.register_quantization_config(METHOD)(CcqConfig)
     for architecture, name in MODELS.items():
         ModelRegistry.register_model(architecture, f"{_MODULE}:{name}")
-
-
-def register_packed() -> None:
-    """Register the classes that load packed experts in Hugging Face's naming; more than once, too.
-
-    Called in each process that has claimed such a checkpoint.
-    """
-    from vllm.model_executor.models import ModelRegistry
-
-    for architecture in PACKED_MODELS:
-        if architecture not in _registered:
-            _registered.add(architecture)
-            ModelRegistry.register_model(architecture, f"{_MODULE}:{PREFIX}{architecture}")
