@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.vllm_scores import found
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.quantize import main
 
@@ -60,23 +61,6 @@ def expected(folder: Path, tokens: np.ndarray) -> np.ndarray:
         logits -= logits.max()
         rows.append(logits[tokens[i + 1]] - np.log(np.exp(logits).sum()))
     return np.array(rows)
-
-
-def found(folder: Path, tokens: np.ndarray, **options: object) -> np.ndarray:
-    from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    from paddle_ccq.vllm.plugin import register
-
-    register()
-    engine = LLM(str(folder), max_model_len=256, enforce_eager=True, max_num_seqs=4, **options)
-    asked = {"prompt_token_ids": tokens.tolist()}
-    settings = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    answer = engine.generate([asked], settings, use_tqdm=False)[0]
-    del engine
-    cleanup_dist_env_and_memory()
-    pairs = zip(tokens[1:].tolist(), answer.prompt_logprobs[1:], strict=True)
-    return np.array([entry[token].logprob for token, entry in pairs])
 
 
 @pytest.mark.parametrize("case", list(CASES))

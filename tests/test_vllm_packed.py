@@ -108,9 +108,9 @@ def reference(folder: Path, tokens: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", list(BOUNDS))
 def test_packed_experts_answer_as_the_decoded_model(name: str, tmp_path: Path) -> None:
     from helpers import family_models
+    from helpers.vllm_scores import found
     from paddle_ccq.dequantize import main as dequantize
     from paddle_ccq.quantize import main as quantize
-    from test_vllm_engine import found
 
     source, packed, decoded = (tmp_path / part for part in ("source", "packed", "decoded"))
     family_models.save(family_models.random_model(family_models.by_name(name)), source)
