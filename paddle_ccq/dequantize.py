@@ -144,7 +144,8 @@ def _tensors(
         _check_finite(checkpoint, name, values, log)
         dtype = DTYPES[_target_dtype(checkpoint, name)]
         for part in storage.parts:
-            yield part.name, values[part.columns or slice(None)].astype(dtype, copy=False)
+            held = values if part.columns is None else values[part.columns]
+            yield part.name, held.astype(dtype, copy=False)
 
 
 def _check_finite(

@@ -271,8 +271,13 @@ def test_tensors_that_the_family_does_not_name_are_kept(made, tmp_path):
         "model.layers.0.self_attn.extra.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
         "model.counts": np.arange(4, dtype=np.int64),
         "a{b}c": np.ones((2, 2), np.float16),
+        "a.number": np.array(2.5, np.float32),
+        "a.count": np.array(7, np.int32),
+        "nothing": np.zeros((0, 4), np.float32),
+        "model.layers.0.self_attn.q_proj.input_scale": np.array(0.5, np.float32),
     }
     source = changed_source(plain, tmp_path / "source", **more)
+    quantize(source, dry_run=True, **OPTIONS)
     quantize(source, tmp_path / "output", **OPTIONS)
     assert verify(tmp_path / "output", source).sound
     dequantize(tmp_path / "output", tmp_path / "again", log=lambda _: None)
@@ -406,6 +411,7 @@ def broken(found: Made, folder: Path, change: Any) -> list[str]:
 PACKED = "model.layers.1.mlp.experts.2.gate_up_proj"
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -684,3 +690,71 @@ def test_scales_of_experts_inputs_are_passed_over_with_a_word(made, tmp_path, ca
     assert dense in output
     assert name not in output
     assert verify(tmp_path / "output", source).sound
+
+
+# --- hostile folders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("qwen3-moe", {"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list of layers"),
+        ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers: .* is not a list of layers"),
+        ("qwen3-moe", {"attention_bias": "no"}, "attention_bias: 'no' is neither true nor false"),
+        ("qwen3-moe", {"num_experts": None}, "num_experts: missing"),
+        ("qwen3-moe", {"num_local_experts": 8}, "num_experts: 4, but num_local_experts says 8"),
+        ("qwen3-moe", {"num_experts": 0, "num_experts_per_tok": 1}, "this model has no routed"),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok: 9 is not an integer from"),
+        ("qwen3-moe", {"hidden_size": 1 << 40}, "hidden_size: 1099511627776 is not an integer"),
+        ("qwen3-moe", {"dtype": "float8"}, "dtype: 'float8' is not one of"),
+        ("qwen3-moe", {"text_config": 3}, "text_config: 3 is not an object"),
+        ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank: missing"),
+        ("deepseek-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace: -1 is not"),
+        ("deepseek-v3", {"num_nextn_predict_layers": 1000}, "num_nextn_predict_layers: 1000 is"),
+        ("qwen3.5-moe-vision", {"vision_config": {"depth": -1}}, "vision_config: depth: -1 is not"),
+        ("qwen3-moe", {"quantization_config": {"quant_method": "awq"}}, "'awq' is not read"),
+    ],
+)
+def test_fields_of_config_json_that_are_none(name, changes, problem, tmp_path):
+    config = {k: v for k, v in {**by_name(name).config, **changes}.items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CcqError, match=problem) as error:
+        quantize(tmp_path, dry_run=True, **OPTIONS)
+    assert "\n" not in str(error.value)
+
+
+def test_verify_says_one_thing_of_one_fault(made, tmp_path):
+    plain = made(by_name("deepseek-v3"))
+    config = {**plain.case.config, "quantization_config": FP8_CONFIG}
+    dense = "model.layers.0.self_attn.o_proj.weight"
+    tensors = stored(plain.source)
+    tensors[dense], scales = fp8(tensors[dense].astype(np.float32))
+    tensors[f"{dense}_scale_inv"] = scales
+    source = write_source(tmp_path / "source", config, tensors)
+    quantize(source, tmp_path / "output", **OPTIONS)
+    output = stored(tmp_path / "output")
+
+    def problems(change: Any) -> list[str]:
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "output", folder)
+        changed = dict(output)
+        change(changed)
+        for path in folder.glob("model*"):
+            path.unlink()
+        (folder / "ccq-manifest.json").unlink()
+        write_tensors(folder, changed, 3)
+        return verify(folder).problems
+
+    assert problems(lambda t: None) == []
+    (said,) = problems(lambda t: t.update({f"{dense}_scale_inv": -scales}))
+    assert "is no positive number; the file is damaged" in said
+    (said,) = problems(lambda t: t.pop("model.layers.1.self_attn.o_proj.weight"))
+    # By config.json it is in FP8, with scales.
+    assert said == "model.layers.1.self_attn.o_proj.weight and 1 more: missing"
+    said = problems(lambda t: t.pop(f"{dense}_scale_inv"))
+    assert "its scales" in said[0]
+    assert said[1:] == [f"{dense}_scale_inv: missing"]
+    (tmp_path / "broken" / "model-00002-of-00003.safetensors").unlink()
+    said = verify(tmp_path / "broken").problems
+    assert not any("dtype" in line for line in said), said

@@ -66,7 +66,11 @@ def complete(config: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def of_folder(
-    config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: Mapping[str, Any]
+    config: ModelConfig,
+    scheme: SourceScheme,
+    tensors: TensorFolder,
+    packed: Mapping[str, Any],
+    problems: list[str] | None = None,
 ) -> ModelConfig:
     """The config with every tensor as the files hold it, and with those that it does not name.
 
@@ -75,12 +79,16 @@ def of_folder(
 
     Args:
         packed: what the names of packed matrices begin with -> their tensors by suffix.
+        problems: gets what is wrong with single tensors, which then are as expected.
+
+    Raises:
+        CcqError: for a tensor that is not read, where there are no `problems` to add it to.
     """
     if config.family.discover:
         shapes = {name: tensors.info(name).shape for name in tensors.names()}
         config = config.family.discover(config, shapes)
     matrices = {stem for stem, found in packed.items() if "quant_weight" in found}
-    reading = _Reading(config, scheme, tensors, matrices)
+    reading = _Reading(config, scheme, tensors, matrices, problems)
     specs = list(reading.named())
     if config.family.keeps_others:
         specs += reading.others()
@@ -91,9 +99,15 @@ class _Reading:
     """The tensors of one folder, and which of them have been claimed."""
 
     def __init__(
-        self, config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: set[str]
+        self,
+        config: ModelConfig,
+        scheme: SourceScheme,
+        tensors: TensorFolder,
+        packed: set[str],
+        problems: list[str] | None,
     ) -> None:
         self.config, self.scheme, self.tensors, self.packed = config, scheme, tensors, packed
+        self.problems = problems
         self.naming = config.family.detect_naming(tensors.names(), tensors.folder).name
         self.used: set[str] = set()
 
@@ -116,7 +130,17 @@ class _Reading:
         storage = tensor.sources[self.naming]
         if tensor.is_linear and {storage.packed, storage.packed_here} & self.packed:
             return None
-        return [locate(self.tensors, self.scheme, part) for part in storage.parts]
+        return [self._located(part) for part in storage.parts]
+
+    def _located(self, part: Source) -> StoredWeight | None:
+        try:
+            return locate(self.tensors, self.scheme, part)
+        except CcqError as error:
+            if self.problems is None:
+                raise
+            self.problems.append(str(error))
+            self.used.update((part.name, *part.aliases))
+            return None
 
     def _held(self, tensor: TensorSpec, parts: list[StoredWeight]) -> TensorSpec:
         self.used.update(name for part in parts for name in part.names)
@@ -147,7 +171,7 @@ class _Reading:
         source = Source(name, info.shape)
         spec = TensorSpec(name, starred(name), Role.OTHER, info.shape, name)
         readable = info.dtype in FLOAT_DTYPES or (info.dtype == FP8_DTYPE and len(info.shape) == 2)
-        part = locate(self.tensors, self.scheme, source) if readable else None
+        part = self._located(source) if readable else None
         if part is None:
             kept: tuple[StoredSpec, ...] = ((name, info.dtype, info.shape),)
             parts: tuple[Source, ...] = ()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ..codec import formats, trellis
 from ..host import default_threads
+from . import paper
 from .base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .integer import IntegerEncoder
 from .ldlq import Hessians, LdlqEncoder
@@ -46,9 +47,10 @@ def make_encoder(
         return IntegerEncoder(format)
     if kind is not formats.Kind.CCQ:
         raise ValueError(f"no encoder for format {format!r}")
+    problem = encoder_problem([format], encoder)
+    if problem:
+        raise ValueError(problem)
     if format == trellis.NAME:
-        if encoder != "search":
-            raise ValueError(f"{format} has no encoder {encoder!r}")
         if device == "gpu":
             from .search_gpu import GpuTrellisEncoder
 
@@ -61,6 +63,14 @@ def make_encoder(
 
         return GpuSearchEncoder(format, preset, threads)
     return SearchEncoder(format, preset, threads)
+
+
+def encoder_problem(names: Iterable[str], encoder: str) -> str | None:
+    """Why an encoder cannot make one of the formats, in plain words; None if it can."""
+    if encoder == "search":
+        return None
+    codes = (name for name in names if name in formats.CCQ_FORMATS)
+    return next((f"the paper has no {name}" for name in codes if name not in paper.FORMATS), None)
 
 
 def calibrated_encoder(

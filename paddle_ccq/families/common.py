@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .config import FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
+from .config import CONFIG_FILE, FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
 from .family import Family, Naming
 from .fields import Fields, show
 from .tensor import DOWN, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec, starred
@@ -78,7 +78,19 @@ class MoeConfig(ModelConfig):
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A field of the text model that is true or false."""
-        return bool(self.values.get(key, default))
+        return self.fields.boolean(key, default)
+
+    def layers_in(self, key: str) -> list[int]:
+        """A field of the text model that is a list of layers; empty where it is absent."""
+        value = self.fields.get(key, [])
+        if not isinstance(value, list) or not all(type(number) is int for number in value):
+            raise self.fields.fail(key, f"{show(value)} is not a list of layers")
+        return value
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of the text model, for a family's own."""
+        return Fields(dict(self.values), CONFIG_FILE)
 
 
 @dataclass(frozen=True)
