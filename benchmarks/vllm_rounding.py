@@ -3,8 +3,8 @@
 
     python benchmarks/vllm_rounding.py FOLDER [--text FILE] [--json OUT.json]
 
-FOLDER is a bfloat16 checkpoint in transformers' naming (`dequantize --naming pt`). Scores the windows of
-benchmarks/gpu/vllm_engine.py; needs torch and transformers.
+FOLDER is a bfloat16 checkpoint in transformers' naming (`dequantize --naming pt`). Scores the
+windows of benchmarks/gpu/vllm_engine.py; needs torch and transformers.
 """
 
 from __future__ import annotations

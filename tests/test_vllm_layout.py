@@ -75,7 +75,7 @@ def test_units_of_the_product_hold_what_the_header_says() -> None:
     units = layout.product_units(bytes_)
     assert units.shape == (3, 3, 1024)
     for h, g, t, i in [(0, 0, 0, 0), (1, 3, 2, 7), (0, 7, 3, 15), (1, 7, 1, 4)]:
-        byte = ((h * 8 + g) * 4 + (t ^ g // 2)) * 16 + i
+        byte = ((h * 8 + g) * 4 + t) * 16 + i
         for tile in range(3):
             for step in range(3):
                 column, row = tile * 16 + 8 * h + g, step * 64 + 16 * t + i

@@ -11,7 +11,7 @@ from typing import Any
 
 def short_name(name: str) -> str:
     """A kernel's name without types of arguments."""
-    name = re.sub(r"^void ", "", name)
+    name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     return re.sub(r"\(.*$", "", name)[:110]
 
 

@@ -82,7 +82,7 @@ def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[st
     result: dict[str, Any] = {
         key: value
         for key, value in vars(arguments).items()
-        if key not in ("command", "output", "batches", "prompts", "folder")
+        if key not in ("command", "output", "batches", "prompts", "folder", "profile")
     }
     result |= {"up_seconds": time.perf_counter() - start, "decode": {}, "step": {}}
     result["first_token"] = {}

@@ -136,17 +136,12 @@ def states(tiles: Any, bits: int) -> Any:
     return tiles.reshape(n, k)
 
 
-# Place of each 16 rows of a column g of 8 (linear_w8.h): t ^ g // 2, which undoes itself.
-_SWIZZLE = [[t ^ g // 2 for t in range(4)] for g in range(8)]
-
-
 def product_units(bytes_: Any) -> Any:
     """uint8 [N, K] of states plus 128 -> [N/16, K/64, 1024], the order of linear_w8.h."""
     n, k = bytes_.shape
     units = bytes_.reshape(n // UNIT_COLUMNS, 2, 8, k // TILE_ROWS, 4, 16)
     # (tile, h, g, step, t, i) -> (tile, step, h, g, t, i)
     units = units.swapaxes(1, 3).swapaxes(2, 3)
-    units = units[:, :, :, [[g] * 4 for g in range(8)], _SWIZZLE]
     return units.reshape(n // UNIT_COLUMNS, k // TILE_ROWS, UNIT_BYTES)
 
 

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(256)
   const int steps = k / kRows, piece = i % 64, lane = piece % 32;
   const int64_t unit = i / 64, tile = unit / steps;
   const int column = static_cast<int>(tile) * 16 + piece / 32 * 8 + lane / 4;
-  const int64_t row = unit % steps * kRows + (lane ^ lane / 8) % 4 * 16;
+  const int64_t row = unit % steps * kRows + lane % 4 * 16;
   const float s = __bfloat162float(scale[first + column]);
   const uint4 bytes = weight[static_cast<int64_t>(first / 16) * steps * 64 + i];
   __nv_bfloat162 values[8];
@@ -101,7 +101,7 @@ extern "C" cudaError_t ccq_linear_w8(const ccq_linear_w8_args* args, cudaStream_
   if (a.rows == 0) return cudaSuccess;
   if (!a.x || !a.weight || !a.scale || !a.out || !a.workspace || !a.counters) return cudaErrorInvalidValue;
   cudaError_t error = cudaSuccess;
-  if (launch_few(a, stream, &error) || launch_many(a, stream, &error)) return error;
+  if (launch_few(a, stream, &error)) return error;
   return choose(a.rows, [&](auto kernel) { return decltype(kernel)::launch(a, stream); });
 }
 

@@ -197,12 +197,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     wait<kStages - 2>();
     __syncthreads();  // what all have copied is there, and all are done with the stage that is filled next
     fetch_weights(), fetch_x(), commit();
-    const uint4 *stage = ring + u % kStages * R::kStage + lane, *weights = stage - lane + (lane ^ lane / 8);
+    const uint4* stage = ring + u % kStages * R::kStage + lane;
     uint4 w[kM][2];
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) w[m][h] = weights[(warp * 2 * kM + 2 * m + h) * 32];
+      for (int h = 0; h < 2; ++h) w[m][h] = stage[(warp * 2 * kM + 2 * m + h) * 32];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 b[kN];

@@ -13,9 +13,8 @@ extern "C" {
 #define CCQ_LINEAR_W8_MAX_ROWS 64
 
 // The weight's layout: states plus 128 as uint8, in units of 16 columns x 64 rows of the matrix [k, n], [n/16, k/64, 1024].
-// In a unit, byte ((h * 8 + g) * 4 + (t ^ g / 2)) * 16 + i is column 8 h + g, row 16 t + i (h < 2, g < 8, t < 4, i < 16): rows
-// of 64 bytes in the 64-byte swizzle of wgmma's operands. Lane 4 g + t of a warp finds what it wants for mma's A fragments,
-// two 16-byte pieces, at place lane ^ lane / 8 of a half.
+// In a unit, byte ((h * 8 + g) * 4 + t) * 16 + i is column 8 h + g, row 16 t + i (h < 2, g < 8, t < 4, i < 16): what lane
+// 4 g + t of a warp wants for the tensor core's A fragments, in two 16-byte pieces.
 
 struct ccq_linear_w8_args {
   const void* x;        // bfloat16 [rows, k], 16-byte aligned

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kRows <= 2 ? 2 : 1)
 #pragma unroll 1
     for (int c = 0; c < copies; ++c) {
       full[stage].wait(parity);
-      const char* const unit = ring + stage * (kUnits * 1024) + (lane ^ lane / 8) * 16;
+      const char* const unit = ring + stage * (kUnits * 1024) + lane * 16;
       const int here = min(kUnits, units - c * kUnits);
       uint4 q[kUnits][2];
 #pragma unroll
