@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Three kernels: moe_few.cuh for one or two rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more (compiled with
-// -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, moe_gemm.cuh serves them too).
+// Four kernels: moe_few.cuh and few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more. few_stream.cuh
+// and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, the
+// other two serve all.
 
 #include "moe_gemm.h"
 
@@ -11,6 +12,7 @@
 
 #include "../common/arena.h"
 #include "choice.h"
+#include "few_stream.h"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
 #ifdef CCQ_SM90A
@@ -108,6 +110,7 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
+  if (variant >= kStreamFew) return stream_few_shared(variant, k, experts);
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
 #ifdef CCQ_SM90A
@@ -209,16 +212,14 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
   });
 }
 
-template <typename C>
-cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
-  const size_t shared = C::shared_bytes(p.k, p.experts);
+template <typename C, typename K>
+cudaError_t launch_few(const Device& device, K* kernel, FewParams p, size_t shared, int threads, cudaStream_t stream) {
   // More than half of what there is: of two blocks that share a multiprocessor because the next kernel starts early, one would
   // have to wait while other multiprocessors are idle.
   const size_t at_least = std::max<size_t>(shared, device.shared / 2 + 1024);
   static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
   if (device.id >= kMaxDevices || raised[device.id].load() < at_least) {
-    cudaError_t error =
-        cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
     if (error != cudaSuccess) return error;
     if (device.id < kMaxDevices) raised[device.id].store(at_least);
   }
@@ -229,7 +230,7 @@ cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
   const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
   p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
   if (C::kRows == 1 && p.each / p.column_tiles.by + 2 > 2 * C::entries(p.experts)) return cudaErrorInvalidConfiguration;
-  return launch_early(few_kernel<C>, grid, C::kThreads, at_least, stream, p);
+  return launch_early(kernel, grid, threads, at_least, stream, p);
 }
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
@@ -293,10 +294,14 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
+  if (variant >= kStreamFew) return stream_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
-    auto launch = [&](auto config) { return launch_few<decltype(config)>(device, p, stream); };
+    auto launch = [&](auto config) {
+      using C = decltype(config);
+      return launch_few<C>(device, few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kThreads, stream);
+    };
     return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
                                          : with_few<Pairs::kGeneral>(variant, launch);
   }

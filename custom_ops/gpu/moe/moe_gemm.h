@@ -40,7 +40,8 @@ size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts);
 // cudaErrorInvalidValue: a shape, dtype or enum out of range, or a required pointer that is NULL.
 cudaError_t ccq_moe_gemm(const struct ccq_moe_gemm_args* args, cudaStream_t stream);
 
-// Which kernel serves a call, for tests and profiles: below 10 moe_gemm.cuh, below 20 moe_wide.cuh, else moe_few.cuh.
+// Which kernel serves a call, for tests and profiles: below 10 moe_gemm.cuh, below 20 moe_wide.cuh, below 30 moe_few.cuh, else
+// few_stream.cuh.
 // -1: an argument is wrong, or there are no rows.
 int ccq_moe_gemm_variant(const struct ccq_moe_gemm_args* args);
 
