@@ -53,6 +53,7 @@ struct FewConfig {
   static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
   static constexpr int kFirst = kStages - kStages / 4;  // units that are requested before activations are there
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
+  static constexpr int kRingsBytes = kWarps * Ring<kR, kStages>::kBytes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's partial sums of a tile take
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
   // 256 bytes a row and unit of 128 rows; 16 bytes of zeros a unit.
@@ -63,7 +64,7 @@ struct FewConfig {
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
-    return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
+    return kRingsBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
            activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + kWK * kRows * 4 +
            sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
   }
@@ -82,7 +83,7 @@ struct FewShared {
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
-    rings = take(C::kWarps * Ring<C::kR, C::kStages>::kBytes);
+    rings = take(C::kRingsBytes);
     columns = take(C::kColumnSlots * C::kColumnBytes);
     sums = reinterpret_cast<float2*>(take(C::kSumsSlots * C::kWK * C::kEntries * 8));
     activations = take(C::activation_bytes(blocks_k));
