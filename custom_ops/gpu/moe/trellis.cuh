@@ -13,13 +13,13 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "../common/trellis_code.h"
+
 namespace ccq {
 
-struct Trellis {
-  static constexpr uint32_t kMultiplier0 = 2114868183u, kAddend0 = 1949234378u;
-  static constexpr uint32_t kMultiplier1 = 2501052553u, kAddend1 = 2452798596u;
-  static constexpr uint32_t kDoubled0 = kMultiplier0 * 0xFFFF0001u, kDoubled1 = kMultiplier1 * 0xFFFF0001u;
-};
+// For the doubled word.
+constexpr uint32_t kTrellisDoubled0 = kTrellisMultiplier[0] * 0xFFFF0001u, kTrellisDoubled1 = kTrellisMultiplier[1] * 0xFFFF0001u;
+constexpr uint32_t kTrellisAddend0 = kTrellisAddend[0], kTrellisAddend1 = kTrellisAddend[1];
 
 // A 16-column tile and 128 input rows, as repacked (trellis_repack.h): what a lane needs to know of the bytes before its own. `side`:
 // in the upper half the bytes before the unit, of columns g and g + 8.
@@ -41,8 +41,8 @@ template <int kByte, int kBefore>
 __device__ inline void trellis_words(uint32_t word, uint32_t before, uint32_t addend0, uint32_t addend1, uint32_t& x0, uint32_t& x1) {
   constexpr uint32_t kFirst = (4u + kBefore) << 4, kOther = kByte | (kByte - 1) << 4;
   const uint32_t both = kByte == 0 ? __byte_perm(word, before, kFirst | kFirst << 8) : __byte_perm(word, 0, kOther | kOther << 8);
-  x0 = both * Trellis::kDoubled0 + addend0;
-  x1 = both * Trellis::kDoubled1 + addend1;
+  x0 = both * kTrellisDoubled0 + addend0;
+  x1 = both * kTrellisDoubled1 + addend1;
 }
 
 }  // namespace ccq

@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) trellis_few_kernel(const FewPa
   if (wn == 0)
 #pragma unroll 1
     for (int i = 0; i < C::kStages; ++i) producer.request(ring);
-  uint32_t addend0 = Trellis::kAddend0, addend1 = Trellis::kAddend1;
+  uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
   asm volatile("" : "+r"(addend0), "+r"(addend1));
   bool first = true;  // nothing to request yet
   int finished = begin, pair = wk;
