@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 from common import ROOT, markdown, processor, put_into_doc, save_result
 
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.safetensors_io import SafetensorsWriter
+from paddle_ccq.families.registry import read_config
 
 CONFIG = ROOT / "examples" / "configs" / "ernie-4.5-300b-a47b" / "config.json"
 EXPERTS = 2
@@ -41,7 +41,7 @@ def write_model(folder: Path, depth: int) -> int:
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
-    shapes = ErnieConfig.from_json(raw).tensors.shapes
+    shapes = read_config(raw).tensors.shapes
     specs = [(name, "BF16", shape) for name, shape in shapes.items()]
     # One block of Gaussian values, cut and repeated: making random numbers is not what is measured.
     block = np.random.default_rng(depth).standard_normal(1 << 22) * 0.02

@@ -41,11 +41,9 @@ from .checkpoint.values import count_nonfinite
 from .checkpoint.writer import write_file
 from .command import no_message, output_path, refuse_inside, run_command, to_stderr
 from .errors import CcqError
-from .families.ernie45 import ERNIE45
+from .families.registry import NAMINGS
 from .families.tensor import EXACT_ROLES
 from .units import gigabytes
-
-NAMINGS = tuple(naming.name for naming in ERNIE45.namings)
 
 
 def dequantize(
@@ -186,10 +184,10 @@ def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
     # auto_map names code, which is not copied.
     for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
         config.pop(key, None)
-    if naming == "paddle":
-        # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.
-        config.pop("transformers_version", None)
-    config[checkpoint.config.family.naming(naming).dtype_key] = "bfloat16"
+    chosen = checkpoint.config.family.naming(naming)
+    for key in chosen.unwanted:
+        config.pop(key, None)
+    config[chosen.dtype_key] = "bfloat16"
     checkpoint.config.spell_out(config)
     return config
 

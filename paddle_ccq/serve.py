@@ -118,10 +118,10 @@ def _device(name: str) -> Device | None:
     """The GPU if it is asked for, with the library found to be usable before anything is loaded."""
     if name != "gpu":
         return None
-    from .ops import gpu_moe
+    from .ops import gpu_library
     from .ops.gpu_memory import Device
 
-    gpu_moe.load()
+    gpu_library.load_products()
     return Device()
 
 

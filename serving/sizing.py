@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import Plan
-from paddle_ccq.fastdeploy.memory import GIB, card_memory
+from paddle_ccq.engine_check import GIB
+from paddle_ccq.families.registry import read_config
+from paddle_ccq.fastdeploy.memory import card_memory
 from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +46,7 @@ COLUMNS = (
 
 @cache
 def plan_of(model: str, cards: int) -> Plan:
-    config = ErnieConfig.from_json(HERE.parent / "examples" / "configs" / model)
+    config = read_config(HERE.parent / "examples" / "configs" / model)
     return build_plan(config, tensor_parallel_size=cards)
 
 

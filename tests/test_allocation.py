@@ -22,10 +22,11 @@ from paddle_ccq.allocation.knapsack import (
 )
 from paddle_ccq.allocation.resolve import allocate_layers
 from paddle_ccq.allocation.target import parse_target
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.ernie45 import ErnieConfig
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.quantize import main
 from paddle_ccq.targets.fastdeploy.layout import build_plan, needs_plugin
 
@@ -93,7 +94,7 @@ def costs(config: ErnieConfig, by_layer=None, formats=("wint2", "wint4")) -> Sen
 
 
 def resolve(target, rules=(), plugin=True, config=None, by_layer=None):
-    config = config or ErnieConfig.from_json(CONFIG)
+    config = config or read_config(CONFIG)
     return allocate_layers(
         parse_target(target),
         "wint2",
@@ -150,7 +151,7 @@ def test_rules_force_and_the_allocation_fills_the_rest():
 
 
 def test_the_300b_within_a_size():
-    config = ErnieConfig.from_json(LARGE)
+    config = read_config(LARGE)
     by_layer = {layer: 1.0 + layer % 7 for layer in config.moe_layers()}
     found = resolve("100GB", config=config, by_layer=by_layer)
     plan = found.rows[-1].plan
@@ -164,7 +165,7 @@ def test_the_300b_within_a_size():
 @pytest.fixture
 def costs_file(tmp_path) -> Path:
     path = tmp_path / "costs.json"
-    path.write_text(json.dumps(costs(ErnieConfig.from_json(CONFIG)).as_dict()))
+    path.write_text(json.dumps(costs(read_config(CONFIG)).as_dict()))
     return path
 
 
@@ -178,7 +179,7 @@ def folder(tmp_path) -> Path:
 
 def test_the_file_holds_everything(costs_file):
     found = load_sensitivities(costs_file)
-    assert found == costs(ErnieConfig.from_json(CONFIG))
+    assert found == costs(read_config(CONFIG))
     assert found.layer(3, "wint2") == 5.0
 
 
@@ -203,11 +204,11 @@ def test_damaged_files(costs_file, edit, message):
 
 def test_costs_of_another_model_or_without_the_format(costs_file):
     found = load_sensitivities(costs_file)
-    other = ErnieConfig.from_json(tiny_config(num_hidden_layers=5, moe_num_experts=2, moe_k=1))
+    other = read_config(tiny_config(num_hidden_layers=5, moe_num_experts=2, moe_k=1))
     with pytest.raises(CcqError, match="another model"):
         found.check(other, ("wint2", "wint4"), "x")
     with pytest.raises(CcqError, match=r"no costs of ccq-2\.5"):
-        found.check(ErnieConfig.from_json(CONFIG), ("ccq-2.5", "wint4"), "x")
+        found.check(read_config(CONFIG), ("ccq-2.5", "wint4"), "x")
 
 
 def test_a_dry_run_shows_every_layer_and_why(folder, costs_file, tmp_path, capsys):

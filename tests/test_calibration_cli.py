@@ -16,9 +16,9 @@ from helpers.runs import contents, stop_after
 from helpers.synthetic import write_checkpoint
 from paddle_ccq.calibration.session import memory_facts
 from paddle_ccq.calibration.settings import CalibrationSettings
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.quantize import main, quantize
 from paddle_ccq.verify import verify
 
@@ -174,7 +174,7 @@ def test_the_plan_says_what_calibration_needs(calibration_text, capsys):
     assert main(["--model", folder, "--dry-run", "--calibration", str(calibration_text)]) == 0
     out = capsys.readouterr().out
     assert "at most 262,144 tokens" in out and "in a file of the partial folder" in out
-    config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-300b-a47b")
+    config = read_config(CONFIGS / "ernie-4.5-300b-a47b")
     ((_, small),) = memory_facts(config, CalibrationSettings(tokens=16384))
     assert "in memory" in small
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.synthetic import random_weights, tiny_config
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.ernie45 import ErnieConfig
+from paddle_ccq.families.registry import read_config
 
 
 def config(**overrides) -> ErnieConfig:
-    return ErnieConfig.from_json(tiny_config(**overrides))
+    return read_config(tiny_config(**overrides))
 
 
 def without(*keys, **overrides) -> dict:
@@ -57,7 +58,7 @@ def test_published_shapes_of_the_largest_model():
         moe_layer_start_index=3,
         tie_word_embeddings=False,
     )
-    model = ErnieConfig.from_json(values)
+    model = read_config(values)
     shapes = model.tensors.shapes
     assert model.dense_layers() == [0, 1, 2]
     assert model.moe_layers() == list(range(3, 54))
@@ -69,7 +70,7 @@ def test_published_shapes_of_the_largest_model():
 
 
 def test_defaults():
-    model = ErnieConfig.from_json(
+    model = read_config(
         without(
             "num_key_value_heads",
             "head_dim",
@@ -97,7 +98,7 @@ def test_null_counts_as_absent():
 
 
 def test_absent_expert_count_is_a_dense_model():
-    model = ErnieConfig.from_json(without("moe_num_experts", "moe_k", "moe_intermediate_size"))
+    model = read_config(without("moe_num_experts", "moe_k", "moe_intermediate_size"))
     assert model.moe_layers() == []
 
 
@@ -124,7 +125,7 @@ def test_dtype_under_either_key():
 
 def test_rope_theta_one_level_down():
     values = without("rope_theta", rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
-    assert ErnieConfig.from_json(values).rope_theta == 1e4
+    assert read_config(values).rope_theta == 1e4
 
 
 @pytest.mark.parametrize(
@@ -177,14 +178,14 @@ def test_wrong_field_is_named(tmp_path, overrides, problem):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny_config(**overrides)))
     with pytest.raises(CcqError, match=problem) as error:
-        ErnieConfig.from_json(tmp_path)
+        read_config(tmp_path)
     assert str(error.value).startswith(f"{path}: ")
 
 
 def test_files_that_are_no_config(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(CcqError, match=r"config.json: no such file"):
-        ErnieConfig.from_json(tmp_path)
+        read_config(tmp_path)
     for text, problem in [
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
@@ -194,10 +195,10 @@ def test_files_that_are_no_config(tmp_path):
     ]:
         path.write_text(text)
         with pytest.raises(CcqError, match=f"config.json: {problem}"):
-            ErnieConfig.from_json(path)
+            read_config(path)
     path.write_bytes(b" " * ((16 << 20) + 1))
     with pytest.raises(CcqError, match="larger than"):
-        ErnieConfig.from_json(path)
+        read_config(path)
 
 
 odd_values = st.recursive(

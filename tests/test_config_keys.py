@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from helpers.synthetic import tiny_config, write_checkpoint
-from paddle_ccq.checkpoint.config import ErnieConfig
-from paddle_ccq.checkpoint.config_keys import ALIASES, FIXED, FIXED_MOE, NEUTRAL, READ
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.dequantize import dequantize
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.ernie45 import ErnieConfig
+from paddle_ccq.families.ernie45.config_keys import ALIASES, FIXED, FIXED_MOE, NEUTRAL, READ
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.quantize import main as quantize_main
 from paddle_ccq.quantize import quantize
 
@@ -23,7 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 def read(**changes) -> ErnieConfig:
     """The tiny config with changes; `...` removes a key."""
     values = tiny_config(**{k: v for k, v in changes.items() if v is not ...})
-    return ErnieConfig.from_json({k: v for k, v in values.items() if changes.get(k, 0) is not ...})
+    return read_config({k: v for k, v in values.items() if changes.get(k, 0) is not ...})
 
 
 def refusal(**changes) -> str:
@@ -123,7 +124,7 @@ def example(name: str) -> dict:
     ids=["0.3B-PT", "0.3B-Paddle", "0.3B transformers", "21B", "300B", "300B 2Bits"],
 )
 def test_published_configs_are_read_without_a_warning(values):
-    assert ErnieConfig.from_json(values).notes == ()
+    assert read_config(values).notes == ()
 
 
 # --- one value under two names ------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 
 import paddle_ccq
 from helpers.synthetic import random_weights, stored_weights, tiny_config
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.ernie45 import ERNIE45
+from paddle_ccq.families.fields import Fields
+from paddle_ccq.families.registry import FAMILIES, family_of, find, read_config
 from paddle_ccq.families.tensor import Role
 
 CONFIG = tiny_config(tie_word_embeddings=False, num_key_value_heads=1)
@@ -21,7 +22,7 @@ CONFIG = tiny_config(tie_word_embeddings=False, num_key_value_heads=1)
 
 @pytest.mark.parametrize("layout", ["pt", "paddle"])
 def test_storage_matches_an_independent_statement_of_the_layout(layout):
-    config = ErnieConfig.from_json(CONFIG)
+    config = read_config(CONFIG)
     weights = random_weights(CONFIG)
     stored = stored_weights(CONFIG, weights, layout, "f32")
     seen = set()
@@ -76,7 +77,7 @@ def test_storage_matches_an_independent_statement_of_the_layout(layout):
     ],
 )
 def test_what_a_tensor_is(name, role, linear, place):
-    tensors = ErnieConfig.from_json(CONFIG).tensors
+    tensors = read_config(CONFIG).tensors
     tensor = tensors[name]
     assert (tensor.role, tensor.is_linear) == (role, linear)
     assert (tensor.layer, tensor.expert, tensor.projection) == place
@@ -85,7 +86,7 @@ def test_what_a_tensor_is(name, role, linear, place):
 
 
 def test_no_place_is_taken_twice():
-    tensors = ErnieConfig.from_json(CONFIG).tensors
+    tensors = read_config(CONFIG).tensors
     places = {(t.role, t.layer, t.expert, t.projection) for t in tensors.values()}
     assert len(places) == len(tensors)
 
@@ -147,3 +148,34 @@ def test_detect_layout():
         ERNIE45.detect_naming(["ernie.norm.weight", "model.norm.weight"], "x")
     with pytest.raises(CcqError, match="no tensor is named like an ERNIE"):
         ERNIE45.detect_naming(["transformer.h.0.weight", "model.mtp_norm.weight"], "x")
+
+
+ONE_FILE = """
+from paddle_ccq.families.config import ModelConfig
+from paddle_ccq.families.family import Family
+
+FAMILY = Family("Toy", ("ToyForCausalLM",), (), None, None, "embedding", "head", "toy.*")
+"""
+
+
+def test_a_family_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(ONE_FILE)
+    (tmp_path / "shared_by_families.py").write_text("nothing = None")
+    monkeypatch.setattr(paddle_ccq.families, "__path__", [str(tmp_path)])
+    (toy,) = find([str(tmp_path)])
+    assert toy.architectures == ("ToyForCausalLM",)
+
+
+def test_the_families_that_are_found():
+    assert ERNIE45 in FAMILIES
+    architectures = [name for family in FAMILIES for name in family.architectures]
+    assert len(architectures) == len(set(architectures))
+    for family in FAMILIES:
+        for name in family.architectures:
+            assert family_of(Fields({"architectures": [name]}, "x")) is family
+
+
+@pytest.mark.parametrize("names", [None, [], "Ernie4_5_MoeForCausalLM", [3]])
+def test_architectures_that_are_no_list_of_names(names):
+    with pytest.raises(CcqError, match=r"^x: architectures: not a list of names; supported are"):
+        family_of(Fields({"architectures": names}, "x"))

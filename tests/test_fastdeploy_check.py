@@ -12,12 +12,13 @@ import pytest
 
 from helpers.synthetic import tiny_config
 from helpers.synthetic import write_checkpoint as write_without_sentencepiece
-from paddle_ccq.checkpoint.config import ErnieConfig
+from paddle_ccq.engine_check import GIB
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy import check as check_module
 from paddle_ccq.fastdeploy.cards import parse_cards
 from paddle_ccq.fastdeploy.check import CheckResult, ServeConfig, check, judge_machine, main
-from paddle_ccq.fastdeploy.memory import GIB, card_memory, weight_bytes
+from paddle_ccq.fastdeploy.memory import card_memory, weight_bytes
 from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
 from paddle_ccq.host import available_memory
@@ -225,7 +226,7 @@ def test_not_a_checkpoint(tmp_path, capsys) -> None:
 
 def test_sizes_of_the_300b() -> None:
     """The published figures: 94 GB on one card, 221184 bytes of cache a token."""
-    config = ErnieConfig.from_json(ROOT / "examples/configs/ernie-4.5-300b-a47b")
+    config = read_config(ROOT / "examples/configs/ernie-4.5-300b-a47b")
     one = card_memory(build_plan(config), 140 * GIB, 128)
     assert 93e9 < one.weights < 95e9
     assert one.token_cache == 2 * 2 * 8 * 128 * 54
@@ -237,7 +238,7 @@ def test_sizes_of_the_300b() -> None:
 
 
 def test_a_tied_head_is_held_twice() -> None:
-    config = ErnieConfig.from_json(ROOT / "examples/configs/ernie-4.5-21b-a3b")
+    config = read_config(ROOT / "examples/configs/ernie-4.5-21b-a3b")
     plan = build_plan(config)
     assert weight_bytes(plan) - plan.output_bytes == 2 * 103424 * 2560
 

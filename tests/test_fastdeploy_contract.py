@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from helpers.synthetic import tiny_config, write_checkpoint
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.codec import formats, row_order
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.quantize import quantize
 from paddle_ccq.targets.fastdeploy.config import (
     config_problems,
@@ -141,7 +141,7 @@ def test_defaults_that_fastdeploy_would_take_otherwise_are_spelled_out():
     for key in ("rope_theta", "head_dim", "tie_word_embeddings", "moe_use_aux_free"):
         del raw[key]
     raw |= {"moe_layer_start_index": None, "rope_parameters": {"rope_theta": 10_000.0}}
-    config = ErnieConfig.from_json(raw)
+    config = read_config(raw)
     written = output_config(build_plan(config), {})
     assert written["rope_theta"] == 10_000.0
     assert written["head_dim"] == 32
@@ -152,7 +152,7 @@ def test_defaults_that_fastdeploy_would_take_otherwise_are_spelled_out():
 
 def test_the_published_300b_recipe(tmp_path):
     raw = tiny_config(num_hidden_layers=54, moe_layer_start_index=3)
-    config = ErnieConfig.from_json(raw)
+    config = read_config(raw)
     quantization = quantization_config(build_plan(config))["moe_quant_config"]
     assert quantization["moe_w4_quant_config"]["quant_end_layer"] == 6
     assert quantization["moe_w2_quant_config"]["quant_start_layer"] == 7
@@ -221,7 +221,7 @@ def test_higher_rates_are_named_so_that_fastdeploy_refuses_them(source, tmp_path
     ],
 )
 def test_config_problems(change, text):
-    config = ErnieConfig.from_json(tiny_config())
+    config = read_config(tiny_config())
     good = output_config(build_plan(config), {})
     assert config_problems(good) == []
     assert config_problems({**good, "transformers_version": "4.56.0"}) == []

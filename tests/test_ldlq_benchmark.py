@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ldlq_gpu
 import ldlq_work
 
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.targets.fastdeploy.layout import build_plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
@@ -64,7 +64,7 @@ def test_a_part_that_is_left_out_counts_nothing() -> None:
 def test_all_wint2_experts_of_both_models_are_counted() -> None:
     found = Counter()
     for model, folder in zip(ldlq_work.MODELS, FOLDERS, strict=True):
-        config = ErnieConfig.from_json(CONFIGS / folder)
+        config = read_config(CONFIGS / folder)
         for planned in build_plan(config).tensors:
             if planned.format == "wint2" and planned.tensor.is_expert:
                 k, n = planned.shape

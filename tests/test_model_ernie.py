@@ -11,7 +11,7 @@ from helpers.synthetic import random_weights, tiny_config
 
 paddle = pytest.importorskip("paddle")
 
-from paddle_ccq.checkpoint.config import ErnieConfig  # noqa: E402
+from paddle_ccq.families.registry import read_config  # noqa: E402
 from paddle_ccq.models.ernie import QUERY_BLOCK, Cache, Ernie  # noqa: E402
 from paddle_ccq.models.generation import generate, left_padded  # noqa: E402
 from paddle_ccq.models.weights import OverriddenWeights  # noqa: E402
@@ -45,7 +45,7 @@ class Weights:
     """A weight source from a dictionary."""
 
     def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
-        self.config = ErnieConfig.from_json(config)
+        self.config = read_config(config)
         self.weights = weights
 
     def read(self, name: str) -> np.ndarray:

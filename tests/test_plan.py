@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from helpers.synthetic import tiny_config
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import LayerFormats, rule_forced_layers
 from paddle_ccq.checkpoint.rules import Rule, load_rules
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.ernie45 import ErnieConfig
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.families.tensor import Role
 from paddle_ccq.targets.fastdeploy.layout import (
     build_plan,
@@ -25,11 +26,11 @@ CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 @pytest.fixture(scope="module")
 def large() -> ErnieConfig:
-    return ErnieConfig.from_json(CONFIGS / "ernie-4.5-300b-a47b")
+    return read_config(CONFIGS / "ernie-4.5-300b-a47b")
 
 
 def tiny(**overrides) -> ErnieConfig:
-    return ErnieConfig.from_json(tiny_config(**overrides))
+    return read_config(tiny_config(**overrides))
 
 
 def test_300b_comes_to_the_published_size(large):
@@ -56,12 +57,12 @@ def test_300b_comes_to_the_published_size(large):
 
 
 def test_memory_does_not_grow_with_depth(large):
-    shallow = ErnieConfig.from_json({**large.raw, "num_hidden_layers": 8})
+    shallow = read_config({**large.raw, "num_hidden_layers": 8})
     assert build_plan(shallow).peak_memory() == build_plan(large).peak_memory()
 
 
 def test_small_models_get_no_wint4_prefix():
-    config = ErnieConfig.from_json(CONFIGS / "ernie-4.5-21b-a3b")
+    config = read_config(CONFIGS / "ernie-4.5-21b-a3b")
     plan = build_plan(config)
     assert wint4_end_layer(plan) == -1
     assert {planned.format for planned in plan.tensors if planned.tensor.is_expert} == {"wint2"}

@@ -216,7 +216,7 @@ DAMAGED = {
     "not a JSON object": (b"[]", b"", None),
     "__metadata__": ({"__metadata__": {"a": 1}}, b"", None),
     "lacks dtype": ({"a": {"dtype": "U8"}}, b"", None),
-    "'a' has dtype 'F8_E4M3'": ({"a": entry([1], 0, 1, "F8_E4M3")}, b"x", None),
+    "'a' has dtype 'F4'": ({"a": entry([1], 0, 1, "F4")}, b"x", None),
     "'a' has dtype \\['U8'\\]": ({"a": entry([1], 0, 1, ["U8"])}, b"x", None),
     "'a' has an impossible shape": ({"a": entry([-1], 0, 1)}, b"x", None),
     "impossible shape": ({"a": entry([1 << 40, 1 << 40, 0], 0, 0)}, b"", None),
@@ -282,7 +282,7 @@ json_value = st.recursive(
 )
 almost_entry = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["U8", "BF16", "F32", "F4", 1]) | json_value,
+        "dtype": st.sampled_from(["U8", "BF16", "F32", "F4", "F8_E4M3", 1]) | json_value,
         "shape": st.lists(st.integers(-1, 4) | st.integers(), max_size=3) | json_value,
         "data_offsets": st.lists(st.integers(-1, 9) | st.integers(), max_size=3) | json_value,
     }
@@ -447,3 +447,42 @@ def test_parse_size(text, size):
 def test_parse_size_refuses(text):
     with pytest.raises(CcqError, match="--max-shard-size"):
         io.parse_size(text)
+
+
+# --- parts of a tensor and small floats ---
+
+
+def test_rows_of_an_entry_are_read_alone(tmp_path):
+    stacked = np.arange(3 * 6 * 4, dtype=np.float32).reshape(3, 6, 4)
+    save_file({"x": np.zeros(5, np.uint8), "y": stacked}, tmp_path / "model.safetensors")
+    folder = io.TensorFolder(tmp_path)
+    for index in range(3):
+        for rows in (slice(0, 6), slice(0, 3), slice(3, 6), slice(2, 2)):
+            found = folder.read_rows("y", index, rows)
+            np.testing.assert_array_equal(found, stacked[index][rows])
+            assert found.nbytes == (rows.stop - rows.start) * 16
+    other = folder.with_replaced({"y": -stacked})
+    np.testing.assert_array_equal(other.read_rows("y", 1, slice(1, 3)), -stacked[1, 1:3])
+
+
+def test_a_file_cut_after_opening_is_refused_when_rows_are_read(tmp_path):
+    save_file({"y": np.zeros((2, 6, 4), np.float32)}, tmp_path / "model.safetensors")
+    folder = io.TensorFolder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    folder.read_rows("y", 0, slice(0, 6))
+    with pytest.raises(CcqError, match="ends inside tensor 'y'"):
+        folder.read_rows("y", 1, slice(0, 6))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+def test_floats_of_8_bits_keep_their_bytes(tmp_path, dtype):
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    values = codes.view(io.DTYPES[dtype])
+    with io.SafetensorsWriter(tmp_path / "model.safetensors", [("w", dtype, (16, 16))], None) as w:
+        w.write("w", values)
+    read = io.TensorFolder(tmp_path).read("w")
+    assert read.dtype == io.DTYPES[dtype]
+    np.testing.assert_array_equal(read.view(np.uint8), codes)
+    with safe_open(tmp_path / "model.safetensors", framework="np") as file:
+        assert file.get_slice("w").get_dtype() == dtype

@@ -20,7 +20,7 @@ from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import serve
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
-from paddle_ccq.ops import gpu_library, gpu_memory, gpu_moe
+from paddle_ccq.ops import gpu_library, gpu_memory
 from paddle_ccq.ops.gpu_memory import Device
 from paddle_ccq.quantize import quantize
 from paddle_ccq.serving.engine_model import EngineModel, Piece
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
     library = driver.library = Library(driver)
-    monkeypatch.setattr(gpu_moe, "load", lambda: library)
+    monkeypatch.setattr(gpu_library, "load_products", lambda: library)
     monkeypatch.setattr(gpu_memory, "_driver", lambda: driver)
     return driver
 
@@ -127,7 +127,7 @@ def test_without_library_or_gpu_it_is_said_before_loading(
     finally:
         gpu_library.load.cache_clear()
     assert "python -m paddle_ccq.ops.gpu_library" in capsys.readouterr().err
-    monkeypatch.setattr(gpu_moe, "load", lambda: None)
+    monkeypatch.setattr(gpu_library, "load_products", lambda: None)
     monkeypatch.setattr(gpu_memory, "_NAMES", ("libcuda-that-is-not-there.so",))
     gpu_memory._driver.cache_clear()
     try:

@@ -16,8 +16,8 @@ pytest.importorskip("paddle")
 import paddle
 
 from helpers.synthetic import tiny_config, write_checkpoint
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.reader import open_checkpoint
+from paddle_ccq.families.ernie45 import ErnieConfig
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.weights import ExactWeights
 from paddle_ccq.quantize import quantize

@@ -22,8 +22,8 @@ import httpx
 
 from helpers.server import ROOT, checkpoint, process, quantized_folder
 from helpers.synthetic import tiny_config, write_tensors, write_tokenizer
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.codec import formats
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.texts.chat_template import ChatTemplate
 
 LONG = {"model": "model", "prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
@@ -116,7 +116,7 @@ def test_experts_stay_packed_in_memory(tmp_path: Path) -> None:
 def write_random_packed(folder: Path, values: dict) -> None:
     """A checkpoint with WINT2 experts of random bytes; their values do not matter."""
     rng = np.random.default_rng(0)
-    config = ErnieConfig.from_json(values)
+    config = read_config(values)
     tensors: dict[str, np.ndarray] = {}
     for name, shape in config.tensors.shapes.items():
         if ".experts." not in name:

@@ -22,10 +22,11 @@ import pytest
 import yaml
 
 from helpers.synthetic import tiny_config, write_checkpoint
-from paddle_ccq.checkpoint.config import ErnieConfig
+from paddle_ccq.engine_check import GIB
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy import launch
-from paddle_ccq.fastdeploy.memory import GIB, card_memory
+from paddle_ccq.fastdeploy.memory import card_memory
 from paddle_ccq.fastdeploy.releases import RELEASES, release_of
 from paddle_ccq.fastdeploy.server_flags import PORTS, arguments, unknown_settings
 from paddle_ccq.fastdeploy.settings import (
@@ -98,7 +99,7 @@ def test_the_model_fits_the_cards_in_the_name(path: Path) -> None:
     (config,) = (ROOT / "examples/configs").glob(f"{found[1]}-*")
     serve = serve_config_of(settings, RELEASES["2.5"], int(CARDS[found[3]] * GIB))
     memory = card_memory(
-        build_plan(ErnieConfig.from_json(config), tensor_parallel_size=serve.tensor_parallel_size),
+        build_plan(read_config(config), tensor_parallel_size=serve.tensor_parallel_size),
         serve.card_bytes,
         serve.max_num_seqs,
         serve.max_num_batched_tokens,

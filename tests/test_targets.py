@@ -10,9 +10,9 @@ import pytest
 
 import paddle_ccq
 from helpers.synthetic import tiny_config
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import LayerFormats, PlanOptions, make_plan
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.targets.fastdeploy.layout import FastDeploy, build_plan
 
 PACKAGE = Path(paddle_ccq.__file__).parent
@@ -81,7 +81,7 @@ def test_what_lies_below_knows_no_engine(below):
 
 
 def test_a_plan_follows_its_target():
-    config = ErnieConfig.from_json(tiny_config())
+    config = read_config(tiny_config())
     plan = make_plan(config, PlanOptions(Plain()))
     assert plan.messages == ("about the model", f"about a plan of {len(plan.tensors)} tensors")
     assert plan.row_order == "plain"
@@ -94,7 +94,7 @@ def test_a_plan_follows_its_target():
 
 
 def test_other_layer_formats_of_a_plan_may_have_wint4_anywhere():
-    config = ErnieConfig.from_json(tiny_config())
+    config = read_config(tiny_config())
     plan = build_plan(config)
     formats = {1: "wint2", 2: "wint4"}
     assert plan.with_layer_formats(LayerFormats(formats, "test")).layer_formats == formats

@@ -11,12 +11,12 @@ import pytest
 from safetensors import safe_open
 
 from helpers.synthetic import tiny_config, write_checkpoint
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.tensor_parallel import join, take
 from paddle_ccq.codec import formats
 from paddle_ccq.codec.row_order import permute_rows
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.families.tensor import Cut
 from paddle_ccq.quantize import main, quantize
 from paddle_ccq.verify import verify
@@ -122,7 +122,7 @@ def test_ranks_together_are_as_close_as_one_folder(folders, tmp_path):
 @pytest.mark.parametrize("name", ["qkv_proj", "up_gate_proj", "o_proj", "down_proj"])
 @pytest.mark.parametrize("size", [2])
 def test_cutting_either_orientation_and_joining(name, size):
-    config = ErnieConfig.from_json(CONFIG)
+    config = read_config(CONFIG)
     full, spec = next((n, t) for n, t in config.tensors.items() if t.projection == name)
     shape, cut = spec.shape, spec.cut
     weight = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
@@ -160,7 +160,7 @@ def test_sizes_that_do_not_fit_are_refused_before_work(folders, tmp_path, capsys
 
 
 def test_expert_width_decides(tmp_path):
-    config = ErnieConfig.from_json(tiny_config(moe_intermediate_size=384))
+    config = read_config(tiny_config(moe_intermediate_size=384))
     from paddle_ccq.targets.fastdeploy.layout import build_plan
 
     with pytest.raises(CcqError, match=r"down_proj.weight: wint2 needs K .* got 192"):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from helpers.synthetic import tiny_config
-from paddle_ccq.checkpoint.config import ErnieConfig
 from paddle_ccq.checkpoint.plan import LayerFormats
 from paddle_ccq.checkpoint.rules import Rule
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.ernie45 import ErnieConfig
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.targets.fastdeploy.config import quantization_config
 from paddle_ccq.targets.fastdeploy.layout import FastDeploy, build_plan
 from paddle_ccq.vllm import names, releases
@@ -29,7 +30,7 @@ from paddle_ccq.vllm.claims import (
 
 
 def config_of(**changes: object) -> ErnieConfig:
-    return ErnieConfig.from_json(tiny_config(**changes))
+    return read_config(tiny_config(**changes))
 
 
 def claim_of(config: ErnieConfig, format: str = "wint2", end: int = -1, **more: object) -> Claim:

@@ -12,65 +12,28 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
-# Read alone: where this runs the package need not be installed.
-_RECIPE = runpy.run_path(str(ROOT / "paddle_ccq" / "ops" / "gpu_build.py"))
-SOURCES = [ROOT / "custom_ops" / "gpu" / name for name in _RECIPE["SOURCES"]]
-BF16, FP16 = 0, 1
-# enum ccq_format and the words of a 64-group.
-SPARE_FORMATS = {"ccq-2.5": (1, 10), "ccq-2.75": (2, 22)}
-PLAIN, FASTDEPLOY = 0, 1
-INTEGER, GENERAL = 0, 1
+# Both are read alone: where this runs the package need not be installed.
+_RECIPE, abi = (
+    SimpleNamespace(**runpy.run_path(str(ROOT / "paddle_ccq" / "ops" / f"{name}.py")))
+    for name in ("gpu_build", "gpu_abi")
+)
+FOLDER = ROOT / "custom_ops" / "gpu"
+BF16, FP16 = abi.BFLOAT16, abi.FLOAT16
+# Number of the format and the words of a 64-group.
+_WORDS = {"ccq-2.5": 10, "ccq-2.75": 22}
+SPARE_FORMATS = {name: (abi.SPARE_FORMATS[name], words) for name, words in _WORDS.items()}
+PLAIN, FASTDEPLOY = abi.ROWS_PLAIN, abi.ROWS_FASTDEPLOY
+INTEGER, GENERAL = abi.PAIRS_INTEGER, abi.PAIRS_GENERAL
 
 
 def build(out: str, arch: str = "90a", flags: tuple[str, ...] = ()) -> None:
-    """Compile the launchers into one shared library."""
-    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-t0"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cudart", "static", *flags]
-    command += ["-DCCQ_SM90A"] if arch == "90a" else []
-    command += [*map(str, SOURCES), "-o", out]
+    """Compile the device code into one shared library, with line numbers for profilers."""
+    architectures, more = [int(arch.rstrip("a"))], ("-lineinfo", *flags)
+    command = _RECIPE.nvcc_command(FOLDER, Path(out), architectures, more)
     subprocess.run(command, check=True)
-
-
-class GemmArgs(ctypes.Structure):
-    """ccq_moe_gemm_args of moe_gemm.h."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("x", "offsets", "quant", "scales", "columns", "row_scale", "out", "workspace")
-    ] + [
-        (name, ctypes.c_int)
-        for name in ("rows", "k", "n", "experts", "dtype", "pairs", "row_order")
-    ]
-
-
-class SpareArgs(ctypes.Structure):
-    """ccq_spare_gemm_args of linear_ccq.h."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("x", "offsets", "quant_weight", "super_scales", "row_scale", "out")
-    ] + [
-        (name, ctypes.c_int)
-        for name in ("rows", "k", "n", "experts", "format", "dtype", "row_order")
-    ]
-
-
-class Projection(ctypes.Structure):
-    """ccq_moe_projection of moe_block.h."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("quant", "scales", "columns")] + [
-        ("pairs", ctypes.c_int)
-    ]
-
-
-class MoeShape(ctypes.Structure):
-    """ccq_moe_shape of moe_block.h."""
-
-    _fields_ = [
-        (name, ctypes.c_int) for name in ("hidden", "width", "experts", "dtype", "row_order")
-    ]
 
 
 @dataclass
@@ -94,9 +57,11 @@ class Library:
 
         self.torch = torch
         self.lib = ctypes.CDLL(path)
-        self.lib.ccq_moe_gemm_workspace.restype = ctypes.c_size_t
-        if hasattr(self.lib, "ccq_moe_workspace"):  # a library of the GEMM alone will do
-            self.lib.ccq_moe_workspace.restype = ctypes.c_size_t
+        # Older libraries, which are measured beside new ones, have fewer functions.
+        for name, (arguments, result) in abi.FUNCTIONS.items():
+            if hasattr(self.lib, name):
+                function = getattr(self.lib, name)
+                function.argtypes, function.restype = arguments, result
 
     def stream(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
@@ -119,11 +84,9 @@ class Library:
         columns = torch.empty(experts * n * 4, device=q.device, dtype=torch.int32)
         kind = torch.full((1,), 77, device=q.device, dtype=torch.int32)
         dtype = BF16 if ss.dtype == torch.bfloat16 else FP16
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (q, ws, ss)]
-        pointers += [ctypes.c_int(dtype)] + [ctypes.c_void_p(t.data_ptr()) for t in (cs, zp)]
-        pointers += [ctypes.c_int(v) for v in (experts, k, n)]
-        pointers += [ctypes.c_void_p(t.data_ptr()) for t in (quant, scales, columns, kind)]
-        self.check(self.lib.ccq_repack_wint2(*pointers, self.stream()))
+        stored = [q.data_ptr(), ws.data_ptr(), ss.data_ptr(), dtype, cs.data_ptr(), zp.data_ptr()]
+        made = [t.data_ptr() for t in (quant, scales, columns, kind)]
+        self.check(self.lib.ccq_repack_wint2(*stored, experts, k, n, *made, self.stream()))
         return Packed(quant, scales, columns, int(kind.item()), experts, k, n)
 
     def unpack(self, p: Packed, super_dtype):
@@ -134,11 +97,9 @@ class Library:
         ss = torch.empty(p.experts, p.n, device=d, dtype=super_dtype)
         cs, zp = (torch.empty(p.experts, p.n, device=d) for _ in range(2))
         dtype = BF16 if super_dtype == torch.bfloat16 else FP16
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (p.quant, p.scales, p.columns)]
-        pointers += [ctypes.c_int(v) for v in (p.experts, p.k, p.n)]
-        pointers += [ctypes.c_void_p(t.data_ptr()) for t in (q, ws, ss)] + [ctypes.c_int(dtype)]
-        pointers += [ctypes.c_void_p(t.data_ptr()) for t in (cs, zp)]
-        self.check(self.lib.ccq_unpack_wint2(*pointers, self.stream()))
+        packed = [t.data_ptr() for t in (p.quant, p.scales, p.columns)]
+        stored = [q.data_ptr(), ws.data_ptr(), ss.data_ptr(), dtype, cs.data_ptr(), zp.data_ptr()]
+        self.check(self.lib.ccq_unpack_wint2(*packed, p.experts, p.k, p.n, *stored, self.stream()))
         return q, ws, ss, cs, zp
 
     def workspace(self, rows: int, k: int, n: int, experts: int):
@@ -154,7 +115,7 @@ class Library:
         def pointer(t):
             return None if t is None else t.data_ptr()
 
-        args = GemmArgs(
+        args = abi.GemmArgs(
             pointer(x), pointer(offsets), pointer(p.quant), pointer(p.scales), pointer(p.columns),
             pointer(row_scale), pointer(out), pointer(workspace),
             x.shape[0], p.k, p.n, p.experts,
@@ -171,33 +132,32 @@ class Library:
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         k, dtype = quant.shape[1] // words * 64, BF16 if x.dtype == self.torch.bfloat16 else FP16
         sizes = x.shape[0], k, quant.shape[2], quant.shape[0]
-        args = SpareArgs(*pointers, *sizes, number, dtype, order)
+        args = abi.SpareArgs(*pointers, *sizes, number, dtype, order)
         self.check(self.lib.ccq_spare_gemm(ctypes.byref(args), self.stream()))
 
     def dispatch(self, ids, x, experts: int, offsets, place, rows) -> None:
         """rows[place] = x[token], sorted by expert; offsets int64 [experts], place int32."""
-        tokens = [ctypes.c_void_p(t.data_ptr()) for t in (ids, x)]
-        sizes = [ctypes.c_int(v) for v in (*ids.shape, experts, x.shape[1])]
-        out = [ctypes.c_void_p(t.data_ptr()) for t in (offsets, place, rows)]
+        tokens = [t.data_ptr() for t in (ids, x)]
+        sizes = *ids.shape, experts, x.shape[1]
+        out = [t.data_ptr() for t in (offsets, place, rows)]
         self.check(self.lib.ccq_moe_dispatch(*tokens, *sizes, *out, self.stream()))
 
     def combine(self, rows, place, weights, out) -> None:
         """out[t] = sum of weights[t, j] * rows[place[t, j]]."""
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (rows, place, weights)]
+        tensors = [t.data_ptr() for t in (rows, place, weights)]
         dtype = BF16 if rows.dtype == self.torch.bfloat16 else FP16
-        sizes = [ctypes.c_int(v) for v in (*place.shape, rows.shape[1], dtype)]
-        pointer = ctypes.c_void_p(out.data_ptr())
-        self.check(self.lib.ccq_moe_combine(*tensors, *sizes, pointer, self.stream()))
+        sizes = *place.shape, rows.shape[1], dtype
+        self.check(self.lib.ccq_moe_combine(*tensors, *sizes, out.data_ptr(), self.stream()))
 
     def swiglu(self, x, out) -> None:
         """out = silu(x[:, :width]) * x[:, width:]."""
         dtype = BF16 if x.dtype == self.torch.bfloat16 else FP16
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
-        sizes = [ctypes.c_int(v) for v in (*out.shape, dtype)]
+        pointers = [t.data_ptr() for t in (x, out)]
+        sizes = *out.shape, dtype
         self.check(self.lib.ccq_swiglu(*pointers, *sizes, self.stream()))
 
     def _moe_shape(self, up: Packed, down: Packed, dtype: int = BF16, order: int = PLAIN):
-        return MoeShape(up.k, down.k, up.experts, dtype, order)
+        return abi.Shape(up.k, down.k, up.experts, dtype, order)
 
     def moe_workspace(self, tokens: int, top_k: int, up: Packed, down: Packed):
         shape = self._moe_shape(up, down)
@@ -209,14 +169,13 @@ class Library:
         dtype = BF16 if x.dtype == self.torch.bfloat16 else FP16
         shape = self._moe_shape(up, down, dtype, order)
         sides = [
-            Projection(p.quant.data_ptr(), p.scales.data_ptr(), p.columns.data_ptr(), p.pairs)
+            abi.Projection(p.quant.data_ptr(), p.scales.data_ptr(), p.columns.data_ptr(), p.pairs)
             for p in (up, down)
         ]
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (x, ids, weights)]
-        sizes = [ctypes.c_int(v) for v in ids.shape]
+        tensors = [t.data_ptr() for t in (x, ids, weights)]
         structures = [ctypes.byref(s) for s in (shape, *sides)]
-        places = [ctypes.c_void_p(t.data_ptr()) for t in (out, workspace)]
-        self.check(self.lib.ccq_moe(*tensors, *sizes, *structures, *places, self.stream()))
+        places = [t.data_ptr() for t in (out, workspace)]
+        self.check(self.lib.ccq_moe(*tensors, *ids.shape, *structures, *places, self.stream()))
 
 
 def random_weights(torch, experts: int, k: int, n: int, pairs: str = "integer", seed: int = 0):

@@ -235,7 +235,7 @@ def register_random() -> None:
                         parameter.data.random_(0, 127)
             torch.cuda.synchronize()
 
-    from paddle_ccq.vllm import dense, experts, integer_experts
+    from paddle_ccq.vllm import dense, experts, gpu_experts
 
     def randomize_linear(method: Any, layer: Any) -> None:
         layer.ccq_weight.data.random_(0, 256)
@@ -263,18 +263,18 @@ def register_random() -> None:
             getattr(layer, f"ccq_{part}_scale").data.uniform_(1e-3, 3e-3)
 
     dense.Wint8LinearMethod.ccq_randomize = randomize_linear
-    experts.Wint2ExpertsMethod.ccq_randomize = randomize_wint2
-    integer_experts.Wint4ExpertsMethod.ccq_randomize = randomize_wint4
+    gpu_experts.Wint2ExpertsMethod.ccq_randomize = randomize_wint2
+    gpu_experts.Wint4ExpertsMethod.ccq_randomize = randomize_wint4
 
 
 def shape_folder(target: Path, layers: int, wint4_end: int) -> Path:
     """A folder with the config.json of the 300B's shape and nothing else."""
-    from paddle_ccq.checkpoint.config import ErnieConfig
+    from paddle_ccq.families.registry import read_config
     from paddle_ccq.targets.fastdeploy.config import output_config
     from paddle_ccq.targets.fastdeploy.layout import build_plan
 
     raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-    config = ErnieConfig.from_json(raw)
+    config = read_config(raw)
     plan = build_plan(config, format="wint2", wint4_end_layer=wint4_end)
     written = output_config(plan, {"row_order": plan.row_order})
     (target / "config.json").write_text(json.dumps(written))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.journal import file_fingerprint
 from ..checkpoint.reader import Checkpoint
 from ..codec.formats import FORMATS
 from ..errors import CcqError
+from ..families.ernie45 import ErnieConfig
 from ..families.tensor import PROJECTIONS
 from ..version import __version__
 

@@ -13,13 +13,13 @@ from rich.table import Table
 from .. import reporting
 from ..calibration.session import CalibrationRequest
 from ..calibration.settings import ROUTER
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan, rule_forced_layers
 from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
 from ..checkpoint.rules import Rule
 from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
 from ..codec.formats import FORMATS
 from ..errors import CcqError
+from ..families.ernie45 import ErnieConfig
 from ..families.tensor import Role
 from ..host import default_threads
 from ..units import gigabytes

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
+from ..families.ernie45 import ErnieConfig
 from ..families.tensor import UP_GATE
 from ..host import default_threads, require_paddle
 from ..texts.documents import Texts, read_texts

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
-from .config import CONFIG_FILE
+from ..families.config import CONFIG_FILE
 from .safetensors_format import INDEX_FILE, SINGLE_FILE
 
 # Compared in lower case.

@@ -10,19 +10,14 @@ from typing import Any, Protocol
 
 from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..errors import CcqError
+from ..families.config import ModelConfig
 from ..families.tensor import Cut, Role, TensorSpec
-from .config import ErnieConfig
 from .rules import DefaultFormat, Rule, forced_layers, layer_formats, matching_rules
 from .safetensors_format import StoredSpec, shard_name, tensor_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # The format of dense linear layers, and the wider format of experts.
 DENSE, WIDER = "wint8", "wint4"
-
-# The published 54-layer recipe keeps MoE layers up to 6 at wint4. On a measured 10-layer model a
-# wint4 prefix bought 4 % of KL for 0.22 bits per weight, so smaller models get none.
-PREFIX_MIN_LAYERS = 40
-PUBLISHED_WINT4_END_LAYER = 6
 
 # Interpreter and libraries, before any tensor is read.
 BASE_MEMORY = 150_000_000
@@ -118,7 +113,7 @@ class Target(Protocol):
         """Refuse formats of MoE layers that the engine cannot load."""
         ...
 
-    def model_notes(self, config: ErnieConfig) -> list[str]:
+    def model_notes(self, config: ModelConfig) -> list[str]:
         """Notes on what the engine cannot do with a model whose checkpoint can be written."""
         ...
 
@@ -150,9 +145,9 @@ class LayerFormats:
     wider_reason: str | None = None
 
     @classmethod
-    def prefix(cls, config: ErnieConfig, format: str, end: int | None) -> LayerFormats:
-        """wint4 up to layer `end` (None: the default of the model's depth), then `format`."""
-        last = default_wint4_end_layer(config) if end is None else end
+    def prefix(cls, config: ModelConfig, format: str, end: int | None) -> LayerFormats:
+        """wint4 up to layer `end` (None: the family's default), then `format`."""
+        last = config.family.wint4_end_layer(config) if end is None else end
         formats = {layer: WIDER if layer <= last else format for layer in config.moe_layers()}
         return cls(formats, "--format", "prefix")
 
@@ -169,8 +164,8 @@ class PlanOptions:
     Attributes:
         target: the engine that the checkpoint is for.
         format: of routed experts.
-        wint4_end_layer: MoE layers up to this one are wint4, -1 for none; None: the default of
-            the model's depth.
+        wint4_end_layer: MoE layers up to this one are wint4, -1 for none; None: the
+            family's default.
         tensor_parallel_size: number of rank folders.
         rules: formats of single matrices; they come before everything else.
         max_shard_bytes: of one file.
@@ -185,7 +180,7 @@ class PlanOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     layer_formats: LayerFormats | None = None
 
-    def check(self, config: ErnieConfig) -> None:
+    def check(self, config: ModelConfig) -> None:
         """Refuse options that no model, or not this model, can have."""
         if self.format not in EXPERT_FORMATS:
             raise CcqError(f"--format {self.format}: not one of {', '.join(EXPERT_FORMATS)}")
@@ -202,7 +197,7 @@ class PlanOptions:
 class Plan:
     """The resolved job. Tensors are processed and written strictly in order."""
 
-    config: ErnieConfig
+    config: ModelConfig
     options: PlanOptions  # as asked for; the other fields follow from them
     format: str  # what the 2-bit MoE layers become; "wint8" for a model without MoE layers
     tensors: tuple[PlannedTensor, ...]
@@ -279,13 +274,7 @@ class Plan:
         return BASE_MEMORY + largest
 
 
-def default_wint4_end_layer(config: ErnieConfig) -> int:
-    """The published prefix for models of the 300B's depth, none for smaller ones."""
-    deep = config.num_hidden_layers >= PREFIX_MIN_LAYERS
-    return PUBLISHED_WINT4_END_LAYER if deep else -1
-
-
-def make_plan(config: ErnieConfig, options: PlanOptions) -> Plan:
+def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
     """Resolve every choice for a model, or refuse it in one line before any work starts.
 
     Raises:
@@ -334,7 +323,7 @@ def _messages(plan: Plan) -> list[str]:
     return [*messages, *plan.target.plan_notes(plan)]
 
 
-def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) -> dict[int, str]:
+def rule_forced_layers(config: ModelConfig, format: str, rules: Sequence[Rule]) -> dict[int, str]:
     """Formats of the MoE layers that rules decide; an allocation may choose the others."""
     defaults = [DefaultFormat(tensor, format) for tensor in config.tensors.values()]
     found = matching_rules(rules, defaults, format)
@@ -342,7 +331,7 @@ def rule_forced_layers(config: ErnieConfig, format: str, rules: Sequence[Rule]) 
 
 
 def _default_formats(
-    target: Target, config: ErnieConfig, layers: LayerFormats
+    target: Target, config: ModelConfig, layers: LayerFormats
 ) -> list[DefaultFormat]:
     """Every tensor with the format that it gets where no rule matches it."""
     defaults = []
@@ -358,7 +347,7 @@ def _default_formats(
 
 
 def _rank_problem(
-    target: Target, config: ErnieConfig, tensor: TensorSpec, format: str, size: int
+    target: Target, config: ModelConfig, tensor: TensorSpec, format: str, size: int
 ) -> str | None:
     """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""
     cut = tensor.cut
@@ -373,7 +362,7 @@ def _rank_problem(
 
 
 def _check_tensor_parallel(
-    target: Target, config: ErnieConfig, formats: Mapping[str, str], size: int
+    target: Target, config: ModelConfig, formats: Mapping[str, str], size: int
 ) -> None:
     # Layers and experts repeat a few shapes; one of each kind is enough to look at.
     kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}

@@ -16,9 +16,10 @@ import numpy as np
 from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
+from ..families.config import ModelConfig
+from ..families.registry import read_config
 from ..families.tensor import Source, Storage
 from .companions import check_regular
-from .config import ErnieConfig
 from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
 from .source import snapshot_folder
 from .unexpected import pass_over, resolve_head
@@ -48,7 +49,7 @@ class Checkpoint:
     """An opened checkpoint; everything the config calls for is known to be there."""
 
     def __init__(
-        self, path: Path, config: ErnieConfig, tensors: TensorFolder, row_order: str | None
+        self, path: Path, config: ModelConfig, tensors: TensorFolder, row_order: str | None
     ) -> None:
         self.path = path
         self.tensors = tensors
@@ -192,7 +193,7 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
             " are for serving, use the one they were cut from"
         )
     check_regular(path)
-    config = ErnieConfig.from_json(path)
+    config = read_config(path)
     return Checkpoint(path, config, TensorFolder(path), row_order)
 
 

@@ -36,6 +36,9 @@ DTYPES: dict[str, np.dtype] = {
     "U32": np.dtype("<u4"),
     "I64": np.dtype("<i8"),
     "U64": np.dtype("<u8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 

@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CcqError
+from ..json_files import load_json, parse_json
 from .safetensors_format import (
     DTYPES,
     FLOAT_DTYPES,
@@ -70,30 +70,6 @@ class TensorInfo:
     nbytes: int
 
 
-def load_json(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> Any:
-    """Parse a JSON file from an untrusted source; every failure is a CcqError naming the file."""
-    with open(path, "rb") as file:
-        text = file.read(max_bytes + 1)
-    if len(text) > max_bytes:
-        raise CcqError(f"{path}: larger than {max_bytes} bytes; not a checkpoint's JSON file")
-    return _parse_json(text, path)
-
-
-def _parse_json(text: bytes, path: Path) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise ValueError(f"{twice!r} occurs twice")
-        return result
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CcqError(f"{path}: not valid JSON: {error}") from None
-
-
 class SafetensorsFile:
     """One safetensors file: the header is checked on opening, tensors are read one at a time.
 
@@ -116,13 +92,30 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype."""
         info = self.tensors[name]
-        data = np.empty(info.nbytes, np.uint8)
+        return (
+            self._read(name, info.begin, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
+        )
+
+    def read_rows(self, name: str, index: int, rows: slice) -> np.ndarray:
+        """Rows of one entry of a tensor of three dimensions: stored[index][rows], and no more.
+
+        `rows` has a beginning and an end.
+        """
+        info = self.tensors[name]
+        _, height, width = info.shape
+        row_bytes = width * DTYPES[info.dtype].itemsize
+        begin = info.begin + (index * height + rows.start) * row_bytes
+        data = self._read(name, begin, (rows.stop - rows.start) * row_bytes)
+        return data.view(DTYPES[info.dtype]).reshape(-1, width)
+
+    def _read(self, name: str, begin: int, nbytes: int) -> np.ndarray:
+        data = np.empty(nbytes, np.uint8)
         with open(self.path, "rb") as file:
-            file.seek(info.begin)
+            file.seek(begin)
             got = file.readinto(data)
-        if got != info.nbytes:
+        if got != nbytes:
             raise CcqError(f"{self.path}: ends inside tensor {name!r}; the file was changed")
-        return data.view(DTYPES[info.dtype]).reshape(info.shape)
+        return data
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -140,7 +133,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, 
         )
     if 8 + size > file_bytes:
         raise CcqError(f"{path}: truncated: header needs {8 + size} bytes, file has {file_bytes}")
-    header = _parse_json(file.read(size), path)
+    header = parse_json(file.read(size), path)
     if not isinstance(header, dict):
         raise CcqError(f"{path}: the safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -276,6 +269,12 @@ class TensorFolder:
         if name in self._replaced:
             return self._replaced[name]
         return self.files[self._home[name]].read(name)
+
+    def read_rows(self, name: str, index: int, rows: slice) -> np.ndarray:
+        """stored[index][rows] of a tensor of three dimensions; the rest of it is not read."""
+        if name in self._replaced:
+            return self._replaced[name][index][rows]
+        return self.files[self._home[name]].read_rows(name, index, rows)
 
     def with_replaced(self, tensors: Mapping[str, np.ndarray]) -> TensorFolder:
         """The same folder, with some tensors taken from memory instead of the files."""

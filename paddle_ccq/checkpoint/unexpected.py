@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CcqError
-from ..families.ernie45 import EMBEDDING, HEAD, PADDLE, is_frequencies, why_unexpected
+from ..families.config import CONFIG_FILE, ModelConfig
 from ..families.family import Naming
-from .config import CONFIG_FILE, ErnieConfig
+from ..families.registry import read_config
 from .safetensors_io import TensorFolder
 
 # Rows that are compared at a time; bounds the memory of a comparison.
@@ -26,8 +26,8 @@ FREQUENCY_TOLERANCE = 1e-2
 
 
 def resolve_head(
-    config: ErnieConfig, tensors: TensorFolder, naming: Naming
-) -> tuple[ErnieConfig, list[str]]:
+    config: ModelConfig, tensors: TensorFolder, naming: Naming
+) -> tuple[ModelConfig, list[str]]:
     """The config with its tie decided by what is stored, and what to say about it.
 
     A head beside a tie that is not stated makes the output untied. A head beside
@@ -36,49 +36,49 @@ def resolve_head(
     Raises:
         CcqError: if the two differ, or if a head is called for that is not there.
     """
-    there = HEAD in tensors
-    embedding = config.tensors[EMBEDDING].sources[naming.name].parts[0].name
-    if not config.tie_stated and naming is PADDLE and there and embedding in tensors:
-        # Paddle's classes store a tied head as [vocab, hidden] and any other as [hidden, vocab].
-        shape = tensors.info(HEAD).shape
+    head, there = config.family.head, config.family.head in tensors
+    embedding = config.tensors[config.family.embedding].sources[naming.name].parts[0].name
+    if not config.tie_stated and naming.turned_head and there and embedding in tensors:
+        # A tied head is stored as [vocab, hidden] and any other as [hidden, vocab].
+        shape = tensors.info(head).shape
         if shape == tensors.info(embedding).shape != shape[::-1]:
             config = config.with_tie(True)
     if not config.tie_stated:
         if there:
             message = (
-                f"config.json does not say tie_word_embeddings, and {HEAD} is stored: the output"
+                f"config.json does not say tie_word_embeddings, and {head} is stored: the output"
                 " has its own weights (tie_word_embeddings false)"
             )
         else:
             message = (
-                f"config.json does not say tie_word_embeddings, and no {HEAD} is stored: the"
+                f"config.json does not say tie_word_embeddings, and no {head} is stored: the"
                 " output uses the embedding (tie_word_embeddings true)"
             )
         return config.with_head_of(tensors), [message]
     if not config.tie_word_embeddings:
         if not there:
             raise CcqError(
-                f"{tensors.folder}: {HEAD!r} is missing, and config.json says tie_word_embeddings"
+                f"{tensors.folder}: {head!r} is missing, and config.json says tie_word_embeddings"
                 " false; download it again, or say true if the output shares the embedding"
             )
         return config, []
     if not there:
         return config, []
-    if embedding in tensors and not _equal_head(tensors, embedding):
+    if embedding in tensors and not _equal_head(tensors, head, embedding):
         raise CcqError(
-            f"{tensors.path_of(HEAD)}: {HEAD} differs from {embedding}, but config.json says"
+            f"{tensors.path_of(head)}: {head} differs from {embedding}, but config.json says"
             " tie_word_embeddings true; say false to use the stored head, or remove the tensor to"
             " use the embedding"
         )
     return config, [
-        f"passing over {HEAD}: config.json ties the output to the embedding, and the two are equal"
+        f"passing over {head}: config.json ties the output to the embedding, and the two are equal"
     ]
 
 
-def _equal_head(tensors: TensorFolder, embedding: str) -> bool:
+def _equal_head(tensors: TensorFolder, head: str, embedding: str) -> bool:
     """Whether the head holds the embedding's values, in either orientation."""
-    rows, head = tensors.read(embedding), tensors.read(HEAD)
-    return _equal(rows, head) or _equal(rows, head.T)
+    rows, columns = tensors.read(embedding), tensors.read(head)
+    return _equal(rows, columns) or _equal(rows, columns.T)
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
@@ -92,7 +92,7 @@ def _equal(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def pass_over(
-    config: ErnieConfig, tensors: TensorFolder, copies: dict[str, str], used: set[str]
+    config: ModelConfig, tensors: TensorFolder, copies: dict[str, str], used: set[str]
 ) -> list[str]:
     """Messages about the tensors that are not used; `copies` maps some of them to what they copy.
 
@@ -104,11 +104,11 @@ def pass_over(
     for name in _unused(tensors, used):
         if config.family.is_mtp(name):
             mtp.append(name)
-        elif name == HEAD and name in tensors and config.tie_word_embeddings:
+        elif name == config.family.head and name in tensors and config.tie_word_embeddings:
             continue  # resolve_head has looked at it
         elif name in copies and _equal(tensors.read(name), tensors.read(copies[name])):
             messages.append(f"passing over {name}: it is equal to {copies[name]}")
-        elif is_frequencies(name) and _follows(config, tensors, name):
+        elif _follows(config, tensors, name):
             tables.append(name)
         else:
             refused.append((name, _reason(config, name, copies)))
@@ -130,26 +130,25 @@ def _unused(tensors: TensorFolder, used: set[str]) -> Iterable[str]:
     return (name for name in (*tensors.names(), *tensors.unlisted) if name not in used)
 
 
-def _follows(config: ErnieConfig, tensors: TensorFolder, name: str) -> bool:
-    """Whether a table of rotary frequencies is that of config.json."""
-    if name not in tensors:
+def _follows(config: ModelConfig, tensors: TensorFolder, name: str) -> bool:
+    """Whether a tensor is a table of rotary frequencies, and that of config.json."""
+    expected = config.family.table(config, name)
+    if expected is None or name not in tensors:
         return False
-    half = config.head_dim // 2
     found = tensors.read(name).astype(np.float64)
-    expected = config.rope_theta ** -(np.arange(half) / half)
-    return found.shape == expected.shape and np.allclose(
+    return found.shape == np.shape(expected) and np.allclose(
         found, expected, rtol=FREQUENCY_TOLERANCE, atol=0
     )
 
 
-def _reason(config: ErnieConfig, name: str, copies: dict[str, str]) -> str:
+def _reason(config: ModelConfig, name: str, copies: dict[str, str]) -> str:
     """Why a tensor cannot be left out, with what config.json says about it."""
     if name in copies:
         return f"differs from {copies[name]!r}, though both are the same tensor of the model"
-    return why_unexpected(config, name)
+    return config.family.why_unexpected(config, name)
 
 
-def config_of_folder(folder: Path) -> tuple[ErnieConfig, list[str]]:
+def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
     """The config of a model folder, whose weights decide what it leaves open if they are there.
 
     The messages say what was found, or assumed without weights.
@@ -157,7 +156,7 @@ def config_of_folder(folder: Path) -> tuple[ErnieConfig, list[str]]:
     Raises:
         CcqError: if config.json can't be used, or contradicts the weights on the head.
     """
-    config = ErnieConfig.from_json(folder)
+    config = read_config(folder)
     try:
         tensors = TensorFolder(folder)
         naming = config.family.detect_naming(tensors.names(), folder)

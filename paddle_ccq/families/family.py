@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CcqError
+from .fields import Fields
 from .tensor import TensorSpec
 
 
@@ -21,6 +22,9 @@ class Naming:
         description: for messages.
         format_tag: the entry `format` of a shard's metadata that loaders of the naming accept.
         dtype_key: the entry of config.json that states the type of the weights.
+        unwanted: entries of config.json that its loaders misread.
+        turned_head: the output head is stored as [hidden, vocabulary], and as [vocabulary, hidden]
+            where it is tied to the embedding.
     """
 
     name: str
@@ -28,6 +32,16 @@ class Naming:
     description: str
     format_tag: str
     dtype_key: str
+    unwanted: tuple[str, ...] = ()
+    turned_head: bool = False
+
+
+def _none(_config: Any, _name: str) -> None:
+    return None
+
+
+def _unexpected(_config: Any, _name: str) -> str:
+    return "is not called for by config.json; without it this would be another model"
 
 
 @dataclass(frozen=True)
@@ -35,19 +49,36 @@ class Family:
     """A model family.
 
     Attributes:
+        name: as messages call it.
         architectures: entries of config.json's `architectures` that it covers.
         namings: the first one whose prefix occurs in a checkpoint is its naming.
+        parse: (fields of config.json, the family, problems) -> the config, a ModelConfig. With a
+            list of `problems`, keys that would make another model of the same tensors are added to
+            it; else they are refused like everything else that is not right.
         tensors: the tensors of a parsed config, in model order.
+        embedding, head: canonical names of the two that may be one matrix.
         is_mtp: whether an on-disk name belongs to a head that is not used.
+        table: (config, on-disk name) -> the values of a stored table that follows from the config;
+            None for every other tensor.
+        why_unexpected: (config, on-disk name) -> why a stored tensor that the model does not have
+            can't be left out.
+        wint4_end_layer: of a config, the last MoE layer that is wint4 where the user does not
+            choose; -1 for none.
         examples: what its tensors are called, for the message that none was found.
     """
 
     name: str
     architectures: tuple[str, ...]
     namings: tuple[Naming, ...]
+    parse: Callable[[Fields, Any, list[str] | None], Any]
     tensors: Callable[[Any], Iterable[TensorSpec]]
-    is_mtp: Callable[[str], bool]
+    embedding: str
+    head: str
     examples: str
+    is_mtp: Callable[[str], bool] = lambda _: False
+    table: Callable[[Any, str], Sequence[float] | None] = _none
+    why_unexpected: Callable[[Any, str], str] = _unexpected
+    wint4_end_layer: Callable[[Any], int] = lambda _: -1
 
     def naming(self, name: str) -> Naming:
         """The naming of that name."""

@@ -68,18 +68,36 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A place in a tensor of three dimensions that holds a matrix of every expert.
+
+    Attributes:
+        shape: of the whole stored tensor: [experts, out, in].
+        index: the expert's place along the first axis.
+        rows: of the expert's matrix, with a beginning and an end; None: all of them.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    index: int
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """One tensor on disk: its name, its shape, and the canonical columns that it holds.
 
     Attributes:
         columns: None for tensors that are stored whole.
         aliases: names under which other programs store the same tensor.
+        stacked: where the same values lie in checkpoints that stack the matrices of all experts.
     """
 
     name: str
     shape: tuple[int, ...]
     columns: slice | None = None
     aliases: tuple[str, ...] = ()
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True)

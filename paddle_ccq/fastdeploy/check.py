@@ -7,15 +7,15 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from .. import reporting
+from .. import engine_check, reporting
 from ..arguments import Arguments, number, whole
-from ..checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
+from ..checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..command import run_command
-from ..errors import CcqError, visible
+from ..engine_check import GIB, check_positive, check_utilization
+from ..errors import CcqError
 from ..host import available_memory
 from ..targets.fastdeploy.inspection import Inspection
 from ..units import gigabytes
@@ -25,8 +25,6 @@ from .memory import (
     BLOCK_TOKENS,
     DEFAULT_BATCHED_TOKENS,
     DEFAULT_UTILIZATION,
-    GIB,
-    CardMemory,
     card_memory,
 )
 from .plugin import NAME as PLUGIN
@@ -74,27 +72,12 @@ class ServeConfig:
 
 
 @dataclass
-class CheckResult:
-    """The result of a check; `problems` keep FastDeploy from serving, `warnings` do not."""
+class CheckResult(engine_check.CheckResult):
+    """The result of a check, with what FastDeploy needs beside the cards."""
 
-    folder: str
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    memory: CardMemory | None = None
     host_bytes: int = 0
-    command: list[str] = field(default_factory=list)
     # Variables that the command needs.
     environment: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def good(self) -> bool:
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        found = {"good": self.good, **asdict(self)}
-        if self.memory:
-            found["memory"] |= {"cache": self.memory.cache, "tokens": self.memory.tokens}
-        return found
 
 
 def check(
@@ -112,11 +95,7 @@ def check(
     inspection.check_config()
     inspection.check_structure()
     result = CheckResult(str(folder), inspection.problems)
-    # A missing or short file shows up in the structure too; one line for each is enough.
-    named = {problem.split(":", 1)[0] for problem in result.problems}
-    found = check_manifest(inspection.folder, hashes)
-    result.problems += [p for p in found.problems if p.split(":", 1)[0] not in named]
-    result.warnings += found.notes
+    result.add_manifest(inspection.folder, hashes)
     if hashes and read_manifest(inspection.folder) is None:
         result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
     result.problems += contract_problems(
@@ -132,30 +111,29 @@ def check(
     result.host_bytes = plan.output_bytes
     # A wrong number of ranks is reported above; sizes of that number would mislead.
     if serve.card_bytes is not None and plan.tensor_parallel_size == serve.tensor_parallel_size:
-        result.memory = card_memory(
+        memory = card_memory(
             plan,
             serve.card_bytes,
             serve.max_num_seqs,
             serve.max_num_batched_tokens,
             serve.gpu_memory_utilization,
         )
-        _judge_memory(result, result.memory, serve)
+        result.judge_memory(memory, serve.max_model_len, serve.max_num_seqs)
     result.command = server_command(server_settings(folder, serve), serve.release)
     return result
 
 
 def _check_serve_config(serve: ServeConfig) -> None:
-    numbers = {
-        "--tensor-parallel-size": serve.tensor_parallel_size,
-        "--max-num-seqs": serve.max_num_seqs,
-        "--workers": serve.api_processes,
-        "--max-concurrency": serve.api_requests,
-        "--block-size": serve.block_size,
-        "--gpu-memory": 1 if serve.card_bytes is None else serve.card_bytes,
-    }
-    for flag, value in numbers.items():
-        if value < 1:
-            raise CcqError(f"{flag} must be positive")
+    check_positive(
+        {
+            "--tensor-parallel-size": serve.tensor_parallel_size,
+            "--max-num-seqs": serve.max_num_seqs,
+            "--workers": serve.api_processes,
+            "--max-concurrency": serve.api_requests,
+            "--block-size": serve.block_size,
+            "--gpu-memory": 1 if serve.card_bytes is None else serve.card_bytes,
+        }
+    )
     if serve.draft_tokens < 0:
         raise CcqError(f"--draft-tokens {serve.draft_tokens}: must not be negative")
     if serve.max_model_len < 16:
@@ -167,8 +145,7 @@ def _check_serve_config(serve: ServeConfig) -> None:
             f"--max-model-len {serve.max_model_len}: the workers of FastDeploy {serve.release.name}"
             f" stop unless the block size, {serve.block_size}, divides it; take {near}"
         )
-    if not 0 < serve.gpu_memory_utilization <= 1:
-        raise CcqError(f"--gpu-memory-utilization {serve.gpu_memory_utilization}: not in 0..1")
+    check_utilization(serve.gpu_memory_utilization)
     if serve.max_num_seqs > serve.release.most_sequences:
         raise CcqError(
             f"--max-num-seqs {serve.max_num_seqs}: FastDeploy {serve.release.name} takes at most"
@@ -201,29 +178,6 @@ def _api_warnings(serve: ServeConfig) -> list[str]:
     return warnings
 
 
-def _judge_memory(result: CheckResult, memory: CardMemory, serve: ServeConfig) -> None:
-    if memory.cache <= 0:
-        result.problems.append(
-            f"memory: weights, activations and libraries need {-memory.cache / GIB:.1f} GiB more"
-            " than a card's usable part; more ranks, a larger card or fewer batched tokens"
-        )
-        return
-    if memory.tokens < serve.max_model_len:
-        result.problems.append(
-            f"memory: the KV cache holds {memory.tokens} tokens, one sequence of"
-            f" --max-model-len {serve.max_model_len} does not fit; at most --max-model-len"
-            f" {memory.tokens}"
-        )
-        return
-    share = memory.tokens // serve.max_num_seqs
-    if share < serve.max_model_len:
-        result.warnings.append(
-            f"memory: {memory.sequences(serve.max_model_len)} sequences of {serve.max_model_len}"
-            f" tokens fit at once; all {serve.max_num_seqs} together have room for {share} tokens"
-            " each, beyond which some wait or are computed again"
-        )
-
-
 def server_settings(folder: str | os.PathLike[str], serve: ServeConfig) -> dict[str, object]:
     """The settings of FastDeploy's server for a serve config, as keys of a YAML file."""
     settings: dict[str, object] = {
@@ -250,35 +204,11 @@ def server_settings(folder: str | os.PathLike[str], serve: ServeConfig) -> dict[
 
 
 def print_result(result: CheckResult, serve: ServeConfig, environment: Mapping[str, str]) -> None:
-    out = reporting.console()
-    if result.memory is not None:
-        m = result.memory
-        rows = [
-            ["card", f"{m.total / GIB:.1f} GiB"],
-            [f"usable ({m.utilization:g} of it)", f"{m.usable / GIB:.1f} GiB"],
-            ["weights", f"{m.weights / GIB:.1f} GiB"],
-            ["activations (estimate)", f"{m.activations / GIB:.1f} GiB"],
-            ["CUDA and libraries (allowance)", f"{m.libraries / GIB:.1f} GiB"],
-            ["left for the KV cache", f"{m.cache / GIB:.1f} GiB"],
-            ["KV cache of a token", f"{m.token_cache / 1024:g} KiB"],
-            ["tokens in the cache", f"{m.tokens:,}"],
-        ]
-        out.print(reporting.table(["memory of each card", ""], rows))
-
-    def line(text: str) -> None:
-        out.print(visible(text), soft_wrap=True)
-
-    line(f"host memory while loading: about {gigabytes(result.host_bytes)}")
-    for warning in result.warnings:
-        line(f"warning: {warning}")
-    for problem in result.problems:
-        line(f"problem: {problem}")
-    if result.good:
-        if result.command:
-            line(f"\n{shown(result.command, {**environment, **result.environment})}\n")
-        line(f"good: {result.folder} for FastDeploy {serve.release.name}")
-    else:
-        line(f"NOT good: {len(result.problems)} problems in {result.folder}")
+    start = ""
+    if result.command:
+        start = shown(result.command, {**environment, **result.environment})
+    host = f"host memory while loading: about {gigabytes(result.host_bytes)}"
+    engine_check.print_result(result, f"FastDeploy {serve.release.name}", start, [host])
 
 
 def card_problems(cards: list[Card], ranks: int) -> list[str]:

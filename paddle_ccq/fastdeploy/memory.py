@@ -9,12 +9,10 @@ activations and libraries are estimates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.plan import Plan
+from ..engine_check import GIB, CardMemory
+from ..families.ernie45 import ErnieConfig
 
-GIB = 1 << 30
 BLOCK_TOKENS = 64  # FastDeploy's default block_size
 DEFAULT_BATCHED_TOKENS = 8192  # FastDeploy's default with chunked prefill
 DEFAULT_UTILIZATION = 0.9
@@ -59,36 +57,6 @@ def activation_bytes(config: ErnieConfig, ranks: int, tokens: int, sequences: in
     return ACTIVATION_BYTES * tokens * (widest + beside) + logits
 
 
-@dataclass(frozen=True)
-class CardMemory:
-    """One card's memory, in bytes."""
-
-    total: int
-    utilization: float
-    weights: int
-    activations: int
-    libraries: int
-    token_cache: int  # KV cache of one token
-
-    @property
-    def usable(self) -> int:
-        return int(self.total * self.utilization)
-
-    @property
-    def cache(self) -> int:
-        """Bytes left for the KV cache; negative if not even the rest fits."""
-        return self.usable - self.weights - self.activations - self.libraries
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all sequences together that the cache holds, in whole blocks."""
-        return max(0, self.cache // (self.token_cache * BLOCK_TOKENS)) * BLOCK_TOKENS
-
-    def sequences(self, length: int) -> int:
-        """Sequences of a length that fit at the same time."""
-        return self.tokens // (-(-length // BLOCK_TOKENS) * BLOCK_TOKENS)
-
-
 def card_memory(
     plan: Plan,
     total: int,
@@ -105,4 +73,5 @@ def card_memory(
         activations=activation_bytes(plan.config, ranks, batched_tokens, sequences),
         libraries=LIBRARY_BYTES + (COLLECTIVE_BYTES if ranks > 1 else 0),
         token_cache=cache_bytes_per_token(plan.config, ranks),
+        block_tokens=BLOCK_TOKENS,
     )

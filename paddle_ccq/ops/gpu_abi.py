@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C interface of the GPU library's products: structures, enumerations, argument types.
 
-Mirrors custom_ops/gpu/*.h. Pointers are addresses of device memory, streams are CUDA's handles.
+The one definition for ctypes of what custom_ops/gpu/moe/*.h declare, held against them by
+tests/test_ops_gpu_abi.py. Pointers are addresses of device memory, streams are CUDA's handles.
+Imports nothing of the package: benchmarks/gpu/ccqlib.py reads it alone.
 """
 
 from __future__ import annotations
@@ -9,11 +11,9 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from ..errors import CcqError
-
 # ccq_library_version() of custom_ops/gpu/common/library.cu.
 VERSION = 2
-BFLOAT16 = 0  # enum ccq_dtype
+BFLOAT16, FLOAT16 = 0, 1  # enum ccq_dtype
 PAIRS_INTEGER, PAIRS_GENERAL = 0, 1  # enum ccq_pairs
 ROWS_PLAIN, ROWS_FASTDEPLOY = 0, 1  # enum ccq_row_order
 # enum ccq_format, as far as there are products with stored words.
@@ -41,6 +41,15 @@ class Shape(ctypes.Structure):
     _fields_ = _integers("hidden", "width", "experts", "dtype", "row_order")
 
 
+class GemmArgs(ctypes.Structure):
+    """struct ccq_moe_gemm_args (moe_gemm.h)."""
+
+    _fields_ = [
+        *_pointers("x", "offsets", "quant", "scales", "columns", "row_scale", "out", "workspace"),
+        *_integers("rows", "k", "n", "experts", "dtype", "pairs", "row_order"),
+    ]
+
+
 class SpareArgs(ctypes.Structure):
     """struct ccq_spare_gemm_args (linear_ccq.h)."""
 
@@ -60,19 +69,26 @@ class LinearW8Args(ctypes.Structure):
 
 
 _P, _I, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-# Function -> (argument types, result type; None: a CUDA error code).
-_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
-    "ccq_repack_wint2": ([_P, _P, _P, _I, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P], None),
+# Function -> (argument types, result type). int stands for a CUDA error code too.
+FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "ccq_repack_wint2": ([_P, _P, _P, _I, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P], _I),
+    "ccq_unpack_wint2": ([_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P], _I),
+    "ccq_moe_gemm_workspace": ([_I, _I, _I, _I], _SIZE),
+    "ccq_moe_gemm": ([_P, _P], _I),
+    "ccq_moe_gemm_variant": ([_P], _I),
+    "ccq_moe_gemm_choice": ([_I, _I, _I, _I, _I, _I, _I], _I),
+    "ccq_moe_ffn_workspace": ([_I, _P], _SIZE),
+    "ccq_moe_ffn": ([_P, _P, _I, _P, _P, _P, _P, _P, _P], _I),
     "ccq_moe_workspace": ([_I, _I, _P], _SIZE),
-    "ccq_moe": ([_P, _P, _P, _I, _I, _P, _P, _P, _P, _P, _P], None),
-    "ccq_moe_dispatch": ([_P, _P, _I, _I, _I, _I, _P, _P, _P, _P], None),
-    "ccq_moe_combine": ([_P, _P, _P, _I, _I, _I, _I, _P, _P], None),
-    "ccq_swiglu": ([_P, _P, _I, _I, _I, _P], None),
-    "ccq_spare_gemm": ([_P, _P], None),
+    "ccq_moe": ([_P, _P, _P, _I, _I, _P, _P, _P, _P, _P, _P], _I),
+    "ccq_moe_dispatch": ([_P, _P, _I, _I, _I, _I, _P, _P, _P, _P], _I),
+    "ccq_moe_combine": ([_P, _P, _P, _I, _I, _I, _I, _P, _P], _I),
+    "ccq_swiglu": ([_P, _P, _I, _I, _I, _P], _I),
+    "ccq_spare_gemm": ([_P, _P], _I),
     "ccq_linear_w8_workspace": ([_I, _I, _I], _SIZE),
     "ccq_linear_w8_counters": ([_I], _I),
-    "ccq_linear_w8": ([_P, _P], None),
-    "ccq_dequant_w8": ([_P, _P, _I, _I, _I, _P, _P], None),
+    "ccq_linear_w8": ([_P, _P], _I),
+    "ccq_dequant_w8": ([_P, _P, _I, _I, _I, _P, _P], _I),
 }
 
 
@@ -80,17 +96,9 @@ def declare(library: Any) -> Any:
     """The library with the types of its products declared.
 
     Raises:
-        CcqError: where it has not all of them, saying what to do.
+        AttributeError: where it has not all of them.
     """
-    try:
-        for name, (arguments, result) in _FUNCTIONS.items():
-            function = getattr(library, name)
-            function.argtypes = arguments
-            if result is not None:
-                function.restype = result
-    except AttributeError as error:
-        raise CcqError(
-            f"the GPU library has no products for a model ({error}); build it again with "
-            "`python -m paddle_ccq.ops.gpu_library`"
-        ) from None
+    for name, (arguments, result) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
     return library

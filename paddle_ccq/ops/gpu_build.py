@@ -33,8 +33,14 @@ def target_flags(architectures: Sequence[int]) -> list[str]:
     return code + (["-DCCQ_SM90A"] if 90 in architectures else [])
 
 
-def nvcc_command(folder: Path, output: Path, architectures: Sequence[int]) -> list[str]:
-    """The command that compiles the sources in `folder` into one shared library."""
+def nvcc_command(
+    folder: Path, output: Path, architectures: Sequence[int], flags: Sequence[str] = ()
+) -> list[str]:
+    """The command that compiles the sources in `folder` into one shared library.
+
+    Args:
+        flags: more of nvcc's, for measurements and tests.
+    """
     command = ["nvcc", "-std=c++17", "-O3", "-t0", "-shared", "-Xcompiler", "-fPIC"]
-    command += [*target_flags(architectures), "-o", str(output)]
+    command += [*target_flags(architectures), *flags, "-o", str(output)]
     return [*command, *(str(folder / name) for name in SOURCES)]

@@ -187,6 +187,21 @@ def load() -> ctypes.CDLL:
     return library
 
 
+def load_products() -> ctypes.CDLL:
+    """The library with the products for a model declared too (gpu_abi.FUNCTIONS).
+
+    Raises:
+        CcqError: where there is none, or one without all of them, saying what to do.
+    """
+    try:
+        return gpu_abi.declare(load())
+    except AttributeError as error:
+        raise CcqError(
+            f"{library_path()}: no products for a model ({error}); build it again with "
+            "`python -m paddle_ccq.ops.gpu_library`"
+        ) from None
+
+
 def _check_version(library: ctypes.CDLL, path: Path) -> None:
     """Refuse a library whose C interface is not the one that this package speaks."""
     try:

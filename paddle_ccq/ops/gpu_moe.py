@@ -23,15 +23,6 @@ ROW_MULTIPLE = 128  # of hidden size and expert width
 _SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 
 
-def load() -> Any:
-    """The library, with the functions for the expert block.
-
-    Raises:
-        CcqError: where there is none, or none with these functions.
-    """
-    return gpu_abi.declare(gpu_library.load())
-
-
 class _Side:
     """One projection of all experts in the kernels' layout."""
 
@@ -89,7 +80,7 @@ class GpuExperts:
         library: Any = None,
     ) -> None:
         checks.row_order(row_order)
-        self.device, self.library = device, library or load()
+        self.device, self.library = device, library or gpu_library.load_products()
         self.up_gate = _Side(self.library, device, up_gate)
         self.down = _Side(self.library, device, down)
         self.hidden, self.experts = self.up_gate.k, len(up_gate)

@@ -11,7 +11,7 @@ from ..allocation.costs import Sensitivities
 from ..allocation.resolve import Allocation
 from ..allocation.session import AllocationRequest
 from ..calibration.session import CalibrationRequest
-from ..checkpoint.config import ErnieConfig
+from ..families.config import ModelConfig
 from .options import PathLike, QuantizeOptions
 
 
@@ -31,7 +31,7 @@ class Job:
     calibration: CalibrationRequest | None
     wanted: AllocationRequest | None
     source: Path = field(default_factory=Path)
-    config: ErnieConfig | None = None
+    config: ModelConfig | None = None
     notes: tuple[str, ...] = ()
     costs: Sensitivities | None = None
     allocation: Allocation | None = None

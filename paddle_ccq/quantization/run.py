@@ -17,7 +17,6 @@ from tqdm import tqdm
 from .. import reporting
 from ..calibration.session import output_errors
 from ..checkpoint.companions import read_companions
-from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.convert import Converter
 from ..checkpoint.journal import make_fingerprint
 from ..checkpoint.plan import Plan
@@ -28,6 +27,7 @@ from ..encoder import factory
 from ..encoder.base import MatrixEncoder
 from ..encoder.ldlq import Hessians
 from ..errors import CcqError
+from ..families.config import CONFIG_FILE
 from ..ops import gpu_library
 from ..targets.fastdeploy.card import Recipe, model_card
 from ..targets.fastdeploy.config import output_config

@@ -16,7 +16,6 @@ from ..allocation.costs import Sensitivities
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
 from ..checkpoint.companions import check_regular, read_companions
-from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.plan import LayerFormats, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_folder
@@ -25,6 +24,7 @@ from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
+from ..families.config import CONFIG_FILE
 from ..targets.fastdeploy.card import Recipe
 from . import report
 from .job import Job

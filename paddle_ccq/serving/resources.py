@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from ..checkpoint.config import ErnieConfig
+from ..families.ernie45 import ErnieConfig
 from ..host import available_memory, default_threads, proc_bytes
 from .kv_cache import bytes_per_token
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.reader import Checkpoint
 from ..errors import CcqError
+from ..families.ernie45 import ErnieConfig
 from ..families.tensor import Role
 from ..host import available_memory
 from ..units import gigabytes

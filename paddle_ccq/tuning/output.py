@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.companions import read_companions
-from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.manifest import MANIFEST_FILE, manifest_bytes
 from ..checkpoint.reader import PROVENANCE_KEY, Checkpoint
 from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, StoredSpec
@@ -19,6 +18,7 @@ from ..checkpoint.safetensors_writer import SafetensorsWriter, sync_folder
 from ..checkpoint.values import count_nonfinite
 from ..checkpoint.writer import SMALL_FILES_BYTES, json_bytes, write_file
 from ..errors import CcqError
+from ..families.config import CONFIG_FILE
 from ..targets.fastdeploy.layout import SHARD_METADATA
 from ..units import gigabytes
 

@@ -10,20 +10,19 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .. import reporting
 from ..arguments import Arguments, count, number
-from ..checkpoint.manifest import check_manifest
 from ..command import run_command
+from ..engine_check import GIB, CheckResult, check_positive, check_utilization, print_result
 from ..errors import CcqError
 from ..ops import gpu_library
 from ..targets.fastdeploy.inspection import Inspection
 from . import releases
 from .claims import Claim, Parallel, check_parallel
-from .memory import GIB, CardMemory, card_memory
+from .memory import card_memory
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,6 @@ class ServeConfig:
     cache_bytes: int = 2
 
 
-@dataclass
-class CheckResult:
-    """What was found; `problems` keep vLLM from serving it, `warnings` don't."""
-
-    folder: str
-    memory: CardMemory
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=list)
-
-    @property
-    def good(self) -> bool:
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        return {"good": self.good, **asdict(self), "cache_tokens": self.memory.tokens}
-
-
 def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
     """Hold a quantized checkpoint against the plugin's rules and a card's memory.
 
@@ -75,21 +56,10 @@ def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
     claim = Claim.read(config.raw["quantization_config"])
     claim.check_model(config)
     check_parallel(config, claim, serve.parallel, inspection.plan.tensor_parallel_size)
+    result = CheckResult(str(folder), list(inspection.problems))
+    result.add_manifest(inspection.folder, False)
     memory = card_memory(inspection.plan, serve)
-    result = CheckResult(str(folder), memory, list(inspection.problems))
-    named = {problem.split(":", 1)[0] for problem in result.problems}
-    found = check_manifest(inspection.folder, False).problems
-    result.problems += [problem for problem in found if problem.split(":", 1)[0] not in named]
-    if memory.cache <= 0:
-        result.problems.append(
-            f"memory: {-memory.cache / GIB:.1f} GiB more than a card's usable part are needed; more"
-            " cards, a larger card or fewer batched tokens"
-        )
-    elif memory.tokens < serve.max_model_len:
-        result.problems.append(
-            f"memory: the KV cache holds {memory.tokens} tokens, one sequence of --max-model-len"
-            f" {serve.max_model_len} does not fit; at most --max-model-len {memory.tokens}"
-        )
+    result.judge_memory(memory, serve.max_model_len, serve.max_num_seqs)
     if serve.max_model_len > config.max_position_embeddings:
         result.warnings.append(
             f"--max-model-len {serve.max_model_len}: the model was made for"
@@ -101,18 +71,17 @@ def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
 
 
 def _check_serve_config(serve: ServeConfig) -> None:
-    for flag, value in {
-        "--tensor-parallel-size": serve.parallel.tensor,
-        "--pipeline-parallel-size": serve.parallel.pipeline,
-        "--gpu-memory": serve.card_bytes,
-        "--max-model-len": serve.max_model_len,
-        "--max-num-seqs": serve.max_num_seqs,
-        "--max-num-batched-tokens": serve.max_num_batched_tokens,
-    }.items():
-        if value < 1:
-            raise CcqError(f"{flag} must be positive")
-    if not 0 < serve.gpu_memory_utilization <= 1:
-        raise CcqError(f"--gpu-memory-utilization {serve.gpu_memory_utilization}: not in 0..1")
+    check_positive(
+        {
+            "--tensor-parallel-size": serve.parallel.tensor,
+            "--pipeline-parallel-size": serve.parallel.pipeline,
+            "--gpu-memory": serve.card_bytes,
+            "--max-model-len": serve.max_model_len,
+            "--max-num-seqs": serve.max_num_seqs,
+            "--max-num-batched-tokens": serve.max_num_batched_tokens,
+        }
+    )
+    check_utilization(serve.gpu_memory_utilization)
 
 
 def _judge_machine(result: CheckResult) -> None:
@@ -148,34 +117,6 @@ def command(folder: str | os.PathLike[str], serve: ServeConfig) -> list[str]:
     return parts
 
 
-def print_result(result: CheckResult, serve: ServeConfig) -> None:
-    out, m = reporting.console(), result.memory
-    rows = [
-        ["card", f"{m.total / GIB:.1f} GiB"],
-        [f"usable ({m.utilization:g} of it)", f"{m.usable / GIB:.1f} GiB"],
-        ["weights", f"{m.weights / GIB:.1f} GiB"],
-        ["a step's tensors (estimate)", f"{m.step / GIB:.1f} GiB"],
-        ["CUDA, graphs, libraries (allowance)", f"{m.libraries / GIB:.1f} GiB"],
-        ["left for the KV cache", f"{m.cache / GIB:.1f} GiB"],
-        ["KV cache of a token", f"{m.token_cache / 1024:g} KiB"],
-        ["tokens in the cache", f"{m.tokens:,}"],
-    ]
-    out.print(reporting.table(["memory of each card", ""], rows))
-
-    def line(text: str) -> None:
-        out.print(text, markup=False, soft_wrap=True)
-
-    for warning in result.warnings:
-        line(f"warning: {warning}")
-    for problem in result.problems:
-        line(f"problem: {problem}")
-    if result.good:
-        line(f"\n{shlex.join(result.command)}\n")
-        line(f"good: {result.folder} for vLLM")
-    else:
-        line(f"NOT good: {len(result.problems)} problems in {result.folder}")
-
-
 def build_parser() -> Arguments:
     parser = Arguments("vllm-check", __doc__)
     parser.subject("folder", "quantized checkpoint", "DIR")
@@ -209,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             cache_bytes=1 if args.kv_cache_dtype == "fp8" else 2,
         )
         result = check(args.folder, serve)
-        print_result(result, serve)
+        print_result(result, "vLLM", shlex.join(result.command))
         if args.json:
             reporting.write_json(args.json, result.to_json())
         return 0 if result.good else 1

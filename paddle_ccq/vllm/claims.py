@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import ErnieConfig
 from ..checkpoint.reader import PROVENANCE_KEY
 from ..codec import formats
 from ..codec.formats import EXPERT_FORMATS
 from ..codec.row_order import FASTDEPLOY_2_1, ROW_ORDERS
 from ..errors import CcqError
+from ..families.ernie45 import ErnieConfig
+from ..families.registry import read_config
 from ..families.tensor import Role, TensorSpec
 from ..targets.fastdeploy.config import wint4_end_layer_of, wint4_layers_of
 
@@ -119,7 +120,7 @@ def row_order_of(raw: Mapping[str, Any]) -> str:
 def read_model_config(model: str, fallback: Mapping[str, Any]) -> ErnieConfig:
     """A local folder's config.json, else the one that vLLM has read from the hub."""
     folder = Path(model)
-    return ErnieConfig.from_json(folder if folder.is_dir() else dict(fallback))
+    return read_config(folder if folder.is_dir() else dict(fallback))
 
 
 @dataclass(frozen=True)

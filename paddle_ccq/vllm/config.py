@@ -13,8 +13,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.platforms import current_platform
 
-from ..checkpoint.config import ErnieConfig
 from ..codec.row_order import FASTDEPLOY_2_1
+from ..families.ernie45 import ErnieConfig
 from . import names
 from .claims import (
     METHOD,
@@ -106,15 +106,18 @@ class CcqConfig(QuantizationConfig):
         return None
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
-        from . import experts
-        from .integer_experts import wint4_method
-
         format, cut = self.claim.expert_format(names.layer_of(prefix)), self.ranks > 1
         moe = layer.moe_config
-        if format == "wint4":
-            return wint4_method(moe, prefix, cut)
         if current_platform.is_cpu():
-            return experts.CpuExpertsMethod(moe, prefix, cut, format, self.row_order)
+            from . import cpu_experts
+
+            if format == "wint4":
+                return cpu_experts.CpuWint4ExpertsMethod(moe, prefix, cut)
+            return cpu_experts.CpuCodedExpertsMethod(moe, prefix, cut, format, self.row_order)
+        from . import gpu_experts
+
+        if format == "wint4":
+            return gpu_experts.Wint4ExpertsMethod(moe, prefix, cut)
         if format == "wint2":
-            return experts.Wint2ExpertsMethod(moe, prefix, cut, self.row_order)
-        return experts.SpareExpertsMethod(moe, prefix, cut, format)
+            return gpu_experts.Wint2ExpertsMethod(moe, prefix, cut, self.row_order)
+        return gpu_experts.SpareExpertsMethod(moe, prefix, cut, format)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts in WINT2 and in the 2.5- and 2.75-bit formats, on this package's kernels."""
+"""Routed experts as vLLM loads them: how stored tensors arrive, and what of them is a rank's.
+
+What multiplies with them is in gpu_experts.py and cpu_experts.py.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,12 @@ import torch
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.platforms import current_platform
 
-from .. import ops
 from ..codec import formats
-from ..codec.floats import BFLOAT16
-from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
 from . import layout
 from .layout import Piece
 
-_DTYPES = {
+DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
@@ -25,6 +25,7 @@ _DTYPES = {
     "F32": torch.float32,
 }
 PROJECTIONS = ("up_gate", "down")
+Tensors = dict[str, torch.Tensor]  # by suffix, of one expert's matrix
 
 
 class ExpertsMethod(FusedMoEMethodBase):
@@ -106,33 +107,37 @@ class ExpertsMethod(FusedMoEMethodBase):
                 raise CcqError(f"{name}: experts of {self.prefix} are {self.format}, without such")
             return
         del self.pending[key]
-        self.finish(layer, local, projection, self._cut(projection, found))
+        self.finish(layer, local, projection, self.cut(projection, self._whole(projection, found)))
         self.done.add(key)
 
     def suffixes(self) -> set[str]:
         return set(formats.tensor_specs(self.format, 128, 128))
 
-    def _cut(
-        self, projection: str, found: dict[str, tuple[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    def _whole(self, projection: str, found: dict[str, tuple[str, torch.Tensor]]) -> Tensors:
+        """The stored tensors of one whole matrix, which must have the format's shapes and types."""
+        k, n = self.stored_k[projection], self.shape_of(projection)[1]
+        if projection == "up_gate" and not self.already_cut:
+            n = 2 * self.stored_k["down"]
+        specs = formats.tensor_specs(self.format, k, n)
+        for suffix, (name, stored) in found.items():
+            shape, dtype = specs[suffix]
+            if tuple(stored.shape) != shape or stored.dtype != DTYPES[dtype]:
+                raise CcqError(
+                    f"{name}: {stored.dtype} {list(stored.shape)}, {self.format} of [{k}, {n}] has"
+                    f" {DTYPES[dtype]} {list(shape)}"
+                )
+        return {suffix: stored for suffix, (_, stored) in found.items()}
+
+    def cut(self, projection: str, stored: Tensors) -> Tensors:
         """A rank's part of every stored tensor of one matrix, on the layer's device."""
-        k, n = self.shape_of(projection)
         columns, rows = self.shares[projection]
         whole_k = self.stored_k[projection]
-        whole_n = n if projection == "down" or self.already_cut else 2 * self.stored_k["down"]
-        wanted = formats.tensor_specs(self.format, whole_k, whole_n)
-        own = formats.tensor_specs(self.format, k, n)
+        own = formats.tensor_specs(self.format, *self.shape_of(projection))
         result = {}
-        for suffix, (name, stored) in found.items():
-            shape, dtype = wanted[suffix]
-            if tuple(stored.shape) != shape or stored.dtype != _DTYPES[dtype]:
-                raise CcqError(
-                    f"{name}: {stored.dtype} {list(stored.shape)}, {self.format} of"
-                    f" [{whole_k}, {whole_n}] has {_DTYPES[dtype]} {list(shape)}"
-                )
-            part = torch.empty(own[suffix][0], dtype=stored.dtype, device=self.device())
+        for suffix, whole in stored.items():
+            part = torch.empty(own[suffix][0], dtype=whole.dtype, device=self.device())
             for target, source in layout.ccq_slices(self.format, suffix, whole_k, columns, rows):
-                part[target] = stored[source].to(part.device)
+                part[target] = whole[source].to(part.device)
             result[suffix] = part
         return result
 
@@ -154,171 +159,47 @@ class ExpertsMethod(FusedMoEMethodBase):
         ids = topk_ids if mapping is None else mapping[topk_ids]
         return ids.to(torch.int64)
 
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
+        return self.multiply(layer, x, topk_weights, topk_ids)
+
     def allocate(self, layer: Any) -> None:
+        """Make room for the cut tensors of all experts of this rank."""
         raise NotImplementedError
 
-    def finish(
-        self, layer: Any, expert: int, projection: str, tensors: dict[str, torch.Tensor]
-    ) -> None:
+    def finish(self, layer: Any, expert: int, projection: str, tensors: Tensors) -> None:
+        """Put one cut matrix into its place."""
         raise NotImplementedError
+
+    def multiply(
+        self, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over a token's experts `ids` (over all ranks) of their outputs times `weights`."""
+        raise NotImplementedError
+
+
+class Wint4Experts(ExpertsMethod):
+    """What wint4 on any device has in common: states plus 8 in uint8 [N, K], scales [N]."""
+
+    format = "wint4"
+
+    def cut(self, projection: str, stored: Tensors) -> Tensors:
+        columns, rows = self.shares[projection]
+        raw = stored["quant_weight"].view(torch.uint8)
+        tiles = layout.cut_interleaved(raw, 4, columns, rows)
+        states = [layout.states(part.to(self.device()), 4) for part in tiles]
+        scale = stored["weight_scale"]
+        scales = [scale[p.source : p.source + p.size] for p in columns]
+        return {"quant_weight": torch.cat(states), "weight_scale": torch.cat(scales)}
 
 
 def _local(layer: Any, expert: int) -> int:
     mapping = layer.expert_map
     return expert if mapping is None else int(mapping[expert])
-
-
-def _parameter(layer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    value = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-    layer.register_parameter(name, value)
-    return value
-
-
-class Wint2ExpertsMethod(ExpertsMethod):
-    """WINT2 on the grouped tensor-core product, in its own layout (custom_ops/gpu/moe/repack.h)."""
-
-    format = "wint2"
-
-    def __init__(self, moe: Any, prefix: str, already_cut: bool, row_order: str) -> None:
-        super().__init__(moe, prefix, already_cut)
-        self.row_order = int(row_order == FASTDEPLOY_2_1)
-        self.general_pairs = 0
-
-    def allocate(self, layer: Any) -> None:
-        e = self.experts
-        for part in PROJECTIONS:
-            k, n = self.shape_of(part)
-            _parameter(layer, f"ccq_{part}_quant", (e, n * k // 4), torch.uint8)
-            _parameter(layer, f"ccq_{part}_scales", (e, n * k // 128), torch.uint8)
-            _parameter(layer, f"ccq_{part}_columns", (2, e, 2 * n), torch.int32)
-        kinds = torch.full((2, e), -1, dtype=torch.int32)
-        layer.register_buffer("ccq_pair_kinds", kinds, persistent=False)
-
-    def finish(
-        self, layer: Any, expert: int, projection: str, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        from .torch_ops import repack_wint2
-
-        quant, scales, columns = self.parameters(layer, projection)
-        kind = layer.ccq_pair_kinds[PROJECTIONS.index(projection), expert : expert + 1]
-        columns[:, expert] = repack_wint2(tensors, quant[expert], scales[expert], kind)
-
-    def parameters(self, layer: Any, projection: str) -> list[torch.Tensor]:
-        return [
-            getattr(layer, f"ccq_{projection}_{x}").data for x in ("quant", "scales", "columns")
-        ]
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        kinds = layer.ccq_pair_kinds.amax(dim=1).tolist()
-        self.general_pairs = int(kinds[0] > 0) | int(kinds[1] > 0) << 1
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        from .torch_ops import experts_wint2
-
-        return experts_wint2(
-            x,
-            topk_weights.to(torch.float32),
-            self.choices(layer, topk_ids),
-            self.parameters(layer, "up_gate"),
-            self.parameters(layer, "down"),
-            self.width,
-            self.general_pairs,
-            self.row_order,
-        )
-
-
-class SpareExpertsMethod(ExpertsMethod):
-    """2.5 and 2.75 bits, multiplied as stored (custom_ops/gpu/moe/linear_ccq.h)."""
-
-    def __init__(self, moe: Any, prefix: str, already_cut: bool, format: str) -> None:
-        super().__init__(moe, prefix, already_cut)
-        self.format = format
-
-    def allocate(self, layer: Any) -> None:
-        for part in PROJECTIONS:
-            k, n = self.shape_of(part)
-            for suffix, (shape, dtype) in formats.tensor_specs(self.format, k, n).items():
-                full = (self.experts, *shape)
-                _parameter(layer, f"ccq_{part}_{suffix}", full, _DTYPES[dtype])
-
-    def finish(
-        self, layer: Any, expert: int, projection: str, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        for suffix, value in tensors.items():
-            getattr(layer, f"ccq_{projection}_{suffix}").data[expert] = value
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        from ..ops.gpu_abi import SPARE_FORMATS
-        from .torch_ops import experts_spare
-
-        up_gate, down = (
-            [getattr(layer, f"ccq_{p}_{s}") for s in ("quant_weight", "super_scales")]
-            for p in PROJECTIONS
-        )
-        ids, routing_weights = self.choices(layer, topk_ids), topk_weights.to(torch.float32)
-        return experts_spare(x, routing_weights, ids, up_gate, down, SPARE_FORMATS[self.format])
-
-
-class CpuExpertsMethod(ExpertsMethod):
-    """Any of the formats on the CPU operators."""
-
-    def __init__(
-        self, moe: Any, prefix: str, already_cut: bool, format: str, row_order: str
-    ) -> None:
-        super().__init__(moe, prefix, already_cut)
-        self.format = format
-        self.row_order = row_order if format == "wint2" else PLAIN
-        self.packed: dict[str, dict[int, Any]] = {p: {} for p in PROJECTIONS}
-
-    def allocate(self, layer: Any) -> None:
-        self.packed = {p: {} for p in PROJECTIONS}
-
-    def finish(
-        self, layer: Any, expert: int, projection: str, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        arrays = {suffix: _numpy(value) for suffix, value in tensors.items()}
-        self.packed[projection][expert] = ops.repack(self.format, arrays, self.row_order)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        from .cpu_ops import keep
-
-        if not self.packed["up_gate"]:
-            return
-        up, down = (tuple(self.packed[p][e] for e in range(self.experts)) for p in PROJECTIONS)
-        layer.ccq_number = keep(ops.PackedExperts(up, down))
-        self.packed = {p: {} for p in PROJECTIONS}
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        from .cpu_ops import experts
-
-        return experts(x, topk_weights, self.choices(layer, topk_ids), layer.ccq_number)
-
-
-def _numpy(value: torch.Tensor) -> Any:
-    if value.dtype == torch.bfloat16:
-        return value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
-    return value.contiguous().numpy()

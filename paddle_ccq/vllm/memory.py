@@ -8,45 +8,18 @@ and cache are exact; the others are estimates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.plan import Plan
+from ..engine_check import GIB, CardMemory
 from ..families.tensor import Role
 
-GIB = 1 << 30
 BLOCK_TOKENS = 16
 # CUDA context, captured graphs, cuBLAS workspaces; measured on one H200 with the 300B's shape.
 LIBRARY_BYTES = 3 * GIB
 # Tokens that one call of the expert block takes (torch_ops.MOE_TOKENS) and decoded weights at once.
 MOE_TOKENS = 4096
 DECODED_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class CardMemory:
-    """One card's memory, in bytes."""
-
-    total: int
-    utilization: float
-    weights: int
-    step: int
-    libraries: int
-    token_cache: int  # KV cache of one token
-
-    @property
-    def usable(self) -> int:
-        return int(self.total * self.utilization)
-
-    @property
-    def cache(self) -> int:
-        """What is left for the KV cache; negative if not even the rest fits."""
-        return self.usable - self.weights - self.step - self.libraries
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all sequences together that the cache holds, in whole blocks."""
-        return max(0, self.cache // (self.token_cache * BLOCK_TOKENS)) * BLOCK_TOKENS
 
 
 def _weights(plan: Plan, serve: Any) -> int:
@@ -66,7 +39,7 @@ def _weights(plan: Plan, serve: Any) -> int:
     return max(stages)
 
 
-def _step(plan: Plan, serve: Any) -> int:
+def _activations(plan: Plan, serve: Any) -> int:
     """Peak of one step: the expert block of its largest call beside the layer's own tensors."""
     config, tokens = plan.config, serve.max_num_batched_tokens
     ranks, hidden = serve.parallel.tensor, config.hidden_size
@@ -89,7 +62,8 @@ def card_memory(plan: Plan, serve: Any) -> CardMemory:
         total=serve.card_bytes,
         utilization=serve.gpu_memory_utilization,
         weights=_weights(plan, serve),
-        step=_step(plan, serve),
+        activations=_activations(plan, serve),
         libraries=LIBRARY_BYTES,
         token_cache=2 * serve.cache_bytes * heads * config.head_dim * layers,
+        block_tokens=BLOCK_TOKENS,
     )

@@ -30,7 +30,7 @@ def library() -> Any:
     Raises:
         CcqError: where there is none, or one of another version.
     """
-    return gpu_abi.declare(gpu_library.load())
+    return gpu_library.load_products()
 
 
 def _stream() -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint.companions import check_file
-from ...checkpoint.config import CONFIG_FILE, ErnieConfig
 from ...checkpoint.manifest import is_foreign
 from ...checkpoint.plan import LayerFormats, Plan, PlannedTensor
 from ...checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
@@ -27,6 +26,8 @@ from ...codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ...codec.row_order import ROW_ORDERS
 from ...codec.wint2 import CODE_MAX, code_range
 from ...errors import CcqError
+from ...families.config import CONFIG_FILE, ModelConfig
+from ...families.registry import read_config
 from ...families.tensor import Role
 from .config import (
     WINT4_LAYERS,
@@ -217,14 +218,14 @@ class Inspection:
                 )
 
 
-def _config(folder: Path, problems: list[str]) -> ErnieConfig:
+def _config(folder: Path, problems: list[str]) -> ModelConfig:
     if not folder.is_dir():
         raise CcqError(f"{folder}: no such folder")
     if folder.resolve().name.endswith(PARTIAL_SUFFIX) or (folder / JOURNAL_FILE).exists():
         raise CcqError(f"{folder}: an unfinished output; run the command that writes it again")
     if os.path.lexists(folder / CONFIG_FILE):
         check_file(folder / CONFIG_FILE)
-    return ErnieConfig.from_json(folder, problems).with_head_of(_stored_names(folder))
+    return read_config(folder, problems).with_head_of(_stored_names(folder))
 
 
 def _stored_names(folder: Path) -> Collection[str]:
@@ -242,7 +243,7 @@ def _stored_names(folder: Path) -> Collection[str]:
     return ()
 
 
-def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
+def _expected_plan(config: ModelConfig, folder: Path) -> Plan:
     quantization = config.raw.get("quantization_config")
     where = folder / "config.json"
     if not isinstance(quantization, dict):
@@ -284,7 +285,7 @@ def _expected_plan(config: ErnieConfig, folder: Path) -> Plan:
     )
 
 
-def _unquantized_dense(config: ErnieConfig, patterns: object) -> list[Rule]:
+def _unquantized_dense(config: ModelConfig, patterns: object) -> list[Rule]:
     if not isinstance(patterns, list):
         return []
     return [
@@ -298,7 +299,7 @@ def _unquantized_dense(config: ErnieConfig, patterns: object) -> list[Rule]:
     ]
 
 
-def _row_order(config: ErnieConfig) -> str | None:
+def _row_order(config: ModelConfig) -> str | None:
     """What config.json records; None if it records nothing."""
     own = config.raw.get(PROVENANCE_KEY)
     recorded = own.get("row_order") if isinstance(own, dict) else None

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ...checkpoint.config import ErnieConfig
 from ...checkpoint.plan import WIDER, Plan, PlanOptions, make_plan
 from ...checkpoint.safetensors_format import StoredSpec
 from ...codec import formats
 from ...codec.formats import stored_order
 from ...codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ...errors import CcqError
-from ...families.ernie45 import PADDLE
+from ...families.ernie45 import PADDLE, ErnieConfig
 from ...families.tensor import EXACT_ROLES, TensorSpec
 from ...reporting import ranges
 

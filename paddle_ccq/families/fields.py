@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import CcqError
-from .config_keys import show
 
 _REQUIRED = object()
+# Builds the error for a key and what is wrong with it.
+Fail = Callable[[str, str], Exception]
 
 
 class Fields:
@@ -54,3 +56,29 @@ class Fields:
         if not isinstance(value, bool):
             raise self.fail(key, f"{show(value)} is neither true nor false")
         return value
+
+
+def check_same(first: str, value: Any, second: str, other: Any, fail: Fail) -> None:
+    """Refuse two keys that state one value differently."""
+    if not same(value, other):
+        raise fail(
+            first,
+            f"{show(value)}, but {second} says {show(other)}; both mean the same, so keep the one"
+            " that is right",
+        )
+
+
+def same(value: Any, other: Any) -> bool:
+    """Equality of JSON values in which true is not 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
+def show(value: object) -> str:
+    """A value for an error message, cut where it is long."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer too long for Python to print
+        text = "the number"
+    return text if len(text) <= 60 else text[:57] + "..."

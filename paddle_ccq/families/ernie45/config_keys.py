@@ -11,11 +11,10 @@ and of configs of other model families.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Builds the error for a key and what is wrong with it.
-Fail = Callable[[str, str], Exception]
+from ..fields import Fail, check_same, same, show
 
 # The name that is read -> other names of the same value.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -230,21 +229,6 @@ def _state(
     result[name] = value
 
 
-def check_same(first: str, value: Any, second: str, other: Any, fail: Fail) -> None:
-    """Refuse two keys that state one value differently."""
-    if not same(value, other):
-        raise fail(
-            first,
-            f"{show(value)}, but {second} says {show(other)}; both mean the same, so keep the one"
-            " that is right",
-        )
-
-
-def same(value: Any, other: Any) -> bool:
-    """Equality of JSON values in which true is not 1."""
-    return isinstance(value, bool) == isinstance(other, bool) and value == other
-
-
 def fixed_problems(values: Mapping[str, Any], experts: bool) -> Iterator[tuple[str, str]]:
     """Keys that change the model and don't have ERNIE-4.5's value, each with what is wrong."""
     for key, allowed in (*FIXED.items(), *(FIXED_MOE.items() if experts else ())):
@@ -271,14 +255,3 @@ def unknown_keys(values: Mapping[str, Any]) -> list[str]:
         and key not in NEUTRAL
         and not NEUTRAL_PATTERN.fullmatch(key)
     ]
-
-
-def show(value: object) -> str:
-    """A value for an error message, cut where it is long."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer too long for Python to print
-        text = "the number"
-    return text if len(text) <= 60 else text[:57] + "..."

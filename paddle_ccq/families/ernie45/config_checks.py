@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from ..errors import CcqError
-from ..families.ernie45 import ERNIE45
-from .config_fields import Fields
-from .config_keys import check_same, fixed_problems, same, show, unknown_keys
-from .safetensors_io import load_json
+from ..config import CONFIG_FILE
+from ..fields import Fields, check_same, same, show
+from .config_keys import fixed_problems, unknown_keys
 
-CONFIG_FILE = "config.json"
-MAX_CONFIG_BYTES = 16 << 20
-ARCHITECTURES = ERNIE45.architectures
+ARCHITECTURES = ("Ernie4_5_MoeForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM")
 MODEL_TYPES = ("ernie4_5_moe", "ernie4_5", "ernie")
 # What a rope object may hold beside its type and rope_theta, and the value that changes nothing;
 # None: any value, since only other types of scaling look at it.
@@ -25,18 +20,6 @@ ROPE_NEUTRAL = {
     "partial_rotary_factor": 1,
     "original_max_position_embeddings": None,
 }
-
-
-def architectures(fields: Fields) -> tuple[str, ...]:
-    supported = ", ".join(ARCHITECTURES)
-    names = fields.get("architectures", None)
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise fields.fail("architectures", f"not a list of names; supported are {supported}")
-    if names[0] not in ARCHITECTURES:
-        raise fields.fail(
-            "architectures", f"{show(names[0])} is not supported; supported are {supported}"
-        )
-    return tuple(names)
 
 
 def model_type(fields: Fields, experts: bool) -> str:
@@ -182,28 +165,3 @@ def notes(fields: Fields) -> list[str]:
             f"{CONFIG_FILE}: unknown keys are taken to change nothing that is computed: {shown}"
         )
     return notes
-
-
-def check_generation(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse special tokens of generation_config.json that contradict config.json's.
-
-    End tokens may be lists; one file may list more of them than the other.
-    """
-    try:
-        generation = load_json(path, MAX_CONFIG_BYTES) if path.is_file() else None
-    except CcqError:
-        return  # whoever reads generation settings says what is wrong with the file
-    if not isinstance(generation, dict):
-        return
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        here, there = (_token_set(values.get(key)) for values in (config, generation))
-        if here and there and not (here <= there or there <= here):
-            raise CcqError(
-                f"{path}: {key}: {show(generation[key])}, but {CONFIG_FILE} says"
-                f" {show(config[key])}; keep the one that is right in both"
-            )
-
-
-def _token_set(value: object) -> set[int]:
-    listed = value if isinstance(value, list) else [value]
-    return {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}

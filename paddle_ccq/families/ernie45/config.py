@@ -1,91 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model description in config.json, checked field by field before anything relies on it."""
+"""ERNIE-4.5's config.json, checked field by field before anything relies on it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CcqError
-from ..families.ernie45 import ERNIE45, HEAD
-from ..families.family import Family
-from ..families.tensor import Tensors
+from ..config import FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
+from ..family import Family
+from ..fields import Fields, show
 from . import config_checks, config_keys
-from .config_checks import CONFIG_FILE, MAX_CONFIG_BYTES
-from .config_fields import Fields
-from .config_keys import show
-from .safetensors_io import load_json
-
-GENERATION_FILE = "generation_config.json"
-FLOAT_TYPES = ("bfloat16", "float16", "float32")
-
-# Far above any published model; they bound the work that a hostile file can ask for.
-MAX_LAYERS = 512
-MAX_EXPERTS = 1024
-MAX_WIDTH = 1 << 24
 
 
-@dataclass(frozen=True)
-class ErnieConfig:
+@dataclass(frozen=True, kw_only=True)
+class ErnieConfig(ModelConfig):
     """Shape and arithmetic of an ERNIE-4.5 text model; defaults are those of the ERNIE classes."""
 
-    architectures: tuple[str, ...]
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    tie_word_embeddings: bool
-    moe_num_experts: int  # 0: a dense model
-    moe_k: int
-    moe_intermediate_size: int
     moe_num_shared_experts: int
     moe_layer_start_index: int
     moe_layer_end_index: int  # the last MoE layer, never -1
     moe_layer_interval: int
     moe_norm_min: float
-    num_nextn_predict_layers: int
     max_position_embeddings: int
-    dtype: str
-    raw: dict[str, Any] = field(repr=False, compare=False)
-    # Whether tie_word_embeddings is stated; if not, a head among the weights decides.
-    tie_stated: bool = field(default=True, compare=False)
-    # What was assumed, and which keys are unknown: a line each, for the user.
-    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
-
-    @classmethod
-    def from_json(
-        cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
-        problems: list[str] | None = None,
-    ) -> ErnieConfig:
-        """Read a config.json, the folder that holds one, or an already parsed object.
-
-        With a list of `problems`, keys that would make another model of the same tensors are
-        added to it; else they are refused like everything else that is not right.
-        """
-        if isinstance(source, Mapping):
-            return _parse(Fields(dict(source), CONFIG_FILE), problems)
-        path = Path(source)
-        if path.is_dir():
-            path = path / CONFIG_FILE
-        if not path.is_file():
-            raise CcqError(f"{path}: no such file; a checkpoint folder needs its {CONFIG_FILE}")
-        content = load_json(path, MAX_CONFIG_BYTES)
-        if not isinstance(content, dict):
-            raise CcqError(f"{path}: not a JSON object")
-        config = _parse(Fields(content, str(path)), problems)
-        config_checks.check_generation(path.with_name(GENERATION_FILE), config.raw)
-        return config
 
     def stated(self) -> dict[str, Any]:
         """Values whose defaults differ between loaders, by key, to be spelled out in an output."""
@@ -119,27 +58,12 @@ class ErnieConfig:
         if self.num_nextn_predict_layers:
             result["num_nextn_predict_layers"] = 0  # the tensors of that head are not written
 
-    def with_tie(self, tied: bool) -> ErnieConfig:
-        """The same model with its output tied to the embedding, or not; stated in `raw` too."""
-        raw = {**self.raw, "tie_word_embeddings": tied}
-        return replace(self, tie_word_embeddings=tied, tie_stated=True, raw=raw)
-
-    def with_head_of(self, names: Container[str]) -> ErnieConfig:
-        """Where config.json doesn't say, tied unless a head is among the stored tensors."""
-        return self if self.tie_stated else self.with_tie(HEAD not in names)
-
     def is_moe_layer(self, layer: int) -> bool:
         return (
             self.moe_num_experts > 0
             and (layer + 1) % self.moe_layer_interval == 0
             and self.moe_layer_start_index <= layer <= self.moe_layer_end_index
         )
-
-    def moe_layers(self) -> list[int]:
-        return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
-
-    def dense_layers(self) -> list[int]:
-        return [layer for layer in range(self.num_hidden_layers) if not self.is_moe_layer(layer)]
 
     @property
     def q_size(self) -> int:
@@ -156,20 +80,10 @@ class ErnieConfig:
         """Inner width of the shared experts, which are stored as one MLP; 0 without them."""
         return self.moe_num_shared_experts * self.moe_intermediate_size
 
-    @cached_property
-    def tensors(self) -> Tensors:
-        """Every tensor of the model by canonical name, in model order."""
-        return Tensors(self.family.tensors(self))
 
-    @property
-    def family(self) -> Family:
-        """The family whose file says what the tensors are."""
-        return ERNIE45
-
-
-def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:
+def parse(fields: Fields, family: Family, problems: list[str] | None) -> ErnieConfig:
+    """The config of a model of the family; see Family.parse."""
     fields.values = config_keys.unified(fields.values, fields.fail)
-    architectures = config_checks.architectures(fields)
     theta = config_checks.rope_theta(fields)
     experts = fields.integer("moe_num_experts", 0, MAX_EXPERTS, 0)
     config_checks.refuse_unsupported(fields, experts > 0, problems)
@@ -185,7 +99,8 @@ def _parse(fields: Fields, problems: list[str] | None) -> ErnieConfig:
     if head_dim % 2:
         raise fields.fail("head_dim", f"{head_dim} is odd; rotary positions need pairs")
     config = ErnieConfig(
-        architectures=architectures,
+        family=family,
+        architectures=tuple(fields.get("architectures")),
         model_type=config_checks.model_type(fields, experts > 0),
         vocab_size=fields.integer("vocab_size", 1, MAX_WIDTH),
         hidden_size=hidden,

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from .family import Family, Naming
-from .tensor import DOWN, OUT, QKV, UP_GATE, Cut, Role, Source, Storage, TensorSpec
+import numpy as np
 
-if TYPE_CHECKING:
-    from ..checkpoint.config import ErnieConfig
+from ..family import Naming
+from ..tensor import DOWN, OUT, QKV, UP_GATE, Cut, Role, Source, Storage, TensorSpec
+from .config import ErnieConfig
 
 PT = Naming(
     "pt",
@@ -33,6 +32,9 @@ PADDLE = Naming(
     "-Paddle layout (fused names, [in, out])",
     format_tag="np",
     dtype_key="dtype",
+    # FastDeploy (config.py, read_model_config) takes newer versions as a sign of torch layout.
+    unwanted=("transformers_version",),
+    turned_head=True,
 )
 
 # Modules outside of layers; under this name the tensors of all checkpoints are known.
@@ -157,9 +159,12 @@ def is_mtp(name: str) -> bool:
     return any(part.startswith("mtp_") or part == "mtp" for part in name.split("."))
 
 
-def is_frequencies(name: str) -> bool:
-    """Whether an on-disk name is that of a table of rotary frequencies."""
-    return name.endswith("rotary_emb.inv_freq")
+def rotary_frequencies(config: ErnieConfig, name: str) -> np.ndarray | None:
+    """The values of a stored table of rotary frequencies; None for every other tensor."""
+    if not name.endswith("rotary_emb.inv_freq"):
+        return None
+    half = config.head_dim // 2
+    return config.rope_theta ** -(np.arange(half) / half)
 
 
 def why_unexpected(config: ErnieConfig, name: str) -> str:
@@ -186,13 +191,3 @@ def why_unexpected(config: ErnieConfig, name: str) -> str:
     if ".shared_experts." in name and not config.moe_num_shared_experts:
         return f"{says}: moe_num_shared_experts is 0"
     return f"{says}; without it this would be another model"
-
-
-ERNIE45 = Family(
-    "ERNIE-4.5",
-    ("Ernie4_5_MoeForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
-    (PT, PADDLE),
-    tensors,
-    is_mtp,
-    examples="model.layers.* in -PT, ernie.layers.* in -Paddle checkpoints",
-)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's description as every family states it: what plans, readers and writers rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from .family import Family
+from .tensor import Tensors
+
+CONFIG_FILE = "config.json"
+FLOAT_TYPES = ("bfloat16", "float16", "float32")
+
+# Far above any published model; they bound the work that a hostile file can ask for.
+MAX_LAYERS = 512
+MAX_EXPERTS = 1024
+MAX_WIDTH = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The fields of a config.json that all families have; a family's own class adds its others.
+
+    Attributes:
+        family: whose file says what the tensors are.
+        moe_num_experts: routed experts of a layer; 0: a dense model.
+        dtype: of the weights, one of FLOAT_TYPES.
+        raw: the whole config.json, every value under the name that is read.
+        tie_stated: whether tie_word_embeddings is stated; if not, a head among the weights decides.
+        notes: what was assumed, and which keys are unknown: a line each, for the user.
+    """
+
+    family: Family = field(repr=False, compare=False)
+    architectures: tuple[str, ...]
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tie_word_embeddings: bool
+    moe_num_experts: int
+    moe_k: int
+    moe_intermediate_size: int
+    num_nextn_predict_layers: int
+    dtype: str
+    raw: dict[str, Any] = field(repr=False, compare=False)
+    tie_stated: bool = field(default=True, compare=False)
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer has routed experts."""
+        raise NotImplementedError
+
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
+
+    def dense_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_hidden_layers) if not self.is_moe_layer(layer)]
+
+    def spell_out(self, result: dict[str, Any]) -> None:
+        """Add to an output's fields what they leave open, so that all loaders build this model."""
+
+    def with_tie(self, tied: bool) -> ModelConfig:
+        """The same model with its output tied to the embedding, or not; stated in `raw` too."""
+        raw = {**self.raw, "tie_word_embeddings": tied}
+        return replace(self, tie_word_embeddings=tied, tie_stated=True, raw=raw)
+
+    def with_head_of(self, names: Container[str]) -> ModelConfig:
+        """Where config.json doesn't say, tied unless a head is among the stored tensors."""
+        return self if self.tie_stated else self.with_tie(self.family.head not in names)
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Every tensor of the model by canonical name, in model order."""
+        return Tensors(self.family.tensors(self))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The known families, and the choice of one of them by config.json."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CcqError
+from ..json_files import load_json
+from .config import CONFIG_FILE, ModelConfig
+from .family import Family
+from .fields import Fields, show
+
+GENERATION_FILE = "generation_config.json"
+MAX_CONFIG_BYTES = 16 << 20
+
+
+def find(folders: Iterable[str]) -> tuple[Family, ...]:
+    """The FAMILY of every module in the folders that has one, by the modules' names.
+
+    The folders are those of this package: a family is there once its file is there.
+    """
+    names = sorted(module.name for module in pkgutil.iter_modules(folders))
+    own = __name__.rpartition(".")[2]
+    modules = [importlib.import_module(f".{name}", __package__) for name in names if name != own]
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+FAMILIES = find([str(Path(__file__).parent)])
+# All values of --naming.
+NAMINGS = tuple(dict.fromkeys(naming.name for family in FAMILIES for naming in family.namings))
+
+
+def read_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], problems: list[str] | None = None
+) -> ModelConfig:
+    """Read a config.json, the folder that holds one, or an already parsed object.
+
+    With a list of `problems`, keys that would make another model of the same tensors are added to
+    it; else they are refused like everything else that is not right.
+
+    Raises:
+        CcqError: naming the file and the key; for an architecture of no known family too.
+    """
+    if isinstance(source, Mapping):
+        return _parse(Fields(dict(source), CONFIG_FILE), problems)
+    path = Path(source)
+    if path.is_dir():
+        path = path / CONFIG_FILE
+    if not path.is_file():
+        raise CcqError(f"{path}: no such file; a checkpoint folder needs its {CONFIG_FILE}")
+    content = load_json(path, MAX_CONFIG_BYTES)
+    if not isinstance(content, dict):
+        raise CcqError(f"{path}: not a JSON object")
+    config = _parse(Fields(content, str(path)), problems)
+    check_generation(path.with_name(GENERATION_FILE), config.raw)
+    return config
+
+
+def _parse(fields: Fields, problems: list[str] | None) -> ModelConfig:
+    family = family_of(fields)
+    return family.parse(fields, family, problems)
+
+
+def family_of(fields: Fields) -> Family:
+    """The family of the first of config.json's architectures."""
+    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    names = fields.get("architectures", None)
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise fields.fail("architectures", f"not a list of names; supported are {supported}")
+    for family in FAMILIES:
+        if names[0] in family.architectures:
+            return family
+    raise fields.fail(
+        "architectures", f"{show(names[0])} is not supported; supported are {supported}"
+    )
+
+
+def check_generation(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse special tokens of generation_config.json that contradict config.json's.
+
+    End tokens may be lists; one file may list more of them than the other.
+    """
+    try:
+        generation = load_json(path, MAX_CONFIG_BYTES) if path.is_file() else None
+    except CcqError:
+        return  # whoever reads generation settings says what is wrong with the file
+    if not isinstance(generation, dict):
+        return
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        here, there = (_token_set(values.get(key)) for values in (config, generation))
+        if here and there and not (here <= there or there <= here):
+            raise CcqError(
+                f"{path}: {key}: {show(generation[key])}, but {CONFIG_FILE} says"
+                f" {show(config[key])}; keep the one that is right in both"
+            )
+
+
+def _token_set(value: object) -> set[int]:
+    listed = value if isinstance(value, list) else [value]
+    return {token for token in listed if isinstance(token, int) and not isinstance(token, bool)}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check before vLLM loads a checkpoint: what it finds, prints and refuses; without vLLM."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.configs import tiny_config
+from paddle_ccq.engine_check import GIB
+from paddle_ccq.quantize import quantize
+from paddle_ccq.vllm.check import ServeConfig, check, main
+from paddle_ccq.vllm.claims import Parallel
+
+CONFIG = tiny_config(
+    num_hidden_layers=2,
+    moe_num_experts=2,
+    moe_intermediate_size=256,
+    max_position_embeddings=65536,
+    tie_word_embeddings=False,
+)
+SERVE = ServeConfig(card_bytes=24 * GIB)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "quantized"
+    quantize(tiny_model(CONFIG), folder, preset="fast", quiet=True)
+    return folder
+
+
+def test_a_good_checkpoint_and_its_memory(made: Path, tmp_path: Path, capsys) -> None:
+    report = tmp_path / "report.json"
+    assert main([str(made), "--gpu-memory", "24", "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert f"vllm serve {made}" in out and f"good: {made} for vLLM" in out
+    found = json.loads(report.read_text())
+    memory = found["memory"]
+    assert found["good"] and memory["total"] == 24 * GIB
+    parts = sum(memory[name] for name in ("weights", "activations", "libraries", "cache"))
+    assert parts == int(24 * GIB * 0.92)
+    assert memory["tokens"] % 16 == 0
+    assert (
+        0
+        <= memory["cache"] - memory["tokens"] * memory["token_cache"]
+        < (16 * memory["token_cache"])
+    )
+
+
+def test_weights_are_what_a_card_holds(made: Path) -> None:
+    one = check(made, SERVE).memory
+    stored = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+    assert 0 <= stored - one.weights < 0.02 * stored  # the rest are the files' headers
+    two = check(made, replace(SERVE, parallel=Parallel(pipeline=2))).memory
+    assert one.weights / 2 <= two.weights < one.weights
+
+
+def test_memory_that_does_not_fit(made: Path, capsys) -> None:
+    assert main([str(made), "--gpu-memory", "2"]) == 1
+    assert "GiB more than a card's usable part" in capsys.readouterr().out
+    result = check(made, replace(SERVE, max_model_len=100_000_000))
+    assert any("does not fit; at most --max-model-len" in p for p in result.problems)
+
+
+def test_sequences_that_do_not_all_fit_are_a_warning(made: Path) -> None:
+    tight = replace(SERVE, card_bytes=4 * GIB)
+    result = check(made, tight)
+    assert result.good and any(
+        "sequences of 32768 tokens fit at once" in w for w in result.warnings
+    )
+    assert not any("fit at once" in w for w in check(made, replace(tight, max_num_seqs=1)).warnings)
+
+
+def test_one_line_for_a_missing_file_(made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    shard = next(copy.glob("*.safetensors"))
+    shard.unlink()
+    about = [p for p in check(copy, SERVE).problems if p.startswith(shard.name)]
+    assert len(about) == 1 and "missing" in about[0]
+
+
+def test_names_cannot_command_the_terminal(made: Path, tmp_path: Path, capsys) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "a\x1b[31mb"))
+    assert main([str(copy), "--gpu-memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\\x1b[31m" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"card_bytes": 0}, "--gpu-memory must be positive"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be positive"),
+        ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization 1.5"),
+        ({"parallel": Parallel(tensor=0)}, "--tensor-parallel-size must be positive"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(made: Path, change: dict, text: str) -> None:
+    from paddle_ccq.errors import CcqError
+
+    with pytest.raises(CcqError, match=text):
+        check(made, replace(SERVE, **change))
