@@ -85,12 +85,12 @@ static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLe
 template <Pairs kPairs, bool kBf16, typename F>
 auto with_wide(int variant, F&& use) {
   switch (variant) {
-    case kWide: return use(WideConfig<kPairs, kBf16, 4, 32, 6>{});
-    case kWide + 1: return use(WideConfig<kPairs, kBf16, 4, 48, 5>{});
-    case kWide + 2: return use(WideConfig<kPairs, kBf16, 4, 64, 5>{});
-    case kWide + 3: return use(WideConfig<kPairs, kBf16, 2, 96, 5>{});
-    case kWide + 4: return use(WideConfig<kPairs, kBf16, 2, 128, 4>{});
-    default: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
+    case kWide: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 32, 6>{});
+    case kWide + 1: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 48, 5>{});
+    case kWide + 2: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 64, 5>{});
+    case kWide + 3: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 96, 5>{});
+    case kWide + 4: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 128, 4>{});
+    default: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 144, 4>{});
   }
 }
 #endif

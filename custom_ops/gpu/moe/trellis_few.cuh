@@ -32,11 +32,13 @@ struct TrellisFewConfig {
   static constexpr int kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
   static constexpr int kStageBytes = 2 * kTrellisUnitBytes, kRingsBytes = kWK * kStages * kStageBytes;
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
-  // Of a group's activations: four steps of two matrices; 16 more, so that lanes of several groups write to different banks.
-  static constexpr int kStepBytes = 256, kGroupBytes = 4 * kStepBytes + 16;
+  // Of a group's activations: four steps of two matrices of 16 bytes a column (`wgmma` has 8 columns, used or not); 16 more, so that
+  // lanes of several groups write to different banks.
+  static constexpr int kHalfStepBytes = 16 * (kWgmma ? 8 : 2 * kRows), kStepBytes = 2 * kHalfStepBytes, kGroupBytes = 4 * kStepBytes + 16;
   // The scale of all K that a warpgroup has goes into one sum: the longest K whose sum cannot overflow.
   static constexpr int kMostGroups = 68;  // 2^31 / (64 rows * 255 * 128 * 15)
-  __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * 2 * kGroupBytes; }
+  // A lane may read 8 columns where there are less.
+  __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * 2 * kGroupBytes + (kWgmma ? 0 : 128); }
   __host__ __device__ static constexpr int offset_bytes(int) { return kWarps * kRows * 4; }  // largest values found
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   static constexpr size_t shared_bytes(int k, int experts) {
@@ -194,7 +196,7 @@ __device__ void trellis_convert(const FewParams& p, const FewShared<C>& s, const
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           const uint32_t a = both(v[4 * j + 2 * m]), b = both(v[4 * j + 2 * m + 1]);
-          char* const at = to + j * C::kStepBytes + m * 128;
+          char* const at = to + j * C::kStepBytes + m * C::kHalfStepBytes;
           *reinterpret_cast<uint32_t*>(at) = __byte_perm(a, b, 0x5410);
           *reinterpret_cast<uint32_t*>(at + 16) = __byte_perm(a, b, 0x7632) ^ 0x80808080u;
         }
@@ -232,7 +234,7 @@ __device__ void trellis_multiply(int (&d)[4], const uint32_t (&a)[4][4], const c
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint32_t b0 = *reinterpret_cast<const uint32_t*>(own + j * C::kStepBytes);
-      const uint32_t b1 = *reinterpret_cast<const uint32_t*>(own + j * C::kStepBytes + 128);
+      const uint32_t b1 = *reinterpret_cast<const uint32_t*>(own + j * C::kStepBytes + C::kHalfStepBytes);
       if (j == 0) mma_bytes(d, a[j][0], a[j][1], a[j][2], a[j][3], b0, b1, 0, 0);
       else mma_bytes(d, a[j][0], a[j][1], a[j][2], a[j][3], b0, b1);
     }
@@ -254,9 +256,10 @@ __device__ float2 trellis_few_main_loop(const FewShared<C>& s, TrellisRing<C>& r
   const char* stage = nullptr;
   const char* x = s.activations + 4 * pair * C::kGroupBytes;
   auto load = [&](int i) {  // unit i
-    if (i % 2 == 0) stage = ring.wait() + wn * 512 + lane * 16;
-    q = *reinterpret_cast<const uint4*>(stage);
-    scales = *reinterpret_cast<const uint32_t*>(stage + 2048 - wn * 480 - lane * 16 + g * 4);
+    if (i % 2 == 0) stage = ring.wait() + wn * 512 + lane * 4;
+    auto word = [&](int at) { return *reinterpret_cast<const uint32_t*>(stage + at); };
+    q = make_uint4(word(0), word(128), word(256), word(384));
+    scales = word(2048 - wn * 480 - lane * 4 + g * 4);
     stage += kTrellisUnitBytes;
     before = TrellisBefore(q, scales, selector).bytes;
     if (i % 2 == 1 || i + 1 == units) {

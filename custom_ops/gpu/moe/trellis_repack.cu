@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(kThreads) units_kernel(uint8_t* codes, uint8_t
   if (kUnpack) *reinterpret_cast<uint4*>(bytes) = *reinterpret_cast<const uint4*>(unit + threadIdx.x * 16);
 #pragma unroll
   for (int b = 0; b < 16; ++b) {
-    const int word = b / 4, quad = word / 2 * 16 + lane % 4 * 4 + b % 4, column = lane / 4 + word % 2 * 8;
-    uint8_t& own = tile[quad][warp * 16 + column];
+    uint8_t& own = tile[lane / 16 * 16 + b][warp * 16 + lane % 16];
     if (kUnpack) own = bytes[b]; else bytes[b] = own;
   }
   if (!kUnpack) *reinterpret_cast<uint4*>(unit + threadIdx.x * 16) = *reinterpret_cast<uint4*>(bytes);

@@ -9,8 +9,8 @@ extern "C" {
 #endif
 
 // The kernels' layout, E experts, K input rows, N output columns, K % 128 == 0, N % 16 == 0:
-//   units    uint8, [E, ceil(N/64), K/128, 2176]: 64 columns x 128 rows. First, of each of four 16-column tiles, 512 bytes: 16 for
-//            each of 32 lanes, as WINT2's (repack.cu). Then of each tile 8 words of 32 bits: for g in 0..7 four nibbles of local
+//   units    uint8, [E, ceil(N/64), K/128, 2176]: 64 columns x 128 rows. First, of each of four 16-column tiles, 512 bytes: of two
+//            groups, 16 columns, the 16 code bytes. Then of each tile 8 words of 32 bits: for g in 0..7 four nibbles of local
 //            scales, (g, group 0), (g, group 1), (g + 8, group 0), (g + 8, group 1), lowest bits first; in bits 16 to 23 the code
 //            byte before the unit's in column g, in bits 24 to 31 the same of column g + 8; 0 before a column's first.
 //   columns  float32 [E, ceil(N/64) * 64]: super scales. Columns that are not there are 0 in both.
