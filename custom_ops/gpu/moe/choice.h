@@ -143,4 +143,19 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   return 3;
 }
 
+// CCQ-2T: trellis_few.cuh with one or four rows a tile, by `wgmma` or (+ 2) by mma.sync, or moe_wide.cuh.
+constexpr int kTrellisFew = 40;
+
+// -1: K is longer than any kernel for this GPU takes.
+template <typename F>
+int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
+  const bool hopper = has_wide && gpu.major == 9;
+  if (hopper && call.mean() >= 12) return wide_choice(gpu, call, fits);
+  const int few = hopper ? kTrellisFew : kTrellisFew + 2;
+  const bool one = call.experts == 1 ? call.rows == 1 : call.mean() <= 0.3;
+  for (int variant : {one ? few : few + 1, few})
+    if (fits(variant)) return variant;
+  return hopper ? wide_choice(gpu, call, fits) : -1;
+}
+
 }  // namespace ccq

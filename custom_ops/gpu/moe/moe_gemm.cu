@@ -7,11 +7,11 @@
 #include "moe_gemm.h"
 
 #include <algorithm>
-#include <atomic>
 
-#include "choice.h"
+#include "gemm_launch.cuh"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
+#include "trellis_gemm.h"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
 #include "wide_map.h"
@@ -19,36 +19,6 @@
 
 namespace ccq {
 namespace {
-
-constexpr int kMaxDevices = 64;
-
-struct Device : Gpu {
-  int id;
-};
-
-cudaError_t current_device(Device* device) {
-  static std::atomic<uint64_t> cache[kMaxDevices];  // sms << 32 | shared << 8 | major, 0: not asked yet
-  cudaError_t error = cudaGetDevice(&device->id);
-  if (error != cudaSuccess) return error;
-  uint64_t known = device->id < kMaxDevices ? cache[device->id].load() : 0;
-  if (known == 0) {
-    int sms = 0, major = 0, shared = 0;
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device->id);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->id);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device->id);
-    if (error != cudaSuccess) return error;
-    known = static_cast<uint64_t>(sms) << 32 | static_cast<uint64_t>(shared) << 8 | static_cast<uint64_t>(major);
-    if (device->id < kMaxDevices) cache[device->id].store(known);
-  }
-  device->sms = static_cast<int>(known >> 32), device->shared = static_cast<int>(known >> 8 & 0xFFFFFF);
-  device->major = static_cast<int>(known & 255);
-  return cudaSuccess;
-}
-
-#ifdef CCQ_TUNING
-int g_variant = -1;  // forced by benchmarks
-#endif
 
 // Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
 template <Pairs kPairs, typename F>
@@ -121,8 +91,9 @@ size_t shared_of(int variant, int k, int experts) {
 }
 
 int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
+  if (a.pairs == CCQ_PAIRS_TRELLIS) return trellis_variant(device, {a.rows, a.k, a.n, a.experts});
 #ifdef CCQ_TUNING
-  if (g_variant >= 0) return g_variant;
+  if (forced_variant() >= 0) return forced_variant();
 #endif
 #ifdef CCQ_SM90A
   constexpr bool kHasWide = true;
@@ -132,69 +103,6 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   return kernel_choice(device, {a.rows, a.k, a.n, a.experts}, kHasWide, [&](int variant) {
     return shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared);
   });
-}
-
-// Where the arrays of the workspace begin, each on a 256-byte border. Partial results: for each SM what one tile of each of its
-// blocks has, which grows with the rows a tile may have.
-struct Workspace {
-  size_t x, row_scale, counters, partial, partial_float4, bytes;
-};
-
-constexpr int kWarpsPerSm = 16;
-constexpr int kMaxPartialFloat4 = 9216;
-
-Workspace workspace_of(int rows, int k, int experts, int sms) {
-  const size_t blocks = static_cast<size_t>(rows) / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-  Workspace w{};
-  size_t end = 0;
-  auto take = [&end](size_t bytes) {
-    size_t at = end;
-    end += (bytes + 255) / 256 * 256;
-    return at;
-  };
-  const int mean = rows / experts;
-  w.partial_float4 = mean < 24 ? 4096 : kMaxPartialFloat4;
-#ifdef CCQ_TUNING
-  w.partial_float4 = kMaxPartialFloat4;
-#endif
-  w.counters = take(sizeof(int) * kWarpsPerSm * sms);
-  w.partial = take(sizeof(float4) * w.partial_float4 * sms);
-  w.x = take(blocks * (k / 128) * kRowsUnitBytes);
-  w.row_scale = take(sizeof(float) * rows);
-  w.bytes = end;
-  return w;
-}
-
-// Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
-// shared-memory limit raised. 0: an error, in *error.
-template <typename C, typename K>
-int resident_blocks(const Device& device, K* kernel, cudaError_t* error) {
-  static std::atomic<int> cache[kMaxDevices];
-  int known = device.id < kMaxDevices ? cache[device.id].load() : 0;
-  if (known == 0) {
-    // For the most experts allowed, so that the grid and with it the order of sums is the same for all.
-    const int shared = static_cast<int>(C::shared_bytes(kMaxExperts));
-    *error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (*error != cudaSuccess) return 0;
-    *error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&known, kernel, C::kThreads, shared);
-    if (*error != cudaSuccess) return 0;
-    known = std::max(1, std::min(known, C::kMinBlocks));
-    if (device.id < kMaxDevices) cache[device.id].store(known);
-  }
-  return known;
-}
-
-template <typename C, typename K, typename... A>
-cudaError_t launch_gemm(const Device& device, K* kernel, GemmParams p, size_t partial_float4, cudaStream_t stream,
-                        const A&... more) {
-  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
-                "the workspace is laid out for less");
-  if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
-  cudaError_t error = cudaSuccess;
-  p.column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
-  const int blocks = resident_blocks<C>(device, kernel, &error);
-  if (blocks == 0) return error;
-  return launch_early(kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), stream, p, more...);
 }
 
 template <Pairs kPairs>
@@ -216,39 +124,14 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
   });
 }
 
-template <typename C>
-cudaError_t launch_few(const Device& device, FewParams p, cudaStream_t stream) {
-  const size_t shared = C::shared_bytes(p.k, p.experts);
-  // More than half of what there is: of two blocks that share a multiprocessor because the next kernel starts early, one would
-  // have to wait while other multiprocessors are idle.
-  const size_t at_least = std::max<size_t>(shared, device.shared / 2 + 1024);
-  static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
-  if (device.id >= kMaxDevices || raised[device.id].load() < at_least) {
-    cudaError_t error =
-        cudaFuncSetAttribute(few_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
-    if (error != cudaSuccess) return error;
-    if (device.id < kMaxDevices) raised[device.id].store(at_least);
-  }
-  p.column_tiles = Divider((p.n / 16 + C::kTiles - 1) / C::kTiles);
-  // At most; with one row a block, or one matrix, exactly.
-  const int64_t tiles = static_cast<int64_t>(p.offsets ? p.rows : ceil_div(p.rows, C::kRows)) * p.column_tiles.by;
-  if (tiles > 2147483647) return cudaErrorInvalidValue;
-  const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
-  p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
-  if (C::kRows == 1 && p.each / p.column_tiles.by + 2 > 2 * C::entries(p.experts)) return cudaErrorInvalidConfiguration;
-  return launch_early(few_kernel<C>, grid, C::kThreads, at_least, stream, p);
-}
-
-bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
-
 bool valid(const ccq_moe_gemm_args* a) {
   if (!a || a->rows < 0 || a->k <= 0 || a->k % 128 || a->n <= 0 || a->n % 16 || a->experts < 1 ||
       a->experts > kMaxExperts || (a->dtype != CCQ_BF16 && a->dtype != CCQ_FP16) ||
-      (a->pairs != CCQ_PAIRS_INTEGER && a->pairs != CCQ_PAIRS_GENERAL) ||
-      (a->row_order != CCQ_ROWS_PLAIN && a->row_order != CCQ_ROWS_FASTDEPLOY))
+      (a->pairs != CCQ_PAIRS_INTEGER && a->pairs != CCQ_PAIRS_GENERAL && a->pairs != CCQ_PAIRS_TRELLIS) ||
+      (a->row_order != CCQ_ROWS_PLAIN && (a->row_order != CCQ_ROWS_FASTDEPLOY || a->pairs == CCQ_PAIRS_TRELLIS)))
     return false;
   if (a->rows == 0) return true;
-  if (!a->x || !a->quant || !a->scales || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
+  if (!a->x || !a->quant || (!a->scales && a->pairs != CCQ_PAIRS_TRELLIS) || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
       !aligned(a->x, 16) || !aligned(a->quant, 16) || !aligned(a->scales, 16) || !aligned(a->columns, 16) ||
       !aligned(a->workspace, 256) || !aligned(a->out, 16))
     return false;
@@ -298,10 +181,14 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
+  if (a->pairs == CCQ_PAIRS_TRELLIS) return trellis_gemm(device, *a, variant, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};
-    auto launch = [&](auto config) { return launch_few<decltype(config)>(device, p, stream); };
+    auto launch = [&](auto config) {
+      using C = decltype(config);
+      return launch_few<C>(device, few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kThreads, stream);
+    };
     return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
                                          : with_few<Pairs::kGeneral>(variant, launch);
   }
@@ -330,5 +217,5 @@ extern "C" int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int
 }
 
 #ifdef CCQ_TUNING
-extern "C" void ccq_moe_gemm_force_variant(int variant) { ccq::g_variant = variant; }
+extern "C" void ccq_moe_gemm_force_variant(int variant) { ccq::forced_variant() = variant; }
 #endif

@@ -177,7 +177,8 @@ __device__ inline int quad_sum(int v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-__global__ void __launch_bounds__(kPrepareThreads)
+// static: more than one source launches it.
+static __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
                int tile_rows, int counters, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
@@ -276,7 +277,7 @@ __device__ inline void transpose_quad(uint32_t (&e)[4]) {
 // What moe_wide.cuh needs before it: counters set to zero and, if weights have their rows in plain order, activations in the order
 // in which such weights stand in fragments (`to` [rows, k], from `x`): of a 64-group, words (pairs of rows) 8t + q to 4q + t.
 // Without them (`to` NULL) one block will do.
-__global__ void __launch_bounds__(kPrepareThreads)
+static __global__ void __launch_bounds__(kPrepareThreads)
 arrange_kernel(const uint4* x, uint4* to, int64_t chunks, int* counter, int counters) {
   wait_for_prerequisites();
   dependents_may_start();

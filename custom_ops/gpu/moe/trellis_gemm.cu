@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch of the grouped GEMM with CCQ-2T weights: trellis_few.cuh for few rows an expert, on Hopper moe_wide.cuh for more.
+
+#include "trellis_gemm.h"
+
+#include "gemm_launch.cuh"
+#include "trellis_few.cuh"
+#ifdef CCQ_SM90A
+#include "moe_wide.cuh"
+#include "wide_map.h"
+#include "wide_trellis.cuh"
+#endif
+
+namespace ccq {
+namespace {
+
+// Rows a tile, pairs of units under way in each of four warpgroups, the instruction.
+template <typename F>
+auto with_trellis_few(int variant, F&& use) {
+  switch (variant) {
+#ifdef CCQ_SM90A
+    case kTrellisFew: return use(TrellisFewConfig<1, 4, true>{});
+    case kTrellisFew + 1: return use(TrellisFewConfig<4, 4, true>{});
+#endif
+    case kTrellisFew + 2: return use(TrellisFewConfig<1, 2, false>{});
+    default: return use(TrellisFewConfig<4, 2, false>{});
+  }
+}
+
+#ifdef CCQ_SM90A
+// As in moe_gemm.cu: 16-column tiles a warp, rows, stages.
+template <bool kBf16, typename F>
+auto with_trellis_wide(int variant, F&& use) {
+  switch (variant) {
+    case kWide: return use(WideConfig<TrellisWeights, kBf16, 4, 32, 6>{});
+    case kWide + 1: return use(WideConfig<TrellisWeights, kBf16, 4, 48, 5>{});
+    case kWide + 2: return use(WideConfig<TrellisWeights, kBf16, 4, 64, 5>{});
+    case kWide + 3: return use(WideConfig<TrellisWeights, kBf16, 2, 96, 5>{});
+    case kWide + 4: return use(WideConfig<TrellisWeights, kBf16, 2, 128, 4>{});
+    default: return use(WideConfig<TrellisWeights, kBf16, 2, 144, 4>{});
+  }
+}
+
+template <bool kBf16>
+cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
+  const Workspace w = workspace_of(a.rows, a.k, a.experts, device.sms);
+  char* const base = static_cast<char*>(a.workspace);
+  GemmParams p{};
+  p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.caller_scale = a.row_scale, p.out = a.out;
+  p.prepared.counters = reinterpret_cast<int*>(base + w.counters), p.partial = reinterpret_cast<float4*>(base + w.partial);
+  p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  // Counters alone: activations are read as they are.
+  const cudaError_t error = launch_early(arrange_kernel, 1, kPrepareThreads, 0, stream, nullptr, nullptr, 0, p.prepared.counters,
+                                         kWarpsPerSm * device.sms);
+  if (error != cudaSuccess) return error;
+  return with_trellis_wide<kBf16>(variant, [&](auto config) {
+    using C = decltype(config);
+    CUtensorMap map;
+    const cudaError_t error = map_rows(a.x, a.rows, a.k, a.dtype, C::kN / 2, &map);
+    if (error != cudaSuccess) return error;
+    return launch_gemm<C>(device, wide_kernel<C>, p, w.partial_float4, stream, map);
+  });
+}
+#endif
+
+bool fits(const Gpu& gpu, int variant, const Call& call) {
+  const auto shared = static_cast<size_t>(gpu.shared);
+  if (variant >= kTrellisFew)
+    return with_trellis_few(variant, [&](auto c) {
+      using C = decltype(c);
+      return C::sums_fit(call.k) && C::shared_bytes(call.k, call.experts) <= shared;
+    });
+#ifdef CCQ_SM90A
+  return with_trellis_wide<true>(variant, [&](auto c) { return decltype(c)::shared_bytes(kMaxExperts) <= shared; });
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+int trellis_variant(const Gpu& gpu, const Call& call) {
+#ifdef CCQ_TUNING
+  if (forced_variant() >= 0) return forced_variant();
+#endif
+#ifdef CCQ_SM90A
+  constexpr bool kHasWide = true;
+#else
+  constexpr bool kHasWide = false;
+#endif
+  return trellis_choice(gpu, call, kHasWide, [&](int variant) { return fits(gpu, variant, call); });
+}
+
+cudaError_t trellis_gemm(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
+  if (variant < 0) return cudaErrorInvalidConfiguration;
+#ifdef CCQ_SM90A
+  if (variant < kTrellisFew)
+    return a.dtype == CCQ_BF16 ? launch_wide<true>(device, a, variant, stream) : launch_wide<false>(device, a, variant, stream);
+#endif
+  const FewParams p{a.x, a.offsets, a.quant, nullptr, a.columns, a.row_scale, a.out, a.rows, a.k, a.n, a.experts, a.dtype, 0};
+  return with_trellis_few(variant, [&](auto config) {
+    using C = decltype(config);
+    return launch_few<C>(device, trellis_few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kThreads, stream);
+  });
+}
+
+}  // namespace ccq
