@@ -10,8 +10,9 @@ from pathlib import Path
 SOURCES = (
     *("common/library.cu", "common/host.cu", "common/dequant.cu"),
     *("encode/encode.cu", "encode/host_encode.cu", "ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
-    *("moe/repack.cu", "moe/moe_gemm.cu", "moe/trellis_repack.cu", "moe/trellis_gemm.cu", "moe/activation.cu", "moe/dispatch.cu"),
-    *("moe/moe_block.cu", "moe/linear_ccq.cu", "moe/linear_w8.cu"),
+    *("moe/repack.cu", "moe/moe_gemm.cu", "moe/trellis_repack.cu", "moe/trellis_gemm.cu"),
+    *("moe/activation.cu", "moe/dispatch.cu", "moe/moe_block.cu"),
+    *("moe/linear_ccq.cu", "moe/linear_w8.cu"),
 )
 # The library's name in a wheel that brings it.
 PACKAGED = "_gpu_packaged.so"
