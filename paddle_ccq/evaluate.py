@@ -8,8 +8,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import reporting
 from .arguments import Arguments, whole
@@ -23,118 +24,180 @@ from .texts.documents import read_documents
 from .units import gibibytes
 from .version import __version__
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .evaluation.text import Tokenizer
+
 MODEL, REFERENCE = "model", "reference"
 DEFAULT_WINDOW = 1024
 
 
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The keywords of `evaluate`; each but the last two is the command's flag of the same name.
+
+    Attributes:
+        window: tokens of a window.
+        max_tokens: at most so many tokens of the text, in windows spread evenly over it.
+        max_items: at most so many items of each file of tasks.
+        threads: None takes all processors.
+        source: hub to download from.
+        row_order: of WINT2, where the checkpoint does not say it.
+        weights: "exact", what the embedded server multiplies with, or "bfloat16", what an engine
+            that multiplies in bfloat16 has, FastDeploy's among them.
+        log: takes messages to the user.
+        show_progress: a bar on standard error.
+
+    Raises:
+        CcqError: naming the flag whose value is not one of those allowed.
+    """
+
+    window: int = DEFAULT_WINDOW
+    max_tokens: int | None = None
+    max_items: int | None = None
+    threads: int | None = None
+    source: str | None = None
+    row_order: str | None = None
+    weights: str = EXACT
+    log: Callable[[str], object] = to_stderr
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--max-tokens", self.max_tokens), ("--max-items", self.max_items)):
+            if value is not None and value < 1:
+                raise CcqError(f"{flag} {value}: must be at least 1")
+        thread_count(self.threads)
+
+
 def evaluate(
-    model: str | os.PathLike[str],
-    reference: str | os.PathLike[str] | None = None,
-    text: str | os.PathLike[str] | None = None,
-    tasks: Sequence[str | os.PathLike[str]] = (),
-    *,
-    window: int = DEFAULT_WINDOW,
-    max_tokens: int | None = None,
-    max_items: int | None = None,
-    threads: int | None = None,
-    source: str | None = None,
-    row_order: str | None = None,
-    weights: str = EXACT,
-    log: Callable[[str], object] = to_stderr,
-    show_progress: bool = False,
+    model: PathLike,
+    reference: PathLike | None = None,
+    text: PathLike | None = None,
+    tasks: Sequence[PathLike] = (),
+    **options: object,
 ) -> dict[str, Any]:
     """Evaluate `model` on a text and on task files; quantized matrices are dequantized first.
 
-    `weights` says whether that is exact (what the embedded server multiplies with) or rounded to
-    bfloat16 (what an engine that multiplies in bfloat16 has, FastDeploy's among them).
+    `options` are the fields of EvaluateOptions. With a reference model, both are run on the same
+    tokens and items, and the KL divergence, the top-1 agreement and the paired difference in nll
+    are added.
 
-    With a reference model, both are run on the same tokens and items, and the KL divergence, the
-    top-1 agreement and the paired difference in nll are added.
+    Raises:
+        CcqError: for anything in the input or the options that is not right.
+        TypeError: for a keyword that is no option.
     """
+    chosen = EvaluateOptions(**options)
     if text is None and not tasks:
         raise CcqError("nothing to measure: give --text, --tasks or both")
-    for flag, value in (
-        ("--max-tokens", max_tokens),
-        ("--max-items", max_items),
-    ):
-        if value is not None and value < 1:
-            raise CcqError(f"{flag} {value}: must be at least 1")
-    threads = thread_count(threads)
     require_paddle("evaluation")
-    from .evaluation.run import score_tasks, score_text, summarize
     from .evaluation.tasks import read_items
-    from .evaluation.text import (
-        FRAMING,
-        Tokenizer,
-        check_same_tokenizer,
-        cut_windows,
-        token_stream,
-    )
-    from .models.ernie import Ernie
 
-    checkpoints = {MODEL: open_checkpoint(resolve_model(model, source, log=log), row_order)}
-    if reference is not None:
-        checkpoints[REFERENCE] = open_checkpoint(resolve_model(reference, source, log=log))
-    sources = {name: weight_source(found, weights) for name, found in checkpoints.items()}
-    config = checkpoints[MODEL].config
-    tokenizer = Tokenizer(checkpoints[MODEL].path, config.raw)
-    if reference is not None:
-        other = checkpoints[REFERENCE]
-        check_same_tokenizer(tokenizer, Tokenizer(other.path, other.config.raw))
-        if other.config.vocab_size != config.vocab_size:
-            raise CcqError(
-                f"{other.path}: vocab_size {other.config.vocab_size} is not the model's"
-                f" {config.vocab_size}; the two cannot be compared"
-            )
+    checkpoints = _opened(model, reference, chosen)
+    sources = {name: weight_source(c, chosen.weights) for name, c in checkpoints.items()}
+    tokenizer = _common_tokenizer(checkpoints)
     result: dict[str, Any] = {
         "version": __version__,
         "arithmetic": "float32 on the CPU",
-        "weights": weights,
+        "weights": chosen.weights,
         "models": {name: _describe(checkpoint) for name, checkpoint in checkpoints.items()},
     }
     windows, items = None, []
     if text is not None:
-        documents = read_documents(text, "--text")
-        stream = token_stream(documents, tokenizer)
-        windows = cut_windows(stream, window, max_tokens)
-        longest = max(part.size for part in windows)
-        if longest > config.max_position_embeddings:
-            raise CcqError(
-                f"--window {window}: more than the model's max_position_embeddings"
-                f" ({config.max_position_embeddings})"
-            )
-        if int(stream.max()) >= config.vocab_size:
-            raise CcqError(
-                f"{tokenizer.path}: gives token {int(stream.max())}, but config.json has"
-                f" vocab_size {config.vocab_size}"
-            )
-        result["text"] = {
-            "path": readable(text),
-            "documents": len(documents),
-            "stream_tokens": int(stream.size),
-            "windowing": FRAMING,
-            "window": window,
-            "windows": len(windows),
-            "used_tokens": sum(part.size for part in windows),
-        }
+        windows, result["text"] = _cut(text, tokenizer, checkpoints[MODEL].config, chosen)
     if tasks:
-        items = [item for path in tasks for item in read_items(path, max_items)]
+        items = [item for path in tasks for item in read_items(path, chosen.max_items)]
         result["tasks"] = {"paths": [readable(path) for path in tasks], "items": len(items)}
-
     for checkpoint in checkpoints.values():
         for message in checkpoint.messages:
-            log(f"{model_name(checkpoint.path)}: {message}")
+            chosen.log(f"{model_name(checkpoint.path)}: {message}")
     _check_memory(checkpoints)
+    result["results"] = _scores(sources, tokenizer, windows, items, chosen)
+    return result
+
+
+def _opened(
+    model: PathLike, reference: PathLike | None, options: EvaluateOptions
+) -> dict[str, Checkpoint]:
+    folder = resolve_model(model, options.source, log=options.log)
+    found = {MODEL: open_checkpoint(folder, options.row_order)}
+    if reference is not None:
+        folder = resolve_model(reference, options.source, log=options.log)
+        found[REFERENCE] = open_checkpoint(folder)
+    return found
+
+
+def _common_tokenizer(checkpoints: dict[str, Checkpoint]) -> Tokenizer:
+    """The tokenizer, which all models must share, as they must share the vocabulary's size."""
+    from .evaluation.text import Tokenizer, check_same_tokenizer
+
+    model = checkpoints[MODEL]
+    tokenizer = Tokenizer(model.path, model.config.raw)
+    other = checkpoints.get(REFERENCE)
+    if other is not None:
+        check_same_tokenizer(tokenizer, Tokenizer(other.path, other.config.raw))
+        if other.config.vocab_size != model.config.vocab_size:
+            raise CcqError(
+                f"{other.path}: vocab_size {other.config.vocab_size} is not the model's"
+                f" {model.config.vocab_size}; the two cannot be compared"
+            )
+    return tokenizer
+
+
+def _cut(
+    text: PathLike, tokenizer: Tokenizer, config: Any, options: EvaluateOptions
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """The text's windows of tokens, and what the result says of them."""
+    from .evaluation.text import FRAMING, cut_windows, token_stream
+
+    documents = read_documents(text, "--text")
+    stream = token_stream(documents, tokenizer)
+    windows = cut_windows(stream, options.window, options.max_tokens)
+    if max(part.size for part in windows) > config.max_position_embeddings:
+        raise CcqError(
+            f"--window {options.window}: more than the model's max_position_embeddings"
+            f" ({config.max_position_embeddings})"
+        )
+    if int(stream.max()) >= config.vocab_size:
+        raise CcqError(
+            f"{tokenizer.path}: gives token {int(stream.max())}, but config.json has"
+            f" vocab_size {config.vocab_size}"
+        )
+    return windows, {
+        "path": readable(text),
+        "documents": len(documents),
+        "stream_tokens": int(stream.size),
+        "windowing": FRAMING,
+        "window": options.window,
+        "windows": len(windows),
+        "used_tokens": sum(part.size for part in windows),
+    }
+
+
+def _scores(
+    sources: dict[str, Any],
+    tokenizer: Tokenizer,
+    windows: list[np.ndarray] | None,
+    items: list[Any],
+    options: EvaluateOptions,
+) -> dict[str, Any]:
+    """Run all models over the windows and the items; metrics by model."""
+    from .evaluation.run import score_tasks, score_text, summarize
+    from .models.ernie import Ernie
+
+    threads = thread_count(options.threads)
     models = {name: Ernie(source) for name, source in sources.items()}
-    compared = REFERENCE if reference is not None else None
+    compared = REFERENCE if REFERENCE in models else None
     text_scores = task_scores = None
     if windows is not None:
-        with reporting.Progress("windows", len(windows), show_progress) as progress:
+        with reporting.Progress("windows", len(windows), options.show_progress) as progress:
             text_scores = score_text(models, windows, compared, threads, progress)
     if items:
         task_scores = score_tasks(models, tokenizer, items, threads)
-    result["results"] = summarize(text_scores, task_scores, compared)
-    return result
+    return summarize(text_scores, task_scores, compared)
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .checkpoint.plan import Plan, PlannedTensor
+from .checkpoint.plan import KEPT, Plan, PlannedTensor
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
 from .families.tensor import Role
@@ -90,7 +90,7 @@ def collapsed(tensors: Iterable[PlannedTensor]) -> list[tuple[str, list[PlannedT
     return result
 
 
-FORMAT_WORDS = {"bf16": "bf16 (kept)", "f32": "float32 (kept)"}
+FORMAT_WORDS = {"bf16": "bf16 (kept)", "f32": "float32 (kept)", KEPT: "as it is"}
 
 
 def plan_table(plan: Plan) -> Table:
@@ -101,7 +101,7 @@ def plan_table(plan: Plan) -> Table:
         weights = sum(planned.weights for planned in members)
         rows.append(
             [
-                pattern.removeprefix("ernie.").removesuffix(".weight"),
+                pattern.removeprefix("ernie.").removeprefix("model.").removesuffix(".weight"),
                 str(list(members[0].shape)),
                 f"{len(members):,}",
                 FORMAT_WORDS.get(members[0].format, members[0].format),
@@ -129,7 +129,10 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     size = plan.output_bytes
     facts = [
         ("weights", f"{plan.weights:,}"),
-        ("source at bf16", gigabytes(plan.source_bytes)),
+        (
+            "source" if any(p.tensor.source_bytes for p in plan.tensors) else "source at bf16",
+            gigabytes(plan.source_bytes),
+        ),
         (
             "output",
             f"{gigabytes(size)} (1 GB = 1e9 bytes; {size / 2**30:.2f} GiB)"

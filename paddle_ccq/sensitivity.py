@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -15,16 +16,17 @@ from rich.table import Table
 from . import reporting
 from .allocation.costs import METHODS, PROJECTIONS, Sensitivities
 from .allocation.plot import plot, require_matplotlib
-from .allocation.probing import Probing
+from .allocation.probing import Execution, Probing
 from .arguments import Arguments, whole
 from .calibration.dataset import local_text
-from .checkpoint.reader import open_checkpoint
+from .calibration.settings import CalibrationSettings, parse_tokens
+from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import model_name, resolve_model
 from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
 from .command import no_message, run_command, to_stderr
 from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError
-from .host import default_threads, require_paddle
+from .host import require_paddle, thread_count
 from .ops import gpu_library
 from .texts.documents import read_texts
 
@@ -32,82 +34,114 @@ MEASURABLE = (*EXPERT_FORMATS, *WIDER_EXPERT_FORMATS)
 DEFAULT_FORMATS = ("wint2", "ccq-2.5", "wint4")
 
 
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """The keywords of `sensitivity`; each but the last two is the command's flag of the same name.
+
+    Attributes:
+        method: "quadratic" estimates costs from squared errors and encodes a few experts of a layer
+            only; "kl" measures them and encodes the whole model once for each format
+            (docs/notes/allocation.md).
+        formats: of MEASURABLE.
+        calibration_tokens: of the text, for statistics and measuring.
+        probe_tokens: of them, to measure on.
+        experts: of a layer, for "quadratic".
+        preset: of the encoders.
+        threads: None takes all processors.
+        device: "cpu" or "gpu"; where codes are searched. The costs are the same.
+        source: hub to download from.
+        show_progress: a bar on standard error.
+        log: takes messages to the user.
+
+    Raises:
+        CcqError: naming the flag whose value is not one of those allowed.
+    """
+
+    method: str = "quadratic"
+    formats: Sequence[str] = DEFAULT_FORMATS
+    calibration_tokens: str | int = Probing.statistics
+    probe_tokens: str | int = Probing.tokens
+    experts: int = Probing.experts
+    preset: str = "fast"
+    threads: int | None = None
+    device: str = "cpu"
+    source: str | None = None
+    show_progress: bool = False
+    log: Callable[[str], object] = to_stderr
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise CcqError(f"--method {self.method}: not one of {', '.join(METHODS)}")
+        for format in self.formats:
+            if format not in MEASURABLE:
+                raise CcqError(f"--formats: {format!r} is not one of {', '.join(MEASURABLE)}")
+        if len(set(self.formats)) < len(self.formats) or not self.formats:
+            raise CcqError("--formats: name each format once")
+        for flag, value, allowed in (
+            ("--preset", self.preset, PRESETS),
+            ("--device", self.device, DEVICES),
+        ):
+            if value not in allowed:
+                raise CcqError(f"{flag} {value}: not one of {', '.join(allowed)}")
+        if self.experts < 1:
+            raise CcqError(f"--experts {self.experts}: must be at least 1")
+        thread_count(self.threads)
+
+    @property
+    def probing(self) -> Probing:
+        """How costs are measured."""
+        return Probing(
+            self.method,
+            tuple(self.formats),
+            self.preset,
+            parse_tokens(self.calibration_tokens),
+            parse_tokens(self.probe_tokens, "--probe-tokens"),
+            self.experts,
+        )
+
+
 def sensitivity(
-    model: str | os.PathLike[str],
-    calibration: str | os.PathLike[str],
-    *,
-    method: str = "quadratic",
-    formats: Sequence[str] = DEFAULT_FORMATS,
-    calibration_tokens: str | int = Probing.statistics,
-    probe_tokens: str | int = Probing.tokens,
-    experts: int = Probing.experts,
-    preset: str = "fast",
-    threads: int | None = None,
-    device: str = "cpu",
-    source: str | None = None,
-    show_progress: bool = False,
-    log: Callable[[str], object] = to_stderr,
+    model: str | os.PathLike[str], calibration: str | os.PathLike[str], **options: object
 ) -> Sensitivities:
     """KL that every layer and projection costs in every format, when only it is quantized.
 
-    "quadratic" estimates it from squared errors and encodes a few experts of a layer only; "kl"
-    measures it and encodes the whole model once for each format (docs/notes/allocation.md).
-    `device` is where codes are searched; the costs are the same.
+    `options` are the fields of SensitivityOptions.
+
+    Raises:
+        CcqError: for anything in the input or the options that is not right.
+        TypeError: for a keyword that is no option.
     """
-    if method not in METHODS:
-        raise CcqError(f"--method {method}: not one of {', '.join(METHODS)}")
-    for format in formats:
-        if format not in MEASURABLE:
-            raise CcqError(f"--formats: {format!r} is not one of {', '.join(MEASURABLE)}")
-    if len(set(formats)) < len(formats) or not formats:
-        raise CcqError("--formats: name each format once")
-    if preset not in PRESETS:
-        raise CcqError(f"--preset {preset}: not one of {', '.join(PRESETS)}")
-    if device not in DEVICES:
-        raise CcqError(f"--device {device}: not one of {', '.join(DEVICES)}")
-    if device == "gpu":
+    chosen = SensitivityOptions(**options)
+    if chosen.device == "gpu":
         gpu_library.require()
-    for flag, value in (("--experts", experts), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise CcqError(f"{flag} {value}: must be at least 1")
     require_paddle("sensitivity, which runs the model,")
     from .allocation.measure import measure
-    from .calibration.settings import CalibrationSettings, parse_tokens
     from .calibration.text import read_calibration_text
 
     texts = read_texts(local_text(calibration), "--calibration")
-    checkpoint = open_checkpoint(resolve_model(model, source, log=log))
+    checkpoint = _measurable(open_checkpoint(resolve_model(model, chosen.source, log=chosen.log)))
     for message in checkpoint.messages:
-        log(message)
+        chosen.log(message)
+    probing = chosen.probing
+    settings = CalibrationSettings(tokens=probing.statistics)
+    text = read_calibration_text(texts, checkpoint, settings)
+    layers, name = checkpoint.config.num_hidden_layers, model_name(checkpoint.path)
+    with (
+        tempfile.TemporaryDirectory(prefix="ccq-sensitivity-") as folder,
+        reporting.Progress("layers", layers, chosen.show_progress) as progress,
+    ):
+        threads = thread_count(chosen.threads)
+        execution = Execution(threads, chosen.device, Path(folder), progress)
+        return measure(checkpoint, name, text, settings, probing, execution)
+
+
+def _measurable(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if it is a float one with experts."""
     if checkpoint.is_quantized:
         raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
     if not checkpoint.config.moe_layers():
         raise CcqError(f"{checkpoint.path}: has no MoE layer, so there is nothing to measure")
-    settings = CalibrationSettings(tokens=parse_tokens(calibration_tokens))
-    text = read_calibration_text(texts, checkpoint, settings)
-    probing = Probing(
-        method,
-        tuple(formats),
-        preset,
-        settings.tokens,
-        parse_tokens(probe_tokens, "--probe-tokens"),
-        experts,
-    )
-    with (
-        tempfile.TemporaryDirectory(prefix="ccq-sensitivity-") as folder,
-        reporting.Progress("layers", checkpoint.config.num_hidden_layers, show_progress) as shown,
-    ):
-        return measure(
-            checkpoint,
-            model_name(checkpoint.path),
-            text,
-            settings,
-            probing,
-            threads or default_threads(),
-            Path(folder),
-            shown,
-            device,
-        )
+    return checkpoint
 
 
 def costs_table(found: Sensitivities) -> Table:

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -23,6 +23,8 @@ from .errors import CcqError, describe_os_error, visible
 from .units import gibibytes
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from .ops.gpu_memory import Device
     from .serving.service import Service
 
@@ -127,43 +129,11 @@ def _device(name: str) -> Device | None:
 
 def run_server(service: Service, args: argparse.Namespace) -> int:
     """Serve until a signal, then drain."""
-    import uvicorn
-
-    from .serving.app import create_app
     from .serving.service import load_in_background
 
     say = no_message if args.quiet else _say
     failure: list[Exception] = []
-
-    class Server(uvicorn.Server):
-        """Its first SIGTERM or SIGINT drains; the second ends it at once."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if service.draining:
-                self.force_exit = self.should_exit = True
-                return
-            service.drain()
-            say("draining: what runs is finished, new requests get 503")
-            threading.Thread(target=self._exit_when_idle, daemon=True).start()
-
-        def _exit_when_idle(self) -> None:
-            engine = service.engine
-            idle = engine is None or engine.wait_until_idle(args.drain_timeout)
-            if not idle:
-                say(f"ending with requests unfinished after {args.drain_timeout} s")
-                engine.stop()
-            self.should_exit = True
-
-    config = uvicorn.Config(
-        create_app(service),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        ws="none",
-        lifespan="off",
-    )
-    server = Server(config)
+    server = _server(service, args.drain_timeout, say)
 
     def failed(error: Exception) -> None:
         failure.append(error)
@@ -185,6 +155,44 @@ def run_server(service: Service, args: argparse.Namespace) -> int:
     if failure:
         raise failure[0]
     return 0
+
+
+def _server(service: Service, drain_timeout: int, say: Callable[[str], object]) -> uvicorn.Server:
+    """uvicorn with the service's API, that ends when requests are finished."""
+    import uvicorn
+
+    from .serving.app import create_app
+
+    class Server(uvicorn.Server):
+        """Its first SIGTERM or SIGINT drains; the second ends it at once."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if service.draining:
+                self.force_exit = self.should_exit = True
+                return
+            service.drain()
+            say("draining: what runs is finished, new requests get 503")
+            threading.Thread(target=self._exit_when_idle, daemon=True).start()
+
+        def _exit_when_idle(self) -> None:
+            engine = service.engine
+            idle = engine is None or engine.wait_until_idle(drain_timeout)
+            if not idle:
+                say(f"ending with requests unfinished after {drain_timeout} s")
+                engine.stop()
+            self.should_exit = True
+
+    return Server(
+        uvicorn.Config(
+            create_app(service),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            ws="none",
+            lifespan="off",
+        )
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -251,6 +259,19 @@ def _port(text: str) -> int:
 def build_parser() -> Arguments:
     parser = Arguments("serve", __doc__)
     parser.subject("folder", "checkpoint folder", "DIR")
+    _add_api(parser)
+    parser.device("gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)")
+    _add_limits(parser)
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="of the packed products (default: by size)"
+    )
+    parser.row_order()
+    parser.quiet("no messages; errors only")
+    return parser
+
+
+def _add_api(parser: Arguments) -> None:
+    """Where the server listens, who may ask it, and what a request gets that does not say."""
     parser.add_argument(
         "--host", default=DEFAULT_HOST, help="address (%(default)s: only this host)"
     )
@@ -267,7 +288,6 @@ def build_parser() -> Arguments:
         help="let pages of this origin, such as http://localhost:3000, use the API from a browser;"
         " * for all (repeatable; default: none)",
     )
-    parser.device("gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)")
     parser.add_argument(
         "--served-model-name",
         metavar="NAME",
@@ -281,6 +301,10 @@ def build_parser() -> Arguments:
         " sampled; none, or vllm as vLLM calls it: temperature 1, top_p 1, nothing else"
         " (%(default)s)",
     )
+
+
+def _add_limits(parser: Arguments) -> None:
+    """What the server holds at once, and for how long."""
     parser.add_argument(
         "--max-model-len",
         type=count,
@@ -326,12 +350,6 @@ def build_parser() -> Arguments:
         metavar="S",
         help="seconds that running requests have after SIGTERM (%(default)s)",
     )
-    parser.add_argument(
-        "--threads", type=count, metavar="N", help="of the packed products (default: by size)"
-    )
-    parser.row_order()
-    parser.quiet("no messages; errors only")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .arguments import Arguments, number, whole
 from .calibration.dataset import local_text
@@ -16,71 +17,89 @@ from .checkpoint.source import resolve_model
 from .command import no_message, output_path, refuse_inside, run_command, to_stderr
 from .host import require_paddle, thread_count
 from .texts.documents import read_texts
+from .tuning.settings import TuningSettings
 
 if TYPE_CHECKING:
     from .tuning.session import TuneResult
 
 
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """The keywords of `tune`; each is the command's flag of the same name.
+
+    Attributes:
+        tokens, passes, batch, learning_rate, dense_learning_rate: see tuning/settings.py, which has
+            the values that None stands for.
+        threads: None takes all processors.
+        source: hub to download the float model from.
+        quiet: no progress and no messages.
+
+    Raises:
+        CcqError: naming the flag whose value is not one of those allowed.
+    """
+
+    tokens: str | int | None = None
+    passes: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    dense_learning_rate: float | None = None
+    threads: int | None = None
+    source: str | None = None
+    quiet: bool = True
+
+    def __post_init__(self) -> None:
+        thread_count(self.threads)
+
+    @property
+    def settings(self) -> TuningSettings:
+        """The settings of the run."""
+        tokens = None if self.tokens is None else parse_tokens(self.tokens, "--tokens")
+        given = {
+            "tokens": tokens,
+            "passes": self.passes,
+            "batch": self.batch,
+            "learning_rate": self.learning_rate,
+            "dense_learning_rate": self.dense_learning_rate,
+        }
+        return TuningSettings(**{name: x for name, x in given.items() if x is not None})
+
+
 def tune(
-    folder: str | os.PathLike[str],
-    model: str | os.PathLike[str],
-    calibration: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    tokens: str | int | None = None,
-    passes: int | None = None,
-    batch: int | None = None,
-    learning_rate: float | None = None,
-    dense_learning_rate: float | None = None,
-    threads: int | None = None,
-    source: str | None = None,
-    quiet: bool = True,
+    folder: PathLike, model: PathLike, calibration: PathLike, output: PathLike, **options: object
 ) -> TuneResult:
     """Write a tuned copy of the quantized checkpoint `folder` into the new folder `output`.
 
     `model` is the float checkpoint it was made from, `calibration` a text (docs/reference/texts.md)
-    or a data set's hub id. The experts' codes, the format and the size stay (docs/notes/tuning.md).
+    or a data set's hub id; `options` are the fields of TuneOptions. The experts' codes, the format
+    and the size stay (docs/notes/tuning.md).
 
     Raises:
         CcqError: for anything in the input or the options that is not right, and if the loss on
             held-out text did not go down; nothing is written then.
+        TypeError: for a keyword that is no option.
     """
+    chosen = TuneOptions(**options)
     require_paddle("tuning, which runs the model,")
     from .tuning.session import run_tuning
-    from .tuning.settings import TuningSettings
 
-    threads = thread_count(threads)
-    given: dict[str, Any] = {
-        "tokens": None if tokens is None else parse_tokens(tokens, "--tokens"),
-        "passes": passes,
-        "batch": batch,
-        "learning_rate": learning_rate,
-        "dense_learning_rate": dense_learning_rate,
-    }
-    settings = TuningSettings(**{name: value for name, value in given.items() if value is not None})
-    target = output_path(output)
+    settings, target = chosen.settings, output_path(output)
     texts = read_texts(local_text(calibration), "--calibration")
-    log = no_message if quiet else to_stderr
+    log = no_message if chosen.quiet else to_stderr
     quantized = open_checkpoint(folder)
-    original = open_checkpoint(resolve_model(model, source, log=log))
+    original = open_checkpoint(resolve_model(model, chosen.source, log=log))
     for checkpoint in (quantized, original):
         for message in checkpoint.messages:
             log(f"{checkpoint.path}: {message}")
         refuse_inside(target, checkpoint.path)
 
     def report(step: int, steps: int, loss: float) -> None:
-        if not quiet:
-            to_stderr(f"step {step} of {steps}: KL {loss:.4f} nats a token on held-out text")
+        log(f"step {step} of {steps}: KL {loss:.4f} nats a token on held-out text")
 
-    return run_tuning(
-        quantized,
-        original,
-        texts,
-        target,
-        settings,
-        threads,
-        report,
-    )
+    threads = thread_count(chosen.threads)
+    return run_tuning(quantized, original, texts, target, settings, threads, report)
 
 
 def build_parser() -> Arguments:

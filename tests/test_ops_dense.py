@@ -121,7 +121,7 @@ class Sequences:
         qkv = np.concatenate([self.qkv[s][first:last] for s, first, last in cuts])
         pieces = np.array([(last - first, first, self.bases[s]) for s, first, last in cuts])
         out = attend(
-            qkv, self.cos[positions], self.sin[positions], pieces, self.keys, self.values,
+            qkv, (self.cos[positions], self.sin[positions]), pieces, self.keys, self.values,
             self.heads, **options,
         )  # fmt: skip
         return np.split(out, np.cumsum(pieces[:-1, 0]))
@@ -213,6 +213,6 @@ def test_no_token_is_written_outside_of_the_cache(
     values = np.zeros((1, 64, 16), np.float32)
     qkv, half = np.zeros((3, 24), np.float32), np.zeros((3, 4), np.float32)
     with pytest.raises(ValueError, match=words):
-        attend(qkv, half, half, np.array(pieces), keys, values, 1)
+        attend(qkv, (half, half), np.array(pieces), keys, values, 1)
     with pytest.raises(TypeError):  # never a copy of the cache
-        attend(qkv, half, half, np.array([(3, 0, 0)]), keys.astype(np.float64), values, 1)
+        attend(qkv, (half, half), np.array([(3, 0, 0)]), keys.astype(np.float64), values, 1)

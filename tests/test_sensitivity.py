@@ -16,7 +16,7 @@ from helpers.synthetic import DTYPES, tiny_config, write_checkpoint
 from paddle_ccq.allocation.costs import load_sensitivities
 from paddle_ccq.allocation.decoded import Decoded
 from paddle_ccq.allocation.perturbed_states import PerturbedStates
-from paddle_ccq.allocation.probing import held_out, spread
+from paddle_ccq.allocation.probing import Execution, Probing, held_out, spread
 from paddle_ccq.calibration.sequential_forward import SequentialForward
 from paddle_ccq.calibration.settings import CalibrationSettings
 from paddle_ccq.calibration.text import read_calibration_text
@@ -72,7 +72,7 @@ def measured(model, text) -> dict:
 
 def test_the_divergence_is_that_of_the_model_with_that_part_quantized(model, text, measured):
     checkpoint = open_checkpoint(model)
-    decoded = Decoded(checkpoint, ("wint4",), "fast", 1, None)
+    decoded = Decoded(checkpoint, Probing("kl", ("wint4",)), None, Execution(1))
     windows, _ = held_out(
         read_calibration_text(text, checkpoint, CalibrationSettings(tokens=2048)).windows, 1024
     )

@@ -17,7 +17,10 @@ def read(config) -> SourceScheme:
 
 
 def test_floats_say_nothing():
-    for raw in ({}, {"quantization_config": None}, {"quantization_config": {}}):
+    fastdeploy = {"quantization": "wint2"}, {"is_quantized": False, "dense_quant_type": "wint8"}
+    ours = {"quant_method": "ccq"}
+    for entry in (None, {}, *fastdeploy, ours):
+        raw = {"quantization_config": entry}
         scheme = SourceScheme.read(raw, "config.json")
         assert scheme.method is None and not scheme.parts
         assert scheme.kind_of("model.layers.0.mlp.up_proj") is None
@@ -80,7 +83,6 @@ def of_weights(**changes) -> dict:
     ("config", "problem"),
     [
         (7, "config.json: quantization_config: not an object"),
-        ({"bits": 4}, "quant_method '' is not read"),
         ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' is not read"),
         ({"quant_method": ["fp8"]}, "quant_method is not a text"),
         ({**FP8_CONFIG, "fmt": "e5m2"}, "fmt 'e5m2' is not read"),
@@ -106,6 +108,15 @@ def test_what_is_not_read_is_refused(config, problem):
     with pytest.raises(CcqError, match=re.escape(problem)) as error:
         read(config)
     assert "\n" not in str(error.value)
+
+
+def test_our_own_outputs_hold_the_scheme_of_their_source():
+    scheme = read({"quant_method": "ccq", "source_quantization_config": FP8_CONFIG})
+    assert scheme.method == "fp8" and scheme.blocks(Kind.FP8, (8, 8)) == {(128, 128)}
+    with pytest.raises(
+        CcqError, match=r"quantization_config.source_quantization_config: .*quant_method 'awq'"
+    ):
+        read({"quant_method": "ccq", "source_quantization_config": {"quant_method": "awq"}})
 
 
 def test_two_names_of_the_entry_must_agree():

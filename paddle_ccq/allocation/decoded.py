@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ..checkpoint.reader import Checkpoint
@@ -13,29 +11,29 @@ from ..codec.row_order import FASTDEPLOY_2_1
 from ..encoder.factory import make_encoders
 from ..encoder.ldlq import Hessians
 from ..families.tensor import DOWN, UP_GATE
+from .probing import Execution, Probing
 
 # Projection -> attribute of an expert in models/ernie.py.
 ATTRIBUTES = {UP_GATE: "up_gate", DOWN: "down"}
 
 
 class Decoded:
-    """`decoded(name, format)` returns a matrix after encoding; calibrated formats use the Hessians.
-
-    `device` is where codes are searched; the values are the same.
-    """
+    """`decoded(name, format)` returns a matrix after encoding; with Hessians where it can be."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        formats: Sequence[str],
-        preset: str,
-        threads: int,
+        probing: Probing,
         hessians: Hessians | None,
-        device: str = "cpu",
+        execution: Execution,
     ) -> None:
         self.checkpoint = checkpoint
         self._encoders = make_encoders(
-            formats, preset, threads=threads, device=device, hessians=hessians
+            probing.formats,
+            probing.preset,
+            threads=execution.threads,
+            device=execution.device,
+            hessians=hessians,
         )
 
     def __call__(self, name: str, format: str) -> np.ndarray:

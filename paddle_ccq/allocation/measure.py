@@ -10,10 +10,9 @@ errors of the layer's parts are measured at the layer itself, on a few of its ex
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,8 @@ from ..models.ernie import MLP, MoE
 from .costs import Sensitivities, model_shape, weights_sha256
 from .decoded import ATTRIBUTES, Decoded
 from .perturbed_states import PerturbedStates
-from .probing import Probing, held_out, perturbed_count, spread
+from .probing import Execution, Probing, Progress, held_out, perturbed_count, spread
 
-Progress = Callable[[int, int], None]  # layers done, of how many
 # Relative to the outputs, mean squared errors below this are float32's rounding.
 _NO_ERROR = 1e-12
 
@@ -43,27 +41,22 @@ def measure(
     text: CalibrationText,
     settings: CalibrationSettings,
     probing: Probing,
-    threads: int,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-    device: str = "cpu",
+    execution: Execution,
 ) -> Sensitivities:
     """Costs of every MoE layer, projection and format; the model is read once or twice.
 
     wint2 is encoded with the statistics of the text, as `quantize --calibration` would do it; the
-    windows that are measured on are left out of these statistics. States go to a file in `folder`
-    where they don't fit in memory. `device` is where codes are searched; the model runs on the CPU.
+    windows that are measured on are left out of these statistics.
     """
     probes, others = held_out(text.windows, probing.tokens)
     seen = replace(text, windows=tuple(others))
+    threads, folder = execution.threads, execution.folder
     with (
         closing(Statistics(checkpoint, seen, settings, threads, folder)) as statistics,
         closing(SequentialForward(checkpoint, probes, threads, folder)) as forward,
     ):
-        measurement = _Measurement(
-            checkpoint, statistics, forward, probing, threads, folder, device
-        )
-        costs = measurement.run(progress)
+        measurement = _Measurement(checkpoint, statistics, forward, probing, execution)
+        costs = measurement.run(execution.progress)
     return Sensitivities(
         method=probing.method,
         settings=probing.as_dict(),
@@ -82,19 +75,15 @@ class _Measurement:
         statistics: Statistics,
         forward: SequentialForward,
         probing: Probing,
-        threads: int,
-        folder: Path | None,
-        device: str,
+        execution: Execution,
     ) -> None:
         self.config = checkpoint.config
         self.forward, self.probing = forward, probing
         self._statistics = statistics
         self._known: dict[str, InputHessian | None] = {}
-        self.decoded = Decoded(
-            checkpoint, probing.formats, probing.preset, threads, statistics.hessian, device
-        )
-        layers = len(self.config.moe_layers())
-        self.perturbed = PerturbedStates(forward, perturbed_count(probing, layers), folder)
+        self.decoded = Decoded(checkpoint, probing, statistics.hessian, execution)
+        count = perturbed_count(probing, len(self.config.moe_layers()))
+        self.perturbed = PerturbedStates(forward, count, execution.folder)
         # For "quadratic": (layer, projection, format) -> squared error of the part, and
         # (layer, format) -> squared error of the perturbed copy.
         self.errors: dict[tuple[int, str, str], float] = {}

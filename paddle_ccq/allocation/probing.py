@@ -3,14 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.text import spread
 from .costs import PROJECTIONS
+
+Progress = Callable[[int, int], None]  # layers done, of how many
+
+
+@dataclass(frozen=True)
+class Execution:
+    """With what sensitivities are measured. No attribute changes the measured numbers.
+
+    Attributes:
+        threads: of the encoders and of the model.
+        device: where codes are searched, "cpu" or "gpu"; the model runs on the CPU.
+        folder: for a file of states that do not fit in memory; None keeps them there.
+    """
+
+    threads: int
+    device: str = "cpu"
+    folder: Path | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from ..codec.formats import FORMATS
 from ..errors import CcqError
 from ..families.ernie45 import ErnieConfig
 from ..families.tensor import Role
-from ..host import default_threads
 from ..units import gigabytes
 from .costs import (
     PROJECTIONS,
@@ -30,11 +29,9 @@ from .costs import (
     model_shape,
     weights_sha256,
 )
-from .probing import Probing, perturbed_bytes, perturbed_count
+from .probing import Execution, Probing, perturbed_bytes, perturbed_count
 from .resolve import HIGH, Allocation, allocate_layers
 from .target import Target, parse_target
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,11 @@ class AllocationRequest:
         checkpoint: Checkpoint,
         model_name: str,
         calibration: CalibrationRequest,
-        folder: Path,
+        execution: Execution,
         *,
         restart: bool,
-        progress: Progress,
-        threads: int | None,
-        device: str,
     ) -> Sensitivities:
-        """The costs, measured now or by the interrupted run that is going on in `folder`."""
+        """The costs, measured now or by the interrupted run that is going on in the folder."""
         from ..calibration.text import read_calibration_text
         from .measure import measure
 
@@ -100,6 +94,8 @@ class AllocationRequest:
         # Costs are always measured with routing weights, which need no further pass.
         settings = replace(calibration.settings, tokens=fewer, token_weights=ROUTER)
         text = read_calibration_text(calibration.texts, checkpoint, settings)
+        folder = execution.folder
+        assert folder is not None
         path = folder / SENSITIVITY_FILE
         if path.exists():
             found = load_sensitivities(path, "its")
@@ -116,17 +112,7 @@ class AllocationRequest:
                 " allocated from these weights and this calibration. Repeat that command to finish"
                 " it, or add --restart to start over"
             )
-        found = measure(
-            checkpoint,
-            model_name,
-            text,
-            settings,
-            self.probing,
-            threads or default_threads(),
-            folder,
-            progress,
-            device,
-        )
+        found = measure(checkpoint, model_name, text, settings, self.probing, execution)
         write_file(path, json_bytes(found.as_dict()))
         return found
 

@@ -15,9 +15,10 @@ from ..codec import formats
 from ..encoder.base import ErrorStats, MatrixEncoder
 from ..encoder.paper import PaperEncoder
 from ..errors import CcqError
-from .plan import Plan, PlannedTensor
+from .plan import KEPT, Plan, PlannedTensor
 from .reader import Checkpoint
 from .safetensors_format import DTYPES, FLOAT_DTYPES
+from .source_tensors import KEPT_NAMING
 from .tensor_parallel import take
 from .values import count_nonfinite, energy, finite, is_approximation
 
@@ -55,6 +56,8 @@ class Converter:
     def convert(self, planned: PlannedTensor) -> Converted:
         """The stored tensors of one matrix; no other matrix is in memory."""
         start = time.perf_counter()
+        if planned.format == KEPT:
+            return self._kept(planned)
         if planned.quantized:
             weight = self.checkpoint.read_out_in(planned.name)
         else:
@@ -83,6 +86,32 @@ class Converter:
             stats["nonfinite_set_to_zero"] = nonfinite
         return Converted(parts, stats)
 
+    def _kept(self, planned: PlannedTensor) -> Converted:
+        """The tensors as the source has them; parts of another naming are put together anew."""
+        start = time.perf_counter()
+        stored = self.checkpoint.tensors
+        tensors, zeroed = {}, 0
+        for name, dtype, shape in planned.specs:
+            same = name in stored and stored.info(name).shape == shape
+            if same and stored.info(name).dtype == dtype:
+                tensors[name] = stored.read(name)
+            else:
+                tensors |= self.checkpoint.renamed(planned.name, KEPT_NAMING)
+        for name, dtype, _ in planned.specs:
+            if dtype in FLOAT_DTYPES:
+                tensors[name], nonfinite = self._finite(tensors[name], name, dtype)
+                zeroed += nonfinite
+        stats: dict[str, Any] = {
+            "format": KEPT,
+            "shape": list(planned.shape),
+            "bpw": 8 * planned.rank_bytes / planned.weights if planned.weights else 0.0,
+            "read_seconds": time.perf_counter() - start,
+            "seconds": 0.0,
+        }
+        if zeroed:
+            stats["nonfinite_set_to_zero"] = zeroed
+        return Converted([tensors], stats)
+
     def _finite(self, weight: np.ndarray, name: str, stored_as: str) -> tuple[np.ndarray, int]:
         """The weight with 0 for values that cannot be stored, and their number.
 
@@ -94,9 +123,11 @@ class Converter:
         where = f"{self.checkpoint.path}: {name}"
         damaged = count_nonfinite(weight)
         if damaged:
+            place = self.checkpoint.nonfinite_place(name)
+            first = f", the first in {place}" if place else ""
             raise CcqError(
-                f"{where} holds {damaged} values that are NaN or infinite; the file is damaged"
-                " (--allow-nonfinite would set them to 0)"
+                f"{where} holds {damaged} values that are NaN or infinite{first}; the file is"
+                " damaged (--allow-nonfinite would set them to 0)"
             )
         largest = float(np.abs(weight).max())
         raise CcqError(
@@ -161,7 +192,7 @@ class Converter:
         self, planned: PlannedTensor, weight: np.ndarray
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
         size = self.plan.tensor_parallel_size
-        stem = planned.tensor.stem
+        names = {name.rpartition(".")[2]: name for name, _, _ in planned.specs}
         parts, found = [], []
         metrics: list[dict[str, float]] = []
         every_row = np.arange(planned.shape[0])
@@ -175,7 +206,7 @@ class Converter:
             rows = formats.order_rows(rows, planned.format, order)
             tensors, stats, part_metrics = self._encode(planned, part, rows)
             metrics.append(part_metrics)
-            parts.append({f"{stem}.{suffix}": array for suffix, array in tensors.items()})
+            parts.append({names[suffix]: array for suffix, array in tensors.items()})
             found += stats
         # Sums over all pieces, so that the error is that of the whole matrix.
         whole = ErrorStats(

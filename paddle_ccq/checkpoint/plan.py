@@ -18,6 +18,9 @@ from .safetensors_format import StoredSpec, shard_name, tensor_bytes
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # The format of dense linear layers, and the wider format of experts.
 DENSE, WIDER = "wint8", "wint4"
+# What is written as the source has it, in any dtype, scales included.
+KEPT = "kept"
+_UNQUANTIZED = ("bf16", "f32", KEPT)
 
 # Interpreter and libraries, before any tensor is read.
 BASE_MEMORY = 150_000_000
@@ -33,7 +36,7 @@ class PlannedTensor:
 
     index: int
     tensor: TensorSpec
-    format: str  # "f32" and "bf16" are stored as they are
+    format: str  # "f32", "bf16" and KEPT are not quantized
     specs: tuple[StoredSpec, ...]  # of one rank
 
     @property
@@ -56,7 +59,7 @@ class PlannedTensor:
 
     @property
     def quantized(self) -> bool:
-        return self.format not in ("bf16", "f32")
+        return self.format not in _UNQUANTIZED
 
     @property
     def weights(self) -> int:
@@ -83,8 +86,18 @@ class Target(Protocol):
     """The interface through which a plan knows the engine that it is made for (targets/)."""
 
     @property
+    def name(self) -> str:
+        """What `--target` calls it."""
+        ...
+
+    @property
     def shard_metadata(self) -> Mapping[str, str]:
         """The metadata of every weight file."""
+        ...
+
+    @property
+    def dense_formats(self) -> tuple[str, ...]:
+        """What dense linear layers may become, the default first; nothing: they are kept."""
         ...
 
     def with_any_layers(self) -> Target:
@@ -96,7 +109,7 @@ class Target(Protocol):
         ...
 
     def unquantized_format(self, tensor: TensorSpec) -> str:
-        """The float type of a tensor that is never quantized: "f32" or "bf16"."""
+        """How a tensor is stored that is never quantized: "f32", "bf16" or KEPT."""
         ...
 
     def stored(
@@ -110,7 +123,7 @@ class Target(Protocol):
         ...
 
     def check_layers(self, formats: Mapping[int, str]) -> None:
-        """Refuse formats of MoE layers that the engine cannot load."""
+        """Refuse formats of MoE layers that the engine cannot load; there may be no such layer."""
         ...
 
     def model_notes(self, config: ModelConfig) -> list[str]:
@@ -253,8 +266,9 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the model at two bytes a weight."""
-        return 2 * self.weights
+        """Bytes of the source, where its tensors are known; else at two bytes a weight."""
+        found = sum(planned.tensor.source_bytes for planned in self.tensors)
+        return found or 2 * self.weights
 
     def bits_per_weight(self, role: Role | None = None) -> float:
         """Stored bits per weight of the tensors of a role, or of all; over all ranks."""
@@ -265,13 +279,15 @@ class Plan:
 
     def peak_memory(self) -> int:
         """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
-        largest = max(
-            planned.weights
-            * (QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else UNQUANTIZED_BYTES_PER_WEIGHT)
-            + planned.rank_bytes
-            for planned in self.tensors
-        )
-        return BASE_MEMORY + largest
+        return BASE_MEMORY + max(map(_working_bytes, self.tensors))
+
+
+def _working_bytes(planned: PlannedTensor) -> int:
+    """Bytes of host memory that a tensor takes on its way, its output included."""
+    if planned.format == KEPT:
+        return planned.rank_bytes
+    each = QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else UNQUANTIZED_BYTES_PER_WEIGHT
+    return planned.weights * each + planned.rank_bytes
 
 
 def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
@@ -286,7 +302,7 @@ def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
         config, options.format, options.wint4_end_layer
     )
     defaults = _default_formats(target, config, layers)
-    found = matching_rules(options.rules, defaults, options.format)
+    found = matching_rules(options.rules, defaults, options.format, target.dense_formats)
     formats, reasons = {}, {}
     for default in defaults:
         tensor, rule = default.tensor, found.get(default.tensor.name)
@@ -339,8 +355,8 @@ def _default_formats(
         layer = tensor.layer
         if tensor.is_expert and layer is not None:
             defaults.append(DefaultFormat(tensor, layers.formats[layer], layers.reason_of(layer)))
-        elif tensor.is_dense:
-            defaults.append(DefaultFormat(tensor, DENSE))
+        elif tensor.is_dense and target.dense_formats:
+            defaults.append(DefaultFormat(tensor, target.dense_formats[0]))
         else:
             defaults.append(DefaultFormat(tensor, target.unquantized_format(tensor)))
     return defaults

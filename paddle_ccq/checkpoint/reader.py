@@ -16,12 +16,15 @@ import numpy as np
 from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
-from ..families.config import ModelConfig
+from ..families.config import CONFIG_FILE, ModelConfig
 from ..families.registry import read_config
 from ..families.tensor import Source, Storage
 from .companions import check_regular
 from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
 from .source import snapshot_folder
+from .sources.locate import locate
+from .sources.scheme import SourceScheme
+from .sources.stored import StoredWeight
 from .unexpected import pass_over, resolve_head
 
 # Our own key in config.json; FastDeploy does not look at it.
@@ -53,6 +56,7 @@ class Checkpoint:
     ) -> None:
         self.path = path
         self.tensors = tensors
+        self.scheme = SourceScheme.read(config.raw, path / CONFIG_FILE)
         self.naming = config.family.detect_naming(tensors.names(), path)
         self.config, messages = resolve_head(config, tensors, self.naming)
         self.messages = [*tensors.messages, self.naming.description, *config.notes, *messages]
@@ -82,15 +86,28 @@ class Checkpoint:
         entry = self._entries[name]
         if entry.storage is None:
             return list(entry.packed.values())
-        return [_present(part, self.tensors) for part in entry.storage.parts]
+        return [stored for part in self.parts(name) for stored in part.names]
+
+    def parts(self, name: str) -> list[StoredWeight]:
+        """The stored parts of a tensor that is not packed in a format of this package."""
+        entry = self._entries[name]
+        if entry.storage is None:
+            raise ValueError(f"{name} is packed as {entry.format}")
+        return self._parts(entry.storage)
 
     def stored_dtype(self, name: str) -> str:
-        """Safetensors dtype of the first on-disk tensor (BF16, F16 or F32 for a float)."""
-        return self.tensors.info(self.stored_names(name)[0]).dtype
+        """Safetensors dtype of what read_stored() gives, or of a packed matrix' first tensor."""
+        if self._entries[name].storage is None:
+            return self.tensors.info(self.stored_names(name)[0]).dtype
+        first = self.parts(name)[0]
+        return first.dtype if first.is_float else "F32"
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes on disk of a canonical tensor."""
-        return sum(self.tensors.info(stored).nbytes for stored in self.stored_names(name))
+        """Bytes on disk of a canonical tensor; of a stack its part."""
+        entry = self._entries[name]
+        if entry.storage is None:
+            return sum(self.tensors.info(stored).nbytes for stored in entry.packed.values())
+        return sum(part.nbytes for part in self.parts(name))
 
     def read(self, name: str, dtype: str = "bfloat16") -> np.ndarray:
         """The weight in canonical orientation, float32, input rows in plain order.
@@ -107,7 +124,13 @@ class Checkpoint:
         return self._assembled(entry, np.dtype(np.float32))
 
     def read_stored(self, name: str) -> np.ndarray:
-        """A float weight in canonical orientation and its stored dtype."""
+        """An unpacked weight in canonical orientation: a float in its stored dtype, else float32.
+
+        FP8 values and INT4 groups come multiplied by their scales.
+
+        Raises:
+            CcqError: for a scale that no weight can have, naming the tensor and its block.
+        """
         entry = self._entries[name]
         if entry.storage is None:
             raise ValueError(f"{name} is packed as {entry.format}; read() dequantizes it")
@@ -122,14 +145,18 @@ class Checkpoint:
             return np.ascontiguousarray(self._decoded(name, entry, "bfloat16").T)
         rows_in, columns = entry.shape
         result = np.empty((columns, rows_in), np.float32)
-        for part, stored in zip(entry.storage.parts, self.stored_names(name), strict=True):
-            values = self.tensors.read(stored)
+        for part, stored in zip(entry.storage.parts, self._parts(entry.storage), strict=True):
             target = result[part.columns or slice(None)]
             if entry.storage.transposed:
-                target[...] = values
+                stored.read_into(target)
             else:
-                _turn_into(target, values)
+                _turn_into(target, stored.read())
         return result
+
+    def nonfinite_place(self, name: str) -> str | None:
+        """Where the first NaN or infinity of an FP8 or INT4 source lies, in words."""
+        places = (part.nonfinite_place() for part in self.parts(name))
+        return next((place for place in places if place is not None), None)
 
     def with_replaced(self, tensors: Mapping[str, np.ndarray]) -> Checkpoint:
         """The checkpoint as it would be with other values of some stored tensors."""
@@ -150,15 +177,18 @@ class Checkpoint:
         """The order in which a matrix's input rows are stored (codec/row_order.py)."""
         return formats.stored_order(self.format_of(name), self.row_order)
 
+    def _parts(self, storage: Storage) -> list[StoredWeight]:
+        found = [locate(self.tensors, self.scheme, part) for part in storage.parts]
+        return [part for part in found if part is not None]
+
     def _assembled(self, entry: _Entry, dtype: np.dtype) -> np.ndarray:
         assert entry.storage is not None
-        parts = entry.storage.parts
-        stored = [_present(part, self.tensors) for part in parts]
+        stored = self._parts(entry.storage)
         if not entry.storage.transposed:
-            return self.tensors.read(stored[0]).astype(dtype, copy=False)
+            return stored[0].read().astype(dtype, copy=False)
         result = np.empty(entry.shape, dtype)
-        for part, stored_name in zip(parts, stored, strict=True):
-            _turn_into(result[:, part.columns], self.tensors.read(stored_name))
+        for part, weight in zip(entry.storage.parts, stored, strict=True):
+            _turn_into(result[:, part.columns], weight.read())
         return result
 
     def _decoded(self, name: str, entry: _Entry, dtype: str) -> np.ndarray:
@@ -197,11 +227,6 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
     return Checkpoint(path, config, TensorFolder(path), row_order)
 
 
-def _present(part: Source, tensors: TensorFolder) -> str:
-    """The name under which a part is stored; its own name where it is missing."""
-    return next((name for name in (part.name, *part.aliases) if name in tensors), part.name)
-
-
 def _turn_into(target: np.ndarray, values: np.ndarray) -> None:
     """target[...] = values.T with conversion, in blocks (several times faster than in one go)."""
     for begin in range(0, values.shape[0], _TURN_ROWS):
@@ -220,18 +245,19 @@ def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
     for name, tensor in config.tensors.items():
         shape, storage = tensor.shape, tensor.sources[naming]
         found = packed.get(storage.packed, {})
-        if tensor.is_linear and found:
+        if tensor.is_linear and "quant_weight" in found:
             entries[name] = _packed_entry(checkpoint, name, shape, found)
             used.update(found.values())
             continue
         for part in storage.parts:
-            stored = _present(part, tensors)
-            if stored not in tensors:
-                missing.append(stored)
+            stored = locate(tensors, checkpoint.scheme, part)
+            if stored is None:
+                if tensor.is_linear and found:
+                    _packed_entry(checkpoint, name, shape, found)
+                missing.append(part.name)
                 continue
-            _check_float(checkpoint, stored, tensors.info(stored), part.shape)
-            used.add(stored)
-            copies.update(dict.fromkeys(part.aliases, stored))
+            used.update(stored.names)
+            copies.update(dict.fromkeys(part.aliases, stored.names[0]))
         entries[name] = _Entry("bf16", shape, storage, {})
     if missing:
         count = f"{len(missing)} tensors are" if len(missing) > 1 else "1 tensor is"
@@ -241,19 +267,6 @@ def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
         )
     checkpoint.messages += pass_over(config, tensors, copies, used)
     return entries
-
-
-def _check_float(
-    checkpoint: Checkpoint, stored: str, info: TensorInfo, shape: tuple[int, ...]
-) -> None:
-    where = f"{checkpoint.tensors.path_of(stored)}: {stored}"
-    if info.shape != shape:
-        turned = " (transposed: two layouts are mixed)" if info.shape == shape[::-1] else ""
-        raise CcqError(
-            f"{where}: has shape {list(info.shape)}, config.json calls for {list(shape)}{turned}"
-        )
-    if info.dtype not in FLOAT_DTYPES:
-        raise CcqError(f"{where}: has dtype {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}")
 
 
 def _packed_tensors(tensors: TensorFolder) -> dict[str, dict[str, str]]:

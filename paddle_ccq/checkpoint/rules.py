@@ -84,9 +84,16 @@ class DefaultFormat:
 
 
 def matching_rules(
-    rules: Sequence[Rule], defaults: Iterable[DefaultFormat], expert_format: str
+    rules: Sequence[Rule],
+    defaults: Iterable[DefaultFormat],
+    expert_format: str,
+    dense_formats: tuple[str, ...] = DENSE_FORMATS,
 ) -> dict[str, Rule]:
     """Name of a tensor -> the first rule that matches it.
+
+    Args:
+        expert_format: of routed experts where no rule decides.
+        dense_formats: those that a dense linear layer may take; none where it is always kept.
 
     Raises:
         CcqError: for a rule that matches no tensor, or one that cannot take the rule's format.
@@ -98,7 +105,7 @@ def matching_rules(
         names.append(name)
         for rule in rules:
             if rule.matches(name):
-                _check_allowed(rule, default, expert_format)
+                _check_allowed(rule, default, expert_format, dense_formats)
                 found[name] = rule
                 break
     used = set(found.values())
@@ -110,7 +117,9 @@ def matching_rules(
     return found
 
 
-def _check_allowed(rule: Rule, default: DefaultFormat, expert_format: str) -> None:
+def _check_allowed(
+    rule: Rule, default: DefaultFormat, expert_format: str, dense_formats: tuple[str, ...]
+) -> None:
     where = f"--rules: {rule.match!r} -> {rule.format}"
     tensor = default.tensor
     if not tensor.is_linear:
@@ -118,7 +127,12 @@ def _check_allowed(rule: Rule, default: DefaultFormat, expert_format: str) -> No
             f"{where} touches {tensor.name}: routers, correction biases, norms, embeddings and"
             " lm_head are never quantized and take no rule; make the pattern narrower"
         )
-    allowed = (*WIDER_EXPERT_FORMATS, expert_format) if tensor.is_expert else DENSE_FORMATS
+    if tensor.is_dense and not dense_formats:
+        raise CcqError(
+            f"{where} touches {tensor.name}, a dense linear layer: with this --target everything"
+            " but the routed experts stays as it is; make the pattern narrower"
+        )
+    allowed = (*WIDER_EXPERT_FORMATS, expert_format) if tensor.is_expert else dense_formats
     if rule.format not in allowed:
         kind = "a routed expert" if tensor.is_expert else "a dense linear layer"
         raise CcqError(
@@ -159,7 +173,7 @@ def layer_formats(formats: Mapping[str, str], experts: Iterable[TensorSpec]) -> 
         if len(found) > 1:
             raise CcqError(
                 f"--rules: layer {layer} would hold experts of formats {', '.join(sorted(found))};"
-                " FastDeploy can't load that: all experts and both projections of a layer must be"
+                " engines can't load that: all experts and both projections of a layer must be"
                 " alike"
             )
     return {layer: next(iter(by_layer[layer])) for layer in sorted(by_layer)}

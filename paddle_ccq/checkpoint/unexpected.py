@@ -37,7 +37,7 @@ def resolve_head(
         CcqError: if the two differ, or if a head is called for that is not there.
     """
     head, there = config.family.head, config.family.head in tensors
-    embedding = config.tensors[config.family.embedding].sources[naming.name].parts[0].name
+    embedding = config.tensors[config.family.embedding(config)].sources[naming.name].parts[0].name
     if not config.tie_stated and naming.turned_head and there and embedding in tensors:
         # A tied head is stored as [vocab, hidden] and any other as [hidden, vocab].
         shape = tensors.info(head).shape

@@ -8,6 +8,8 @@ are float64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
 
@@ -120,6 +122,15 @@ def errors(w: np.ndarray, book: np.ndarray, words: np.ndarray, locals_: np.ndarr
     return w - scale * book[words].transpose(0, 2, 1).reshape(w.shape)
 
 
+class _State(NamedTuple):
+    """What a sweep changes in place."""
+
+    words: np.ndarray
+    locals_: np.ndarray
+    error: np.ndarray  # w - w'
+    gradient: np.ndarray  # error H
+
+
 def descend(
     w: np.ndarray,
     metric: LdlqMetric,
@@ -136,8 +147,9 @@ def descend(
     error = errors(w, book, words, locals_, supers)
     gradient = add_products(zero, error, metric.h)
     for _ in range(sweeps):
+        state = _State(words, locals_, error, gradient)
         for first in range(0, len(w), GROUP):
-            _descend_group(w, metric, book, supers, words, locals_, error, gradient, first)
+            _descend_group(w, metric, book, supers, state, first)
         cross, norm = np.zeros(w.shape[1], F32), np.zeros(w.shape[1], F32)
         for r in range(len(w)):
             encoded = w[r] - error[r]
@@ -155,8 +167,9 @@ def descend(
     return words, locals_, supers, loss
 
 
-def _descend_group(w, metric, book, supers, words, locals_, error, gradient, first) -> None:
+def _descend_group(w, metric, book, supers, state: _State, first) -> None:
     """Improve one group in a sweep, in place."""
+    words, locals_, error, gradient = state
     group = slice(first, first + GROUP)
     blocks = slice(first // BLOCK, (first + GROUP) // BLOCK)
     h = metric.h[group, group]

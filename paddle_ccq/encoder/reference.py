@@ -61,99 +61,123 @@ def search_group(
     return total, words, states
 
 
+class _Channel:
+    """The search over one channel [K]; sums run row by row in float64, as the core's do."""
+
+    def __init__(
+        self, w: np.ndarray, layout: SearchLayout, recipe: Recipe, pairs: list[list[np.ndarray]]
+    ) -> None:
+        self.layout, self.recipe, self.pairs = layout, recipe, pairs
+        self.groups = w.reshape(-1, GROUP)
+        energy = [np.add.accumulate(g.astype(np.float64) ** 2)[-1] for g in self.groups]
+        self.rms = np.sqrt(np.array(energy) / GROUP)
+        self.mean_rms = np.sqrt(np.add.accumulate(np.array(energy))[-1] / w.size)
+        self.live = [g for g in range(len(self.groups)) if self.rms[g] > 0]
+
+    def supers(self) -> list[np.float32]:
+        """The super scales to try."""
+        reference = self.rms.max() if self.recipe.ratios else self.mean_rms
+        found: list[np.float32] = []
+        for kappa in self.recipe.kappas:
+            s = np.float32(ml_dtypes.bfloat16(np.float32(self.recipe.nominal * reference / kappa)))
+            if s >= SMALLEST_SUPER and s not in found:
+                found.append(s)
+        return found
+
+    def clamp(self, scale: float) -> int:
+        return int(min(max(np.rint(scale), 1), self.layout.scale_max))
+
+    def nominal(self, g: int, super_: np.float32, ratio: float = 1.0) -> int:
+        """The local scale that suits a group's size."""
+        return self.clamp(self.recipe.nominal * self.rms[g] * ratio / float(super_))
+
+    def attempt(
+        self, g: int, local: int, super_: np.float32, pair: int
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        """Gain, states and words of a group at one scale."""
+        scale = np.float32(local) * super_
+        found = search_group(self.groups[g], scale, self.layout, self.pairs[pair])
+        score, words, states = found
+        return float(scale) * float(scale) * float(score), states, words
+
+    def kept_pairs(self, super_: np.float32) -> list[int]:
+        """The pairs that suit the channel, compared on every group's nominal scale."""
+        everything = list(range(len(self.pairs)))
+        if len(everything) <= self.recipe.keep_pairs:
+            return everything
+        gains = []
+        for p in everything:
+            total = 0.0
+            for g in self.live:
+                total += self.attempt(g, self.nominal(g, super_), super_, p)[0]
+            gains.append(total)
+        return sorted(everything, key=lambda p: -gains[p])[: self.recipe.keep_pairs]
+
+    def best_local(self, g: int, super_: np.float32, pair: int) -> tuple[float, int]:
+        """The greatest gain of a group, and the local scale that has it."""
+        return (self._refitted if self.recipe.ratios else self._in_window)(g, super_, pair)
+
+    def _in_window(self, g: int, super_: np.float32, pair: int) -> tuple[float, int]:
+        nominal, (below, above) = self.nominal(g, super_), self.recipe.window
+        top, best = -1.0, 0
+        for local in range(
+            max(nominal + below, 1), min(nominal + above, self.layout.scale_max) + 1
+        ):
+            value, _, _ = self.attempt(g, local, super_, pair)
+            if value > top:
+                top, best = value, local
+        return top, best
+
+    def _refitted(self, g: int, super_: np.float32, pair: int) -> tuple[float, int]:
+        """Some scales around the nominal one; then equation (4) and a new search at its scale."""
+        top, best, found = -1.0, 0, None
+        for ratio in self.recipe.ratios:
+            local = self.nominal(g, super_, ratio)
+            value, states, _ = self.attempt(g, local, super_, pair)
+            if value > top:
+                top, best, found = value, local, states
+        v = self.groups[g].astype(np.float64)
+        for _ in range(self.recipe.refits):
+            dot = np.add.accumulate(v * found)[-1]
+            norm = float((found * found).sum())
+            if norm == 0:
+                break
+            local = self.clamp(dot / norm / float(super_))
+            if local == best:
+                break
+            value, states, _ = self.attempt(g, local, super_, pair)
+            if not value > top:
+                break
+            top, best, found = value, local, states
+        return top, best
+
+
 def encode_channel(
     w: np.ndarray, layout: SearchLayout, recipe: Recipe, pairs: list[list[np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray, np.float32, int]:
     """One channel [K] -> (words [K/64, words], local scales [K/64], super scale, pair)."""
-    groups = w.reshape(-1, GROUP)
-    # Sums run row by row in float64, as the core's do.
-    energy = np.array([np.add.accumulate(g.astype(np.float64) ** 2)[-1] for g in groups])
-    rms = np.sqrt(energy / GROUP)
-    words = np.zeros((len(groups), layout.words), np.uint16)
-    scales = np.zeros(len(groups), np.int64)
-
-    reference = np.sqrt(np.add.accumulate(energy)[-1] / w.size)
-    if recipe.ratios:
-        reference = rms.max()
-    supers: list[np.float32] = []
-    for kappa in recipe.kappas:
-        s = np.float32(ml_dtypes.bfloat16(np.float32(recipe.nominal * reference / kappa)))
-        if s >= SMALLEST_SUPER and s not in supers:
-            supers.append(s)
+    channel = _Channel(w, layout, recipe, pairs)
+    words = np.zeros((len(channel.groups), layout.words), np.uint16)
+    scales = np.zeros(len(channel.groups), np.int64)
+    supers = channel.supers()
     if not supers:
         return words, scales, np.float32(0), 0
-
-    def clamp(scale: float) -> int:
-        return int(min(max(np.rint(scale), 1), layout.scale_max))
-
-    def gain(local: int, super_: np.float32, score: int) -> float:
-        scale = float(np.float32(local) * super_)
-        return scale * scale * float(score)
-
-    def attempt(g: int, local: int, super_: np.float32, pair: int) -> tuple[float, np.ndarray]:
-        scale = np.float32(local) * super_
-        score, _, states = search_group(groups[g], scale, layout, pairs[pair])
-        return gain(local, super_, score), states
-
-    live = [g for g in range(len(groups)) if rms[g] > 0]
-
-    # 1. Which code pairs suit this channel? Compare them on every group's nominal scale.
-    kept = list(range(len(pairs)))
-    if len(pairs) > recipe.keep_pairs:
-        gains = []
-        for p in kept:
-            total = 0.0
-            for g in live:
-                local = clamp(recipe.nominal * rms[g] / float(supers[0]))
-                total += attempt(g, local, supers[0], p)[0]
-            gains.append(total)
-        kept = sorted(kept, key=lambda p: -gains[p])[: recipe.keep_pairs]
-
+    # 1. Which code pairs suit this channel?
+    kept = channel.kept_pairs(supers[0])
     # 2. Local scales of every group, for every super scale and pair that is left.
     best = (-1.0, np.float32(0), 0, scales)
     for super_ in supers:
         for p in kept:
-            total, local_of = 0.0, np.zeros(len(groups), np.int64)
-            for g in live:
-                top, local_of[g] = -1.0, 0
-                if recipe.ratios:
-                    found = None
-                    for ratio in recipe.ratios:
-                        local = clamp(recipe.nominal * rms[g] * ratio / float(super_))
-                        value, states = attempt(g, local, super_, p)
-                        if value > top:
-                            top, local_of[g], found = value, local, states
-                    for _ in range(recipe.refits):
-                        # Equation (4), then a new search at the fitted scale.
-                        v = groups[g].astype(np.float64)
-                        dot = np.add.accumulate(v * found)[-1]
-                        norm = float((found * found).sum())
-                        if norm == 0:
-                            break
-                        local = clamp(dot / norm / float(super_))
-                        if local == local_of[g]:
-                            break
-                        value, states = attempt(g, local, super_, p)
-                        if not value > top:
-                            break
-                        top, local_of[g], found = value, local, states
-                else:
-                    nominal = clamp(recipe.nominal * rms[g] / float(super_))
-                    low = max(nominal + recipe.window[0], 1)
-                    high = min(nominal + recipe.window[1], layout.scale_max)
-                    for local in range(low, high + 1):
-                        value, _ = attempt(g, local, super_, p)
-                        if value > top:
-                            top, local_of[g] = value, local
-                total += top
+            total, local_of = 0.0, np.zeros(len(scales), np.int64)
+            for g in channel.live:
+                gain, local_of[g] = channel.best_local(g, super_, p)
+                total += gain
             if total > best[0]:
                 best = (total, super_, p, local_of)
-
     # 3. The words of the winner.
     _, super_, pair, scales = best
-    for g in live:
-        scale = np.float32(scales[g]) * super_
-        _, words[g], _ = search_group(groups[g], scale, layout, pairs[pair])
+    for g in channel.live:
+        words[g] = channel.attempt(g, scales[g], super_, pair)[2]
     return words, scales, super_, pair
 
 

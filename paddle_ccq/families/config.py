@@ -14,6 +14,11 @@ from .tensor import Tensors
 CONFIG_FILE = "config.json"
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
 
+# quant_method of sources whose values are read (checkpoint/sources/scheme.py), and of checkpoints
+# that this package writes for other loaders than FastDeploy.
+FP8, COMPRESSED_TENSORS, CCQ = "fp8", "compressed-tensors", "ccq"
+QUANT_METHODS = (FP8, COMPRESSED_TENSORS, CCQ)
+
 # Far above any published model; they bound the work that a hostile file can ask for.
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
@@ -51,6 +56,8 @@ class ModelConfig:
     raw: dict[str, Any] = field(repr=False, compare=False)
     tie_stated: bool = field(default=True, compare=False)
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    # The family's tensors as a source has them; None: as config.json alone calls for them.
+    of_source: Tensors | None = field(default=None, repr=False, compare=False)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer has routed experts."""
@@ -77,4 +84,4 @@ class ModelConfig:
     @cached_property
     def tensors(self) -> Tensors:
         """Every tensor of the model by canonical name, in model order."""
-        return Tensors(self.family.tensors(self))
+        return self.of_source or Tensors(self.family.tensors(self))

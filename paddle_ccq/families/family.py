@@ -56,7 +56,8 @@ class Family:
             list of `problems`, keys that would make another model of the same tensors are added to
             it; else they are refused like everything else that is not right.
         tensors: the tensors of a parsed config, in model order.
-        embedding, head: canonical names of the two that may be one matrix.
+        embedding: of a config, the canonical name of the embedding.
+        head: the canonical name of the output head, which may be the same matrix.
         is_mtp: whether an on-disk name belongs to a head that is not used.
         table: (config, on-disk name) -> the values of a stored table that follows from the config;
             None for every other tensor.
@@ -64,6 +65,10 @@ class Family:
             can't be left out.
         wint4_end_layer: of a config, the last MoE layer that is wint4 where the user does not
             choose; -1 for none.
+        model_types: config.json's `model_type` of these alone; empty: of all others.
+        keeps_others: tensors that it does not name are kept as they are; else they are refused.
+        is_mine: of a family that keeps others, whether an on-disk name can only be that of a routed
+            expert, so that it is refused where config.json does not call for it.
         examples: what its tensors are called, for the message that none was found.
     """
 
@@ -72,13 +77,16 @@ class Family:
     namings: tuple[Naming, ...]
     parse: Callable[[Fields, Any, list[str] | None], Any]
     tensors: Callable[[Any], Iterable[TensorSpec]]
-    embedding: str
+    embedding: Callable[[Any], str]
     head: str
     examples: str
     is_mtp: Callable[[str], bool] = lambda _: False
     table: Callable[[Any, str], Sequence[float] | None] = _none
     why_unexpected: Callable[[Any, str], str] = _unexpected
     wint4_end_layer: Callable[[Any], int] = lambda _: -1
+    model_types: tuple[str, ...] = ()
+    keeps_others: bool = False
+    is_mine: Callable[[str], bool] = lambda _: False
 
     def naming(self, name: str) -> Naming:
         """The naming of that name."""

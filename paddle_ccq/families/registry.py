@@ -68,13 +68,15 @@ def _parse(fields: Fields, problems: list[str] | None) -> ModelConfig:
 
 
 def family_of(fields: Fields) -> Family:
-    """The family of the first of config.json's architectures."""
+    """The family of the first of config.json's architectures, and of its model_type."""
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     names = fields.get("architectures", None)
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise fields.fail("architectures", f"not a list of names; supported are {supported}")
-    for family in FAMILIES:
-        if names[0] in family.architectures:
+    able = [family for family in FAMILIES if names[0] in family.architectures]
+    stated = fields.get("model_type", "")
+    for family in sorted(able, key=lambda family: not family.model_types):
+        if not family.model_types or stated in family.model_types:
             return family
     raise fields.fail(
         "architectures", f"{show(names[0])} is not supported; supported are {supported}"

@@ -30,6 +30,7 @@ class Role(Enum):
     NORM = "a norm"
     EMBEDDING = "the embedding"
     HEAD = "the output head"
+    OTHER = "another tensor"
 
 
 DENSE_ROLES = frozenset({Role.SHARED_EXPERT, Role.ATTENTION, Role.MLP})
@@ -107,11 +108,14 @@ class Storage:
     Attributes:
         packed: what the names of a packed matrix' tensors begin with, before `.quant_weight` and
             the other suffixes.
+        packed_here: the same in checkpoints that keep the naming for everything else too; "" where
+            it is no other.
     """
 
     parts: tuple[Source, ...]
     transposed: bool
     packed: str
+    packed_here: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,10 @@ class TensorSpec:
         projection: which one of its role it is in its place: a projection, or which norm.
         cut: how it is cut for tensor parallelism; None for what every rank holds whole.
         sources: on disk, by naming (Family.namings).
+        optional: a checkpoint may lack it, as some do that of a layer for multi-token prediction.
+        kept: (name, safetensors dtype, shape) of the tensors that hold it as the source has it, in
+            the naming "pt"; and source_bytes: what it takes there. The source's files, or
+            config.json, say so (checkpoint/source_tensors.py).
     """
 
     name: str
@@ -138,6 +146,11 @@ class TensorSpec:
     expert: int | None = None
     cut: Cut | None = None
     sources: Mapping[str, Storage] = field(default_factory=dict, repr=False, compare=False)
+    optional: bool = False
+    kept: tuple[tuple[str, str, tuple[int, ...]], ...] = field(
+        default=(), repr=False, compare=False
+    )
+    source_bytes: int = field(default=0, repr=False, compare=False)
 
     @property
     def is_expert(self) -> bool:

@@ -127,6 +127,35 @@ def repacked(layer: Any, ops: FusedOps) -> LayerWeights:
     return LayerWeights(ops, *parts)
 
 
+def take_over(layer: Any) -> LayerWeights | None:
+    """Repack a loaded layer's parameters and give up FastDeploy's; None where it goes on itself."""
+    try:
+        reason = refusal(layer)
+        weights = None if reason else repacked(layer, load_ops())
+    except (CcqError, RuntimeError, ValueError, OSError) as error:
+        # What Paddle raises for a refused argument; FastDeploy's weights are untouched.
+        reason, weights = " ".join(str(error).split()), None
+    if weights is None:
+        text = f"paddle_ccq: FastDeploy's own WINT2 kernel is used: {reason}"
+        once.say(logging.WARNING, text)
+        return None
+    for projection in PROJECTIONS:
+        for name in PARAMETERS:
+            delattr(layer, f"{projection}_{name}")
+    # Also a warning: FastDeploy's workers have no handler that shows an INFO message.
+    once.say(logging.WARNING, "paddle_ccq: WINT2 layers run on ccq_moe_ffn")
+    return weights
+
+
+def refuse_latent(layer: Any, named: Mapping[str, Any]) -> None:
+    """Raise a CcqError if apply() was given projections around the experts."""
+    if any(named.get(name) is not None for name in LATENT):
+        raise CcqError(
+            f"MoE layer {getattr(layer, 'layer_idx', '?')}: latent projections, which this"
+            " plugin does not run; start FastDeploy without paddle_ccq in FD_PLUGINS"
+        )
+
+
 def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., Any]) -> type:
     """A subclass of FastDeploy's CutlassWint2FusedMoeMethod.
 
@@ -153,56 +182,26 @@ def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., 
                 setattr(layer, _WEIGHTS, None)
                 super().create_weights(layer, **self._ccq_attributes)
             super().process_prequanted_weights(layer, state_dict, is_rearrange)
-            try:
-                reason = refusal(layer)
-                weights = None if reason else repacked(layer, load_ops())
-            except (CcqError, RuntimeError, ValueError, OSError) as error:
-                # What Paddle raises for a refused argument; FastDeploy's weights are untouched.
-                reason, weights = " ".join(str(error).split()), None
-            if weights is None:
-                text = f"paddle_ccq: FastDeploy's own WINT2 kernel is used: {reason}"
-                once.say(logging.WARNING, text)
-                return
-            setattr(layer, _WEIGHTS, weights)
-            for projection in PROJECTIONS:
-                for name in PARAMETERS:
-                    delattr(layer, f"{projection}_{name}")
-            # Also a warning: FastDeploy's workers have no handler that shows an INFO message.
-            once.say(logging.WARNING, "paddle_ccq: WINT2 layers run on ccq_moe_ffn")
+            weights = take_over(layer)
+            if weights is not None:
+                setattr(layer, _WEIGHTS, weights)
 
         def apply(self, layer: Any, x: Any, gate: Any, *args: Any, **kwargs: Any) -> Any:
             weights = getattr(layer, _WEIGHTS, None)
             if weights is None:
                 return call_taking(super().apply, (layer, x, gate), args, kwargs)
             named = named_arguments(args, kwargs)
-            if any(named.get(name) is not None for name in LATENT):
-                raise CcqError(
-                    f"MoE layer {getattr(layer, 'layer_idx', '?')}: latent projections, which this"
-                    " plugin does not run; start FastDeploy without paddle_ccq in FD_PLUGINS"
-                )
-            chosen = named.get("topk_ids_hookfunc")
+            refuse_latent(layer, named)
+            scores, bias = gate(x.cast("float32")), layer.gate_correction_bias
+            kind = self.moe_quant_type
+            found = dispatch(x, scores, bias, None, layer.top_k, False, kind, topk_only_mode=False)
             # The first five results are the same in every release; how many follow is not.
-            rows, ends, places, topk_weights, topk_ids = dispatch(
-                x,
-                gate(x.cast("float32")),
-                layer.gate_correction_bias,
-                None,
-                layer.top_k,
-                False,
-                self.moe_quant_type,
-                topk_only_mode=False,
-            )[:5]
+            rows, ends, places, topk_weights, topk_ids = found[:5]
+            chosen = named.get("topk_ids_hookfunc")
             if chosen is not None:
                 chosen(topk_ids=topk_ids)
             out = weights.ops.moe_ffn(rows, ends, weights.up_gate, weights.down)
-            return reduce(
-                out,
-                topk_weights,
-                places,
-                topk_ids,
-                None,
-                norm_topk_prob=True,
-                routed_scaling_factor=1.0,
-            )
+            scaling = {"norm_topk_prob": True, "routed_scaling_factor": 1.0}
+            return reduce(out, topk_weights, places, topk_ids, None, **scaling)
 
     return CcqWint2MoeMethod

@@ -24,8 +24,7 @@ def padded(dim: int) -> int:
 
 def attend(
     qkv: np.ndarray,
-    cosines: np.ndarray,
-    sines: np.ndarray,
+    rotation: tuple[np.ndarray, np.ndarray],
     pieces: np.ndarray,
     keys: np.ndarray,
     values: np.ndarray,
@@ -37,8 +36,8 @@ def attend(
 
     Args:
         qkv: float32 [tokens, (heads + 2 * key heads) * dim], not rotated yet.
-        cosines, sines: float32 [tokens, dim / 2] of the tokens' positions; a head's neighbouring
-            pairs (2i, 2i + 1) are rotated.
+        rotation: cosines and sines, float32 [tokens, dim / 2], of the tokens' positions; a head's
+            neighbouring pairs (2i, 2i + 1) are rotated.
         pieces: int64 [pieces, 3]: tokens (one piece behind the other in qkv), the first one's
             position in its sequence, and where the sequence's places begin.
         keys: float32 [key heads, places / 16, dim, 16], written here.
@@ -47,6 +46,4 @@ def attend(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _core.attend(
-        qkv, cosines, sines, pieces, keys, values, heads, checks.threads(threads), isa
-    )
+    return _core.attend(qkv, *rotation, pieces, keys, values, heads, checks.threads(threads), isa)

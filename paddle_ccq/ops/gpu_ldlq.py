@@ -41,30 +41,11 @@ def ldlq(
         ValueError: naming the argument that does not fit.
         CcqError: without the GPU library, or when the GPU fails.
     """
-    weight = _floats(weight, "weight")
-    if weight.ndim != 2 or weight.shape[1] % 64 or not weight.size:
-        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(weight.shape)}")
-    n, k = weight.shape
-    books, supers = _floats(books, "books"), _floats(supers, "supers")
-    pairs, candidates = len(books), len(supers)
-    _shape(books, (pairs, 4, 256), "books")
-    _shape(supers, (candidates, n), "supers")
-    shapes = {"h": (k, k), "feedback": (k, k)}
-    shapes |= dict.fromkeys(("d_root", "h_root", "h_inverse"), (k // 4, 4, 4))
-    arrays = {name: _floats(metric[name], name) for name in shapes}
-    for name, shape in shapes.items():
-        _shape(arrays[name], shape, name)
-    tries = recipe["window_high"] - recipe["window_low"] + 1
-    sizes = {"n": n, "k": k, "pairs": pairs, "candidates": candidates, "local scales": tries}
-    for name, most in LIMITS.items():
-        if not 1 <= sizes[name] <= most:
-            raise ValueError(f"{name} must be 1 to {most}, got {sizes[name]}")
-    if recipe["keep_pairs"] < 1 or recipe["sweeps"] < 0:
-        raise ValueError("keep_pairs must be at least 1, sweeps at least 0")
-
+    arrays = _checked(weight, metric, books, supers, recipe)
+    n, k = arrays["weight"].shape
     library = gpu_library.load()
     # On the device a book's entries lie whole, one behind the other.
-    entries = np.ascontiguousarray(books.transpose(0, 2, 1))
+    arrays["books"] = np.ascontiguousarray(arrays["books"].transpose(0, 2, 1))
     found = {
         "words": np.empty((n, k // 4), np.uint16),
         "scales": np.empty((n, k // 64), np.uint16),
@@ -75,12 +56,9 @@ def ldlq(
     args = LdlqArgs(
         n=n,
         k=k,
-        weight=weight.ctypes.data,
         **{name: array.ctypes.data for name, array in arrays.items()},
-        books=entries.ctypes.data,
-        supers=supers.ctypes.data,
-        pairs=pairs,
-        candidates=candidates,
+        pairs=len(books),
+        candidates=len(supers),
         nominal=recipe["nominal"],
         low=recipe["window_low"],
         high=recipe["window_high"],
@@ -98,6 +76,36 @@ def ldlq(
     times = (ctypes.c_float * len(TIMES))()
     gpu_library.check(library, library.ccq_ldlq_host(ctypes.byref(args), times), "encoding")
     return found, dict(zip(TIMES, times, strict=True))
+
+
+def _checked(
+    weight: np.ndarray,
+    metric: Mapping[str, np.ndarray],
+    books: np.ndarray,
+    supers: np.ndarray,
+    recipe: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """All arrays by their name in LdlqArgs, contiguous, of shapes that belong together."""
+    weight = _floats(weight, "weight")
+    if weight.ndim != 2 or weight.shape[1] % 64 or not weight.size:
+        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(weight.shape)}")
+    n, k = weight.shape
+    arrays = {"books": _floats(books, "books"), "supers": _floats(supers, "supers")}
+    pairs, candidates = len(books), len(supers)
+    shapes = {"books": (pairs, 4, 256), "supers": (candidates, n)}
+    of_metric = {"h": (k, k), "feedback": (k, k)}
+    of_metric |= dict.fromkeys(("d_root", "h_root", "h_inverse"), (k // 4, 4, 4))
+    arrays |= {name: _floats(metric[name], name) for name in of_metric}
+    for name, shape in (shapes | of_metric).items():
+        _shape(arrays[name], shape, name)
+    tries = recipe["window_high"] - recipe["window_low"] + 1
+    sizes = {"n": n, "k": k, "pairs": pairs, "candidates": candidates, "local scales": tries}
+    for name, most in LIMITS.items():
+        if not 1 <= sizes[name] <= most:
+            raise ValueError(f"{name} must be 1 to {most}, got {sizes[name]}")
+    if recipe["keep_pairs"] < 1 or recipe["sweeps"] < 0:
+        raise ValueError("keep_pairs must be at least 1, sweeps at least 0")
+    return {"weight": weight, **arrays}
 
 
 def held_bytes() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import reporting
 from ..allocation.costs import Sensitivities
+from ..allocation.probing import Execution
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
 from ..checkpoint.companions import check_regular, read_companions
@@ -20,11 +21,13 @@ from ..checkpoint.plan import LayerFormats, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.source import hub_id, model_name, resolve_model, snapshot_folder
 from ..checkpoint.source_card import read_source_card
+from ..checkpoint.sources.scheme import SourceScheme
 from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
 from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
-from ..families.config import CONFIG_FILE
+from ..families.config import CCQ, CONFIG_FILE
+from ..host import thread_count
 from ..targets.fastdeploy.card import Recipe
 from . import report
 from .job import Job
@@ -110,12 +113,15 @@ def resolve_locally(job: Job) -> None:
     job.source = folder
     job.config, assumed = config_of_folder(folder)
     job.notes = (*job.config.notes, *assumed)
-    quantization = job.config.raw.get("quantization_config")
+    where = folder / CONFIG_FILE if folder.is_dir() else folder
+    SourceScheme.read(job.config.raw, where)
+    quantization = job.config.raw.get("quantization_config") or {}
     # FastDeploy's is_quantized false asks for a quantization of float weights at loading.
-    if quantization and quantization.get("is_quantized", True):
+    ours = quantization.get("quant_method") in (None, CCQ)
+    if quantization and ours and quantization.get("is_quantized", True):
         raise CcqError(
-            f"{folder / CONFIG_FILE if folder.is_dir() else folder}: has a quantization_config, so"
-            " the model is quantized already; quantize the original float checkpoint instead"
+            f"{where}: has a quantization_config, so the model is quantized already; quantize the"
+            " original checkpoint instead"
         )
 
 
@@ -182,15 +188,10 @@ def _measured(job: Job, checkpoint: Checkpoint, workplace: Workplace) -> Sensiti
     options = job.options
     shown = not options.quiet and sys.stderr.isatty()
     with reporting.Progress("layers", checkpoint.config.num_hidden_layers, shown) as progress:
+        threads = thread_count(options.threads)
+        execution = Execution(threads, options.device, workplace.folder, progress)
         return job.wanted.measure(
-            checkpoint,
-            model_name(job.model),
-            job.calibration,
-            workplace.folder,
-            restart=options.restart,
-            progress=progress,
-            threads=options.threads,
-            device=options.device,
+            checkpoint, model_name(job.model), job.calibration, execution, restart=options.restart
         )
 
 

@@ -153,7 +153,7 @@ class Layer:
         config = self.config
         qkv = self.qkv(rms_norm(x, self.attention_norm, config.rms_norm_eps))
         heads = config.num_attention_heads
-        x = x + self.out(attend(qkv, *rope, places, keys, values, heads, self.threads))
+        x = x + self.out(attend(qkv, rope, places, keys, values, heads, self.threads))
         normed = rms_norm(x, self.mlp_norm, config.rms_norm_eps)
         if self.experts is None:
             return x + self.mlp(normed)

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "../common/arena.h"
 #include "ldlq.h"
 
 namespace {
@@ -52,8 +53,6 @@ struct Held {
 
 Held held;
 std::mutex one_at_a_time;
-
-size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 class Run {
  public:
@@ -112,16 +111,32 @@ class Run {
       if (ok() && !slab.done) error_ = cudaEventCreateWithFlags(&slab.done, cudaEventDisableTiming);
   }
 
-  template <typename T>
-  T* cut(Buffer<false>& buffer, size_t& used, size_t count) {
-    T* p = reinterpret_cast<T*>(buffer.data + used);
-    used += rounded(count * sizeof(T));
-    return p;
+  // The small arrays that are sent, and those that come back; NULL, and counted, without a base.
+  void take_small(ccq::Arena& arena) {
+    const int64_t blocks = a_.k / 4 * 16;
+    d_.d_root = arena.take<float>(blocks);
+    d_.h_root = arena.take<float>(blocks);
+    d_.h_inverse = arena.take<float>(blocks);
+    d_.books = arena.take<float>(a_.pairs * int64_t{1024});
+    d_.supers = arena.take<float>(a_.candidates * a_.n);
+  }
+  void take_out(ccq::Arena& arena) {
+    d_.words = arena.take<uint16_t>(a_.n * (a_.k / 4));
+    d_.scales = arena.take<uint16_t>(a_.n * (a_.k / 64));
+    d_.found_supers = arena.take<float>(a_.n);
+    d_.found_pairs = arena.take<int32_t>(a_.n);
+    d_.loss = arena.take<double>(a_.n);
+  }
+  void give(Buffer<false>& buffer, void (Run::*take)(ccq::Arena&)) {
+    ccq::Arena counted(nullptr);
+    (this->*take)(counted);
+    if (ok()) error_ = buffer.grow(counted.most());
+    ccq::Arena arena(buffer.data);
+    if (ok()) (this->*take)(arena);
   }
 
   void allocate() {
-    const size_t n = a_.n, k = a_.k, blocks = k / 4 * 16;
-    const size_t books = a_.pairs * size_t{1024}, supers = a_.candidates * n;
+    const size_t n = a_.n, k = a_.k;
     for (Slab& slab : held.slabs) {
       if (ok()) error_ = slab.host.grow(std::max(kSlabBytes, k * 4));
       if (ok()) error_ = slab.device.grow(std::max(kSlabBytes, k * 4));
@@ -129,8 +144,8 @@ class Run {
     if (ok()) error_ = held.weight.grow(k * ccq_ldlq_stride(n) * 4);
     if (ok()) error_ = held.feedback.grow(k * k * 4);
     if (ok() && a_.sweeps) error_ = held.h.grow(k * k * 4);
-    if (ok()) error_ = held.small.grow(3 * rounded(blocks * 4) + rounded(books * 4) + rounded(supers * 4));
-    if (ok()) error_ = held.out.grow(rounded(n * k / 2) + rounded(n * k / 32) + 2 * rounded(n * 4) + rounded(n * 8));
+    give(held.small, &Run::take_small);
+    give(held.out, &Run::take_out);
     if (!ok()) return;
     while (true) {
       const size_t bytes = ccq_ldlq_workspace(&d_);
@@ -140,18 +155,6 @@ class Run {
       d_.run_bytes /= 2;
     }
     if (!ok()) return;
-    size_t used = 0;
-    d_.d_root = cut<float>(held.small, used, blocks);
-    d_.h_root = cut<float>(held.small, used, blocks);
-    d_.h_inverse = cut<float>(held.small, used, blocks);
-    d_.books = cut<float>(held.small, used, books);
-    d_.supers = cut<float>(held.small, used, supers);
-    used = 0;
-    d_.words = cut<uint16_t>(held.out, used, n * (k / 4));
-    d_.scales = cut<uint16_t>(held.out, used, n * (k / 64));
-    d_.found_supers = cut<float>(held.out, used, n);
-    d_.found_pairs = cut<int32_t>(held.out, used, n);
-    d_.loss = cut<double>(held.out, used, n);
     d_.weight = reinterpret_cast<const float*>(held.weight.data);
     d_.feedback = reinterpret_cast<const float*>(held.feedback.data);
     d_.h = reinterpret_cast<const float*>(held.h.data);

@@ -8,12 +8,15 @@
 
 #include <algorithm>
 
+#include "../common/arena.h"
 #include "ldlq_descend.cuh"
 #include "ldlq_feedback.cuh"
 #include "ldlq_lanes.cuh"
 #include "ldlq_product.cuh"
 
 namespace ccq_ldlq {
+
+using ccq::Arena;
 
 constexpr int kPanel = 256;
 constexpr int kPlain = 256;  // threads of the kernels that do little
@@ -56,27 +59,6 @@ class Queue {
  private:
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;
-};
-
-// Cuts pieces off a workspace; without one it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  size_t used() const { return used_; }
-  void back_to(size_t used) { used_ = used; }
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += rounded(count * static_cast<int64_t>(sizeof(T)), 256);
-    most_ = std::max(most_, used_);
-    return p;
-  }
-  size_t most() const { return most_; }
-
- private:
-  char* base_;
-  size_t used_ = 0, most_ = 0;
 };
 
 // Channels at a time, and the lanes they take.

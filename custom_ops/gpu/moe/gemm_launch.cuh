@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../common/arena.h"
 #include "choice.h"
 #include "epilogue.cuh"
 #include "few_schedule.cuh"
@@ -45,36 +46,28 @@ inline int& forced_variant() {
 }
 #endif
 
-// Where the arrays of the workspace begin, each on a 256-byte border. Partial results: for each SM what one tile of each of its
-// blocks has, which grows with the rows a tile may have.
-struct Workspace {
-  size_t x, row_scale, counters, partial, partial_float4, bytes;
-};
-
 constexpr int kWarpsPerSm = 16;
 constexpr int kMaxPartialFloat4 = 9216;
 
-inline Workspace workspace_of(int rows, int k, int experts, int sms) {
-  const size_t blocks = static_cast<size_t>(rows) / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-  Workspace w{};
-  size_t end = 0;
-  auto take = [&end](size_t bytes) {
-    size_t at = end;
-    end += (bytes + 255) / 256 * 256;
-    return at;
-  };
-  const int mean = rows / experts;
-  w.partial_float4 = mean < 24 ? 4096 : kMaxPartialFloat4;
+// The arrays of a workspace. Partial results: for each SM what one tile of each of its blocks has, which grows with the rows a
+// tile may have.
+struct Workspace {
+  Prepared prepared;
+  float4* partial;
+  size_t partial_float4;  // for each SM
+
+  Workspace(Arena& arena, int rows, int k, int experts, int sms) {
+    const int64_t blocks = int64_t{rows} / 8 + experts + 1;  // of prepared rows, see first_prepared_block
+    partial_float4 = rows / experts < 24 ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
-  w.partial_float4 = kMaxPartialFloat4;
+    partial_float4 = kMaxPartialFloat4;
 #endif
-  w.counters = take(sizeof(int) * kWarpsPerSm * sms);
-  w.partial = take(sizeof(float4) * w.partial_float4 * sms);
-  w.x = take(blocks * (k / 128) * kRowsUnitBytes);
-  w.row_scale = take(sizeof(float) * rows);
-  w.bytes = end;
-  return w;
-}
+    prepared.counters = arena.take<int>(int64_t{kWarpsPerSm} * sms);
+    partial = arena.take<float4>(static_cast<int64_t>(partial_float4) * sms);
+    prepared.x = arena.take<char>(blocks * (k / 128) * kRowsUnitBytes);
+    prepared.row_scale = arena.take<float>(rows);
+  }
+};
 
 // Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
 // shared-memory limit raised. 0: an error, in *error.

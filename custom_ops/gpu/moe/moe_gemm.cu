@@ -165,7 +165,9 @@ extern "C" size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts) {
   (void)n;
   ccq::Device device;
   if (rows < 0 || k <= 0 || experts <= 0 || ccq::current_device(&device) != cudaSuccess) return 0;
-  return ccq::workspace_of(rows, k, experts, device.sms).bytes;
+  ccq::Arena arena(nullptr);
+  ccq::Workspace(arena, rows, k, experts, device.sms);
+  return arena.most();
 }
 
 extern "C" int ccq_moe_gemm_variant(const ccq_moe_gemm_args* a) {
@@ -192,13 +194,11 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
     return a->pairs == CCQ_PAIRS_INTEGER ? with_few<Pairs::kInteger>(variant, launch)
                                          : with_few<Pairs::kGeneral>(variant, launch);
   }
-  const Workspace w = workspace_of(a->rows, a->k, a->experts, device.sms);
-  char* base = static_cast<char*>(a->workspace);
+  Arena arena(a->workspace);
+  const Workspace w(arena, a->rows, a->k, a->experts, device.sms);
   GemmParams p{};
   p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = {base + w.x, reinterpret_cast<float*>(base + w.row_scale),
-                reinterpret_cast<int*>(base + w.counters)};
-  p.partial = reinterpret_cast<float4*>(base + w.partial);
+  p.prepared = w.prepared, p.partial = w.partial;
   p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
   p.caller_scale = a->row_scale;
   const void* x = a->x;

@@ -43,11 +43,11 @@ auto with_trellis_wide(int variant, F&& use) {
 
 template <bool kBf16>
 cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
-  const Workspace w = workspace_of(a.rows, a.k, a.experts, device.sms);
-  char* const base = static_cast<char*>(a.workspace);
+  Arena arena(a.workspace);
+  const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
   GemmParams p{};
   p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.caller_scale = a.row_scale, p.out = a.out;
-  p.prepared.counters = reinterpret_cast<int*>(base + w.counters), p.partial = reinterpret_cast<float4*>(base + w.partial);
+  p.prepared = w.prepared, p.partial = w.partial;
   p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
   // Counters alone: activations are read as they are.
   const cudaError_t error = launch_early(arrange_kernel, 1, kPrepareThreads, 0, stream, nullptr, nullptr, 0, p.prepared.counters,

@@ -11,10 +11,13 @@ from typing import Any
 
 from ...codec.block_scales import Block
 from ...errors import CcqError, readable
+from ...families.config import CCQ, COMPRESSED_TENSORS, FP8
 
 # Where config.json may say it; the second is the older name of compressed-tensors.
 KEYS = ("quantization_config", "compression_config")
-FP8, COMPRESSED_TENSORS = "fp8", "compressed-tensors"
+# In what this package writes for other loaders than FastDeploy: the entry that holds the
+# source's own quantization_config.
+SOURCE_KEY = "source_quantization_config"
 # Formats of compressed-tensors that are read; "dense" is no quantization.
 _READ_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "dense")
 _REGEX = "re:"
@@ -78,15 +81,7 @@ class SourceScheme:
         fields = _Fields(f"{where}: {key}", entry)
         if len(stated) > 1 and stated[1][1] != entry:
             raise CcqError(f"{where}: {KEYS[0]} and {KEYS[1]} differ; keep the one that is right")
-        method = fields.text("quant_method", "")
-        if method == FP8:
-            return _read_fp8(fields)
-        if method == COMPRESSED_TENSORS:
-            return _read_compressed_tensors(fields)
-        raise fields.fail(
-            f"quant_method {method!r} is not read; float, {FP8} and {COMPRESSED_TENSORS}"
-            " checkpoints are"
-        )
+        return _read_entry(fields)
 
     def kind_of(self, module: str) -> Part | None:
         """What is stated of a linear layer by its on-disk name without `.weight`; None: floats."""
@@ -103,6 +98,25 @@ class SourceScheme:
             for part in self.parts
             if part.kind is kind
         }
+
+
+def _read_entry(fields: _Fields) -> SourceScheme:
+    if fields.get("quant_method") is None:
+        # FastDeploy's entry, which names packed matrices, or how to quantize at loading.
+        return SourceScheme(where=fields.where)
+    method = fields.text("quant_method", "")
+    if method == CCQ:
+        source = fields.get(SOURCE_KEY)
+        kept = _Fields(f"{fields.where}.{SOURCE_KEY}", source or {})
+        return _read_entry(kept)
+    if method == FP8:
+        return _read_fp8(fields)
+    if method == COMPRESSED_TENSORS:
+        return _read_compressed_tensors(fields)
+    raise fields.fail(
+        f"quant_method {method!r} is not read; float, {FP8} and {COMPRESSED_TENSORS} checkpoints"
+        " are"
+    )
 
 
 def _read_fp8(fields: _Fields) -> SourceScheme:

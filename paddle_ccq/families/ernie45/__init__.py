@@ -49,7 +49,7 @@ ERNIE45 = FAMILY = Family(
     (PT, PADDLE),
     parse=parse,
     tensors=tensors,
-    embedding=EMBEDDING,
+    embedding=lambda _: EMBEDDING,
     head=HEAD,
     examples="model.layers.* in -PT, ernie.layers.* in -Paddle checkpoints",
     is_mtp=is_mtp,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import CONFIG_FILE
+from ..config import CONFIG_FILE, QUANT_METHODS
 from ..fields import Fields, check_same, same, show
 from .config_keys import fixed_problems, unknown_keys
 
@@ -72,7 +72,7 @@ def refuse_unsupported(fields: Fields, experts: bool, problems: list[str] | None
         raise fields.fail("quantization_config", f"{show(quantization)} is not an object")
     if "quantization" not in quantization:
         method = quantization.get("quant_method")
-        if method is not None:
+        if method is not None and method not in QUANT_METHODS:
             raise fields.fail(
                 "quantization_config",
                 f"quant_method {show(method)} is not a format that is read here; use the float"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..family import Naming
-from ..tensor import DOWN, OUT, QKV, UP_GATE, Cut, Role, Source, Storage, TensorSpec
+from ..tensor import DOWN, OUT, QKV, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec
 from .config import ErnieConfig
 
 PT = Naming(
@@ -42,6 +42,8 @@ EMBEDDING, FINAL_NORM, HEAD = "ernie.embed_tokens.weight", "ernie.norm.weight", 
 CORRECTION_BIAS = "moe_statics.e_score_correction_bias"
 # Where the router's bias lies when a model is saved from classes that keep it inside the gate.
 _BIAS_ALIASES = ("gate.moe_statics.e_score_correction_bias", "gate.e_score_correction_bias")
+# How the stacks of all experts' matrices are called.
+_STACKED = {UP_GATE: "gate_up_proj", DOWN: "down_proj"}
 # Matrices that -PT checkpoints store as [out, in].
 _TRANSPOSED = {
     *(Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MLP),
@@ -54,11 +56,14 @@ def tensors(config: ErnieConfig) -> Iterator[TensorSpec]:
     hidden, vocabulary = config.hidden_size, config.vocab_size
     q, kv, head = config.q_size, config.kv_size, config.head_dim
 
-    def mlp(role: Role, place: str, inner: int, **where: int) -> Iterator[TensorSpec]:
-        shape = (hidden, 2 * inner)
+    def mlp(
+        role: Role, place: str, inner: int, experts: int = 0, **where: int
+    ) -> Iterator[TensorSpec]:
+        shape, cut = (hidden, 2 * inner), Cut(1, (inner, inner))
         fused = {"gate_proj": inner, "up_proj": inner}
-        yield _spec(role, place, UP_GATE, shape, Cut(1, (inner, inner)), fused, **where)
-        yield _spec(role, place, DOWN, (inner, hidden), Cut(0, (inner,)), **where)
+        yield _spec(role, place, UP_GATE, shape, cut, fused, experts, **where)
+        shape, cut = (inner, hidden), Cut(0, (inner,))
+        yield _spec(role, place, DOWN, shape, cut, None, experts, **where)
 
     def norm(place: str, which: str, **where: int) -> TensorSpec:
         return _spec(Role.NORM, place, which, (hidden,), **where)
@@ -82,7 +87,7 @@ def tensors(config: ErnieConfig) -> Iterator[TensorSpec]:
         yield _bias(layer, experts)
         for expert in range(experts):
             place, inner = block + ".mlp.experts.{expert}", config.moe_intermediate_size
-            yield from mlp(Role.EXPERT, place, inner, layer=layer, expert=expert)
+            yield from mlp(Role.EXPERT, place, inner, experts, layer=layer, expert=expert)
         if config.shared_intermediate_size:
             place, inner = block + ".mlp.shared_experts", config.shared_intermediate_size
             yield from mlp(Role.SHARED_EXPERT, place, inner, layer=layer)
@@ -99,14 +104,23 @@ def _spec(
     shape: tuple[int, ...],
     cut: Cut | None = None,
     fused: dict[str, int] | None = None,
+    experts: int = 0,
     **where: int,
 ) -> TensorSpec:
-    """The weight of `projection` at a place; `fused` has the -PT parts and their widths."""
+    """The weight of `projection` at a place; `fused` has the -PT parts and their widths.
+
+    `experts`, of a routed expert, is how many there are: transformers' classes since version 5
+    stack their matrices.
+    """
     template = f"{place}.{projection}.weight".removeprefix(".")
     name = template.format(**where)
+    stack = None
+    if experts:
+        stacked = _on_disk(PT, place.format(**where)).rpartition(".")[0]
+        stack = (f"{stacked}.{_STACKED[projection]}", experts, where["expert"])
     sources = {
         PADDLE.name: _whole(PADDLE, name, shape),
-        PT.name: _pt_storage(name, projection, shape, fused)
+        PT.name: _pt_storage(name, projection, shape, fused, stack)
         if role in _TRANSPOSED
         else _whole(PT, name, shape),
     }
@@ -137,16 +151,28 @@ def _whole(
 
 
 def _pt_storage(
-    name: str, projection: str, shape: tuple[int, ...], fused: dict[str, int] | None
+    name: str,
+    projection: str,
+    shape: tuple[int, ...],
+    fused: dict[str, int] | None,
+    stack: tuple[str, int, int] | None,
 ) -> Storage:
+    """`stack`: the name of a stack that may hold the matrix, its experts, and the place in it."""
     rows, columns = shape
     own = _on_disk(PT, name)
     parts, begin = [], 0
     for part, width in (fused or {projection: columns}).items():
         place = slice(begin, begin + width)
-        parts.append(Source(own.replace(projection, part), (width, rows), place))
+        stacked = None
+        if stack is not None:
+            stacked = Stacked(stack[0], (stack[1], columns, rows), stack[2], place)
+        source = Source(own.replace(projection, part), (width, rows), place, stacked=stacked)
+        parts.append(source)
         begin += width
-    return Storage(tuple(parts), True, own.removesuffix(".weight"))
+    packed = own.removesuffix(".weight")
+    # Hugging Face's word for it.
+    here = packed.replace(UP_GATE, "gate_up_proj")
+    return Storage(tuple(parts), True, packed, here)
 
 
 def head_name(config: ErnieConfig) -> str:

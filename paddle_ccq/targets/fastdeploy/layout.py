@@ -17,6 +17,8 @@ from ...families.ernie45 import PADDLE, ErnieConfig
 from ...families.tensor import EXACT_ROLES, TensorSpec
 from ...reporting import ranges
 
+# Of --target.
+NAME = "fastdeploy"
 # The row order that its kernels expect, by --fastdeploy-layout.
 ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
 # Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
@@ -44,6 +46,14 @@ class FastDeploy:
         if self.fastdeploy_layout not in ROW_ORDERS:
             known = ", ".join(ROW_ORDERS)
             raise CcqError(f"--fastdeploy-layout {self.fastdeploy_layout}: not one of {known}")
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    @property
+    def dense_formats(self) -> tuple[str, ...]:
+        return formats.DENSE_FORMATS
 
     @property
     def shard_metadata(self) -> Mapping[str, str]:

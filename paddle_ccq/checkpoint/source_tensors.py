@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a source holds every tensor of a model, by its files or by what config.json lets expect.
+
+What is not quantized passes through a conversion in these very tensors, so a plan needs to know
+them: names, dtypes, and the scales beside FP8 values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from ..families.config import ModelConfig
+from ..families.tensor import Role, Source, Storage, Tensors, TensorSpec
+from .safetensors_format import FLOAT_DTYPES, StoredSpec, tensor_bytes
+from .safetensors_io import TensorFolder
+from .sources.locate import FP8_DTYPE, SCALE_SUFFIXES, expected, locate
+from .sources.scheme import SourceScheme
+from .sources.stored import StoredWeight
+
+# The naming in which tensors are kept.
+KEPT_NAMING = "pt"
+_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Routers' biases decide between experts whose scores are close: all families hold them so.
+_EXACT = "F32"
+
+
+def expect(config: ModelConfig, scheme: SourceScheme) -> ModelConfig:
+    """The config with every tensor as a source without files is expected to hold it."""
+    dtype = _FLOATS[config.dtype]
+    return replace(config, of_source=Tensors(_expected(config, scheme, dtype)))
+
+
+def _expected(config: ModelConfig, scheme: SourceScheme, dtype: str) -> Iterator[TensorSpec]:
+    for tensor in config.tensors.values():
+        own = _EXACT if tensor.role is Role.CORRECTION_BIAS else dtype
+        specs = [
+            spec
+            for part in tensor.sources[KEPT_NAMING].parts
+            for spec in expected(scheme, part, own, tensor.is_linear)
+        ]
+        yield _with(tensor, specs, sum(tensor_bytes(dtype, shape) for _, dtype, shape in specs))
+
+
+def _with(tensor: TensorSpec, specs: Iterable[StoredSpec], nbytes: int) -> TensorSpec:
+    kept = () if tensor.is_expert else tuple(specs)
+    return replace(tensor, kept=kept, source_bytes=nbytes)
+
+
+def of_folder(
+    config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: Iterable[str]
+) -> ModelConfig:
+    """The config with every tensor as the files hold it, and with those that it does not name.
+
+    Optional tensors that are not there are left out: single ones, and layers for multi-token
+    prediction as a whole. Whatever else is missing stays, for the reader to complain about.
+
+    Args:
+        packed: what the names of packed matrices begin with.
+    """
+    reading = _Reading(config, scheme, tensors, set(packed))
+    specs = list(reading.named())
+    if config.family.keeps_others:
+        specs += reading.others()
+    return replace(config, of_source=Tensors(specs))
+
+
+class _Reading:
+    """The tensors of one folder, and which of them have been claimed."""
+
+    def __init__(
+        self, config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: set[str]
+    ) -> None:
+        self.config, self.scheme, self.tensors, self.packed = config, scheme, tensors, packed
+        self.naming = config.family.detect_naming(tensors.names(), tensors.folder).name
+        self.used: set[str] = set()
+
+    def named(self) -> Iterator[TensorSpec]:
+        """The tensors that the family names."""
+        found = [(tensor, self._parts(tensor)) for tensor in self.config.tensors.values()]
+        # A layer of which anything is there must be there as a whole.
+        begun = {
+            tensor.layer
+            for tensor, parts in found
+            if tensor.optional and tensor.is_expert and (parts is None or any(parts))
+        }
+        for tensor, parts in found:
+            if parts is None:  # packed
+                yield tensor
+            elif any(parts):
+                yield self._held(tensor, [part for part in parts if part is not None])
+            elif not tensor.optional or (tensor.is_expert and tensor.layer in begun):
+                yield tensor
+
+    def _parts(self, tensor: TensorSpec) -> list[StoredWeight | None] | None:
+        storage = tensor.sources[self.naming]
+        if tensor.is_linear and {storage.packed, storage.packed_here} & self.packed:
+            return None
+        return [locate(self.tensors, self.scheme, part) for part in storage.parts]
+
+    def _held(self, tensor: TensorSpec, parts: list[StoredWeight]) -> TensorSpec:
+        self.used.update(name for part in parts for name in part.names)
+        nbytes = sum(part.nbytes for part in parts)
+        if self.naming == KEPT_NAMING:
+            return _with(tensor, (spec for part in parts for spec in part.specs), nbytes)
+        dtype = parts[0].dtype if parts[0].is_float else "F32"
+        renamed = tensor.sources[KEPT_NAMING].parts
+        return _with(tensor, ((part.name, dtype, part.shape) for part in renamed), nbytes)
+
+    def others(self) -> Iterator[TensorSpec]:
+        """The tensors that the family does not name, but for what belongs to its experts."""
+        for name in sorted(self.tensors.names()):
+            if name in self.used or self._is_packed(name) or self.config.family.is_mine(name):
+                continue
+            if any(
+                name.endswith(suffix) and name.removesuffix(suffix) in self.tensors
+                for suffix in SCALE_SUFFIXES
+            ):
+                continue  # beside the values that it belongs to
+            yield self._other(name)
+
+    def _is_packed(self, name: str) -> bool:
+        return name.rpartition(".")[0] in self.packed
+
+    def _other(self, name: str) -> TensorSpec:
+        info = self.tensors.info(name)
+        source = Source(name, info.shape)
+        spec = TensorSpec(
+            name, name.replace("{", "{{").replace("}", "}}"), Role.OTHER, info.shape, name
+        )
+        readable = info.dtype in FLOAT_DTYPES or (info.dtype == FP8_DTYPE and len(info.shape) == 2)
+        part = locate(self.tensors, self.scheme, source) if readable else None
+        if part is None:
+            kept: tuple[StoredSpec, ...] = ((name, info.dtype, info.shape),)
+            parts: tuple[Source, ...] = ()
+        else:
+            kept, parts = part.specs, (source,)
+        storage = Storage(parts, False, name.removesuffix(".weight"))
+        nbytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in kept)
+        return replace(spec, sources={self.naming: storage}, kept=kept, source_bytes=nbytes)

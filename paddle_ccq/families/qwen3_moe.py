@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3-MoE (30B-A3B, 235B-A22B, Coder): every layer sparse, no shared expert, norms of heads.
+
+Names and shapes are those of the published checkpoints and of transformers' Qwen3Moe classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .common import (
+    Keys,
+    Layout,
+    MoeConfig,
+    Part,
+    grouped_query,
+    layer_norms,
+    make_family,
+    norm,
+    router,
+    swiglu,
+)
+from .tensor import Role
+
+
+def sparse(config: MoeConfig) -> Iterator[int]:
+    step = max(config.sizes["decoder_sparse_step"], 1)
+    dense = config.values.get("mlp_only_layers") or []
+    for layer in range(config.num_hidden_layers):
+        if layer not in dense and (layer + 1) % step == 0:
+            yield layer
+
+
+def layer(config: MoeConfig, number: int) -> Iterator[Part]:
+    yield from layer_norms(config)
+    yield from grouped_query(config, bias=config.flag("attention_bias"))
+    yield norm("self_attn.q_norm", config.head_dim)
+    yield norm("self_attn.k_norm", config.head_dim)
+    if config.is_moe_layer(number):
+        yield router(config)
+    else:
+        yield from swiglu("mlp", config.hidden_size, config.intermediate_size, Role.MLP)
+
+
+FAMILY = make_family(
+    "Qwen3-MoE",
+    ["Qwen3MoeForCausalLM"],
+    Layout(layer, sparse),
+    keys=Keys(sizes={"decoder_sparse_step": 1}),
+)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json of an output in Hugging Face's naming: the source's, and what is packed how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...checkpoint.plan import Plan
+from ...checkpoint.reader import PROVENANCE_KEY
+from ...checkpoint.sources.scheme import KEYS, SOURCE_KEY
+from ...families.config import CCQ
+from ...version import __version__
+from .layout import expert_modules
+
+QUANTIZATION = KEYS[0]
+# Of the entry's structure.
+VERSION = 1
+# They name code, which is not copied, or files of the source.
+_DROPPED = ("auto_map", "_name_or_path", PROVENANCE_KEY, *KEYS)
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The quantization_config: packed modules with their formats, and the source's own entry."""
+    raw = plan.config.raw
+    source = next((raw[key] for key in KEYS if raw.get(key)), None)
+    return {
+        "quant_method": CCQ,
+        "version": VERSION,
+        "family": plan.config.family.name,
+        "format": plan.format,
+        "row_order": plan.row_order,
+        "experts": expert_modules(plan),
+        SOURCE_KEY: source,
+    }
+
+
+def output_config(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the output: the source's, with our entry in place of its own, and provenance.
+
+    Loaders that know no quant_method "ccq" refuse it by name.
+    """
+    result = {key: value for key, value in plan.config.raw.items() if key not in _DROPPED}
+    plan.config.spell_out(result)
+    result[QUANTIZATION] = quantization_config(plan)
+    result[PROVENANCE_KEY] = {"version": __version__, **provenance}
+    return result
