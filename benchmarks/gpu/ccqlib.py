@@ -103,8 +103,11 @@ class Library:
         self.check(self.lib.ccq_unpack_wint2(*packed, p.experts, p.k, p.n, *stored, self.stream()))
         return q, ws, ss, cs, zp
 
-    def repack_trellis(self, q, ws, ss) -> Packed:
-        """CCQ-2T's checkpoint tensors stacked over experts -> Packed, without scales."""
+    def repack_trellis(self, q, ws, ss, before=None) -> Packed:
+        """CCQ-2T's checkpoint tensors stacked over experts -> Packed, without scales.
+
+        before: uint8 [experts, n], the bytes before the first ones; None at a column's beginning.
+        """
         torch = self.torch
         experts, k, n = q.shape[0], q.shape[1] * 4, q.shape[2]
         sizes = (
@@ -114,6 +117,7 @@ class Library:
         made = [torch.full((b,), 255, device=q.device, dtype=torch.uint8) for b in sizes]
         stored = [q.data_ptr(), ws.data_ptr(), ss.data_ptr()]
         stored.append(BF16 if ss.dtype == torch.bfloat16 else FP16)
+        stored.append(None if before is None else before.data_ptr())
         pointers = [t.data_ptr() for t in made]
         code = self.lib.ccq_repack_trellis(*stored, experts, k, n, *pointers, self.stream())
         self.check(code)

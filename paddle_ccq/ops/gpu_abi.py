@@ -75,7 +75,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ccq_unpack_wint2": ([_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P], _I),
     "ccq_trellis_units_bytes": ([_I, _I, _I], _SIZE),
     "ccq_trellis_columns_bytes": ([_I, _I], _SIZE),
-    "ccq_repack_trellis": ([_P, _P, _P, _I, _I, _I, _I, _P, _P, _P], _I),
+    "ccq_repack_trellis": ([_P, _P, _P, _I, _P, _I, _I, _I, _P, _P, _P], _I),
     "ccq_unpack_trellis": ([_P, _P, _I, _I, _I, _P, _P, _P, _I, _P], _I),
     "ccq_moe_gemm_workspace": ([_I, _I, _I, _I], _SIZE),
     "ccq_moe_gemm": ([_P, _P], _I),

@@ -126,6 +126,21 @@ def test_repack_round_trip(lib):
                 assert torch.equal(a, b)
 
 
+def test_rows_from_the_middle_of_a_column(lib):
+    """A part of the input rows, with the bytes before it, multiplies as it does in the whole."""
+    q, ws, ss = ccqlib.random_trellis(torch, 2, 1024, 128)
+    part = slice(384 // 4, None)
+    before = q[:, 384 // 4 - 1].contiguous()
+    packed = lib.repack_trellis(q[:, part].contiguous(), ws[:, 3:].contiguous(), ss, before)
+    offsets = torch.tensor([2, 4], device="cuda")
+    x = torch.randn(4, 640, device="cuda").bfloat16()
+    want = torch.cat(
+        [x[2 * e : 2 * e + 2].double() @ decoded((q, ws, ss), e)[384:] for e in (0, 1)]
+    )
+    out = multiply(lib, packed, x, offsets).double()
+    assert ((out - want).norm() / want.norm()).item() <= TOLERANCE[torch.bfloat16]
+
+
 def test_rows_of_nobody_stay(lib):
     weights = ccqlib.random_trellis(torch, 3, 512, 128)
     packed = lib.repack_trellis(*weights)

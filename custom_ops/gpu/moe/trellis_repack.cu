@@ -14,7 +14,7 @@ __host__ __device__ int column_tiles(int n) { return (n + kColumns - 1) / kColum
 
 // A block: one unit.
 template <bool kUnpack>
-__global__ void __launch_bounds__(kThreads) units_kernel(uint8_t* codes, uint8_t* scales, uint8_t* units, int k, int n) {
+__global__ void __launch_bounds__(kThreads) units_kernel(uint8_t* codes, uint8_t* scales, const uint8_t* earlier, uint8_t* units, int k, int n) {
   __shared__ __align__(16) uint8_t tile[kQuads][kColumns + 4];  // + 4: lanes of one byte column fall in different banks
   __shared__ uint8_t before[kColumns];
   const int kb = blockIdx.y, e = blockIdx.z, first = blockIdx.x * kColumns, blocks_k = k / 128;
@@ -32,7 +32,12 @@ __global__ void __launch_bounds__(kThreads) units_kernel(uint8_t* codes, uint8_t
   };
   if (!kUnpack) {
     copy_plane(true);
-    if (threadIdx.x < kColumns) before[threadIdx.x] = kb > 0 && first + static_cast<int>(threadIdx.x) < n ? plane[static_cast<int>(threadIdx.x) - n] : 0;
+    const int column = threadIdx.x;
+    if (column < kColumns) {
+      const bool there = first + column < n;
+      const uint8_t* const from = kb > 0 ? plane - n : earlier ? earlier + static_cast<size_t>(e) * n + first : nullptr;
+      before[column] = there && from ? from[column] : 0;
+    }
     __syncthreads();
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -83,10 +88,10 @@ bool valid(int experts, int k, int n, int dtype) {
 }
 
 template <bool kUnpack>
-cudaError_t run(uint8_t* codes, uint8_t* scales, void* supers, int dtype, int experts, int k, int n, uint8_t* units, float* columns,
+cudaError_t run(uint8_t* codes, uint8_t* scales, void* supers, int dtype, const uint8_t* before, int experts, int k, int n, uint8_t* units, float* columns,
                 cudaStream_t stream) {
   if (!valid(experts, k, n, dtype)) return cudaErrorInvalidValue;
-  units_kernel<kUnpack><<<dim3(column_tiles(n), k / 128, experts), kThreads, 0, stream>>>(codes, scales, units, k, n);
+  units_kernel<kUnpack><<<dim3(column_tiles(n), k / 128, experts), kThreads, 0, stream>>>(codes, scales, before, units, k, n);
   const size_t count = static_cast<size_t>(experts) * column_tiles(n) * kColumns;
   supers_kernel<kUnpack><<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(supers, dtype, columns, n, count);
   return cudaGetLastError();
@@ -102,15 +107,15 @@ extern "C" size_t ccq_trellis_columns_bytes(int experts, int n) {
 }
 
 extern "C" cudaError_t ccq_repack_trellis(const uint8_t* quant_weight, const uint8_t* weight_scale, const void* super_scales,
-                                          int super_dtype, int experts, int k, int n, uint8_t* units, float* columns,
-                                          cudaStream_t stream) {
+                                          int super_dtype, const uint8_t* before, int experts, int k, int n, uint8_t* units,
+                                          float* columns, cudaStream_t stream) {
   return run<false>(const_cast<uint8_t*>(quant_weight), const_cast<uint8_t*>(weight_scale), const_cast<void*>(super_scales),
-                    super_dtype, experts, k, n, units, columns, stream);
+                    super_dtype, before, experts, k, n, units, columns, stream);
 }
 
 extern "C" cudaError_t ccq_unpack_trellis(const uint8_t* units, const float* columns, int experts, int k, int n,
                                           uint8_t* quant_weight, uint8_t* weight_scale, void* super_scales, int super_dtype,
                                           cudaStream_t stream) {
-  return run<true>(quant_weight, weight_scale, super_scales, super_dtype, experts, k, n, const_cast<uint8_t*>(units),
+  return run<true>(quant_weight, weight_scale, super_scales, super_dtype, nullptr, experts, k, n, const_cast<uint8_t*>(units),
                    const_cast<float*>(columns), stream);
 }
