@@ -37,6 +37,7 @@ from .checkpoint.safetensors_io import (
     tensor_bytes,
 )
 from .checkpoint.source import resolve_model
+from .checkpoint.sources.scheme import KEYS
 from .checkpoint.values import count_nonfinite
 from .checkpoint.writer import write_file
 from .command import no_message, output_path, refuse_inside, run_command, to_stderr
@@ -49,7 +50,7 @@ from .units import gigabytes
 def dequantize(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    naming: str = "paddle",
+    naming: str | None = None,
     max_shard_size: str | int = "5GB",
     *,
     source: str | None = None,
@@ -58,16 +59,19 @@ def dequantize(
 ) -> Path:
     """Write `model` as a bfloat16 checkpoint in a new folder `output`, which is returned.
 
-    Router weights and biases that are stored as float32 stay so. One tensor is in memory at a
-    time; the folder gets its name only when everything is written.
+    `naming` None is the family's: "paddle" for ERNIE-4.5, "pt" for all others. Router weights and
+    biases that are stored as float32 stay so, and in other families than ERNIE-4.5 all floats that
+    the source has. One tensor is in memory at a time; the folder gets its name only when everything
+    is written.
     """
-    if naming not in NAMINGS:
+    if naming not in (None, *NAMINGS):
         raise CcqError(f"--naming: {naming!r} is not one of {', '.join(NAMINGS)}")
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     target = output_path(output)
     if target.exists() or target.is_symlink():
         raise CcqError(f"{target}: already exists; give another --output or remove it")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log), row_order)
+    naming = _naming(checkpoint, naming)
     refuse_inside(target, checkpoint.path)
     companions = read_companions(checkpoint.path)
     for message in (*checkpoint.messages, *companions.messages):
@@ -90,14 +94,36 @@ def dequantize(
     return target
 
 
+def _naming(checkpoint: Checkpoint, asked: str | None) -> str:
+    family = checkpoint.config.family
+    names = [naming.name for naming in family.namings]
+    if asked is None:
+        return names[-1]
+    if asked not in names:
+        raise CcqError(f"--naming {asked}: {family.name} checkpoints have {' or '.join(names)}")
+    return asked
+
+
+def _is_raw(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is of no type that has a value here, and is copied."""
+    tensor = checkpoint.config.tensors[name]
+    return bool(tensor.kept) and not tensor.sources[checkpoint.naming.name].parts
+
+
 def _specs(checkpoint: Checkpoint, name: str, naming: str) -> list[StoredSpec]:
+    if _is_raw(checkpoint, name):
+        return list(checkpoint.config.tensors[name].kept)
     storage = checkpoint.config.tensors[name].sources[naming]
     return [(part.name, _target_dtype(checkpoint, name), part.shape) for part in storage.parts]
 
 
 def _target_dtype(checkpoint: Checkpoint, name: str) -> str:
+    stored = checkpoint.stored_dtype(name)
+    if checkpoint.config.family.keeps_others:
+        packed = checkpoint.format_of(name) != "bf16"
+        return "BF16" if packed or not checkpoint.parts(name)[0].is_float else stored
     router = checkpoint.config.tensors[name].role in EXACT_ROLES
-    return "F32" if router and checkpoint.stored_dtype(name) == "F32" else "BF16"
+    return "F32" if router and stored == "F32" else "BF16"
 
 
 def _tensors(
@@ -105,6 +131,9 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The on-disk tensors of the output, in the order of the specs."""
     for name in checkpoint.names():
+        if _is_raw(checkpoint, name):
+            yield from checkpoint.read_kept(name, checkpoint.config.tensors[name].kept).items()
+            continue
         storage = checkpoint.config.tensors[name].sources[naming]
         if storage.transposed:
             values = checkpoint.read_out_in(name)
@@ -182,7 +211,7 @@ def _write_shards(
 def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
     config = dict(checkpoint.config.raw)
     # auto_map names code, which is not copied.
-    for key in ("quantization_config", PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
+    for key in (*KEYS, PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
         config.pop(key, None)
     chosen = checkpoint.config.family.naming(naming)
     for key in chosen.unwanted:
@@ -200,8 +229,7 @@ def build_parser() -> Arguments:
     add(
         "--naming",
         choices=NAMINGS,
-        default="paddle",
-        help="tensor names and orientation of the result (default: %(default)s)",
+        help="tensor names and orientation of the result (default: paddle for ERNIE-4.5, else pt)",
     )
     add(
         "--max-shard-size",

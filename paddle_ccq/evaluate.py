@@ -19,6 +19,7 @@ from .checkpoint.source import model_name, resolve_model
 from .command import no_message, run_command, to_stderr
 from .errors import CcqError, readable
 from .host import available_memory, require_paddle, thread_count
+from .models.support import require_computed
 from .models.weights import EXACT, READINGS, weight_source
 from .texts.documents import read_documents
 from .units import gibibytes
@@ -127,6 +128,8 @@ def _opened(
     if reference is not None:
         folder = resolve_model(reference, options.source, log=options.log)
         found[REFERENCE] = open_checkpoint(folder)
+    for checkpoint in found.values():
+        require_computed(checkpoint.config, "evaluate")
     return found
 
 

@@ -17,6 +17,7 @@ from .quantization.report import print_summary
 from .quantization.run import QuantizeResult
 from .quantization.stages import quantize
 from .targets.fastdeploy.layout import ROW_ORDERS
+from .targets.outputs import TARGETS
 
 __all__ = ["QuantizeOptions", "QuantizeResult", "build_parser", "main", "quantize"]
 
@@ -27,6 +28,11 @@ def build_parser() -> Arguments:
     add = parser.add_argument
     add("--output", help="new folder for the result")
     add("--format", choices=EXPERT_FORMATS, help="of routed experts")
+    add(
+        "--target",
+        choices=TARGETS,
+        help="layout: FastDeploy's (default for ERNIE-4.5), or Hugging Face's names, for vLLM",
+    )
     add("--preset", choices=PRESETS, help="time against error")
     add("--encoder", choices=ENCODERS, help="search, or the paper's algorithm")
     add(

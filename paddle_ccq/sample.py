@@ -18,6 +18,7 @@ from .command import no_message, output_path, run_command, to_stderr
 from .errors import CcqError
 from .files import write_whole
 from .host import require_paddle, thread_count
+from .models.support import require_computed
 
 DEFAULT_TOKENS = "128k"
 
@@ -55,6 +56,7 @@ def sample(
     reporting.check_can_write(path, False, "--output")
     wanted = parse_tokens(tokens, "--tokens")
     checkpoint = open_checkpoint(resolve_model(model, source, log=log))
+    require_computed(checkpoint.config, "sample")
     for message in checkpoint.messages:
         log(message)
     tokenizer = Tokenizer(checkpoint.path, checkpoint.config.raw)

@@ -27,6 +27,7 @@ from .command import no_message, run_command, to_stderr
 from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError
 from .host import require_paddle, thread_count
+from .models.support import require_computed
 from .ops import gpu_library
 from .texts.documents import read_texts
 
@@ -137,6 +138,7 @@ def sensitivity(
 
 def _measurable(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint, if it is a float one with experts."""
+    require_computed(checkpoint.config, "sensitivity")
     if checkpoint.is_quantized:
         raise CcqError(f"{checkpoint.path}: quantized already; measure the float checkpoint")
     if not checkpoint.config.moe_layers():

@@ -20,6 +20,7 @@ from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import model_name
 from .command import no_message, run_command
 from .errors import CcqError, describe_os_error, visible
+from .models.support import require_computed
 from .units import gibibytes
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def build_service(args: argparse.Namespace) -> Service:
         ) from None
     say = no_message if args.quiet else _say
     checkpoint = open_checkpoint(args.folder, args.row_order)
+    require_computed(checkpoint.config, "serve")
     name = model_name(checkpoint.path)
     for message in checkpoint.messages:
         say(f"{name}: {message}")

@@ -15,7 +15,10 @@ from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
 from .command import no_message, output_path, refuse_inside, run_command, to_stderr
+from .errors import CcqError
+from .families.config import CCQ
 from .host import require_paddle, thread_count
+from .models.support import require_computed
 from .texts.documents import read_texts
 from .tuning.settings import TuningSettings
 
@@ -90,6 +93,12 @@ def tune(
     log = no_message if chosen.quiet else to_stderr
     quantized = open_checkpoint(folder)
     original = open_checkpoint(resolve_model(model, chosen.source, log=log))
+    require_computed(quantized.config, "tune")
+    if (quantized.config.raw.get("quantization_config") or {}).get("quant_method") == CCQ:
+        raise CcqError(
+            f"{quantized.path}: tune changes checkpoints for FastDeploy; quantize with --target"
+            " fastdeploy and tune that"
+        )
     for checkpoint in (quantized, original):
         for message in checkpoint.messages:
             log(f"{checkpoint.path}: {message}")

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from . import reporting
 from .arguments import Arguments
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
-from .checkpoint.plan import PlannedTensor
+from .checkpoint.plan import KEPT, PlannedTensor
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
-from .checkpoint.safetensors_format import DTYPES
+from .checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES
 from .checkpoint.source import resolve_model
 from .checkpoint.tensor_parallel import join
 from .checkpoint.values import difference_energy, energy, finite, is_approximation, product
@@ -28,7 +28,8 @@ from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
 from .errors import CcqError, visible
 from .families.tensor import Role
-from .targets.fastdeploy.inspection import Inspection, other_order
+from .targets.inspect import inspect
+from .targets.inspection import Inspection, other_order
 
 # Relative squared error above which a tuned tensor is no approximation of the reference's (1 is
 # what all zeros would give); of quantized matrices the format knows it.
@@ -72,7 +73,7 @@ def verify(
     Raises:
         CcqError: if `folder` is no quantized checkpoint at all, or the reference can't be used.
     """
-    inspection = Inspection(Path(folder))
+    inspection = inspect(Path(folder))
     original = _reference(reference, inspection, source) if reference is not None else None
     inspection.check_config()
     inspection.check_structure()
@@ -123,6 +124,12 @@ def _compare(
         if any(part is None for part in parts):
             continue
         whole = [part for part in parts if part is not None]
+        if planned.format == KEPT:
+            if _kept_equal(planned, whole[0], reference):
+                result.unquantized_equal += 1
+            else:
+                result.problems.append(f"{planned.name}: not the reference's bytes")
+            continue
         if not planned.quantized:
             ((_, stored_as, _),) = planned.specs
             weight = _finite(planned, reference.read_stored(planned.name), stored_as, result)
@@ -174,6 +181,18 @@ def _equal(planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: n
     whole = join([next(iter(part.values())) for part in parts], planned.cut)
     expected = weight.astype(DTYPES[dtype], copy=False)
     return expected.reshape(whole.shape).tobytes() == whole.tobytes()
+
+
+def _kept_equal(
+    planned: PlannedTensor, found: dict[str, np.ndarray], reference: Checkpoint
+) -> bool:
+    """Whether a tensor holds the reference's bytes; 0 stands for what is NaN or infinite there."""
+    wanted = reference.read_kept(planned.name, planned.specs)
+    for name, dtype, _ in planned.specs:
+        expected = finite(wanted[name], dtype)[0] if dtype in FLOAT_DTYPES else wanted[name]
+        if expected.tobytes() != found[name].tobytes():
+            return False
+    return True
 
 
 def _near(planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: np.ndarray) -> bool:

@@ -21,7 +21,9 @@ PACKAGE = Path(paddle_ccq.__file__).parent
 class Plain:
     """A target unlike FastDeploy: own names, all kept tensors in float32, no wint4 at all."""
 
+    name = "plain"
     shard_metadata = {"format": "pt"}  # noqa: RUF012
+    dense_formats = ("wint8",)
 
     def with_any_layers(self):
         return self

@@ -23,8 +23,8 @@ from paddle_ccq.encoder.ldlq import Hessians
 from paddle_ccq.encoder.ldlq_metric import InputHessian
 from paddle_ccq.quantization.options import QuantizeOptions
 from paddle_ccq.quantization.run import QuantizeRun, encoders_for
-from paddle_ccq.targets.fastdeploy.card import Recipe
 from paddle_ccq.targets.fastdeploy.layout import build_plan
+from paddle_ccq.targets.recipe import Recipe
 
 TOKENS = 512
 # One matrix in so many has no statistics.

@@ -18,7 +18,6 @@ from ..errors import CcqError
 from .plan import KEPT, Plan, PlannedTensor
 from .reader import Checkpoint
 from .safetensors_format import DTYPES, FLOAT_DTYPES
-from .source_tensors import KEPT_NAMING
 from .tensor_parallel import take
 from .values import count_nonfinite, energy, finite, is_approximation
 
@@ -89,14 +88,7 @@ class Converter:
     def _kept(self, planned: PlannedTensor) -> Converted:
         """The tensors as the source has them; parts of another naming are put together anew."""
         start = time.perf_counter()
-        stored = self.checkpoint.tensors
-        tensors, zeroed = {}, 0
-        for name, dtype, shape in planned.specs:
-            same = name in stored and stored.info(name).shape == shape
-            if same and stored.info(name).dtype == dtype:
-                tensors[name] = stored.read(name)
-            else:
-                tensors |= self.checkpoint.renamed(planned.name, KEPT_NAMING)
+        tensors, zeroed = self.checkpoint.read_kept(planned.name, planned.specs), 0
         for name, dtype, _ in planned.specs:
             if dtype in FLOAT_DTYPES:
                 tensors[name], nonfinite = self._finite(tensors[name], name, dtype)

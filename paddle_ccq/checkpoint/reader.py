@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from ..errors import CcqError
 from ..families.config import CONFIG_FILE, ModelConfig
 from ..families.registry import read_config
 from ..families.tensor import Source, Storage
+from . import source_tensors
 from .companions import check_regular
-from .safetensors_io import DTYPES, FLOAT_DTYPES, TensorFolder, TensorInfo
+from .safetensors_io import DTYPES, FLOAT_DTYPES, StoredSpec, TensorFolder, TensorInfo
 from .source import snapshot_folder
+from .source_tensors import KEPT_NAMING
 from .sources.locate import locate
 from .sources.scheme import SourceScheme
 from .sources.stored import StoredWeight
@@ -58,7 +60,11 @@ class Checkpoint:
         self.tensors = tensors
         self.scheme = SourceScheme.read(config.raw, path / CONFIG_FILE)
         self.naming = config.family.detect_naming(tensors.names(), path)
-        self.config, messages = resolve_head(config, tensors, self.naming)
+        config, messages = resolve_head(config, tensors, self.naming)
+        self.config = config
+        if config.family.keeps_others:
+            packed = packed_tensors(tensors)
+            self.config = source_tensors.of_folder(config, self.scheme, tensors, packed)
         self.messages = [*tensors.messages, self.naming.description, *config.notes, *messages]
         self._entries = _plan(self)
         self.is_quantized = any(entry.packed for entry in self._entries.values())
@@ -153,6 +159,29 @@ class Checkpoint:
                 _turn_into(target, stored.read())
         return result
 
+    def in_naming(self, name: str, naming: str) -> dict[str, np.ndarray]:
+        """An unpacked tensor as another naming of the family stores it: on-disk name -> values."""
+        storage, values = self.config.tensors[name].sources[naming], self.read_stored(name)
+        values = values.T if storage.transposed else values
+        return {
+            part.name: np.ascontiguousarray(values[part.columns or slice(None)])
+            for part in storage.parts
+        }
+
+    def read_kept(self, name: str, specs: Iterable[StoredSpec]) -> dict[str, np.ndarray]:
+        """The stored tensors that hold an unpacked one, as they are; on-disk name -> values.
+
+        Those of another naming are put together anew, with the same values.
+        """
+        found: dict[str, np.ndarray] = {}
+        for stored, dtype, shape in specs:
+            info = self.tensors.info(stored) if stored in self.tensors else None
+            if info is not None and (info.dtype, info.shape) == (dtype, shape):
+                found[stored] = self.tensors.read(stored)
+            elif stored not in found:
+                found |= self.in_naming(name, KEPT_NAMING)
+        return found
+
     def nonfinite_place(self, name: str) -> str | None:
         """Where the first NaN or infinity of an FP8 or INT4 source lies, in words."""
         places = (part.nonfinite_place() for part in self.parts(name))
@@ -237,14 +266,16 @@ def _turn_into(target: np.ndarray, values: np.ndarray) -> None:
 def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
     """Find every tensor of the model and check its shape and dtype."""
     tensors, config, naming = checkpoint.tensors, checkpoint.config, checkpoint.naming.name
-    packed = _packed_tensors(tensors)
+    packed = packed_tensors(tensors)
     entries: dict[str, _Entry] = {}
     missing: list[str] = []
     used: set[str] = set()
     copies: dict[str, str] = {}
     for name, tensor in config.tensors.items():
         shape, storage = tensor.shape, tensor.sources[naming]
-        found = packed.get(storage.packed, {})
+        found = packed.get(storage.packed) or packed.get(storage.packed_here) or {}
+        # Of what a family does not name, no part need be readable.
+        used.update(stored for stored, _, _ in tensor.kept)
         if tensor.is_linear and "quant_weight" in found:
             entries[name] = _packed_entry(checkpoint, name, shape, found)
             used.update(found.values())
@@ -269,8 +300,11 @@ def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
     return entries
 
 
-def _packed_tensors(tensors: TensorFolder) -> dict[str, dict[str, str]]:
-    """Prefix -> suffix -> on-disk name, for every tensor named like part of a packed matrix."""
+def packed_tensors(tensors: TensorFolder) -> dict[str, dict[str, str]]:
+    """Prefix -> suffix -> on-disk name, for every tensor named like part of a packed matrix.
+
+    FP8 sources have scales of such a name too; only packed matrices have a quant_weight.
+    """
     groups: dict[str, dict[str, str]] = {}
     for name in tensors.names():
         prefix, _, suffix = name.rpartition(".")

@@ -7,10 +7,13 @@ them: names, dtypes, and the scales beside FP8 values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from ..families.config import ModelConfig
+from ..errors import CcqError
+from ..families.config import CONFIG_FILE, ModelConfig
 from ..families.tensor import Role, Source, Storage, Tensors, TensorSpec
 from .safetensors_format import FLOAT_DTYPES, StoredSpec, tensor_bytes
 from .safetensors_io import TensorFolder
@@ -27,19 +30,18 @@ _EXACT = "F32"
 
 def expect(config: ModelConfig, scheme: SourceScheme) -> ModelConfig:
     """The config with every tensor as a source without files is expected to hold it."""
-    dtype = _FLOATS[config.dtype]
-    return replace(config, of_source=Tensors(_expected(config, scheme, dtype)))
+    tensors = (_expected(config, scheme, tensor) for tensor in config.tensors.values())
+    return replace(config, of_source=Tensors(tensors))
 
 
-def _expected(config: ModelConfig, scheme: SourceScheme, dtype: str) -> Iterator[TensorSpec]:
-    for tensor in config.tensors.values():
-        own = _EXACT if tensor.role is Role.CORRECTION_BIAS else dtype
-        specs = [
-            spec
-            for part in tensor.sources[KEPT_NAMING].parts
-            for spec in expected(scheme, part, own, tensor.is_linear)
-        ]
-        yield _with(tensor, specs, sum(tensor_bytes(dtype, shape) for _, dtype, shape in specs))
+def _expected(config: ModelConfig, scheme: SourceScheme, tensor: TensorSpec) -> TensorSpec:
+    own = _EXACT if tensor.role is Role.CORRECTION_BIAS else _FLOATS[config.dtype]
+    specs = [
+        spec
+        for part in tensor.sources[KEPT_NAMING].parts
+        for spec in expected(scheme, part, own, tensor.is_linear)
+    ]
+    return _with(tensor, specs, sum(tensor_bytes(dtype, shape) for _, dtype, shape in specs))
 
 
 def _with(tensor: TensorSpec, specs: Iterable[StoredSpec], nbytes: int) -> TensorSpec:
@@ -47,8 +49,22 @@ def _with(tensor: TensorSpec, specs: Iterable[StoredSpec], nbytes: int) -> Tenso
     return replace(tensor, kept=kept, source_bytes=nbytes)
 
 
+def complete(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with every tensor as the folder's files hold it; as expected where there are none.
+
+    Raises:
+        CcqError: for a quantization of the source, or a stored tensor, that is not read.
+    """
+    scheme = SourceScheme.read(config.raw, folder / CONFIG_FILE)
+    try:
+        tensors = TensorFolder(folder)
+    except CcqError:
+        return expect(config, scheme)  # opening the checkpoint says what is wrong
+    return of_folder(config, scheme, tensors, {})
+
+
 def of_folder(
-    config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: Iterable[str]
+    config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: Mapping[str, Any]
 ) -> ModelConfig:
     """The config with every tensor as the files hold it, and with those that it does not name.
 
@@ -56,9 +72,10 @@ def of_folder(
     prediction as a whole. Whatever else is missing stays, for the reader to complain about.
 
     Args:
-        packed: what the names of packed matrices begin with.
+        packed: what the names of packed matrices begin with -> their tensors by suffix.
     """
-    reading = _Reading(config, scheme, tensors, set(packed))
+    matrices = {stem for stem, found in packed.items() if "quant_weight" in found}
+    reading = _Reading(config, scheme, tensors, matrices)
     specs = list(reading.named())
     if config.family.keeps_others:
         specs += reading.others()
@@ -90,7 +107,7 @@ class _Reading:
             elif any(parts):
                 yield self._held(tensor, [part for part in parts if part is not None])
             elif not tensor.optional or (tensor.is_expert and tensor.layer in begun):
-                yield tensor
+                yield _expected(self.config, self.scheme, tensor)  # and missing
 
     def _parts(self, tensor: TensorSpec) -> list[StoredWeight | None] | None:
         storage = tensor.sources[self.naming]

@@ -17,6 +17,7 @@ from ..errors import CcqError
 from ..families.config import CONFIG_FILE, ModelConfig
 from ..families.family import Naming
 from ..families.registry import read_config
+from . import source_tensors
 from .safetensors_io import TensorFolder
 
 # Rows that are compared at a time; bounds the memory of a comparison.
@@ -36,6 +37,8 @@ def resolve_head(
     Raises:
         CcqError: if the two differ, or if a head is called for that is not there.
     """
+    if config.family.keeps_others:
+        return config.with_head_of(tensors), []  # a head that is not called for is kept as well
     head, there = config.family.head, config.family.head in tensors
     embedding = config.tensors[config.family.embedding(config)].sources[naming.name].parts[0].name
     if not config.tie_stated and naming.turned_head and there and embedding in tensors:
@@ -162,6 +165,10 @@ def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
         naming = config.family.detect_naming(tensors.names(), folder)
     except CcqError:
         # No weights yet, or not all of them: opening the checkpoint says what is wrong.
+        if config.family.keeps_others:
+            return source_tensors.complete(config, folder), [
+                f"no weights were read; names, shapes and dtypes are what {CONFIG_FILE} lets expect"
+            ]
         tied = "uses the embedding" if config.tie_word_embeddings else "has its own weights"
         stated = "" if config.tie_stated else "; not stated, so a stored head would be written too"
         shown = "true" if config.tie_word_embeddings else "false"
@@ -169,4 +176,7 @@ def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
             f"no weights were read; assumed from {CONFIG_FILE} alone: the output {tied}"
             f" (tie_word_embeddings {shown}{stated})"
         ]
-    return resolve_head(config, tensors, naming)
+    config, messages = resolve_head(config, tensors, naming)
+    if config.family.keeps_others:
+        config = source_tensors.complete(config, folder)
+    return config, messages

@@ -60,12 +60,16 @@ class MoeConfig(ModelConfig):
     def is_moe_layer(self, layer: int) -> bool:
         return layer in self.sparse
 
+    def with_tie(self, tied: bool) -> MoeConfig:
+        """As for all models, but config.json stays as it is: loaders have this family's default."""
+        return replace(self, tie_word_embeddings=tied, tie_stated=True)
+
     def moe_layers(self) -> list[int]:
         return sorted(self.sparse)
 
     @property
-    def extra_layers(self) -> range:
-        """The numbers of the layers for multi-token prediction, which follow on the others."""
+    def prediction_layers(self) -> range:
+        """Those of all these families do."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -178,7 +182,7 @@ def make_family(
     model_types: Sequence[str] = (),
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
-    read = keys or Keys()
+    read, places = keys or Keys(), {layout.experts, layout.stacked}
 
     def parse(fields: Fields, family: Family, _: list[str] | None) -> MoeConfig:
         return _parse(fields, family, read, layout)
@@ -197,7 +201,7 @@ def make_family(
         examples=f"model.layers.0.{layout.experts}.0.{layout.projections[0]}.weight",
         model_types=tuple(model_types),
         keeps_others=True,
-        is_mine=lambda name: f".{layout.experts}." in name,
+        is_mine=lambda name: any(f".{place}." in name for place in places),
         why_unexpected=_why_unexpected,
     )
 
@@ -254,7 +258,7 @@ def _parse(fields: Fields, family: Family, keys: Keys, layout: Layout) -> MoeCon
         sparse=frozenset(),
     )
     sparse = frozenset(layout.sparse(config)) if experts else frozenset()
-    extra = frozenset(config.extra_layers) if sparse else frozenset()
+    extra = frozenset(config.prediction_layers) if sparse else frozenset()
     return replace(config, sparse=sparse | extra)
 
 

@@ -69,6 +69,11 @@ class ModelConfig:
     def dense_layers(self) -> list[int]:
         return [layer for layer in range(self.num_hidden_layers) if not self.is_moe_layer(layer)]
 
+    @property
+    def prediction_layers(self) -> range:
+        """Numbers of the layers for multi-token prediction that count on from the others."""
+        return range(0)
+
     def spell_out(self, result: dict[str, Any]) -> None:
         """Add to an output's fields what they leave open, so that all loaders build this model."""
 

@@ -77,7 +77,7 @@ def layer(config: MoeConfig, number: int) -> Iterator[Part]:
     shared = config.sizes["n_shared_experts"] * width
     if shared:
         yield from swiglu("mlp.shared_experts", hidden, shared, Role.SHARED_EXPERT)
-    if number in config.extra_layers:
+    if number in config.prediction_layers:
         yield from prediction_head(config)
 
 

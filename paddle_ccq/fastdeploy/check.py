@@ -17,7 +17,7 @@ from ..command import run_command
 from ..engine_check import GIB, check_positive, check_utilization
 from ..errors import CcqError
 from ..host import available_memory
-from ..targets.fastdeploy.inspection import Inspection
+from ..targets.fastdeploy.inspection import FastDeployInspection
 from ..units import gigabytes
 from .cards import Card, find_cards
 from .contract import contract_problems, contract_warnings, plugin_reason
@@ -91,7 +91,7 @@ def check(
         CcqError: if `folder` is no quantized checkpoint, or `serve` contradicts itself.
     """
     _check_serve_config(serve)
-    inspection = Inspection(Path(folder))
+    inspection = FastDeployInspection(Path(folder))
     inspection.check_config()
     inspection.check_structure()
     result = CheckResult(str(folder), inspection.problems)

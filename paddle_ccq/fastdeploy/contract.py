@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..codec.row_order import FASTDEPLOY_2_1
-from ..targets.fastdeploy.inspection import Inspection
 from ..targets.fastdeploy.layout import VOCABULARY_MULTIPLE, needs_plugin, not_converted
+from ..targets.inspection import Inspection
 from .plugin import SUPPORTED as PLUGIN_RELEASES
 from .releases import Release
 

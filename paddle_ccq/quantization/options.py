@@ -12,13 +12,14 @@ from ..allocation.session import make_request as make_allocation
 from ..calibration.session import CalibrationRequest
 from ..calibration.session import make_request as make_calibration
 from ..checkpoint.plan import PlanOptions
-from ..checkpoint.rules import load_rules
+from ..checkpoint.rules import Rule, load_rules
 from ..checkpoint.safetensors_format import parse_size
 from ..codec.formats import DEFAULT_EXPERTS
 from ..encoder.base import DEVICES, ENCODERS, PRESETS
 from ..errors import CcqError
+from ..families.config import ModelConfig
 from ..host import thread_count
-from ..targets.fastdeploy.layout import FastDeploy
+from ..targets.outputs import TargetChoice
 
 PathLike = str | os.PathLike[str]
 
@@ -29,6 +30,8 @@ class QuantizeOptions:
 
     Attributes:
         format: of routed experts, one of codec.formats.EXPERT_FORMATS.
+        target: whose layout is written, one of targets.outputs.TARGETS; None: FastDeploy's for
+            ERNIE-4.5 text models, Hugging Face's for all others.
         preset, encoder: time against error; the search, or the paper's algorithm.
         calibration: a file of text or a data set's hub id; None encodes without data.
         calibration_tokens, calibration_weights: see calibration/settings.py.
@@ -53,6 +56,7 @@ class QuantizeOptions:
     """
 
     format: str = DEFAULT_EXPERTS
+    target: str | None = None
     preset: str = "default"
     encoder: str = "search"
     calibration: PathLike | None = None
@@ -84,17 +88,32 @@ class QuantizeOptions:
             if value not in allowed:
                 raise CcqError(f"{flag} {value}: not one of {', '.join(allowed)}")
         thread_count(self.threads)
+        _ = self.target_choice
+
+    @property
+    def target_choice(self) -> TargetChoice:
+        """What is asked of the target."""
+        return TargetChoice(
+            self.target,
+            self.fastdeploy_layout,
+            self.allow_plugin_layout,
+            self.tensor_parallel_size,
+        )
 
     @cached_property
-    def plan(self) -> PlanOptions:
-        """The options that decide the plan; the file of rules is read here."""
+    def read_rules(self) -> tuple[Rule, ...]:
+        """The rules of the file, which is read here."""
+        return load_rules(self.rules) if self.rules is not None else ()
+
+    def plan(self, config: ModelConfig) -> PlanOptions:
+        """The options that decide the plan of a model."""
         size = self.max_shard_size
         return PlanOptions(
-            target=FastDeploy(self.fastdeploy_layout, self.allow_plugin_layout),
+            target=self.target_choice.of(config),
             format=self.format,
             wint4_end_layer=self.wint4_end_layer,
             tensor_parallel_size=self.tensor_parallel_size,
-            rules=load_rules(self.rules) if self.rules is not None else (),
+            rules=self.read_rules,
             max_shard_bytes=size if isinstance(size, int) else parse_size(size),
         )
 
@@ -109,7 +128,7 @@ class QuantizeOptions:
         return make_allocation(
             self.allocate,
             self.format,
-            self.plan.rules,
+            self.read_rules,
             self.sensitivity,
             self.allow_plugin_layout,
             self.wint4_end_layer,

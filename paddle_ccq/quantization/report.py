@@ -34,7 +34,8 @@ def dry_run(job: Job, plan: Plan) -> QuantizeResult:
     if wanted is not None and job.costs is not None:
         allocation = wanted.resolve(plan, job.costs)
         plan = make_plan(
-            plan.config, replace(job.options.plan, layer_formats=allocation.layer_formats)
+            plan.config,
+            replace(job.options.plan(plan.config), layer_formats=allocation.layer_formats),
         )
     out.print(reporting.plan_table(plan))
     out.print()

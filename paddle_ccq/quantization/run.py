@@ -29,9 +29,8 @@ from ..encoder.ldlq import Hessians
 from ..errors import CcqError
 from ..families.config import CONFIG_FILE
 from ..ops import gpu_library
-from ..targets.fastdeploy.card import Recipe, model_card
-from ..targets.fastdeploy.config import output_config
-from ..targets.fastdeploy.layout import wint4_end_layer
+from ..targets.outputs import OUTPUTS
+from ..targets.recipe import Recipe
 from ..units import gigabytes
 from ..version import __version__
 from .options import QuantizeOptions
@@ -199,14 +198,14 @@ class QuantizeRun:
 
     def _small_files(self, records: list[dict[str, Any]]) -> dict[str, bytes]:
         plan = self.plan
+        outputs = OUTPUTS[plan.target.name]
         provenance = {
             "format": plan.format,
             "preset": self.options.preset,
             "encoder": self.options.encoder,
             "row_order": plan.row_order,
             "source_model": self.recipe.source_model,
-            "wint4_end_layer": wint4_end_layer(plan),
-            "tensor_parallel_size": plan.tensor_parallel_size,
+            **outputs.recorded(plan),
         }
         if self.recipe.calibration:
             provenance["calibration"] = {
@@ -215,10 +214,10 @@ class QuantizeRun:
             }
         if self.recipe.allocation:
             provenance["allocation"] = self.recipe.allocation
-        config = output_config(plan, provenance)
+        config = outputs.config(plan, provenance)
         files = dict(read_companions(self.checkpoint.path).files)
         files[CONFIG_FILE] = json_bytes(config)
-        files["README.md"] = model_card(plan, self.recipe, records).encode("utf-8")
+        files["README.md"] = outputs.card(plan, self.recipe, records).encode("utf-8")
         return files
 
 

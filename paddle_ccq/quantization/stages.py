@@ -16,6 +16,7 @@ from ..allocation.costs import Sensitivities
 from ..allocation.probing import Execution
 from ..allocation.session import comparison_table
 from ..calibration.session import coverage
+from ..checkpoint import source_tensors
 from ..checkpoint.companions import check_regular, read_companions
 from ..checkpoint.plan import LayerFormats, Plan, make_plan
 from ..checkpoint.reader import Checkpoint, open_checkpoint
@@ -28,7 +29,8 @@ from ..command import no_message, output_path, refuse_inside, to_stderr
 from ..errors import CcqError
 from ..families.config import CCQ, CONFIG_FILE
 from ..host import thread_count
-from ..targets.fastdeploy.card import Recipe
+from ..models.support import require_computed
+from ..targets.recipe import Recipe
 from . import report
 from .job import Job
 from .options import PathLike, QuantizeOptions
@@ -128,7 +130,14 @@ def resolve_locally(job: Job) -> None:
 def planned(job: Job) -> Plan:
     """The plan before costs are measured; everything that can be refused now is refused."""
     assert job.config is not None
-    config, options, wanted = job.config, job.options.plan, job.wanted
+    wanted, options = job.wanted, job.options.plan(job.config)
+    for flag, asked in (("--calibration", job.calibration), ("--allocate", wanted)):
+        if asked is not None:
+            require_computed(job.config, flag)
+    if not options.target.dense_formats and job.config.of_source is None:
+        # What is not quantized keeps its dtype, which its files know, or config.json.
+        job.config = source_tensors.complete(job.config, job.source)
+    config = job.config
     if wanted is None:
         return make_plan(config, options)
     uniform = LayerFormats(dict.fromkeys(config.moe_layers(), wanted.format), "uniform")
@@ -173,7 +182,8 @@ def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace
             job.costs = _measured(job, checkpoint, workplace)
         job.allocation = wanted.resolve(plan, job.costs)
         plan = make_plan(
-            plan.config, replace(options.plan, layer_formats=job.allocation.layer_formats)
+            plan.config,
+            replace(options.plan(plan.config), layer_formats=job.allocation.layer_formats),
         )
         job.say(report.as_text(comparison_table(job.allocation)))
         for note in wanted.notes:

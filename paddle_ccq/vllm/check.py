@@ -19,7 +19,7 @@ from ..command import run_command
 from ..engine_check import GIB, CheckResult, check_positive, check_utilization, print_result
 from ..errors import CcqError
 from ..ops import gpu_library
-from ..targets.fastdeploy.inspection import Inspection
+from ..targets.fastdeploy.inspection import FastDeployInspection
 from . import releases
 from .claims import Claim, Parallel, check_parallel
 from .memory import card_memory
@@ -50,7 +50,7 @@ def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
         CcqError: if `folder` is no quantized checkpoint, or the number of cards does not fit it.
     """
     _check_serve_config(serve)
-    inspection = Inspection(Path(folder))
+    inspection = FastDeployInspection(Path(folder))
     inspection.check_structure()
     config = inspection.config
     claim = Claim.read(config.raw["quantization_config"])

@@ -74,10 +74,8 @@ class HuggingFace:
             )
 
     def model_notes(self, config: ModelConfig) -> list[str]:
-        sizes = {
-            "hidden size": config.hidden_size,
-            "width of experts": config.moe_intermediate_size,
-        }
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        sizes = {"hidden size": hidden, "width of experts": width}
         return [
             f"{what} {size}: our kernels in vLLM need a multiple of {KERNEL_MULTIPLE}"
             for what, size in sizes.items()

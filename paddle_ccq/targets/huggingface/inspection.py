@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holding a checkpoint in Hugging Face's naming against what its own config.json promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...checkpoint.plan import KEPT, LayerFormats, Plan, PlannedTensor, PlanOptions, make_plan
+from ...checkpoint.reader import packed_tensors
+from ...checkpoint.safetensors_io import TensorFolder
+from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
+from ...checkpoint.sources.locate import locate
+from ...checkpoint.sources.scheme import SourceScheme
+from ...checkpoint.values import count_nonfinite
+from ...codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
+from ...codec.row_order import PLAIN
+from ...errors import CcqError
+from ...families.config import CONFIG_FILE, ModelConfig
+from ..inspection import Inspection
+from .config import QUANTIZATION, VERSION
+from .layout import HuggingFace, packed_stem
+
+
+class HuggingFaceInspection(Inspection):
+    """A checkpoint whose experts are packed, and all else is as in its source."""
+
+    engine = "vLLM"
+
+    def expected_plan(self) -> Plan:
+        where = self.folder / CONFIG_FILE
+        entry = self.config.raw.get(QUANTIZATION)
+        format, formats = read_entry(entry, where)
+        self.scheme = SourceScheme.read(self.config.raw, where)
+        self.source: TensorFolder | None = None
+        try:
+            self.source = TensorFolder(self.folder)
+            packed = packed_tensors(self.source)
+            self.config = of_folder(self.config, self.scheme, self.source, packed)
+        except CcqError as error:
+            self.problems.append(str(error))
+            self.config = expect(self.config, self.scheme)
+        layers = self._layers(formats, format)
+        options = PlanOptions(
+            HuggingFace(), format=format, layer_formats=LayerFormats(layers, "config.json")
+        )
+        return make_plan(self.config, options)
+
+    def _layers(self, formats: Mapping[str, str], default: str) -> dict[int, str]:
+        """The format of every MoE layer; what the entry says too much or too little is noted."""
+        modules = modules_of(self.config)
+        where = f"{CONFIG_FILE}: {QUANTIZATION}.experts"
+        for module in modules.keys() - formats.keys():
+            self.problems.append(f"{where}: {module} is missing, which has routed experts")
+        for module in formats.keys() - modules.keys():
+            self.problems.append(f"{where}: {module}: the model has no such experts")
+        return {layer: formats.get(module, default) for module, layer in modules.items()}
+
+    def config_problems(self) -> list[str]:
+        own = self.config.raw[QUANTIZATION].get("row_order")
+        if own != PLAIN:
+            return [f"{CONFIG_FILE}: {QUANTIZATION}.row_order is {own!r}, must be {PLAIN!r}"]
+        return []
+
+    def value_problems(self, planned: PlannedTensor, rank: int) -> Iterator[str]:
+        yield from super().value_problems(planned, rank)
+        if planned.format != KEPT or self.source is None:
+            return
+        for part in planned.tensor.sources[KEPT_NAMING].parts:
+            try:
+                weight = locate(self.source, self.scheme, part)
+                if weight is None or weight.is_float:
+                    continue
+                bad = count_nonfinite(weight.read())
+            except CcqError as error:
+                yield str(error)
+                continue
+            if bad:
+                yield f"{part.name}: {bad} values are NaN or infinite once scaled"
+
+
+def modules_of(config: ModelConfig) -> dict[str, int]:
+    """Module of routed experts, by its name on disk -> its layer."""
+    return {
+        packed_stem(tensor).rsplit(".", 2)[0]: tensor.layer
+        for tensor in config.tensors.values()
+        if tensor.is_expert and tensor.layer is not None
+    }
+
+
+def read_entry(entry: Any, where: object) -> tuple[str, dict[str, str]]:
+    """The experts' main format, and the format of every module of experts.
+
+    Raises:
+        CcqError: for an entry that is not of this structure, naming its key.
+    """
+
+    def fail(key: str, problem: str) -> CcqError:
+        return CcqError(f"{where}: {QUANTIZATION}.{key}: {problem}")
+
+    if entry.get("version") != VERSION:
+        raise fail(
+            "version", f"{entry.get('version')!r} is not known here; this package reads {VERSION}"
+        )
+    format, experts = entry.get("format"), entry.get("experts")
+    if format not in EXPERT_FORMATS:
+        raise fail("format", f"{format!r} is not one of {', '.join(EXPERT_FORMATS)}")
+    if not isinstance(experts, dict) or not experts:
+        raise fail("experts", "must map modules of experts to their formats")
+    known = (*EXPERT_FORMATS, *WIDER_EXPERT_FORMATS)
+    for module, found in experts.items():
+        if found not in known:
+            raise fail("experts", f"{module}: {found!r} is not one of {', '.join(known)}")
+    return format, experts
