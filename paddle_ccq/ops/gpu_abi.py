@@ -68,6 +68,12 @@ class LinearW8Args(ctypes.Structure):
     ]
 
 
+def trellis_bytes(k: int, n: int) -> tuple[int, int]:
+    """Bytes of one CCQ-2T matrix's units and columns (trellis_repack.h)."""
+    fours = -(-n // 64)
+    return fours * (k // 128) * 2176, fours * 256
+
+
 _P, _I, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 # Function -> (argument types, result type). int stands for a CUDA error code too.
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {

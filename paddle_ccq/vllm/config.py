@@ -120,4 +120,6 @@ class CcqConfig(QuantizationConfig):
             return gpu_experts.Wint4ExpertsMethod(moe, prefix, cut)
         if format == "wint2":
             return gpu_experts.Wint2ExpertsMethod(moe, prefix, cut, self.row_order)
+        if format == "ccq-2t":
+            return gpu_experts.TrellisExpertsMethod(moe, prefix, cut)
         return gpu_experts.SpareExpertsMethod(moe, prefix, cut, format)
