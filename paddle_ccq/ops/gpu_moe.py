@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..codec.floats import BFLOAT16
-from ..codec.row_order import FASTDEPLOY_2_1
+from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from . import checks, gpu_abi, gpu_library
 from .gpu_memory import Device, Memory
 
@@ -106,6 +106,8 @@ class GpuExperts:
         format: str = "wint2",
     ) -> None:
         checks.row_order(row_order)
+        if format == TRELLIS and row_order != PLAIN:
+            raise ValueError(f"row_order: rows of {format} are in plain order, got {row_order!r}")
         self.device, self.library = device, gpu_library.load_products()
         self.up_gate = _Side(self.library, device, format, up_gate)
         self.down = _Side(self.library, device, format, down)
