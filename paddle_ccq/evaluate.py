@@ -221,7 +221,7 @@ def _check_memory(checkpoints: dict[str, Checkpoint]) -> None:
     needed = sum(
         4 * math.prod(checkpoint.shape(name))
         for checkpoint in checkpoints.values()
-        for name in checkpoint.names()
+        for name in checkpoint.model_names()
     )
     available = available_memory()
     if available is not None and needed > available:

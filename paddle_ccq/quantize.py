@@ -12,6 +12,7 @@ from .calibration.settings import TOKEN_WEIGHTS
 from .codec.formats import EXPERT_FORMATS
 from .command import run_command
 from .encoder.base import ENCODERS, PRESETS
+from .families.registry import ASKED
 from .quantization.options import QuantizeOptions
 from .quantization.report import print_summary
 from .quantization.run import QuantizeResult
@@ -32,6 +33,11 @@ def build_parser() -> Arguments:
         "--target",
         choices=TARGETS,
         help="layout: FastDeploy's (default for ERNIE-4.5), or Hugging Face's names, for vLLM",
+    )
+    add(
+        "--family",
+        choices=ASKED,
+        help="for a model of no known family: find its routed experts by the usual names",
     )
     add("--preset", choices=PRESETS, help="time against error")
     add("--encoder", choices=ENCODERS, help="search, or the paper's algorithm")
@@ -65,6 +71,11 @@ def build_parser() -> Arguments:
         "--allow-plugin-layout",
         action="store_true",
         help="wint4 in any layers; FastDeploy then needs our plugin",
+    )
+    add(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out the layers for multi-token prediction, which speculative decoding needs",
     )
     _add_run(parser)
     parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})

@@ -93,10 +93,11 @@ def collapsed(tensors: Iterable[PlannedTensor]) -> list[tuple[str, list[PlannedT
 FORMAT_WORDS = {"bf16": "bf16 (kept)", "f32": "float32 (kept)", KEPT: "as it is"}
 
 
-def plan_table(plan: Plan) -> Table:
-    """What every tensor becomes, repeated ones on one line."""
+def plan_table(plan: Plan, quantized_only: bool = False) -> Table:
+    """What every tensor becomes, repeated ones on one line; or only those that are quantized."""
     rows = []
-    for pattern, members in collapsed(plan.tensors):
+    chosen = (p for p in plan.tensors if p.quantized or not quantized_only)
+    for pattern, members in collapsed(chosen):
         stored = sum(planned.rank_bytes for planned in members) * plan.tensor_parallel_size
         weights = sum(planned.weights for planned in members)
         rows.append(

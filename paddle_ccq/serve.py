@@ -226,7 +226,7 @@ def _ready(service: Service, args: argparse.Namespace) -> tuple[str, str]:
 
     engine, settings = service.engine, service.settings
     model = engine.model
-    floats = 4 * sum(_size(service, name) for name in service.checkpoint.names())
+    floats = 4 * sum(_size(service, name) for name in service.checkpoint.model_names())
     on_gpu = f" and {gibibytes(model.gpu_bytes)} on the GPU" if model.gpu_bytes else ""
     return (
         f"{settings.name}: experts {gibibytes(model.expert_bytes)}{on_gpu}, other weights"

@@ -27,6 +27,7 @@ from .codec import formats
 from .codec.row_order import FASTDEPLOY_2_1
 from .command import run_command, to_stderr
 from .errors import CcqError, visible
+from .families.registry import ASKED
 from .families.tensor import Role
 from .targets.inspect import inspect
 from .targets.inspection import Inspection, other_order
@@ -95,11 +96,16 @@ def verify(
 def _reference(
     reference: str | os.PathLike[str], inspection: Inspection, source: str | None
 ) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr))
+    name = inspection.config.family.name
+    asked = name if name in ASKED else None
+    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr), family=asked)
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
-    wanted, given = inspection.config.tensors.shapes, checkpoint.config.tensors.shapes
+    model = checkpoint.config
+    if not inspection.config.num_nextn_predict_layers:
+        model = model.without_mtp()  # the checkpoint may have been written without these layers
+    wanted, given = inspection.config.tensors.shapes, model.tensors.shapes
     if wanted != given:
         name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
         raise CcqError(f"--reference {reference}: another model; the two differ in {name}")

@@ -186,8 +186,8 @@ def test_the_plan_says_what_calibration_needs(calibration_text, capsys):
         (["--calibration", "TEXT", "--calibration-tokens", "x"], "--calibration-tokens x"),
         (["--calibration-tokens", "1k"], "needs --calibration"),
         (["--calibration", "TEXT", "--encoder", "paper"], "does not go with --encoder paper"),
-        (["--calibration", "TEXT", "--format", "ccq-2.5"], "only wint2 experts"),
-        (["--calibration", "TEXT", "--wint4-end-layer", "2"], "only wint2 experts"),
+        (["--calibration", "TEXT", "--format", "ccq-2.5"], "only wint2 and ccq-2t experts"),
+        (["--calibration", "TEXT", "--wint4-end-layer", "2"], "only wint2 and ccq-2t experts"),
         (["--calibration", "MODEL/config.json"], "config.json:1: none of the fields"),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from helpers.synthetic import tiny_config, write_checkpoint, write_tensors
+from helpers.synthetic import stored_weights, tiny_config, write_checkpoint, write_tensors
 from paddle_ccq.checkpoint.reader import PROVENANCE_KEY, open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import DTYPES
 from paddle_ccq.codec import formats, row_order
@@ -95,14 +95,17 @@ def test_messages_name_the_layout_and_what_is_passed_over(tmp_path):
     frequencies = 500000.0 ** -(np.arange(16) / 16)
     config = tiny_config(num_nextn_predict_layers=1)
     weights = write_checkpoint(tmp_path, config)
+    config["num_nextn_predict_layers"] = 0
+    mtp = stored_weights(config, {n: w for n, w in weights.items() if ".mtp_" in n}, "pt", "bf16")
     write_checkpoint(tmp_path, config, extra={
+        **mtp,
         "lm_head.weight": weights["ernie.embed_tokens.weight"],
         "model.rotary_emb.inv_freq": frequencies.astype(np.float32),
     })  # fmt: skip
     messages = open_checkpoint(tmp_path).messages
     assert messages[0] == "-PT layout (Hugging Face names, [out, in])"
     assert "lm_head.weight: config.json ties" in messages[1] and "equal" in messages[1]
-    assert "3 tensors of the multi-token-prediction head" in messages[2]
+    assert "passing over 12 tensors for multi-token prediction: config.json says" in messages[2]
     assert "1 tables of rotary frequencies" in messages[3]
 
 

@@ -46,7 +46,7 @@ def test_writes_the_same_weights_in_either_naming(tmp_path, source, target, size
     output = tmp_path / "new" / "out"
     assert run(tmp_path / "in", "--output", output, "--naming", target,
                "--max-shard-size", size) == 0  # fmt: skip
-    expected = stored_weights({**CONFIG, "num_nextn_predict_layers": 0}, weights, target, "bf16")
+    expected = stored_weights(CONFIG, weights, target, "bf16")
     written = tensors_of(output)
     assert written.keys() == expected.keys()
     for name, value in expected.items():
@@ -81,7 +81,7 @@ def test_config_and_other_files(tmp_path):
     for values in written.values():
         assert not {"quantization_config", "paddle_ccq"} & values.keys()
         assert values["custom"] == "中"
-        assert values["num_nextn_predict_layers"] == 0
+        assert values["num_nextn_predict_layers"] == 1
     assert written["paddle"]["dtype"] == "bfloat16"
     assert not {"torch_dtype", "transformers_version"} & written["paddle"].keys()
     assert written["pt"]["torch_dtype"] == "bfloat16"

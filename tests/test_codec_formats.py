@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paddle_ccq.codec import formats
+from paddle_ccq.codec import formats, trellis
 from paddle_ccq.codec.row_order import FASTDEPLOY_2_1, PLAIN, ROW_ORDERS, unpermute_rows
 from paddle_ccq.encoder.base import PRESETS
 from paddle_ccq.encoder.factory import make_encoder, make_encoders
 from paddle_ccq.encoder.layouts import LAYOUTS
 from paddle_ccq.encoder.ldlq import LdlqEncoder
-from paddle_ccq.encoder.recipes import RECIPES
+from paddle_ccq.encoder.recipes import RECIPES, TRELLIS_RECIPES
 
 QUANTIZED = [name for name, f in formats.FORMATS.items() if f.kind is not formats.Kind.FLOAT]
 
@@ -22,8 +22,9 @@ def a_matrix(k: int = 256, n: int = 32) -> np.ndarray:
 
 
 def test_every_code_has_a_search_with_all_presets() -> None:
-    assert set(formats.CCQ_FORMATS) == set(LAYOUTS) == set(RECIPES)
-    assert all(tuple(recipes) == PRESETS for recipes in RECIPES.values())
+    assert set(LAYOUTS) == set(RECIPES)
+    assert set(formats.CCQ_FORMATS) == {*RECIPES, trellis.NAME}
+    assert all(tuple(recipes) == PRESETS for recipes in (*RECIPES.values(), TRELLIS_RECIPES))
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -75,7 +76,7 @@ def test_statistics_reach_the_formats_that_can_be_calibrated_and_no_other() -> N
 
 
 def test_uses_and_kinds_select() -> None:
-    assert formats.named(use=formats.Use.EXPERTS) == ("wint2", "ccq-2.5", "ccq-2.75")
+    assert formats.named(use=formats.Use.EXPERTS) == ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75")
     assert formats.named(use=formats.Use.DENSE) == ("wint8", "bf16")
     assert formats.named(formats.Kind.INTEGER, formats.Use.DENSE) == ("wint8",)
     assert formats.DEFAULT_EXPERTS in formats.EXPERT_FORMATS

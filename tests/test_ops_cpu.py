@@ -13,7 +13,7 @@ from paddle_ccq import _core, ops
 from paddle_ccq.codec import formats, row_order
 from paddle_ccq.codec.formats import Tensors
 
-KINDS = ["wint2", "wint2-general", "ccq-2.5", "ccq-2.75"]
+KINDS = ["wint2", "wint2-general", "ccq-2t", "ccq-2.5", "ccq-2.75"]
 TOKENS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 65, 130]
 # Activations are rounded to 16 bits per 64 rows: 2.3e-5 on Gaussian ones, with room for the few
 # rows and columns of these tests.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "trellis.h"
 
 namespace ccq {
 namespace {
@@ -111,9 +112,25 @@ void spare_scale_group(const Stored& t, int64_t g, void* out) {
 }
 
 template <Runtime kRuntime>
+void trellis_group(const Stored& t, int64_t g, void* out) {
+  for (int64_t byte_row = g * 16; byte_row < (g + 1) * 16; ++byte_row) {
+    const uint8_t* q = t.words + byte_row * t.n;
+    for (int64_t c = 0; c < t.n; ++c) {
+      const uint8_t both = t.scales[g / 2 * t.n + c];
+      const float scale = static_cast<float>(g % 2 ? both & 15 : both >> 4) * t.super[c];
+      int32_t v[4];
+      trellis_values((byte_row ? q[c - t.n] : 0) << 8 | q[c], v);
+      for (int i = 0; i < 4; ++i)
+        put<kRuntime>(out, (byte_row * 4 + i) * t.n + c, static_cast<float>(v[i]) * scale);
+    }
+  }
+}
+
+template <Runtime kRuntime>
 void dequantize_as(const Stored& t, void* out, int threads) {
   parallel(t.k / kRows, threads, [&](int64_t g) {
     if (t.format == Format::kWint2) wint2_group<kRuntime>(t, g, out);
+    else if (t.format == Format::kCcq2t) trellis_group<kRuntime>(t, g, out);
     else spare_scale_group<kRuntime>(t, g, out);
   });
 }
@@ -128,8 +145,8 @@ void each_word(const Packed& w, const Move& move) {
         const int64_t stored = (g * count + i) * w.n + block * kColumns;
         const int64_t packed = (block * w.groups() + g) * count * kColumns;
         for (int c = 0; c < kColumns; ++c) {
-          // WINT2 puts four byte rows of a column into one lane.
-          const int64_t inside = w.format == Format::kWint2 ? i / 4 * 64 + c * 4 + i % 4 : i * kColumns + c;
+          // WINT2 and ccq-2t put four byte rows of a column into one lane.
+          const int64_t inside = has_scales(w.format) ? i / 4 * 64 + c * 4 + i % 4 : i * kColumns + c;
           move(packed + inside, stored + c);
         }
       }
@@ -169,9 +186,10 @@ void repack(const Stored& t, Packed& out) {
   if (bytes == 1) each_word(out, [&](int64_t to, int64_t from) { words[to] = t.words[from]; });
   else each_word(out, [&](int64_t to, int64_t from) { std::memcpy(words + 2 * to, t.words + 2 * from, 2); });
   out.super.assign(t.super, t.super + t.n);
-  if (t.format != Format::kWint2) return;
+  if (!has_scales(t.format)) return;
   uint8_t* scales = out.scales.data();
   each_scale(out, [&](int64_t to, int64_t from) { scales[to] = t.scales[from]; });
+  if (t.format != Format::kWint2) return;
   out.code_scale.assign(t.code_scale, t.code_scale + t.n);
   out.code_zp.assign(t.code_zp, t.code_zp + t.n);
   out.integer = integer_pairs(t.code_scale, t.code_zp, t.n);
@@ -183,7 +201,7 @@ void unpack(const Packed& w, uint8_t* words, uint8_t* scales) {
     each_word(w, [&](int64_t from, int64_t to) { words[to] = from_words[from]; });
   else
     each_word(w, [&](int64_t from, int64_t to) { std::memcpy(words + 2 * to, from_words + 2 * from, 2); });
-  if (w.format == Format::kWint2)
+  if (has_scales(w.format))
     each_scale(w, [&](int64_t from, int64_t to) { scales[to] = from_scales[from]; });
 }
 

@@ -15,7 +15,7 @@ struct Stored {
   Format format;
   int64_t k, n;
   const uint8_t* words;    // [k/64 * words, n] of word_bytes each
-  const uint8_t* scales;   // WINT2: [k/128, n]
+  const uint8_t* scales;   // WINT2, ccq-2t: [k/128, n]
   const float* super;      // [n]
   const float* code_scale; // WINT2: [n]
   const float* code_zp;

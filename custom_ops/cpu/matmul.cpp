@@ -19,7 +19,7 @@ namespace ccq {
 
 const FormatInfo& info(Format format) {
   static const FormatInfo table[] = {
-      {"wint2", 16, 1, 32, 4}, {"ccq-2.5", 10, 2, 4, 13}, {"ccq-2.75", 22, 1, 8, 4}};
+      {"wint2", 16, 1, 32, 4}, {"ccq-2.5", 10, 2, 4, 13}, {"ccq-2.75", 22, 1, 8, 4}, {"ccq-2t", 16, 1, 0, 4}};
   return table[static_cast<int>(format)];
 }
 
@@ -40,7 +40,7 @@ Buffer::Buffer(size_t bytes) : size_(bytes) {
 Packed::Packed(Format f, int64_t rows, int64_t columns)
     : format(f), k(rows), n(columns),
       words(static_cast<size_t>(rows / kRows * info(f).words * info(f).word_bytes * columns)),
-      scales(f == Format::kWint2 ? static_cast<size_t>(rows / 128 * columns) : 0), super(columns) {}
+      scales(has_scales(f) ? static_cast<size_t>(rows / 128 * columns) : 0), super(columns) {}
 
 const MatmulKernels* pick_matmul(const char* name) {
   const MatmulKernels* all[] = {matmul_avx512vnni(), matmul_avx512(), matmul_avx2(), matmul_plain()};
@@ -122,7 +122,13 @@ void multiply(const MatmulKernels& kernels, const std::vector<const Packed*>& ma
               const int64_t* ends, const float* x, const int* order, bool fine, float* y, int threads) {
   const Packed& shape = *matrices[0];
   const int64_t rows = ends[matrices.size() - 1];
-  const Activations a = quantize(x, rows, shape.k, order, fine, threads);
+  int paired[kRows];
+  for (int j = 0; j < kPairs; ++j) {
+    const bool neighbours = shape.format == Format::kCcq2t;
+    paired[low_row(j)] = order[neighbours ? 2 * j : low_row(j)];
+    paired[high_row(j)] = order[neighbours ? 2 * j + 1 : high_row(j)];
+  }
+  const Activations a = quantize(x, rows, shape.k, paired, fine, threads);
   // Columns of one task: large enough to amortise its start, small enough to share out evenly.
   constexpr int64_t kBlocksPerTask = 4;
   struct Task {

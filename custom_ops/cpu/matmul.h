@@ -15,7 +15,7 @@ constexpr int kColumns = 16;   // columns decoded side by side: one 512-bit regi
 constexpr int kPairs = 32;     // a group's rows, two to a 32-bit lane
 constexpr int kTokens = 64;    // tokens that share one decoding of a column block
 
-enum class Format { kWint2, kCcq25, kCcq275 };
+enum class Format { kWint2, kCcq25, kCcq275, kCcq2t };
 
 struct FormatInfo {
   const char* name;
@@ -25,6 +25,8 @@ struct FormatInfo {
   int scale_bits;   // of the local scale
 };
 const FormatInfo& info(Format format);
+// Local scales in a tensor of their own, two groups a byte.
+constexpr bool has_scales(Format f) { return f == Format::kWint2 || f == Format::kCcq2t; }
 
 // Zero-filled memory on a 64-byte boundary: a decoder's 64-byte load never straddles a line.
 class Buffer {
@@ -42,7 +44,7 @@ class Buffer {
 };
 
 // One matrix [k, n] in blocks of 16 columns, each block one run of memory.
-//   WINT2: words [n/16][k/64][4][16 columns][4 byte rows]; scales [n/16][k/128][16], as stored.
+//   WINT2 and ccq-2t: words [n/16][k/64][4][16 columns][4 byte rows]; scales [n/16][k/128][16], as stored.
 //   others: words [n/16][k/64][words][16 columns]; no scales (they stand in the last words).
 struct Packed {
   Packed(Format format, int64_t k, int64_t n);
@@ -79,7 +81,8 @@ struct Activations {
   Level main, rest;
 };
 
-// Rows of pair j: byte rows 0 and 2, or 1 and 3, of a 64-byte vector (16 rows) share a lane.
+// Rows of pair j: byte rows 0 and 2, or 1 and 3, of a 64-byte vector (16 rows) share a lane. ccq-2t pairs
+// neighbours, rows 2j and 2j + 1, instead.
 constexpr int low_row(int j) { return 16 * (j / 8) + 4 * (j / 4 % 2) + j % 4; }
 constexpr int high_row(int j) { return low_row(j) + 8; }
 

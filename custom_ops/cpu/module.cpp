@@ -11,6 +11,7 @@
 #include "encode.h"
 #include "ldlq.h"
 #include "ops_module.h"
+#include "trellis_ldlq.h"
 
 namespace py = pybind11;
 
@@ -189,6 +190,93 @@ py::dict ldlq(const Weight& weight, const py::dict& metric_in, const Weight& boo
   return result;
 }
 
+py::dict trellis(const Weight& weight, const py::dict& recipe_in, int threads, const std::string& isa) {
+  if (weight.ndim() != 2 || weight.shape(1) % ccq::kGroup || weight.shape(1) == 0)
+    throw std::invalid_argument("weight must be float32 [N, K] with 64 | K");
+  ccq::TrellisRecipe recipe;
+  recipe.nominal = recipe_in["nominal"].cast<double>();
+  recipe.kappas = recipe_in["kappas"].cast<std::vector<double>>();
+  recipe.window_low = recipe_in["window_low"].cast<int>();
+  recipe.window_high = recipe_in["window_high"].cast<int>();
+  recipe.beam = recipe_in["beam"].cast<int>();
+  if (recipe.beam < 0 || recipe.beam >= 1 << 22) throw std::invalid_argument("beam must be 0 to 2^22 - 1");
+  if (recipe.window_low > 0 || recipe.window_high < 0 || threads < 1)
+    throw std::invalid_argument("the window must hold 0, and threads >= 1");
+  const ccq::TrellisKernels* kernels = ccq::pick_trellis(isa.c_str());
+  if (!kernels) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+  const py::ssize_t n = weight.shape(0), k = weight.shape(1), groups = k / ccq::kGroup;
+  py::array_t<uint8_t> words({n, groups, static_cast<py::ssize_t>(ccq::kTrellisBytes)});
+  py::array_t<uint8_t> scales({n, groups});
+  py::array_t<float> supers(n);
+  py::array_t<double> sums({n, static_cast<py::ssize_t>(3)});
+  const ccq::TrellisOutput out{words.mutable_data(), scales.mutable_data(), supers.mutable_data(),
+                               sums.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    ccq::trellis_encode(*kernels, recipe, weight.data(), n, k, threads, out);
+  }
+  py::dict result;
+  result["words"] = words;
+  result["scales"] = scales;
+  result["supers"] = supers;
+  result["sums"] = sums;
+  return result;
+}
+
+py::dict trellis_ldlq(const Weight& weight, const py::dict& metric, const Weight& supers, const py::dict& recipe_in,
+                      int threads, const std::string& isa) {
+  if (weight.ndim() != 2 || weight.shape(0) < 1 || weight.shape(1) < 1 || weight.shape(1) % ccq::kGroup)
+    throw std::invalid_argument("weight must be float32 [N, K] with 64 | K");
+  const py::ssize_t n = weight.shape(0), k = weight.shape(1), groups = k / ccq::kGroup, blocks = k / 4;
+  const py::ssize_t w = ccq::kWindowRows, b = ccq::kWindowBlocks;
+  if (supers.ndim() != 2 || supers.shape(0) < 1 || supers.shape(1) != n)
+    throw std::invalid_argument("supers must be [candidates, N]");
+  std::vector<Weight> kept;
+  auto part = [&](const char* name, std::initializer_list<py::ssize_t> shape) {
+    kept.push_back(metric[name].cast<Weight>());
+    return checked(kept.back(), shape, name);
+  };
+  ccq::TrellisHessian h;
+  h.k = k;
+  h.h = part("h", {k, k});
+  h.all = {part("m", {k, k}), part("root", {blocks, 4, 4}), part("unit", {blocks}), part("ratio", {blocks}),
+           part("spread", {blocks})};
+  h.windows = {part("window_m", {groups, w, w}), part("window_root", {groups, b, 4, 4}),
+               part("window_unit", {groups, b}), part("window_ratio", {groups, b}),
+               part("window_spread", {groups, b})};
+  h.inverse = part("window_inverse", {groups, w, w});
+
+  ccq::TrellisLdlqRecipe recipe;
+  recipe.nominal = recipe_in["nominal"].cast<double>();
+  recipe.window_low = recipe_in["window_low"].cast<int>();
+  recipe.window_high = recipe_in["window_high"].cast<int>();
+  recipe.beam = recipe_in["beam"].cast<int>();
+  recipe.sweeps = recipe_in["sweeps"].cast<int>();
+  if (recipe.beam < 0 || recipe.beam >= 1 << 22) throw std::invalid_argument("beam must be 0 to 2^22 - 1");
+  if (recipe.window_low > 0 || recipe.window_high < 0 || recipe.sweeps < 0 || threads < 1)
+    throw std::invalid_argument("the window must hold 0, sweeps >= 0 and threads >= 1");
+  const ccq::TrellisKernels* kernels = ccq::pick_trellis(isa.c_str());
+  if (!kernels) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+
+  py::array_t<uint8_t> words({n, groups, static_cast<py::ssize_t>(ccq::kTrellisBytes)});
+  py::array_t<uint8_t> scales({n, groups});
+  py::array_t<float> chosen(n);
+  py::array_t<double> loss(n);
+  const ccq::TrellisLdlqOutput out{words.mutable_data(), scales.mutable_data(), chosen.mutable_data(),
+                                   loss.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    ccq::trellis_ldlq_encode(*kernels, h, recipe, supers.data(), static_cast<int>(supers.shape(0)), weight.data(), n,
+                             threads, out);
+  }
+  py::dict result;
+  result["words"] = words;
+  result["scales"] = scales;
+  result["supers"] = chosen;
+  result["loss"] = loss;
+  return result;
+}
+
 std::vector<std::string> ldlq_instruction_sets() {
   std::vector<std::string> names;
   for (const char* name : {"avx512", "avx2", "plain"})
@@ -211,6 +299,9 @@ PYBIND11_MODULE(_core, m) {
         py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
   m.def("ldlq", &ldlq, py::arg("weight"), py::arg("metric"), py::arg("books"), py::arg("supers"),
         py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("trellis", &trellis, py::arg("weight"), py::arg("recipe"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("trellis_ldlq", &trellis_ldlq, py::arg("weight"), py::arg("metric"), py::arg("supers"), py::arg("recipe"),
+        py::arg("threads"), py::arg("isa") = "auto");
   m.def("ldlq_instruction_sets", &ldlq_instruction_sets, "Usable builds of ldlq, fastest first.");
   m.def("instruction_sets", &instruction_sets, "Usable builds of the score loop, fastest first.");
   ccq::bind_ops(m);

@@ -19,7 +19,7 @@ namespace {
 using Floats = py::array_t<float, py::array::c_style>;
 
 Format format_named(const std::string& name) {
-  for (Format f : {Format::kWint2, Format::kCcq25, Format::kCcq275})
+  for (Format f : {Format::kWint2, Format::kCcq25, Format::kCcq275, Format::kCcq2t})
     if (name == info(f).name) return f;
   throw std::invalid_argument("format: unknown name " + name);
 }
@@ -45,11 +45,13 @@ Stored stored(const std::string& format, const py::array& words, const py::array
   t.n = words.shape(1);
   t.words = static_cast<const uint8_t*>(words.data());
   t.super = vector_of(super, t.n, "super_scales: wrong shape");
-  if (t.format == Format::kWint2) {
+  if (has_scales(t.format)) {
     need(t.k % 128 == 0 && scales.ndim() == 2 && scales.itemsize() == 1 && scales.shape(0) == t.k / 128 &&
              scales.shape(1) == t.n && (scales.flags() & py::array::c_style),
          "weight_scale: wrong shape, type or order");
     t.scales = static_cast<const uint8_t*>(scales.data());
+  }
+  if (t.format == Format::kWint2) {
     t.code_scale = vector_of(code_scale, t.n, "code_scale: wrong shape");
     t.code_zp = vector_of(code_zp, t.n, "code_zp: wrong shape");
   }
@@ -86,7 +88,7 @@ py::tuple unpack_arrays(const Packed& w) {
   const FormatInfo& f = info(w.format);
   py::array words = f.word_bytes == 1 ? py::array(py::array_t<uint8_t>({w.groups() * f.words, w.n}))
                                       : py::array(py::array_t<uint16_t>({w.groups() * f.words, w.n}));
-  py::array_t<uint8_t> scales({w.format == Format::kWint2 ? w.k / 128 : int64_t{0}, w.n});
+  py::array_t<uint8_t> scales({has_scales(w.format) ? w.k / 128 : int64_t{0}, w.n});
   unpack(w, static_cast<uint8_t*>(words.mutable_data()), scales.mutable_data());
   auto floats = [](const std::vector<float>& v) { return Floats(static_cast<py::ssize_t>(v.size()), v.data()); };
   return py::make_tuple(words, scales, floats(w.super), floats(w.code_scale), floats(w.code_zp));

@@ -17,6 +17,7 @@ from ..checkpoint.plan import Plan, rule_forced_layers
 from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
 from ..checkpoint.rules import Rule
 from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
+from ..codec import formats
 from ..codec.formats import FORMATS
 from ..errors import CcqError
 from ..families.ernie45 import ErnieConfig
@@ -48,9 +49,11 @@ class AllocationRequest:
     @property
     def notes(self) -> list[str]:
         """Notes on what the predicted losses do not include."""
-        if self.calibrated or self.format != "wint2":
+        if self.calibrated or not formats.get(self.format).calibrated:
             return []
-        return ["costs were measured on calibrated wint2; without --calibration it loses more"]
+        return [
+            f"costs were measured on calibrated {self.format}; without --calibration it loses more"
+        ]
 
     @property
     def probing(self) -> Probing:

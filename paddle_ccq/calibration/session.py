@@ -15,6 +15,8 @@ import numpy as np
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
+from ..codec import formats
+from ..codec.formats import EXPERT_FORMATS
 from ..errors import CcqError
 from ..families.ernie45 import ErnieConfig
 from ..families.tensor import UP_GATE
@@ -44,10 +46,11 @@ class CalibrationRequest:
         """Refuse what calibration cannot do before any work starts."""
         if encoder != "search":
             raise CcqError(f"--calibration does not go with --encoder {encoder}; use search")
-        if not any(planned.format == "wint2" for planned in plan.tensors):
+        calibrated = [name for name in EXPERT_FORMATS if formats.get(name).calibrated]
+        if not any(planned.format in calibrated for planned in plan.tensors):
             raise CcqError(
-                f"--calibration: only wint2 experts are calibrated, and this plan ({plan.format})"
-                " has none; leave the flag out"
+                f"--calibration: only {' and '.join(calibrated)} experts are calibrated, and this"
+                f" plan ({plan.format}) has none; leave the flag out"
             )
         if not self.pending:
             check_readable(self.path, FLAG)

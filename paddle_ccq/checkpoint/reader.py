@@ -27,7 +27,7 @@ from .source_tensors import KEPT_NAMING
 from .sources.locate import locate
 from .sources.scheme import SourceScheme
 from .sources.stored import StoredWeight
-from .unexpected import pass_over, resolve_head
+from .unexpected import pass_over, resolve_head, resolve_mtp
 
 # Our own key in config.json; FastDeploy does not look at it.
 PROVENANCE_KEY = "paddle_ccq"
@@ -61,11 +61,12 @@ class Checkpoint:
         self.scheme = SourceScheme.read(config.raw, path / CONFIG_FILE)
         self.naming = config.family.detect_naming(tensors.names(), path)
         config, messages = resolve_head(config, tensors, self.naming)
-        self.config = config
+        self.config, more = resolve_mtp(config, tensors)
         if config.family.keeps_others:
             packed = packed_tensors(tensors)
             self.config = source_tensors.of_folder(config, self.scheme, tensors, packed)
-        self.messages = [*tensors.messages, self.naming.description, *config.notes, *messages]
+        messages = [*config.notes, *messages, *more]
+        self.messages = [*tensors.messages, self.naming.description, *messages]
         self._entries = _plan(self)
         self.is_quantized = any(entry.packed for entry in self._entries.values())
         self.row_order = _row_order(self, row_order)
@@ -78,6 +79,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Canonical names, in model order."""
         return list(self._entries)
+
+    def model_names(self) -> list[str]:
+        """Names of what computes a token: all but the layers for multi-token prediction."""
+        tensors = self.config.tensors
+        return [name for name in self.names() if not self.config.is_prediction(tensors[name])]
 
     def format_of(self, name: str) -> str:
         """ "bf16" for any float, else the name of the packed format."""
@@ -230,11 +236,14 @@ class Checkpoint:
             raise CcqError(f"{where}: {name}: cannot be decoded: {error}") from None
 
 
-def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: str | os.PathLike[str], row_order: str | None = None, family: str | None = None
+) -> Checkpoint:
     """Open a checkpoint folder and check that every tensor of the model is there.
 
     `row_order` ("fastdeploy-2.1" or "plain") says how WINT2 input rows are ordered where the
-    checkpoint itself does not.
+    checkpoint itself does not. `family` is one of families.registry.ASKED; None: config.json
+    decides.
     """
     path = snapshot_folder(Path(folder))
     if not path.exists():
@@ -252,7 +261,7 @@ def open_checkpoint(folder: str | os.PathLike[str], row_order: str | None = None
             " are for serving, use the one they were cut from"
         )
     check_regular(path)
-    config = read_config(path)
+    config = read_config(path, family=family)
     return Checkpoint(path, config, TensorFolder(path), row_order)
 
 

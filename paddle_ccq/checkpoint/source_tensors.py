@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CcqError
 from ..families.config import CONFIG_FILE, ModelConfig
-from ..families.tensor import Role, Source, Storage, Tensors, TensorSpec
+from ..families.tensor import Role, Source, Storage, Tensors, TensorSpec, starred
 from .safetensors_format import FLOAT_DTYPES, StoredSpec, tensor_bytes
 from .safetensors_io import TensorFolder
 from .sources.locate import FP8_DTYPE, SCALE_SUFFIXES, expected, locate
@@ -59,6 +59,8 @@ def complete(config: ModelConfig, folder: Path) -> ModelConfig:
     try:
         tensors = TensorFolder(folder)
     except CcqError:
+        if config.family.discover:
+            raise  # without files there is nothing to find
         return expect(config, scheme)  # opening the checkpoint says what is wrong
     return of_folder(config, scheme, tensors, {})
 
@@ -74,6 +76,9 @@ def of_folder(
     Args:
         packed: what the names of packed matrices begin with -> their tensors by suffix.
     """
+    if config.family.discover:
+        shapes = {name: tensors.info(name).shape for name in tensors.names()}
+        config = config.family.discover(config, shapes)
     matrices = {stem for stem, found in packed.items() if "quant_weight" in found}
     reading = _Reading(config, scheme, tensors, matrices)
     specs = list(reading.named())
@@ -142,9 +147,7 @@ class _Reading:
     def _other(self, name: str) -> TensorSpec:
         info = self.tensors.info(name)
         source = Source(name, info.shape)
-        spec = TensorSpec(
-            name, name.replace("{", "{{").replace("}", "}}"), Role.OTHER, info.shape, name
-        )
+        spec = TensorSpec(name, starred(name), Role.OTHER, info.shape, name)
         readable = info.dtype in FLOAT_DTYPES or (info.dtype == FP8_DTYPE and len(info.shape) == 2)
         part = locate(self.tensors, self.scheme, source) if readable else None
         if part is None:

@@ -2,8 +2,9 @@
 """Stored tensors that config.json does not call for: used, passed over by a named rule, or refused.
 
 Leaving out a tensor that a model computes with makes another model of it without a word. So only
-three kinds are passed over, each with a message: the multi-token-prediction head, copies that are
-equal to the tensor they copy, and tables that follow from config.json.
+three kinds are passed over, each with a message: layers for multi-token prediction that
+config.json does not count, copies that are equal to the tensor they copy, and tables that follow
+from config.json.
 """
 
 from __future__ import annotations
@@ -78,6 +79,20 @@ def resolve_head(
     ]
 
 
+def resolve_mtp(config: ModelConfig, tensors: TensorFolder) -> tuple[ModelConfig, list[str]]:
+    """The config without layers for multi-token prediction of which nothing is stored.
+
+    config.json of some checkpoints calls for one that was never published.
+    """
+    called_for = config.num_nextn_predict_layers and not config.family.keeps_others
+    if not called_for or any(map(config.family.is_mtp, tensors.names())):
+        return config, []
+    return config.without_mtp(), [
+        f"config.json says {config.family.mtp_keys[0]} {config.num_nextn_predict_layers}, but no"
+        " tensor of that layer is stored: taken as 0"
+    ]
+
+
 def _equal_head(tensors: TensorFolder, head: str, embedding: str) -> bool:
     """Whether the head holds the embedding's values, in either orientation."""
     rows, columns = tensors.read(embedding), tensors.read(head)
@@ -121,7 +136,11 @@ def pass_over(
         more = f" ({len(refused) - 1} more tensors are not called for)" if len(refused) > 1 else ""
         raise CcqError(f"{where}: {name!r} {reason}{more}")
     if mtp:
-        messages.insert(0, f"passing over {len(mtp)} tensors of the multi-token-prediction head")
+        messages.insert(
+            0,
+            f"passing over {len(mtp)} tensors for multi-token prediction: config.json says"
+            f" {config.family.mtp_keys[0]} {config.num_nextn_predict_layers}",
+        )
     if tables:
         messages.append(
             f"passing over {len(tables)} tables of rotary frequencies: they follow from rope_theta"
@@ -151,7 +170,7 @@ def _reason(config: ModelConfig, name: str, copies: dict[str, str]) -> str:
     return config.family.why_unexpected(config, name)
 
 
-def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
+def config_of_folder(folder: Path, family: str | None = None) -> tuple[ModelConfig, list[str]]:
     """The config of a model folder, whose weights decide what it leaves open if they are there.
 
     The messages say what was found, or assumed without weights.
@@ -159,7 +178,7 @@ def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
     Raises:
         CcqError: if config.json can't be used, or contradicts the weights on the head.
     """
-    config = read_config(folder)
+    config = read_config(folder, family=family)
     try:
         tensors = TensorFolder(folder)
         naming = config.family.detect_naming(tensors.names(), folder)
@@ -178,5 +197,6 @@ def config_of_folder(folder: Path) -> tuple[ModelConfig, list[str]]:
         ]
     config, messages = resolve_head(config, tensors, naming)
     if config.family.keeps_others:
-        config = source_tensors.complete(config, folder)
-    return config, messages
+        return source_tensors.complete(config, folder), messages
+    config, more = resolve_mtp(config, tensors)
+    return config, [*messages, *more]

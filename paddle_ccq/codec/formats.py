@@ -9,7 +9,7 @@ from enum import Enum
 
 import numpy as np
 
-from . import wint2
+from . import trellis, wint2
 from .convolution import bits_per_weight
 from .floats import BFLOAT16, round_to
 from .row_order import FASTDEPLOY_2_1, PLAIN, permute_rows, unpermute_rows
@@ -146,6 +146,22 @@ _ALL = (
         uses=frozenset({Use.EXPERTS}),
         column_scale="super_scales",
         row_ordered=True,
+        calibrated=True,
+    ),
+    Format(
+        trellis.NAME,
+        Kind.CCQ,
+        bits_per_weight(8, wint2.ROWS_PER_BYTE, wint2.GROUP, scale_bits=4),
+        row_multiple=wint2.ROW_MULTIPLE,
+        column_multiple=1,
+        specs=lambda k, n: {
+            "quant_weight": ((k // 4, n), "U8"),
+            "weight_scale": ((k // 128, n), "U8"),
+            "super_scales": ((n,), "BF16"),
+        },
+        decode_stored=lambda t, dtype: trellis.dequantize(trellis.TrellisTensors(**t), dtype),
+        uses=frozenset({Use.EXPERTS}),
+        column_scale="super_scales",
         calibrated=True,
     ),
     _spare_scale(CCQ_2_5),

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..codec import formats
+from ..codec import formats, trellis
 from ..host import default_threads
 from .base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .integer import IntegerEncoder
 from .ldlq import Hessians, LdlqEncoder
 from .paper import PaperEncoder
 from .search import SearchEncoder
+from .trellis import TrellisEncoder
+from .trellis_ldlq import TrellisLdlqEncoder
 
 
 def make_encoder(
@@ -27,7 +29,8 @@ def make_encoder(
     `device` chooses where the search runs; the result is the same.
 
     Raises:
-        ValueError: for an unknown format, preset, encoder or device.
+        ValueError: for an unknown format, preset, encoder or device, or an encoder that the format
+            does not have.
         CcqError: for the device "gpu" without the GPU library.
     """
     threads = threads or default_threads()
@@ -43,6 +46,10 @@ def make_encoder(
         return IntegerEncoder(format)
     if kind is not formats.Kind.CCQ:
         raise ValueError(f"no encoder for format {format!r}")
+    if format == trellis.NAME:
+        if encoder != "search" or device != "cpu":
+            raise ValueError(f"{format} has no encoder {encoder!r} on the device {device!r}")
+        return TrellisEncoder(preset, threads)
     if encoder != "search":
         return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)
     if device == "gpu":
@@ -55,10 +62,12 @@ def make_encoder(
 def calibrated_encoder(
     preset: str, threads: int, hessians: Hessians, data_free: MatrixEncoder, device: str = "cpu"
 ) -> LdlqEncoder:
-    """A calibrated encoder whose search runs on a device (base.DEVICES); the result is the same.
+    """A calibrated encoder of the format of `data_free`; where it searches changes no byte.
 
     Factors of the statistics and metrics of the outputs are computed on the CPU either way.
     """
+    if data_free.format == trellis.NAME:
+        return TrellisLdlqEncoder(preset, threads, hessians, data_free)
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder
 

@@ -139,12 +139,12 @@ class LdlqEncoder:
         hessian = known.matrix if known else None
         if hessian is not None and rows is not None:
             hessian = hessian[np.ix_(rows, rows)]
-        metric = make_metric(hessian, self._recipe.damping) if hessian is not None else None
+        metric = self.metric_of(hessian) if hessian is not None else None
         if known is None or metric is None:
             encoded = self._data_free.encode(weight, name, rows)
             return Encoded(encoded.tensors, encoded.stats, {"calibration_tokens": 0})
         tensors = self.search(weight, metric)
-        decoded = wint2.dequantize(wint2.Wint2Tensors(**tensors), "float32").T
+        decoded = formats.decode(self.format, tensors, "float32").T
         output = weighted_error(weight, hessian)
         lost = weighted_error(weight - decoded, hessian)
         return Encoded(
@@ -156,6 +156,10 @@ class LdlqEncoder:
                 "calibration_tokens": known.tokens,
             },
         )
+
+    def metric_of(self, hessian: np.ndarray) -> LdlqMetric | None:
+        """The metric of a Hessian, or None for one of zeros."""
+        return make_metric(hessian, self._recipe.damping)
 
     def search(self, weight: np.ndarray, metric: LdlqMetric) -> dict[str, np.ndarray]:
         """The stored tensors of float32 [N, K] under a metric."""

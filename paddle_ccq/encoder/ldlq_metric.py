@@ -72,11 +72,12 @@ def blocks_of(matrix: np.ndarray) -> np.ndarray:
     return matrix.reshape(count, BLOCK, count, BLOCK)[index, :, index, :]
 
 
-def make_metric(hessian: np.ndarray, damping: float) -> LdlqMetric | None:
-    """The metric of a Hessian [K, K], or None where no input was ever other than zero.
+def damped(hessian: np.ndarray, damping: float) -> np.ndarray | None:
+    """A Hessian [K, K] over the mean of its diagonal, symmetric and with damping, in float64.
 
-    `damping` times the mean of the diagonal is added to it: it keeps the factors finite where
-    inputs are few or dependent, and lets a direction that the text has not shown still count.
+    `damping` is added to the diagonal: it keeps the factors finite where inputs are few or
+    dependent, and lets a direction that the text has not shown still count. None where no input
+    was ever other than zero.
     """
     h = np.array(hessian, np.float64)
     mean = float(np.mean(np.diagonal(h)))
@@ -85,6 +86,14 @@ def make_metric(hessian: np.ndarray, damping: float) -> LdlqMetric | None:
     h /= mean
     h = (h + h.T) / 2
     h[np.diag_indices_from(h)] += damping
+    return h
+
+
+def make_metric(hessian: np.ndarray, damping: float) -> LdlqMetric | None:
+    """The metric of a Hessian [K, K] (see damped), or None where no input was other than zero."""
+    h = damped(hessian, damping)
+    if h is None:
+        return None
     root = upper_root(h)
     d_root = blocks_of(root)
     # Columns of block b, times the inverse of the block on the diagonal: M.

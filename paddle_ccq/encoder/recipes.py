@@ -87,3 +87,34 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "best": Recipe(0.52, _FINE_KAPPA, ratios=_RATIOS, refits=4),
     },
 }
+
+
+@dataclass(frozen=True)
+class TrellisRecipe:
+    """What the search of ccq-2t tries for every channel.
+
+    Attributes:
+        nominal: best scale of a group as a multiple of its rms: 1 over the rms of the values.
+        kappas: local scale of a group of average rms; one super scale is tried for each.
+        window: local scales tried around a group's nominal one.
+        beam: sequences are dropped whose cost is this far above the cheapest one's, in squares of
+            the code's values; an average position costs about 3100.
+    """
+
+    nominal: float
+    kappas: tuple[float, ...]
+    window: tuple[int, int]
+    beam: int
+
+    def as_dict(self) -> dict[str, object]:
+        """For the compiled core."""
+        values = asdict(self)
+        values["window_low"], values["window_high"] = values.pop("window")
+        return values
+
+
+TRELLIS_RECIPES: dict[str, TrellisRecipe] = {
+    "fast": TrellisRecipe(1 / 104.5, (9.5,), window=(0, 1), beam=7000),
+    "default": TrellisRecipe(1 / 104.5, (9.5,), window=(-1, 2), beam=9000),
+    "best": TrellisRecipe(1 / 104.5, (9.5, 8.0, 11.0), window=(-2, 3), beam=16000),
+}

@@ -16,7 +16,7 @@ from typing import Any
 from .config import FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
 from .family import Family, Naming
 from .fields import Fields, show
-from .tensor import DOWN, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec
+from .tensor import DOWN, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec, starred
 
 NAMING = "pt"
 # Names of a routed expert's matrices where it is packed, whatever its parts are called.
@@ -63,6 +63,10 @@ class MoeConfig(ModelConfig):
     def with_tie(self, tied: bool) -> MoeConfig:
         """As for all models, but config.json stays as it is: loaders have this family's default."""
         return replace(self, tie_word_embeddings=tied, tie_stated=True)
+
+    def without_mtp(self) -> MoeConfig:
+        rest = self.sparse - set(self.prediction_layers)
+        return replace(super().without_mtp(), sparse=rest)
 
     def moe_layers(self) -> list[int]:
         return sorted(self.sparse)
@@ -183,6 +187,8 @@ def make_family(
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
     read, places = keys or Keys(), {layout.experts, layout.stacked}
+    # Where layers for multi-token prediction have a place of their own, all of it is theirs.
+    apart = layout.extra_place.partition(".")[0]
 
     def parse(fields: Fields, family: Family, _: list[str] | None) -> MoeConfig:
         return _parse(fields, family, read, layout)
@@ -199,6 +205,8 @@ def make_family(
         embedding=lambda config: f"{layout.prefix(config)}embed_tokens.weight",
         head="lm_head.weight",
         examples=f"model.layers.0.{layout.experts}.0.{layout.projections[0]}.weight",
+        is_mtp=lambda name: bool(apart) and name.startswith(f"{apart}."),
+        mtp_keys=read.extra_layers,
         model_types=tuple(model_types),
         keeps_others=True,
         is_mine=lambda name: any(f".{place}." in name for place in places),
@@ -248,7 +256,7 @@ def _parse(fields: Fields, family: Family, keys: Keys, layout: Layout) -> MoeCon
         moe_k=_first(fields, ("num_experts_per_tok", "moe_topk"), 1, max(experts, 1), 1),
         moe_intermediate_size=_first(fields, keys.width, 1, MAX_WIDTH) if experts else 0,
         num_nextn_predict_layers=_first(fields, keys.extra_layers, 0, MAX_EXTRA_LAYERS, 0),
-        dtype=_dtype(fields),
+        dtype=read_dtype(fields),
         raw=raw,
         values=fields.values,
         sizes={
@@ -275,7 +283,8 @@ def _first(
     return values[0]
 
 
-def _dtype(fields: Fields) -> str:
+def read_dtype(fields: Fields) -> str:
+    """The type of weights that are not quantized; bfloat16 where none is stated."""
     value = fields.get("dtype", None) or fields.get("torch_dtype", "bfloat16")
     if value not in FLOAT_TYPES:
         raise fields.fail("dtype", f"{show(value)} is not one of {', '.join(FLOAT_TYPES)}")
@@ -299,7 +308,7 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
             yield _plain(part, place, layer, optional)
         if config.is_moe_layer(layer):
             for expert in range(config.moe_num_experts):
-                yield from _expert(config, layout, place, layer, expert, optional)
+                yield from expert_tensors(config, layout, place, layer, expert, optional)
     yield _plain(Part(f"{prefix}norm.weight", (config.hidden_size,), Role.NORM))
     if not config.tie_word_embeddings:
         yield _plain(Part("lm_head.weight", size, Role.HEAD))
@@ -313,8 +322,8 @@ _DENSE = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 def _plain(
     part: Part, place: str = "", layer: int | None = None, optional: bool = False
 ) -> TensorSpec:
-    template = place + part.name
-    name = template.format(layer=layer)
+    template = place + part.name if layer is not None else starred(part.name)
+    name = (place + part.name).format(layer=layer) if layer is not None else part.name
     alias = (place + part.alias).format(layer=layer) if part.alias else None
     turned = part.role in _DENSE
     source = Source(name, part.shape, None, (alias,) if alias else ())
@@ -331,9 +340,10 @@ def _plain(
     )
 
 
-def _expert(
-    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int, optional: bool
+def expert_tensors(
+    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int, optional: bool = False
 ) -> Iterator[TensorSpec]:
+    """The two matrices of a routed expert; `place` stands before the experts' module."""
     experts, hidden, width = (
         config.moe_num_experts,
         config.hidden_size,

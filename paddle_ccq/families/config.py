@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from .family import Family
-from .tensor import Tensors
+from .tensor import Tensors, TensorSpec
 
 CONFIG_FILE = "config.json"
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
@@ -23,6 +23,17 @@ QUANT_METHODS = (FP8, COMPRESSED_TENSORS, CCQ)
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
 MAX_WIDTH = 1 << 24
+
+
+def _without(raw: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """config.json with 0 for these keys where they are stated, nested objects included."""
+    changed = {}
+    for key, value in raw.items():
+        if key in keys and value is not None:
+            changed[key] = 0
+        else:
+            changed[key] = _without(value, keys) if isinstance(value, dict) else value
+    return changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +85,11 @@ class ModelConfig:
         """Numbers of the layers for multi-token prediction that count on from the others."""
         return range(0)
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a packed checkpoint's quantization_config must hold to be read again."""
+        return {}
+
     def spell_out(self, result: dict[str, Any]) -> None:
         """Add to an output's fields what they leave open, so that all loaders build this model."""
 
@@ -81,6 +97,19 @@ class ModelConfig:
         """The same model with its output tied to the embedding, or not; stated in `raw` too."""
         raw = {**self.raw, "tie_word_embeddings": tied}
         return replace(self, tie_word_embeddings=tied, tie_stated=True, raw=raw)
+
+    def is_prediction(self, tensor: TensorSpec) -> bool:
+        """Whether a tensor is part of the layers for multi-token prediction."""
+        behind = tensor.layer is not None and tensor.layer >= self.num_hidden_layers
+        return behind or self.family.is_mtp(tensor.name)
+
+    def without_mtp(self) -> ModelConfig:
+        """The same model without layers for multi-token prediction; stated in `raw` too."""
+        found = self.of_source
+        if found is not None:
+            found = Tensors(spec for spec in found.values() if not self.is_prediction(spec))
+        raw = _without(self.raw, self.family.mtp_keys)
+        return replace(self, num_nextn_predict_layers=0, raw=raw, of_source=found)
 
     def with_head_of(self, names: Container[str]) -> ModelConfig:
         """Where config.json doesn't say, tied unless a head is among the stored tensors."""

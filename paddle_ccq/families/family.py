@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,8 @@ class Family:
         tensors: the tensors of a parsed config, in model order.
         embedding: of a config, the canonical name of the embedding.
         head: the canonical name of the output head, which may be the same matrix.
-        is_mtp: whether an on-disk name belongs to a head that is not used.
+        is_mtp: whether an on-disk name belongs to a layer for multi-token prediction.
+        mtp_keys: entries of config.json that say how many such layers there are.
         table: (config, on-disk name) -> the values of a stored table that follows from the config;
             None for every other tensor.
         why_unexpected: (config, on-disk name) -> why a stored tensor that the model does not have
@@ -69,6 +70,8 @@ class Family:
         keeps_others: tensors that it does not name are kept as they are; else they are refused.
         is_mine: of a family that keeps others, whether an on-disk name can only be that of a routed
             expert, so that it is refused where config.json does not call for it.
+        discover: of a family without shapes of its own, (config, shape by on-disk name) -> the
+            config with what is stored.
         examples: what its tensors are called, for the message that none was found.
     """
 
@@ -81,11 +84,13 @@ class Family:
     head: str
     examples: str
     is_mtp: Callable[[str], bool] = lambda _: False
+    mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers",)
     table: Callable[[Any, str], Sequence[float] | None] = _none
     why_unexpected: Callable[[Any, str], str] = _unexpected
     wint4_end_layer: Callable[[Any], int] = lambda _: -1
     model_types: tuple[str, ...] = ()
     keeps_others: bool = False
+    discover: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     is_mine: Callable[[str], bool] = lambda _: False
 
     def naming(self, name: str) -> Naming:

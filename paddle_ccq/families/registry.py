@@ -12,9 +12,10 @@ from typing import Any
 
 from ..errors import CcqError
 from ..json_files import load_json
-from .config import CONFIG_FILE, ModelConfig
+from .config import CCQ, CONFIG_FILE, ModelConfig
 from .family import Family
 from .fields import Fields, show
+from .generic import GENERIC
 
 GENERATION_FILE = "generation_config.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -36,19 +37,26 @@ FAMILIES = find([str(Path(__file__).parent)])
 NAMINGS = tuple(dict.fromkeys(naming.name for family in FAMILIES for naming in family.namings))
 
 
+# What `--family` may ask for where config.json does not decide.
+ASKED = (GENERIC.name,)
+
+
 def read_config(
-    source: str | os.PathLike[str] | Mapping[str, Any], problems: list[str] | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    problems: list[str] | None = None,
+    family: str | None = None,
 ) -> ModelConfig:
     """Read a config.json, the folder that holds one, or an already parsed object.
 
     With a list of `problems`, keys that would make another model of the same tensors are added to
-    it; else they are refused like everything else that is not right.
+    it; else they are refused like everything else that is not right. `family` is one of ASKED;
+    None: config.json decides.
 
     Raises:
         CcqError: naming the file and the key; for an architecture of no known family too.
     """
     if isinstance(source, Mapping):
-        return _parse(Fields(dict(source), CONFIG_FILE), problems)
+        return _parse(Fields(dict(source), CONFIG_FILE), problems, family)
     path = Path(source)
     if path.is_dir():
         path = path / CONFIG_FILE
@@ -57,14 +65,23 @@ def read_config(
     content = load_json(path, MAX_CONFIG_BYTES)
     if not isinstance(content, dict):
         raise CcqError(f"{path}: not a JSON object")
-    config = _parse(Fields(content, str(path)), problems)
+    config = _parse(Fields(content, str(path)), problems, family)
     check_generation(path.with_name(GENERATION_FILE), config.raw)
     return config
 
 
-def _parse(fields: Fields, problems: list[str] | None) -> ModelConfig:
-    family = family_of(fields)
+def _parse(fields: Fields, problems: list[str] | None, asked: str | None) -> ModelConfig:
+    if asked not in (None, *ASKED):
+        raise CcqError(f"--family {asked}: not one of {', '.join(ASKED)}")
+    family = GENERIC if asked or _is_generic_output(fields.values) else family_of(fields)
     return family.parse(fields, family, problems)
+
+
+def _is_generic_output(values: Mapping[str, Any]) -> bool:
+    """Whether this package has written the checkpoint, of a model of no known family."""
+    entry = values.get("quantization_config")
+    ours = isinstance(entry, Mapping) and entry.get("quant_method") == CCQ
+    return ours and entry.get("family") == GENERIC.name
 
 
 def family_of(fields: Fields) -> Family:
@@ -79,7 +96,9 @@ def family_of(fields: Fields) -> Family:
         if not family.model_types or stated in family.model_types:
             return family
     raise fields.fail(
-        "architectures", f"{show(names[0])} is not supported; supported are {supported}"
+        "architectures",
+        f"{show(names[0])} is not supported; supported are {supported} (quantize --family generic"
+        " finds the routed experts of other models by the usual names)",
     )
 
 

@@ -124,8 +124,8 @@ class TensorSpec:
 
     Attributes:
         name: the canonical name.
-        template: the name with {layer} and {expert} for their numbers; tensors that differ in
-            these alone share it.
+        template: the name with {layer} and {expert} for their numbers, and * for numbers of other
+            parts; tensors that differ in these alone share it.
         shape: canonical; matrices are [in, out].
         layer, expert: their numbers, None outside of layers and experts.
         projection: which one of its role it is in its place: a projection, or which norm.
@@ -171,6 +171,12 @@ class TensorSpec:
     def stem(self) -> str:
         """The canonical name of the layer that the tensor is the weight of."""
         return self.name.removesuffix(".weight")
+
+
+def starred(name: str) -> str:
+    """A template for a tensor outside of layers: * for every number, braces doubled."""
+    parts = ("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join(parts).replace("{", "{{").replace("}", "}}")
 
 
 class Tensors(Mapping[str, TensorSpec]):

@@ -34,7 +34,9 @@ def cache_bytes_per_token(config: ErnieConfig, ranks: int) -> int:
 def weight_bytes(plan: Plan) -> int:
     """Weights on one card; a tied output head is a second copy there (ernie4_5_moe.py)."""
     config = plan.config
-    stored = sum(planned.rank_bytes for planned in plan.tensors)
+    # Layers for multi-token prediction are loaded for speculative decoding alone.
+    used = (planned for planned in plan.tensors if not config.is_prediction(planned.tensor))
+    stored = sum(planned.rank_bytes for planned in used)
     if not config.tie_word_embeddings:
         return stored
     return stored + 2 * config.vocab_size * config.hidden_size // plan.tensor_parallel_size

@@ -18,6 +18,7 @@ from ..codec.formats import DEFAULT_EXPERTS
 from ..encoder.base import DEVICES, ENCODERS, PRESETS
 from ..errors import CcqError
 from ..families.config import ModelConfig
+from ..families.registry import ASKED
 from ..host import thread_count
 from ..targets.outputs import TargetChoice
 
@@ -32,6 +33,7 @@ class QuantizeOptions:
         format: of routed experts, one of codec.formats.EXPERT_FORMATS.
         target: whose layout is written, one of targets.outputs.TARGETS; None: FastDeploy's for
             ERNIE-4.5 text models, Hugging Face's for all others.
+        family: "generic" for a model of no known family, whose experts are found by their names.
         preset, encoder: time against error; the search, or the paper's algorithm.
         calibration: a file of text or a data set's hub id; None encodes without data.
         calibration_tokens, calibration_weights: see calibration/settings.py.
@@ -42,6 +44,7 @@ class QuantizeOptions:
         allocate: a size such as "2.3bpw" or "100GB" that formats of MoE layers are chosen for.
         sensitivity: a file of costs for `allocate`; None measures them in this run.
         allow_plugin_layout: wint4 in any layers, which FastDeploy needs our plugin for.
+        drop_mtp: leave out the layers for multi-token prediction.
         max_shard_size: bytes of one file, or a size such as "5GB".
         threads: of the encoder; None takes all processors. Bytes do not depend on it.
         device: "cpu" or "gpu"; where codes are searched. Bytes do not depend on it.
@@ -57,6 +60,7 @@ class QuantizeOptions:
 
     format: str = DEFAULT_EXPERTS
     target: str | None = None
+    family: str | None = None
     preset: str = "default"
     encoder: str = "search"
     calibration: PathLike | None = None
@@ -69,6 +73,7 @@ class QuantizeOptions:
     allocate: str | int | None = None
     sensitivity: PathLike | None = None
     allow_plugin_layout: bool = False
+    drop_mtp: bool = False
     max_shard_size: str | int = "5GB"
     threads: int | None = None
     device: str = "cpu"
@@ -88,6 +93,8 @@ class QuantizeOptions:
             if value not in allowed:
                 raise CcqError(f"{flag} {value}: not one of {', '.join(allowed)}")
         thread_count(self.threads)
+        if self.family not in (None, *ASKED):
+            raise CcqError(f"--family {self.family}: not one of {', '.join(ASKED)}")
         _ = self.target_choice
 
     @property

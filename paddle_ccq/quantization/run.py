@@ -22,6 +22,7 @@ from ..checkpoint.journal import make_fingerprint
 from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
+from ..codec import trellis
 from ..codec.formats import CCQ_FORMATS
 from ..encoder import factory
 from ..encoder.base import MatrixEncoder
@@ -54,6 +55,12 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
         CcqError: saying what to build.
     """
     used = {planned.format for planned in plan.tensors if planned.quantized}
+    if trellis.NAME in used and options.encoder != "search":
+        raise CcqError(
+            f"--encoder {options.encoder}: the paper has no {trellis.NAME}; leave the flag out"
+        )
+    if trellis.NAME in used and options.device == "gpu":
+        raise CcqError(f"--device gpu: {trellis.NAME} is encoded on the CPU only; use --device cpu")
     if options.encoder == "search" and used & set(CCQ_FORMATS):
         from .. import compiled  # noqa: F401
     if options.device == "gpu":
@@ -137,6 +144,8 @@ class QuantizeRun:
             "max_shard_size": plan.max_shard_bytes,
             "allow_nonfinite": options.allow_nonfinite,
         }
+        if options.drop_mtp:
+            chosen["drop_mtp"] = True
         if self.recipe.calibration:
             chosen["calibration"] = self.recipe.calibration
         if self.recipe.allocation:

@@ -67,7 +67,7 @@ def quantize(
     plan = planned(job)
     check(job, plan, target, log_path)
     with Workplace(target) as workplace:
-        checkpoint = opened(job)
+        checkpoint = opened(job, plan)
         plan = allocated(job, plan, checkpoint, workplace)
         result = encoded(job, plan, checkpoint, workplace, log_path)
     finish(job, result)
@@ -98,7 +98,17 @@ def resolve(job: Job) -> None:
     """The model's folder, downloaded where it is not on this machine, and its config."""
     job.source = resolve_model(job.model, job.options.source, job.options.revision, log=job.say)
     check_regular(job.source)
-    job.config, _ = config_of_folder(job.source)
+    job.config, _ = config_of_folder(job.source, job.options.family)
+    if job.options.drop_mtp:
+        job.say(drop_mtp(job))
+
+
+def drop_mtp(job: Job) -> str:
+    """Take the layers for multi-token prediction out of the model; the message for the user."""
+    assert job.config is not None
+    whole, job.config = job.config, job.config.without_mtp()
+    left_out = len(whole.tensors) - len(job.config.tensors)
+    return f"--drop-mtp: {left_out} tensors for multi-token prediction are left out"
 
 
 def resolve_locally(job: Job) -> None:
@@ -113,8 +123,10 @@ def resolve_locally(job: Job) -> None:
         folder = snapshot_folder(folder)
         check_regular(folder)
     job.source = folder
-    job.config, assumed = config_of_folder(folder)
+    job.config, assumed = config_of_folder(folder, job.options.family)
     job.notes = (*job.config.notes, *assumed)
+    if job.options.drop_mtp:
+        job.notes = (*job.notes, drop_mtp(job))
     where = folder / CONFIG_FILE if folder.is_dir() else folder
     SourceScheme.read(job.config.raw, where)
     quantization = job.config.raw.get("quantization_config") or {}
@@ -158,14 +170,16 @@ def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
         job.calibration.check(plan, job.options.encoder)
 
 
-def opened(job: Job) -> Checkpoint:
+def opened(job: Job, plan: Plan) -> Checkpoint:
     """Open the source's weights and report all files that are not carried over."""
-    checkpoint = open_checkpoint(job.source)
+    checkpoint = open_checkpoint(job.source, family=job.options.family)
     if checkpoint.is_quantized:
         raise CcqError(
             f"{job.source}: quantized already; quantize the original float checkpoint instead"
         )
     # Checked before the work, so that their problems are not found only after it.
+    if plan.config.family.discover:
+        job.say("found and quantized:\n" + report.as_text(reporting.plan_table(plan, True)))
     beside = (*read_companions(job.source).messages, *read_source_card(job.source)[1])
     for message in (*checkpoint.messages, *beside):
         job.say(message)

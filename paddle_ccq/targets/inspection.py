@@ -244,7 +244,12 @@ def _config(folder: Path, problems: list[str]) -> ModelConfig:
         raise CcqError(f"{folder}: an unfinished output; run the command that writes it again")
     if os.path.lexists(folder / CONFIG_FILE):
         check_file(folder / CONFIG_FILE)
-    return read_config(folder, problems).with_head_of(_stored_names(folder))
+    names = _stored_names(folder)
+    config = read_config(folder, problems).with_head_of(names)
+    if config.family.keeps_others or any(map(config.family.is_mtp, names)):
+        return config
+    # config.json of some checkpoints calls for a layer that was never published.
+    return config.without_mtp()
 
 
 def _stored_names(folder: Path) -> Collection[str]:

@@ -27,7 +27,7 @@ def needed_bytes(checkpoint: Checkpoint, settings: TuningSettings, threads: int)
     """An estimate for the whole run; the model's float32 weights are most of it."""
     config = checkpoint.config
     weights = whole = 0
-    for name in checkpoint.names():
+    for name in checkpoint.model_names():
         size = math.prod(checkpoint.shape(name))
         weights += size
         if config.tensors[name].role not in NOT_TUNED:

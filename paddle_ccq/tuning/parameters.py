@@ -84,7 +84,7 @@ class Parameter:
 def collect(model: Ernie, checkpoint: Checkpoint) -> dict[str, Parameter]:
     """All parameters of a model that was built from `checkpoint`, by canonical name."""
     found = {}
-    for name in checkpoint.names():
+    for name in checkpoint.model_names():
         format, spec = checkpoint.format_of(name), checkpoint.config.tensors[name]
         if spec.is_linear:
             again = format in ENCODED_ANEW and not spec.is_expert

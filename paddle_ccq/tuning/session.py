@@ -54,7 +54,7 @@ def check_same_model(quantized: Checkpoint, source: Checkpoint) -> None:
         raise CcqError(f"{quantized.path}: not quantized; there is nothing to tune")
     if source.is_quantized:
         raise CcqError(f"--model {source.path}: quantized itself; give the float checkpoint")
-    ours, theirs = quantized.config.tensors.shapes, source.config.tensors.shapes
+    ours, theirs = (one.config.without_mtp().tensors.shapes for one in (quantized, source))
     if ours != theirs:
         name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
         raise CcqError(f"--model {source.path}: another model; the two differ in {name}")

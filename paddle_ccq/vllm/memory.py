@@ -28,6 +28,8 @@ def _weights(plan: Plan, serve: Any) -> int:
     stages = [0] * parallel.pipeline
     per_stage = -(-config.num_hidden_layers // parallel.pipeline)
     for planned in plan.tensors:
+        if config.is_prediction(planned.tensor):
+            continue  # not loaded
         size = planned.rank_bytes
         expert = planned.tensor.is_expert and parallel.experts
         if plan.tensor_parallel_size == 1 and (expert or planned.cut):

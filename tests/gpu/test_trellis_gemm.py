@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("torch")
 from gpu_library import ccqlib, library, torch
 
-TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
+# Kernels for many rows round weights to bfloat16 (2.4e-3 in all, more where outputs are few).
+TOLERANCE = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
 DTYPES = [torch.bfloat16, torch.float16]
 # Kernels by number (custom_ops/gpu/moe/choice.h): many rows, then few.
 KERNELS = [*range(10, 16), *range(40, 44)]

@@ -128,6 +128,7 @@ CASES: dict[str, Case] = {
     "tensor-parallel-ccq-2.75": _case("cut", tensor_parallel_size=2, format="ccq-2.75"),
     "source-paddle": _case("paddle"),
     "source-float32-with-head": _case("head"),
+    "source-float32-with-head-without-mtp": _case("head", drop_mtp=True),
     "source-dense": _case("dense"),
     "calibrated-router": Case(
         {"preset": "fast", "calibration": "TEXT", "calibration_tokens": "1k"}, calibrated="router"

@@ -110,7 +110,20 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     norm("ernie.norm.weight")
     if not config["tie_word_embeddings"]:
         matrix("lm_head.weight", hidden, config["vocab_size"])
+    for number in range(config["num_nextn_predict_layers"]):
+        norm(f"ernie.mtp_emb_norm.{number}.weight")
+        norm(f"ernie.mtp_hidden_norm.{number}.weight")
+        matrix(f"ernie.mtp_linear_proj.{number}.weight", 2 * hidden, hidden)
+        prefix = f"ernie.mtp_block.{number}"
+        norm(f"{prefix}.input_layernorm.weight")
+        matrix(f"{prefix}.self_attn.qkv_proj.weight", hidden, q_size + 2 * kv_size)
+        matrix(f"{prefix}.self_attn.o_proj.weight", q_size, hidden)
+        norm(f"{prefix}.post_attention_layernorm.weight")
+        mlp(f"{prefix}.mlp", config["intermediate_size"])
     return weights
+
+
+_TURNED = ("_proj.weight", "mlp.gate.weight", "mtp_linear_proj.0.weight")
 
 
 def stored_weights(
@@ -135,16 +148,10 @@ def stored_weights(
             gate, up = np.split(value, 2, axis=1)
             stored[name.replace("up_gate_proj", "gate_proj")] = gate.T
             stored[name.replace("up_gate_proj", "up_proj")] = up.T
-        elif name.endswith(("_proj.weight", "mlp.gate.weight")) or name == "lm_head.weight":
+        elif name.endswith(_TURNED) or name == "lm_head.weight":
             stored[name] = value.T
         else:
             stored[name] = value
-    if config["num_nextn_predict_layers"]:
-        root = "ernie" if layout == "paddle" else "model"
-        hidden = config["hidden_size"]
-        stored[f"{root}.mtp_emb_norm.0.weight"] = np.ones(hidden, DTYPES[dtype])
-        stored[f"{root}.mtp_linear_proj.0.weight"] = np.ones((hidden, hidden), DTYPES[dtype])
-        stored[f"{root}.mtp_block.0.input_layernorm.weight"] = np.ones(hidden, DTYPES[dtype])
     return {name: np.ascontiguousarray(value) for name, value in stored.items()}
 
 

@@ -7,8 +7,8 @@
 namespace ccq {
 
 // x_j = word * kTrellisMultiplier[j] + kTrellisAddend[j], modulo 2^32, for word = previous byte << 8 | byte.
-constexpr uint32_t kTrellisMultiplier[2] = {2114868183u, 2501052553u};
-constexpr uint32_t kTrellisAddend[2] = {1949234378u, 2452798596u};
+constexpr uint32_t kTrellisMultiplier[2] = {2205301807u, 2589985801u};
+constexpr uint32_t kTrellisAddend[2] = {3398453655u, 2169544712u};
 
 // Byte b of x_j, 0 the lowest: weight 2j is byte 0 - byte 1, weight 2j + 1 is byte 2 - byte 3.
 constexpr int kTrellisLargest = 255;

@@ -150,9 +150,9 @@ constexpr int kTrellisFew = 40;
 template <typename F>
 int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   const bool hopper = has_wide && gpu.major == 9;
-  if (hopper && call.mean() >= 12) return wide_choice(gpu, call, fits);
+  if (hopper && call.mean() >= 5) return wide_choice(gpu, call, fits);  // measured on an H200, as is the next border
   const int few = hopper ? kTrellisFew : kTrellisFew + 2;
-  const bool one = call.experts == 1 ? call.rows == 1 : call.mean() <= 0.3;
+  const bool one = call.experts == 1 ? call.rows == 1 : call.mean() <= 0.25;
   for (int variant : {one ? few : few + 1, few})
     if (fits(variant)) return variant;
   return hopper ? wide_choice(gpu, call, fits) : -1;

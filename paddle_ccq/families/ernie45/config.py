@@ -55,8 +55,6 @@ class ErnieConfig(ModelConfig):
             # transformers' class of this name always has experts.
             result["model_type"] = "ernie4_5"
             result["architectures"] = ["Ernie4_5_ForCausalLM"]
-        if self.num_nextn_predict_layers:
-            result["num_nextn_predict_layers"] = 0  # the tensors of that head are not written
 
     def is_moe_layer(self, layer: int) -> bool:
         return (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,7 +48,7 @@ _STACKED = {UP_GATE: "gate_up_proj", DOWN: "down_proj"}
 # Matrices that -PT checkpoints store as [out, in].
 _TRANSPOSED = {
     *(Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MLP),
-    *(Role.ROUTER, Role.HEAD),
+    *(Role.ROUTER, Role.HEAD, Role.OTHER),
 }
 
 
@@ -68,17 +69,30 @@ def tensors(config: ErnieConfig) -> Iterator[TensorSpec]:
     def norm(place: str, which: str, **where: int) -> TensorSpec:
         return _spec(Role.NORM, place, which, (hidden,), **where)
 
+    def attention(block: str, layer: int) -> Iterator[TensorSpec]:
+        place, out = block + ".self_attn", (q, hidden)
+        shape, cut = (hidden, q + 2 * kv), Cut(1, (q, kv, kv), head)
+        fused = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        yield norm(block, "input_layernorm", layer=layer)
+        yield _spec(Role.ATTENTION, place, QKV, shape, cut, fused, layer=layer)
+        yield _spec(Role.ATTENTION, place, OUT, out, Cut(0, (q,), head), layer=layer)
+        yield norm(block, "post_attention_layernorm", layer=layer)
+
+    def prediction(number: int) -> Iterator[TensorSpec]:
+        """A dense layer behind a projection of a token's embedding and the hidden state."""
+        layer, block = config.num_hidden_layers + number, f"ernie.mtp_block.{number}"
+        yield norm("ernie", f"mtp_emb_norm.{number}", layer=layer)
+        yield norm("ernie", f"mtp_hidden_norm.{number}", layer=layer)
+        shape, cut = (2 * hidden, hidden), Cut(1, (hidden,))
+        yield _spec(Role.OTHER, "ernie", f"mtp_linear_proj.{number}", shape, cut, layer=layer)
+        yield from attention(block, layer)
+        yield from mlp(Role.MLP, block + ".mlp", config.intermediate_size, layer=layer)
+
     shape = (vocabulary, hidden)
     yield _spec(Role.EMBEDDING, "ernie", "embed_tokens", shape, Cut(0, (vocabulary,)))
     for layer in range(config.num_hidden_layers):
         block = "ernie.layers.{layer}"
-        attention = block + ".self_attn"
-        yield norm(block, "input_layernorm", layer=layer)
-        shape, cut = (hidden, q + 2 * kv), Cut(1, (q, kv, kv), head)
-        fused = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        yield _spec(Role.ATTENTION, attention, QKV, shape, cut, fused, layer=layer)
-        yield _spec(Role.ATTENTION, attention, OUT, (q, hidden), Cut(0, (q,), head), layer=layer)
-        yield norm(block, "post_attention_layernorm", layer=layer)
+        yield from attention(block, layer)
         if not config.is_moe_layer(layer):
             yield from mlp(Role.MLP, block + ".mlp", config.intermediate_size, layer=layer)
             continue
@@ -95,6 +109,8 @@ def tensors(config: ErnieConfig) -> Iterator[TensorSpec]:
     if not config.tie_word_embeddings:
         shape = (hidden, vocabulary)
         yield _spec(Role.HEAD, "", "lm_head", shape, Cut(1, (vocabulary,)))
+    for number in range(config.num_nextn_predict_layers):
+        yield from (replace(spec, optional=True) for spec in prediction(number))
 
 
 def _spec(
@@ -181,7 +197,7 @@ def head_name(config: ErnieConfig) -> str:
 
 
 def is_mtp(name: str) -> bool:
-    """Whether an on-disk name belongs to the multi-token-prediction head, which is not used."""
+    """Whether an on-disk name belongs to the multi-token-prediction head."""
     return any(part.startswith("mtp_") or part == "mtp" for part in name.split("."))
 
 

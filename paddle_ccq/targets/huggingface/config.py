@@ -31,6 +31,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         "row_order": plan.row_order,
         "experts": expert_modules(plan),
         SOURCE_KEY: source,
+        **plan.config.recorded,
     }
 
 

@@ -90,7 +90,8 @@ class HuggingFace:
         return [("wint4 MoE layers", four), ("row order inside 64-groups", plan.row_order)]
 
     def choices(self, plan: Plan) -> dict[str, Any]:
-        return {"target": NAME, "wint4_layers": plan.wint4_layers}
+        family = plan.config.family.name
+        return {"target": NAME, "family": family, "wint4_layers": plan.wint4_layers}
 
 
 def packed_stem(tensor: TensorSpec) -> str:
