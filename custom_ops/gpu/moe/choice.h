@@ -143,19 +143,25 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   return 3;
 }
 
-// CCQ-2T: trellis_few.cuh with one or four rows a tile, by `wgmma` or (+ 2) by mma.sync, or moe_wide.cuh.
+// CCQ-2T: trellis_few.cuh by `wgmma` with one, four or eight rows a tile, by mma.sync (+ 3, + 4) with one or four; or moe_wide.cuh.
 constexpr int kTrellisFew = 40;
 
 // -1: K is longer than any kernel for this GPU takes.
 template <typename F>
 int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   const bool hopper = has_wide && gpu.major == 9;
-  if (hopper && call.mean() >= 5) return wide_choice(gpu, call, fits);  // measured on an H200, as is the next border
-  const int few = hopper ? kTrellisFew : kTrellisFew + 2;
-  const bool one = call.experts == 1 ? call.rows == 1 : call.mean() <= 0.25;
-  for (int variant : {one ? few : few + 1, few})
-    if (fits(variant)) return variant;
-  return hopper ? wide_choice(gpu, call, fits) : -1;
+  const double mean = call.mean();
+  const bool one = call.experts == 1 ? call.rows == 1 : mean <= 0.25;
+  if (!hopper) {
+    for (int variant : {one ? kTrellisFew + 3 : kTrellisFew + 4, kTrellisFew + 3})
+      if (fits(variant)) return variant;
+    return -1;
+  }
+  // Borders measured on an H200.
+  if (one && fits(kTrellisFew)) return kTrellisFew;
+  if (mean > 3 && mean <= 12 && fits(kTrellisFew + 2)) return kTrellisFew + 2;
+  if (mean <= 5 && fits(kTrellisFew + 1)) return kTrellisFew + 1;
+  return wide_choice(gpu, call, fits);
 }
 
 }  // namespace ccq

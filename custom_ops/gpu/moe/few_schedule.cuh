@@ -119,7 +119,8 @@ __device__ void find_experts(const FewParams& p, const FewShared<C>& s, int firs
   constexpr int kEach = kMaxExperts / C::kThreads;
   int64_t end[kEach];
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) end[j] = e + j * C::kThreads < p.experts ? p.offsets[e + j * C::kThreads] : p.rows;
+  for (int j = 0; j < kEach; ++j)  // threads beyond kThreads count nothing
+    end[j] = e < C::kThreads && e + j * C::kThreads < p.experts ? p.offsets[e + j * C::kThreads] : p.rows;
   if (e == 0) s.start->block = first_block;
 #pragma unroll 1
   for (int block = first_block; block <= last_block; ++block) {
@@ -150,7 +151,7 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* beg
     const int other = __shfl_up_sync(~0u, counts, d);
     if (lane >= d) counts += other;
   }
-  if (lane == 31) s.start->of_warp[warp] = counts;
+  if (lane == 31 && warp < C::kWarps) s.start->of_warp[warp] = counts;
   __syncthreads();
   int blocks = counts - count, all = 0;
 #pragma unroll

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped GEMM with CCQ-2T weights for one to four rows an expert, in a single launch.
+// The grouped GEMM with CCQ-2T weights for one to eight rows an expert, in a single launch.
 //
-// Work is cut as in moe_few.cuh: a tile is (expert, kRows of its rows or fewer, 64 columns) and all of K, blocks take equal contiguous
-// ranges of tiles. A block's four warpgroups share a tile's K in pairs of units (2 x 128 rows); each has its own ring of stages, one
-// bulk copy a pair. A warp has 16 of the 64 columns.
+// Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take equal contiguous ranges of tiles. A stage
+// is 512 input rows of a tile's 64 columns, contiguous in memory: one copy. The stages of a range go in turn to four warpgroups, each
+// warp of which has 16 of the columns. Sums of a tile's parts meet in shared memory.
+//
+// Warps. Sixteen multiply; one requests stages; one adds up the sums of a tile and writes them.
 //
 // Weights. The two hash words of a code byte are the tensor cores' unsigned bytes as they stand (trellis.cuh). On Hopper `wgmma` takes
-// them from registers, and runs while the next group is decoded (mma.sync does not: it adds its time); two groups are under way,
-// with accumulators of their own, and a group's scale meets its accumulators one group later. Before Hopper mma.sync does the same.
+// them from registers and runs while the next group is decoded: two groups are under way, with accumulators of their own, and a group's
+// scale meets its accumulators one group later. Before Hopper mma.sync does the same.
 //
-// Activations are integers of 16 bits, two signed digits of 8, of the value and of its negative. They stand in shared memory, all of K,
-// in the order in which `wgmma` reads B: of each step of four code bytes (one a lane of a quad) two matrices of 8 columns (row,
-// digit) x 16 bytes, one for each hash word. Integers are exact; so is the sum over a warpgroup's K, whatever the order.
+// Activations are integers of 16 bits, two signed digits of 8, of the value and of its negative, in blocks of 512 values of a row with a
+// scale each. They stand in shared memory, all of K, in the order in which `wgmma` reads B: of each step of four code bytes (one a
+// lane of a quad) two matrices of columns (row, digit) x 16 bytes, one for each hash word. Integer sums are exact.
 #pragma once
 
 #include "moe_few.cuh"
@@ -23,174 +25,147 @@ namespace ccq {
 // 64 columns x 128 rows of packed weights: codes of four 16-column tiles, then a word for each two columns (trellis_repack.h).
 constexpr int kTrellisUnitBytes = 4 * 512 + 4 * 32;
 
+// kStages: copies on their way; a multiple of the warpgroups.
 template <int kRows_, int kStages_, bool kWgmma_>
 struct TrellisFewConfig {
   static constexpr bool kWgmma = kWgmma_;
-  static constexpr int kRows = kRows_, kStages = kStages_;  // stages: of a warpgroup, a pair of units each
+  static constexpr int kRows = kRows_, kStages = kStages_;
+  static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;  // 8-column blocks of the second operand
   static constexpr int kWK = 4, kWN = 4, kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = 4;
-  static constexpr int kColumnSlots = 3, kSumsSlots = 3;
-  static constexpr int kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
-  static constexpr int kStageBytes = 2 * kTrellisUnitBytes, kRingsBytes = kWK * kStages * kStageBytes;
-  static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
-  // Of a group's activations: four steps of two matrices of 16 bytes a column (`wgmma` has 8 columns, used or not); 16 more, so that
-  // lanes of several groups write to different banks.
-  static constexpr int kHalfStepBytes = 16 * (kWgmma ? 8 : 2 * kRows), kStepBytes = 2 * kHalfStepBytes, kGroupBytes = 4 * kStepBytes + 16;
-  // The scale of all K that a warpgroup has goes into one sum: the longest K whose sum cannot overflow.
-  static constexpr int kMostGroups = 68;  // 2^31 / (64 rows * 255 * 128 * 15)
-  // A lane may read 8 columns where there are less.
-  __host__ __device__ static constexpr int activation_bytes(int blocks_k) { return blocks_k * 2 * kGroupBytes + (kWgmma ? 0 : 128); }
-  __host__ __device__ static constexpr int offset_bytes(int) { return kWarps * kRows * 4; }  // largest values found
+  static constexpr int kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 64;  // which leaves 112 registers
+  static constexpr int kUnits = 4, kStageBytes = kUnits * kTrellisUnitBytes, kRingsBytes = kStages * kStageBytes;
+  static_assert(kStages % kWK == 0 && kMaxExperts % kThreads == 0);
+  static constexpr int kColumnSlots = 4, kColumnBytes = kTiles * 16 * 4;
+  // A warpgroup that has no part in every tile (K below 2048) still has one in each tile of a slot, or in none of it: four slots.
+  static constexpr int kSumsSlots = 4, kEntries = kTiles * 8 * kRows;
+  static constexpr int kBarriers = 2 * kStages + 2 * kColumnSlots + 2 * kSumsSlots;
+  // Of a group's activations: four steps of two matrices of 16 bytes a column (`wgmma` has whole blocks of 8); 16 more, so that lanes
+  // of several groups write to different banks.
+  static constexpr int kColumns = kWgmma ? 8 * kNT : 2 * kRows;
+  static constexpr int kHalfStepBytes = 16 * kColumns, kStepBytes = 2 * kHalfStepBytes, kGroupBytes = 4 * kStepBytes + 16;
+  static constexpr int kKept = 4;  // chunks that a lane loads at once
+
+  __host__ __device__ static constexpr int stages_of(int blocks_k) { return (blocks_k + kUnits - 1) / kUnits; }
+  __host__ __device__ static constexpr int slices(int blocks_k) { return stages_of(blocks_k) < kWK ? stages_of(blocks_k) : kWK; }
+  // Whole stages; by mma.sync a lane may read 8 columns where there are less.
+  __host__ __device__ static constexpr int activation_bytes(int blocks_k) {
+    return stages_of(blocks_k) * 2 * kUnits * kGroupBytes + (kWgmma ? 0 : 128);
+  }
+  __host__ __device__ static constexpr int back_bytes(int blocks_k) { return (stages_of(blocks_k) * kRows * 4 + 15) / 16 * 16; }
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
     return kRingsBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 + activation_bytes(blocks_k) +
-           offset_bytes(blocks_k) + kBarriers * 8 + kWK * kRows * 4 + sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
+           back_bytes(blocks_k) + kBarriers * 8 + sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
   }
-  static constexpr bool sums_fit(int k) { return (k / 64 + kWK - 1) / kWK + 2 <= kMostGroups; }
 };
 
-// d[64 x 8] = a[64 x 32] * b[32 x 8], or added to d; unsigned bytes by signed bytes. Of the 64 rows a warp has 16.
+// Where things lie in shared memory; of FewShared (few_schedule.cuh) what the scans of offsets use.
+template <int kRows, int kStages, bool kWgmma>
+struct FewShared<TrellisFewConfig<kRows, kStages, kWgmma>> {
+  using C = TrellisFewConfig<kRows, kStages, kWgmma>;
+  char *rings, *columns, *activations;
+  float2* sums;  // [kSumsSlots][kWK][kEntries]
+  float* back;   // [stages of K][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
+  Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free;
+  FewStart* start;
+  int *blocks, *rows;
+
+  __device__ FewShared(char* at, int blocks_k, int experts) {
+    auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
+    rings = take(C::kRingsBytes);
+    columns = take(C::kColumnSlots * C::kColumnBytes);
+    sums = reinterpret_cast<float2*>(take(C::kSumsSlots * C::kWK * C::kEntries * 8));
+    activations = take(C::activation_bytes(blocks_k));
+    back = reinterpret_cast<float*>(take(C::back_bytes(blocks_k)));
+    full = reinterpret_cast<Barrier*>(take(C::kBarriers * 8));
+    free = full + C::kStages, columns_full = free + C::kStages, columns_free = columns_full + C::kColumnSlots;
+    sums_ready = columns_free + C::kColumnSlots, sums_free = sums_ready + C::kSumsSlots;
+    start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
+    blocks = reinterpret_cast<int*>(take(4 * C::entries(experts)));
+    rows = reinterpret_cast<int*>(take(4 * C::entries(experts)));
+  }
+};
+
+#define CCQ_D4(d, j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
+// d[64 x 8 * blocks] = a[64 x 32] * b[32 x 8 * blocks], or added to d; unsigned bytes by signed bytes. Of the 64 rows a warp has 16.
 template <bool kAdd>
-__device__ inline void wgmma_bytes(int (&d)[4], const uint32_t (&a)[4], uint64_t b) {
+__device__ inline void wgmma_trellis(int (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n8k32.s32.u8.s8 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p; }\n"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : CCQ_D4(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
+      : "memory");
+#endif
+}
+template <bool kAdd>
+__device__ inline void wgmma_trellis(int (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p; }\n"
+      : CCQ_D4(d, 0), CCQ_D4(d, 1)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
       : "memory");
 #endif
 }
 // Until at most kPending groups are under way; then d may be read.
-template <int kPending>
-__device__ inline void wgmma_wait_for(int (&d)[4]) {
+template <int kPending, int kNT>
+__device__ inline void wgmma_wait_for(int (&d)[kNT][4]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned %4;\n" : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %4;\n" : CCQ_D4(d, 0) : "n"(kPending) : "memory");
+#pragma unroll
+  for (int j = 1; j < kNT; ++j) asm volatile("" : CCQ_D4(d, j)::"memory");
 #endif
 }
-// B's descriptor without a swizzle: matrices of 8 columns x 16 bytes, the second half of K 128 bytes after the first.
-__device__ inline uint64_t byte_descriptor(uint32_t shared) {
-  return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | 8ull << 16 | 16ull << 32;
-}
+#undef CCQ_D4
 
-// A warpgroup's ring, which its first warp fills.
+// The consumer warps' barrier.
+__device__ inline void consumers_meet(int threads) { asm volatile("bar.sync 1, %0;\n" ::"r"(threads) : "memory"); }
+
+// A warp converts blocks of 512 values, a lane 16 of them: block `item` of a tile's rows is (row, block of K).
 template <typename C>
-struct TrellisRing {
-  char* const memory;
-  Barrier* const full;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ Barrier* empty() const { return full + C::kWK * C::kStages; }
-  __device__ const char* wait() const {
-    full[stage].wait(parity);
-    return memory + stage * C::kStageBytes;
-  }
-  __device__ void release() {  // all lanes together
-    empty()[stage].arrive_together();
-    if (++stage == C::kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// The pairs of units of a warpgroup's tiles, in the order in which they are requested.
-template <typename C>
-struct TrellisProducer {
-  const FewParams& p;
-  const FewShared<C>& s;
-  const int column_tiles, blocks_k, wk;
-  int end, tile, block, column, first_pair, pair;  // first_pair: the first one that the warpgroup has in the tile
-  int expert_block = -1, expert = 0;
-  int stage = 0;
-  uint32_t parity = 1;  // of the round before: passed at once in the first
-
-  __device__ static int next_pair(int pair_, int blocks_k) { return (pair_ - (blocks_k + 1) / 2) & (C::kWK - 1); }
-  __device__ void start(int begin, int end_, int first_block) {
-    end = end_, tile = begin, block = first_block, column = begin - first_block * column_tiles, first_pair = pair = wk;
-  }
-  // The next pair into the next stage, or nothing.
-  __device__ void request(const TrellisRing<C>& ring) {
-    while (tile < end && 2 * pair >= blocks_k) {
-      ++tile, first_pair = next_pair(first_pair, blocks_k), pair = first_pair;
-      if (++column == column_tiles) column = 0, ++block;
-    }
-    if (tile == end) return;
-    if (block != expert_block) expert_block = block, expert = uniform(min(expert_of<C>(s, block, expert), p.experts - 1));
-    ring.empty()[stage].wait(parity);
-    if (threadIdx.x % 32 == 0) {
-      const size_t unit = static_cast<size_t>(expert * column_tiles + column) * blocks_k + 2 * pair;
-      const int bytes = (2 * pair + 1 < blocks_k ? 2 : 1) * kTrellisUnitBytes;
-      ring.full[stage].arrive_and_expect(bytes);
-      bulk_copy(ring.memory + stage * C::kStageBytes, p.quant + unit * kTrellisUnitBytes, bytes, ring.full + stage, streaming_policy());
-    }
-    __syncwarp();
-    pair += C::kWK;
-    if (++stage == C::kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// Chunk `number` (of 16 values) of a warpgroup's slice: pairs `pair`, `pair + kWK`, ...
-template <typename C>
-__device__ int trellis_chunk(int pair, int number) {
-  return (pair + number / 16 * C::kWK) * 16 + number % 16;
-}
-template <typename C>
-__device__ void trellis_load(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wn, Chunk (&kept)[C::kRows]) {
+__device__ void trellis_load(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int first, Chunk (&kept)[C::kKept]) {
   int row, count;
   rows.place<C>(p, s, &row, &count);
-  const int c = trellis_chunk<C>(pair, wn * 32 + threadIdx.x % 32);
+  const int stages = C::stages_of(p.k / 128);
 #pragma unroll
-  for (int r = 0; r < C::kRows; ++r) {
-    kept[r] = Chunk{};
-    if (c < p.k / 16 && r < count) kept[r].load(row_in(p, row, count, r), c);
+  for (int i = 0; i < C::kKept; ++i) {
+    const int item = first + i * C::kWarps, r = item / stages, c = (item - r * stages) * 32 + threadIdx.x % 32;
+    kept[i] = Chunk{};
+    if (r < count && c < p.k / 16) kept[i].load(row_in(p, row, count, r), c);
   }
 }
 
-// A slice of the rows becomes integers in shared memory, with a scale of its own. The warps of its warpgroup together.
+// The consumer warps together: a tile's rows become digits in shared memory. `kept`: each warp's first items.
 template <typename C>
-__device__ void trellis_convert(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int pair, int wk, int wn,
-                                const Chunk (&kept)[C::kRows]) {
-  constexpr int R = C::kRows;
-  const int chunks = p.k / 16, lane = threadIdx.x % 32, own = wn * 32 + lane;
-  int row, count;
-  rows.place<C>(p, s, &row, &count);
-  uint32_t* const found = reinterpret_cast<uint32_t*>(s.offsets) + wk * C::kWN * R;
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    if (r >= count) continue;
-    uint32_t largest = kept[r].largest(p.dtype);
+__device__ void trellis_convert(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
+  const int lane = threadIdx.x % 32, stages = C::stages_of(p.k / 128);
+  int first_row, count;
+  rows.place<C>(p, s, &first_row, &count);
+  const int items = stages * count;
 #pragma unroll 1
-    for (int i = own + 128; trellis_chunk<C>(pair, i) < chunks; i += 128) {
-      Chunk other;
-      other.load(row_in(p, row, count, r), trellis_chunk<C>(pair, i));
-      largest = max(largest, other.largest(p.dtype));
-    }
-    largest = __reduce_max_sync(~0u, largest);
-    if (lane == 0) found[wn * R + r] = largest;
-  }
-  asm volatile("bar.sync %0, 128;\n" ::"r"(1 + wk) : "memory");
+  for (int first = warp; first < items; first += C::kKept * C::kWarps) {
+    if (first != warp) trellis_load<C>(p, s, rows, first, kept);
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    if (r >= count) continue;
-    uint32_t largest = found[r];
-#pragma unroll
-    for (int w = 1; w < C::kWN; ++w) largest = max(largest, found[w * R + r]);
-    const IntegerScale scale(largest);
-    if (lane == 0 && wn == 0) s.back[pair * R + r] = p.row_scale ? scale.back * p.row_scale[row + r] : scale.back;
-#pragma unroll 1
-    for (int i = own; trellis_chunk<C>(pair, i) < chunks; i += 128) {
-      const int c = trellis_chunk<C>(pair, i);
-      Chunk chunk = kept[r];
-      if (i != own) chunk.load(row_in(p, row, count, r), c);
+    for (int i = 0; i < C::kKept; ++i) {
+      const int item = first + i * C::kWarps, row = item / stages, block = item - row * stages;
+      if (item >= items) break;
+      const IntegerScale own(__reduce_max_sync(~0u, kept[i].largest(p.dtype)));
+      if (lane == 0) s.back[block * C::kRows + row] = p.row_scale ? own.back * p.row_scale[first_row + row] : own.back;
       float v[16];
-      chunk.values(p.dtype, v);
+      kept[i].values(p.dtype, v);
       // To the nearest integer, in the low bits of 1.5 * 2^23; 128 more, so that the upper byte is the upper digit and the lower
       // one, less 128, the lower digit.
       auto both = [&](float value) {
-        const uint32_t plus = __float_as_uint(__fmaf_rn(value, scale.scale, 12582912.f + 128.f));
-        const uint32_t minus = __float_as_uint(__fmaf_rn(value, -scale.scale, 12582912.f + 128.f));
+        const uint32_t plus = __float_as_uint(__fmaf_rn(value, own.scale, 12582912.f + 128.f));
+        const uint32_t minus = __float_as_uint(__fmaf_rn(value, -own.scale, 12582912.f + 128.f));
         return __byte_perm(plus, minus, 0x4051);  // upper digits, lower digits
       };
-      char* const to = s.activations + c / 4 * C::kGroupBytes + c % 4 * 4 + r * 32;
+      const int group = block * 8 + lane / 4;
+      char* const to = s.activations + group * C::kGroupBytes + row * 32 + lane % 4 * 4;  // 8 columns are 128 bytes
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -202,8 +177,6 @@ __device__ void trellis_convert(const FewParams& p, const FewShared<C>& s, const
         }
     }
   }
-  publish_barriers();  // for the tensor cores, which read shared memory as the copy engine does
-  asm volatile("bar.sync %0, 128;\n" ::"r"(1 + wk) : "memory");
 }
 
 // A group's weights: of each byte of a lane's two words (columns g and g + 8) the four registers of A.
@@ -219,137 +192,223 @@ __device__ inline void trellis_decode(uint32_t left, uint32_t right, uint32_t be
   trellis_words<3, 0>(right, 0, addend0, addend1, a[3][1], a[3][3]);
 }
 
-// d = a group's weights times its activations at `x`. By `wgmma`: is under way afterwards.
+// d = a group's weights times its activations: `b` describes them, and they lie at `x`. By `wgmma`: is under way afterwards.
 template <typename C>
-__device__ void trellis_multiply(int (&d)[4], const uint32_t (&a)[4][4], const char* x) {
+__device__ void trellis_multiply(int (&d)[C::kNT][4], const uint32_t (&a)[4][4], uint64_t b, const char* x) {
   if constexpr (C::kWgmma) {
-    const uint64_t b = byte_descriptor(shared_address(x));
     wgmma_fence();
-    wgmma_bytes<false>(d, a[0], b);
+    wgmma_trellis<false>(d, a[0], b);
 #pragma unroll
-    for (int j = 1; j < 4; ++j) wgmma_bytes<true>(d, a[j], b + j * (C::kStepBytes / 16));
+    for (int j = 1; j < 4; ++j) wgmma_trellis<true>(d, a[j], b + j * (C::kStepBytes / 16));
     wgmma_commit();
   } else {
-    const char* const own = x + threadIdx.x % 32 / 4 * 16 + threadIdx.x % 4 * 4;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t b0 = *reinterpret_cast<const uint32_t*>(own + j * C::kStepBytes);
-      const uint32_t b1 = *reinterpret_cast<const uint32_t*>(own + j * C::kStepBytes + C::kHalfStepBytes);
-      if (j == 0) mma_bytes(d, a[j][0], a[j][1], a[j][2], a[j][3], b0, b1, 0, 0);
-      else mma_bytes(d, a[j][0], a[j][1], a[j][2], a[j][3], b0, b1);
-    }
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < C::kNT; ++i) {
+        const char* const own = x + j * C::kStepBytes + i * 128;
+        const uint32_t b0 = *reinterpret_cast<const uint32_t*>(own);
+        const uint32_t b1 = *reinterpret_cast<const uint32_t*>(own + C::kHalfStepBytes);
+        if (j == 0) mma_bytes(d[i], a[j][0], a[j][1], a[j][2], a[j][3], b0, b1, 0, 0);
+        else mma_bytes(d[i], a[j][0], a[j][1], a[j][2], a[j][3], b0, b1);
+      }
   }
 }
 
-// Main loop: this warpgroup's pairs of a tile; columns g and g + 8 of the warp's 16, row t.
+// A stage's part of the sums into `out`: columns g and g + 8, row t of each four. `codes`: a lane's first word, `sides`: its column's
+// word of the unit's side; both are read a unit ahead.
 template <typename C>
-__device__ float2 trellis_few_main_loop(const FewShared<C>& s, TrellisRing<C>& ring, TrellisProducer<C>& producer, int pair, int wn,
-                                        bool& first, uint32_t addend0, uint32_t addend1) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, all_pairs = (producer.blocks_k + 1) / 2;
-  const int pairs = pair < all_pairs ? (all_pairs - pair + C::kWK - 1) / C::kWK : 0;
-  // The last pair is one unit if K is an odd number of units and that pair is the tile's last.
-  const int units = 2 * pairs - (producer.blocks_k % 2 && pairs > 0 && pair + (pairs - 1) * C::kWK == all_pairs - 1);
-  const uint32_t selector = TrellisBefore::selector();
-  int o[4] = {}, d[2][4];
-  uint32_t a[2][4][4], scales, before;
-  uint4 q;
-  const char* stage = nullptr;
-  const char* x = s.activations + 4 * pair * C::kGroupBytes;
-  auto load = [&](int i) {  // unit i
-    if (i % 2 == 0) stage = ring.wait() + wn * 512 + lane * 4;
-    auto word = [&](int at) { return *reinterpret_cast<const uint32_t*>(stage + at); };
-    q = make_uint4(word(0), word(128), word(256), word(384));
-    scales = word(2048 - wn * 480 - lane * 4 + g * 4);
-    stage += kTrellisUnitBytes;
-    before = TrellisBefore(q, scales, selector).bytes;
-    if (i % 2 == 1 || i + 1 == units) {
-      ring.release();
-      if (wn == 0 && !first) producer.request(ring);
-      first = false;
+__device__ void trellis_stage(const char* codes, const char* sides, uint64_t b, const char* x, const float* back, Barrier* free,
+                              uint32_t selector, uint32_t addend0, uint32_t addend1, float2 (&out)[C::kNT]) {
+  int o[C::kNT][4] = {}, d[2][C::kNT][4];
+  uint32_t a[2][4][4], side = 0, earlier_side = 0, next_side;
+  uint4 q, next;
+  auto load = [&](int u) {
+    auto word = [&](int i) { return *reinterpret_cast<const uint32_t*>(codes + u * kTrellisUnitBytes + i * 128); };
+    next = make_uint4(word(0), word(1), word(2), word(3));
+    next_side = *reinterpret_cast<const uint32_t*>(sides + u * kTrellisUnitBytes);
+  };
+  auto scaled = [&](int half, uint32_t scales) {
+    const int f0 = scales >> 4 * half & 15, f1 = scales >> (8 + 4 * half) & 15;
+#pragma unroll
+    for (int j = 0; j < C::kNT; ++j) {
+      o[j][0] += f0 * d[half][j][0], o[j][1] += f0 * d[half][j][1];
+      o[j][2] += f1 * d[half][j][2], o[j][3] += f1 * d[half][j][3];
     }
   };
-  if (units > 0) {
-    load(0);
-    trellis_decode(q.x, q.y, before, addend0, addend1, a[0]);
+  load(0);
+#pragma unroll
+  for (int u = 0; u < C::kUnits; ++u) {
+    q = next, earlier_side = side, side = next_side;
+    const uint32_t before = TrellisBefore(q, side, selector).bytes;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int group = 2 * u + half;
+      trellis_decode(half ? q.z : q.x, half ? q.w : q.y, half ? before >> 16 : before, addend0, addend1, a[half]);
+      trellis_multiply<C>(d[half], a[half], b + group * (C::kGroupBytes / 16), x + group * C::kGroupBytes);
+      if (half == 0 && u + 1 < C::kUnits) {
+        load(u + 1);
+        if (u + 2 == C::kUnits) {  // every lane has what it needs of the stage. Without a branch, which would serialize `wgmma`
+          __syncwarp();
+          const int arrives = kWarpArrivals == 32 || threadIdx.x % 32 == 0;
+          asm volatile("{ .reg .pred p; .reg .b64 s; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 s, [%0]; }\n" ::"r"(
+                           shared_address(free)),
+                       "r"(arrives)
+                       : "memory");
+        }
+      }
+      if (group == 0) continue;
+      if constexpr (C::kWgmma) wgmma_wait_for<1>(d[half ^ 1]);
+      scaled(half ^ 1, half ? side : earlier_side);
+    }
+  }
+  if constexpr (C::kWgmma) wgmma_wait_for<0>(d[1]);
+  scaled(1, side);
+#pragma unroll
+  for (int j = 0; j < C::kNT; ++j) {
+    const float scale = back[4 * j];
+    out[j].x = fmaf(fmaf(static_cast<float>(o[j][0]), 256.f, static_cast<float>(o[j][1])), scale, out[j].x);
+    out[j].y = fmaf(fmaf(static_cast<float>(o[j][2]), 256.f, static_cast<float>(o[j][3])), scale, out[j].y);
+  }
+}
+
+// The warp that requests: super scales of a tile, then its stages.
+template <typename C>
+__device__ void trellis_request(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
+  const int lane = threadIdx.x % 32, blocks_k = p.k / 128, column_tiles = p.column_tiles.by;
+  int column = begin - rows.block * column_tiles, stage = 0;
+  uint32_t parity = 1;  // of the round before: passed at once in the first
+  const uint64_t policy = streaming_policy();
+  for (int tile = begin; tile < end; ++tile) {
+    const int i = tile - begin, slot = i % C::kColumnSlots;
+    const size_t four = static_cast<size_t>(min(rows.expert, p.experts - 1)) * column_tiles + column;
+    s.columns_free[slot].wait((i / C::kColumnSlots + 1) & 1);
+    if (lane < C::kColumnBytes / 16) copy16(s.columns + slot * C::kColumnBytes + lane * 16, p.columns + four * 64 + lane * 4);
+    s.columns_full[slot].arrive_after_copies();
+    const uint8_t* from = p.quant + four * blocks_k * kTrellisUnitBytes;
+    for (int kb = 0; kb < blocks_k; kb += C::kUnits, from += C::kStageBytes) {
+      const int bytes = min(C::kUnits, blocks_k - kb) * kTrellisUnitBytes;
+      char* const to = s.rings + stage * C::kStageBytes;
+      s.free[stage].wait(parity);
+#if CCQ_BULK
+      if (lane == 0) {
+        s.full[stage].arrive_and_expect(bytes);
+        bulk_copy(to, from, bytes, s.full + stage, policy);
+      }
+      __syncwarp();
+#else
+      for (int at = lane * 16; at < bytes; at += 512) copy16(to + at, from + at);
+      s.full[stage].arrive_after_copies();
+#endif
+      if (++stage == C::kStages) stage = 0, parity ^= 1;
+    }
+    if (++column == column_tiles) {
+      column = 0, ++rows.block;
+      if (tile + 1 < end) rows.expert = uniform(expert_of<C>(s, rows.block, rows.expert));
+    }
+  }
+}
+
+// The warp that writes: adds up the parts of a tile in the order of K. A lane has columns g and g + 8 of one 16-column tile.
+template <typename C>
+__device__ void trellis_write(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
+  const int column_tiles = p.column_tiles.by, slices = C::slices(p.k / 128), lane = threadIdx.x % 32;
+  const int left = lane / 8 * 16 + lane % 8;
+  int column = begin - rows.block * column_tiles, first_row, count;
+  rows.place<C>(p, s, &first_row, &count);
+  for (int tile = begin; tile < end; ++tile) {
+    const int i = tile - begin, slot = i % C::kSumsSlots, columns_slot = i % C::kColumnSlots, at = column * (C::kTiles * 16) + left;
+    s.columns_full[columns_slot].wait((i / C::kColumnSlots) & 1);
+    const float* const supers = reinterpret_cast<const float*>(s.columns + columns_slot * C::kColumnBytes) + left;
+    const float super0 = supers[0], super1 = supers[8];
+    s.columns_free[columns_slot].arrive_together();
+    const float2* const from = s.sums + slot * (C::kWK * C::kEntries) + lane;
+    s.sums_ready[slot].wait((i / C::kSumsSlots) & 1);
+#pragma unroll 2
+    for (int r = 0; r < count; ++r) {
+      float2 sum = from[r * 32];
+      for (int w = 1; w < slices; ++w) {
+        const float2 v = from[w * C::kEntries + r * 32];
+        sum.x += v.x, sum.y += v.y;
+      }
+      if (at >= p.n) continue;
+      const size_t to = static_cast<size_t>(first_row + r) * p.n + at;
+      store(p.out, p.dtype, to, sum.x * super0);
+      store(p.out, p.dtype, to + 8, sum.y * super1);
+    }
+    s.sums_free[slot].arrive_together();
+    if (++column == column_tiles && tile + 1 < end) {
+      column = 0, ++rows.block;
+      rows.expert = uniform(expert_of<C>(s, rows.block, rows.expert));
+      rows.place<C>(p, s, &first_row, &count);
+    }
+  }
+}
+
+// The warps that multiply.
+template <typename C>
+__device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows, int warp,
+                                Chunk (&kept)[C::kKept]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / C::kWN, wn = warp % C::kWN;
+  const int column_tiles = p.column_tiles.by, stages_k = C::stages_of(p.k / 128);
+  const uint32_t selector = TrellisBefore::selector();
+  uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
+  asm volatile("" : "+r"(addend0), "+r"(addend1));
+  // Matrices of 8 columns x 16 bytes, the next 8 columns after them, the other half of a step after all columns.
+  const uint64_t b0 = static_cast<uint64_t>((shared_address(s.activations) & 0x3FFFF) >> 4) |
+                      static_cast<uint64_t>(C::kHalfStepBytes / 16) << 16 | 8ull << 32;
+  const char* const x0 = s.activations + g * 16 + t * 4;  // by mma.sync
+  int tile = begin, part = wk, stage = wk;
+  uint32_t parity = 0;
+  while (part >= stages_k) part -= stages_k, ++tile;
+  for (int block = rows.block;; ++block) {
+    const int block_end = min(end, (block + 1) * column_tiles);
+    if (block > rows.block) {
+      rows = FewRows{uniform(expert_of<C>(s, block, rows.expert)), block};
+      trellis_load<C>(p, s, rows, warp, kept);
+      consumers_meet(C::kThreads);  // the activations there are no longer read
+    }
+    trellis_convert<C>(p, s, rows, warp, kept);
+    publish_barriers();  // for the tensor cores, which read shared memory as the copy engine does
+    consumers_meet(C::kThreads);
+    while (tile < block_end) {
+      const int slot = (tile - begin) % C::kSumsSlots, slice = part;
+      float2 out[C::kNT] = {};
 #pragma unroll 1
-    for (int i = 0; i < units; ++i) {
-      trellis_multiply<C>(d[0], a[0], x);
-      trellis_decode(q.z, q.w, before >> 16, addend0, addend1, a[1]);
-      trellis_multiply<C>(d[1], a[1], x + C::kGroupBytes);
-      const uint32_t own = scales;
-      if (i + 1 < units) load(i + 1);
-      if constexpr (C::kWgmma) wgmma_wait_for<1>(d[0]);
-      const int f0 = own & 15, f1 = own >> 8 & 15, f2 = own >> 4 & 15, f3 = own >> 12 & 15;
-      o[0] += f0 * d[0][0], o[1] += f0 * d[0][1], o[2] += f1 * d[0][2], o[3] += f1 * d[0][3];
-      trellis_decode(q.x, q.y, before, addend0, addend1, a[0]);  // of the next unit; after the last one of the same again
-      if constexpr (C::kWgmma) wgmma_wait_for<0>(d[1]);
-      o[0] += f2 * d[1][0], o[1] += f2 * d[1][1], o[2] += f3 * d[1][2], o[3] += f3 * d[1][3];
-      x += (i % 2 ? 4 * C::kWK - 2 : 2) * C::kGroupBytes;
-    }
-  }
-  const float back = s.back[pair * C::kRows + t % C::kRows];
-  return make_float2(fmaf(static_cast<float>(o[0]), 256.f, static_cast<float>(o[1])) * back,
-                     fmaf(static_cast<float>(o[2]), 256.f, static_cast<float>(o[3])) * back);
-}
-
-// A tile's super scales into a slot. All lanes of one warp.
-template <typename C>
-__device__ void trellis_fetch_columns(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int tile, int slot) {
-  const int column_tiles = p.column_tiles.by, block = p.column_tiles.divide(tile), lane = threadIdx.x % 32;
-  const int expert = block == rows.block ? rows.expert : min(expert_of<C>(s, block, rows.expert), p.experts - 1);
-  const size_t first = (static_cast<size_t>(expert) * column_tiles + tile - block * column_tiles) * (C::kTiles * 16);
-  if (lane < C::kColumnBytes / 16) copy16(s.columns + slot * C::kColumnBytes + lane * 16, p.columns + first + lane * 4);
-  s.columns_full[slot].arrive_after_copies();
-}
-
-// Epilogue: one warp adds up all warpgroups' partial sums of a tile, in their order, and writes the result.
-template <typename C>
-__device__ void trellis_epilogue(const FewParams& p, const FewShared<C>& s, int tile, int begin, const FewRows& rows) {
-  const int block = p.column_tiles.divide(tile);
-  FewRows own{rows.expert, block};
-  if (C::kRows == 1) own.expert = expert_of<C>(s, block, 0);
-  else while (block < s.blocks[own.expert]) --own.expert;
-  int first_row, count;
-  own.place<C>(p, s, &first_row, &count);
-  const int i = tile - begin, slot = i % C::kSumsSlots, first_column = (tile - block * p.column_tiles.by) * (C::kTiles * 16);
-  s.columns_full[i % C::kColumnSlots].wait((i / C::kColumnSlots) & 1);
-  const float* const supers = reinterpret_cast<const float*>(s.columns + i % C::kColumnSlots * C::kColumnBytes);
-  const float2* const from = s.sums + slot * (C::kWK * C::kEntries);
-  s.sums_ready[slot].wait((i / C::kSumsSlots) & 1);
-  const int lane = threadIdx.x % 32, left = lane / 8 * 16 + lane % 8;  // columns `left` and `left` + 8
+      for (; part < stages_k; part += C::kWK) {
+        const char* const at = s.rings + stage * C::kStageBytes;
+        constexpr int kPartBytes = 2 * C::kUnits * C::kGroupBytes;
+        s.full[stage].wait(parity);
+        trellis_stage<C>(at + wn * 512 + lane * 4, at + 2048 + wn * 32 + g * 4, b0 + part * (kPartBytes / 16), x0 + part * kPartBytes,
+                         s.back + part * C::kRows + t % C::kRows, s.free + stage, selector, addend0, addend1, out);
+        if ((stage += C::kWK) >= C::kStages) stage -= C::kStages, parity ^= 1;
+      }
+      s.sums_free[slot].wait(((tile - begin) / C::kSumsSlots + 1) & 1);
+      float2* const to = s.sums + (slot * C::kWK + slice) * C::kEntries + wn * 8 + g;
 #pragma unroll
-  for (int r = 0; r < C::kRows; ++r) {
-    if (r >= count || first_column + left >= p.n) continue;
-    float2 sum = from[lane * C::kRows + r];
-#pragma unroll
-    for (int w = 1; w < C::kWK; ++w) {
-      const float2 v = from[w * C::kEntries + lane * C::kRows + r];
-      sum.x += v.x, sum.y += v.y;
+      for (int j = 0; j < C::kNT; ++j)
+        if (4 * j + t < C::kRows) to[(4 * j + t) * 32] = out[j];
+      s.sums_ready[slot].arrive_together();
+      for (part -= stages_k, ++tile; part >= stages_k; part -= stages_k) ++tile;
     }
-    const size_t to = static_cast<size_t>(first_row + r) * p.n + first_column + left;
-    store(p.out, p.dtype, to, sum.x * supers[left]);
-    store(p.out, p.dtype, to + 8, sum.y * supers[left + 8]);
+    if (block_end == end) break;
   }
-  s.sums_free[slot].arrive_together();
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 1) trellis_few_kernel(const FewParams p) {
+__global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const FewParams p) {
   dependents_may_start();
   extern __shared__ __align__(128) char shared[];
-  const int blocks_k = p.k / 128, column_tiles = p.column_tiles.by;
+  const int blocks_k = p.k / 128;
   const FewShared<C> s(shared, blocks_k, p.experts);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int wk = warp / C::kWN, wn = warp % C::kWN;
-  TrellisRing<C> ring{s.rings + wk * (C::kStages * C::kStageBytes), s.full + wk * C::kStages};
-  if (lane == 0) {
-    if (wn == 0)
-      for (int i = 0; i < C::kStages; ++i) ring.full[i].init(1), ring.empty()[i].init(C::kWN * kWarpArrivals);
-    if (wn == 1 && wk < C::kColumnSlots) s.columns_full[wk].init(32);
-    if (wn == 2 && wk < C::kSumsSlots) s.sums_ready[wk].init(C::kWarps * kWarpArrivals), s.sums_free[wk].init(kWarpArrivals);
-    if (wn == 3 && wk == 0) s.rows_ready->init(C::kWarps * kWarpArrivals);
+  if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
+    if (warp < C::kStages) s.full[warp].init(CCQ_BULK ? 1 : 32), s.free[warp].init(C::kWN * kWarpArrivals);
+    if (warp < C::kColumnSlots) s.columns_full[warp].init(32), s.columns_free[warp].init(kWarpArrivals);
+    if (warp < C::kSumsSlots) s.sums_ready[warp].init(C::slices(blocks_k) * C::kWN * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
     publish_barriers();
   }
+  // Whether the host knows the block's range of tiles: always, but with several matrices and rows a block.
   const bool known = C::kRows == 1 || !p.offsets;
   int begin = blockIdx.x * p.each + min(static_cast<int>(blockIdx.x), p.longer);
   int end = begin + p.each + (static_cast<int>(blockIdx.x) < p.longer), first_block = p.column_tiles.divide(begin);
@@ -361,51 +420,17 @@ __global__ void __launch_bounds__(C::kThreads, 1) trellis_few_kernel(const FewPa
   }
   if (begin == end) return;
   FewRows rows{known ? 0 : uniform(s.start->expert), first_block};
-  Chunk kept[C::kRows];
-  trellis_load<C>(p, s, rows, wk, wn, kept);
+  Chunk kept[C::kKept];
+  if (warp < C::kWarps) trellis_load<C>(p, s, rows, warp, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);
-  if (known) __syncthreads();
+  __syncthreads();  // barriers stand, and no weights are requested before all activations are: those would wait behind them
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
-  TrellisProducer<C> producer{p, s, column_tiles, blocks_k, wk};
-  producer.start(begin, end, first_block);
-  producer.expert = rows.expert;
-  if (warp < min(C::kColumnSlots, end - begin)) trellis_fetch_columns<C>(p, s, rows, begin + warp, warp);
-  if (wn == 0)
-#pragma unroll 1
-    for (int i = 0; i < C::kStages; ++i) producer.request(ring);
-  uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
-  asm volatile("" : "+r"(addend0), "+r"(addend1));
-  bool first = true;  // nothing to request yet
-  int finished = begin, pair = wk;
-  for (int tile = begin; tile < end; ++tile, pair = TrellisProducer<C>::next_pair(pair, blocks_k)) {
-    const int i = tile - begin, block = p.column_tiles.divide(tile), column_tile = tile - block * column_tiles;
-    const bool change = i > 0 && column_tile == 0;
-    if (change) {
-      rows = FewRows{uniform(expert_of<C>(s, block, rows.expert)), block};
-      trellis_load<C>(p, s, rows, pair, wn, kept);
-      __syncthreads();  // the activations there are no longer read
-    }
-    if (change || i == 0) {
-      trellis_convert<C>(p, s, rows, pair, wk, wn, kept);
-      s.rows_ready->arrive_together();
-    }
-    // Slices of other warpgroups are first read in the tile after.
-    if (!change && (column_tile == 1 || i == 1)) s.rows_ready->wait((block - first_block) & 1);
-    const float2 out = trellis_few_main_loop<C>(s, ring, producer, pair, wn, first, addend0, addend1);
-    const int slot = i % C::kSumsSlots, t = lane % 4;
-    if (i >= C::kSumsSlots) s.sums_free[slot].wait((i / C::kSumsSlots + 1) & 1);
-    float2* const to = s.sums + (slot * C::kWK + wk) * C::kEntries;
-    if (t < C::kRows) to[(wn * 8 + lane / 4) * C::kRows + t] = out;
-    s.sums_ready[slot].arrive_together();
-    // The tile before, which all warps have left by now; at the end this one too.
-#pragma unroll 1
-    for (; finished <= (tile + 1 == end ? tile : tile - 1); ++finished)
-      if ((finished - begin) % C::kWarps == warp) {
-        trellis_epilogue<C>(p, s, finished, begin, rows);
-        const int next = finished + C::kColumnSlots;
-        if (next < end) trellis_fetch_columns<C>(p, s, rows, next, (finished - begin) % C::kColumnSlots);
-      }
+  if (warp >= C::kWarps) {
+    if (warp == C::kProducer) trellis_request<C>(p, s, begin, end, rows);
+    else if (warp == C::kWriter) trellis_write<C>(p, s, begin, end, rows);
+  } else {
+    trellis_consume<C>(p, s, begin, end, rows, warp, kept);
   }
 }
 

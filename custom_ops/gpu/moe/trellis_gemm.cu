@@ -14,16 +14,17 @@
 namespace ccq {
 namespace {
 
-// Rows a tile, pairs of units under way in each of four warpgroups, the instruction.
+// Rows a tile, stages under way, the instruction.
 template <typename F>
 auto with_trellis_few(int variant, F&& use) {
   switch (variant) {
 #ifdef CCQ_SM90A
-    case kTrellisFew: return use(TrellisFewConfig<1, 4, true>{});
-    case kTrellisFew + 1: return use(TrellisFewConfig<4, 4, true>{});
+    case kTrellisFew: return use(TrellisFewConfig<1, 8, true>{});
+    case kTrellisFew + 1: return use(TrellisFewConfig<4, 8, true>{});
+    case kTrellisFew + 2: return use(TrellisFewConfig<8, 8, true>{});
 #endif
-    case kTrellisFew + 2: return use(TrellisFewConfig<1, 2, false>{});
-    default: return use(TrellisFewConfig<4, 2, false>{});
+    case kTrellisFew + 3: return use(TrellisFewConfig<1, 4, false>{});
+    default: return use(TrellisFewConfig<4, 4, false>{});
   }
 }
 
@@ -68,7 +69,7 @@ bool fits(const Gpu& gpu, int variant, const Call& call) {
   if (variant >= kTrellisFew)
     return with_trellis_few(variant, [&](auto c) {
       using C = decltype(c);
-      return C::sums_fit(call.k) && C::shared_bytes(call.k, call.experts) <= shared;
+      return C::shared_bytes(call.k, call.experts) <= shared;
     });
 #ifdef CCQ_SM90A
   return with_trellis_wide<true>(variant, [&](auto c) { return decltype(c)::shared_bytes(kMaxExperts) <= shared; });
@@ -100,7 +101,7 @@ cudaError_t trellis_gemm(const Device& device, const ccq_moe_gemm_args& a, int v
   const FewParams p{a.x, a.offsets, a.quant, nullptr, a.columns, a.row_scale, a.out, a.rows, a.k, a.n, a.experts, a.dtype, 0};
   return with_trellis_few(variant, [&](auto config) {
     using C = decltype(config);
-    return launch_few<C>(device, trellis_few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kThreads, stream);
+    return launch_few<C>(device, trellis_few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kAllThreads, stream);
   });
 }
 
