@@ -15,7 +15,7 @@ from gpu_library import ccqlib, library, torch
 TOLERANCE = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
 DTYPES = [torch.bfloat16, torch.float16]
 # Kernels by number (custom_ops/gpu/moe/choice.h): many rows, then few.
-KERNELS = [*range(10, 16), *range(40, 45)]
+KERNELS = [*range(10, 16), *range(40, 47)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_row_counts(lib, rows, dtype):
 @pytest.mark.parametrize("shape", [(1, 128, 16), (3, 128, 48), (2, 1024, 256), (5, 1152, 528),
                                    (8, 4096, 1024), (64, 512, 272), (300, 256, 32),
                                    (3, 8192, 448), (2, 14336, 128)])  # fmt: skip
-@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+@pytest.mark.parametrize("rows", [1, 5, 13, 25, 40, 300])
 def test_shapes(lib, shape, rows):
     run(lib, shape, rows, torch.bfloat16, seed=rows)
 
@@ -187,12 +187,18 @@ def test_forced(lib, kernel):
     if not hasattr(lib.lib, "ccq_moe_gemm_force_variant"):
         pytest.skip("not a tuning build (-DCCQ_TUNING)")
     lib.force_variant(kernel)
+    ran = 0
     try:
         for rows in (1, 3, 9, 70):
-            for shape in ((5, 640, 304), (2, 128, 16), (3, 1536, 528)):
-                run(lib, shape, rows, torch.bfloat16, seed=rows)
+            for shape in ((5, 640, 304), (2, 128, 16), (3, 1536, 528), (3, 4224, 144)):
+                try:
+                    run(lib, shape, rows, torch.bfloat16, seed=rows)
+                    ran += 1
+                except RuntimeError as error:  # a kernel that does not take this K
+                    assert "CUDA error 9" in str(error)
     finally:
         lib.force_variant(-1)
+    assert ran >= 4
 
 
 def test_refused(lib):

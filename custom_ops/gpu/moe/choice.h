@@ -143,7 +143,8 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   return 3;
 }
 
-// CCQ-2T: trellis_few.cuh by `wgmma` with one, four or eight rows a tile, by mma.sync (+ 3, + 4) with one or four; or moe_wide.cuh.
+// CCQ-2T: trellis_few.cuh by `wgmma` with one, four or eight rows a tile, by mma.sync (+ 3, + 4) with one or four, with eight and K
+// in two launches (+ 5), with eight and K below 2048 (+ 6); or moe_wide.cuh.
 constexpr int kTrellisFew = 40;
 
 // -1: K is longer than any kernel for this GPU takes.
@@ -159,7 +160,9 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   }
   // Borders measured on an H200.
   if (one && fits(kTrellisFew)) return kTrellisFew;
-  if (mean > 3 && mean <= 12 && fits(kTrellisFew + 2)) return kTrellisFew + 2;
+  if (mean > 3 && mean <= 12)
+    for (int variant : {kTrellisFew + 2, kTrellisFew + 6, kTrellisFew + 5})
+      if (fits(variant)) return variant;
   if (mean <= 5 && fits(kTrellisFew + 1)) return kTrellisFew + 1;
   return wide_choice(gpu, call, fits);
 }
