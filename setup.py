@@ -106,7 +106,11 @@ core = Pybind11Extension(
             "trellis_avx512vnni",
         )
     ],
-    depends=glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inc"),
+    depends=[
+        *glob(f"{SOURCES}/*.h"),
+        *glob(f"{SOURCES}/*.inc"),
+        "custom_ops/gpu/common/trellis_code.h",
+    ],
     include_dirs=[SOURCES],
     cxx_std=17,
     # No contraction: a fused multiply-add rounds once where the encoder's definition rounds twice.

@@ -20,18 +20,15 @@ from pathlib import Path
 import numpy as np
 from baselines import RTN_BITS, SYMMETRIC_BITS, rtn_int2, symmetric_int2
 from common import markdown, put_into_doc, save_result, with_error
+from scoring import Scoring, add_arguments
 
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
 from paddle_ccq.codec import formats
 from paddle_ccq.codec.weight_only import dequantize_wint8, quantize_wint8
 from paddle_ccq.evaluation.metrics import paired_difference
-from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
-from paddle_ccq.evaluation.tasks import read_items
-from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
 from paddle_ccq.models.ernie import Ernie
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
-from paddle_ccq.texts.documents import read_documents
 
 # label, format, encoder: rows that `quantize` writes.
 WRITTEN = [
@@ -143,20 +140,14 @@ def build(rows: Rows) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--tasks", nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=102_400)
+    add_arguments(parser, max_tokens=102_400)
     parser.add_argument(
         "--marker", default="accuracy", help="table of docs/notes/accuracy.md to write"
     )
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)
-    tokenizer = Tokenizer(source.path, source.config.raw)
-    stream = token_stream(read_documents(args.text), tokenizer)
-    windows = cut_windows(stream, args.window, args.max_tokens)
-    items = [item for path in args.tasks for item in read_items(path)]
+    scoring = Scoring(source, args)
 
     folder = Path(tempfile.mkdtemp(prefix="ccq-accuracy-"))
     try:
@@ -164,16 +155,10 @@ def main() -> None:
         start = time.perf_counter()
         build(rows)
         print(f"{len(rows.models)} models built in {time.perf_counter() - start:.0f} s", flush=True)
-        text = score_text(
-            rows.models,
-            windows,
-            reference="bf16",
-            progress=lambda done, total: print(f"window {done}/{total}", flush=True),
-        )
-        tasks = score_tasks(rows.models, tokenizer, items)
+        text, summary = scoring(rows.models)
     finally:
         shutil.rmtree(folder)
-    report(args.marker, rows, text, summarize(text, tasks, "bf16"))
+    report(args.marker, rows, text, summary)
 
 
 def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from accuracy import Rows
 from common import markdown, processor, put_into_doc, save_result
 from gptq import GPTQ_BITS, gptq_int2
+from scoring import Scoring, add_arguments
 
 from paddle_ccq.calibration.settings import CalibrationSettings, parse_tokens
 from paddle_ccq.calibration.statistics import Statistics
@@ -33,13 +34,9 @@ from paddle_ccq.codec.row_order import permute_rows, unpermute_rows
 from paddle_ccq.encoder.ldlq import LDLQ_RECIPES, LdlqEncoder, LdlqRecipe
 from paddle_ccq.encoder.ldlq_metric import make_metric
 from paddle_ccq.evaluation.metrics import paired_difference
-from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
-from paddle_ccq.evaluation.tasks import read_items
-from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
 from paddle_ccq.host import default_threads
 from paddle_ccq.models.weights import OverriddenWeights
 from paddle_ccq.quantize import quantize
-from paddle_ccq.texts.documents import read_documents
 
 UNCALIBRATED, PRODUCT, GPTQ = (
     "CCQ 2.06, data-free",
@@ -96,17 +93,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--calibration-tokens", default="256k")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--tasks", nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=61_440)
+    add_arguments(parser, max_tokens=61_440)
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)
-    tokenizer = Tokenizer(source.path, source.config.raw)
-    stream = token_stream(read_documents(args.text), tokenizer)
-    windows = cut_windows(stream, args.window, args.max_tokens)
-    items = [item for path in args.tasks for item in read_items(path)]
+    scoring = Scoring(source, args)
     settings = CalibrationSettings(tokens=parse_tokens(args.calibration_tokens))
 
     folder = Path(tempfile.mkdtemp(prefix="ccq-calibrated-"))
@@ -148,16 +139,10 @@ def main() -> None:
         rows.add_written(PRODUCT, open_checkpoint(folder / "calibrated"))
         print(f"{PRODUCT}: {seconds[PRODUCT]:.0f} s", flush=True)
 
-        scores = score_text(
-            rows.models,
-            windows,
-            reference="bf16",
-            progress=lambda done, total: print(f"window {done}/{total}", flush=True),
-        )
-        tasks = score_tasks(rows.models, tokenizer, items)
+        scores, summary = scoring(rows.models)
     finally:
         shutil.rmtree(folder)
-    report(rows, scores, summarize(scores, tasks, "bf16"), seconds, text.tokens)
+    report(rows, scores, summary, seconds, text.tokens)
 
 
 def report(rows: Rows, scores: dict, summary: dict, seconds: dict, tokens: int) -> None:

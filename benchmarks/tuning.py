@@ -19,15 +19,12 @@ from pathlib import Path
 
 from accuracy import Rows
 from common import markdown, put_into_doc, save_result
+from scoring import Scoring, add_arguments
 
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.evaluation.metrics import paired_difference
-from paddle_ccq.evaluation.run import score_tasks, score_text, summarize
-from paddle_ccq.evaluation.tasks import read_items
-from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
 from paddle_ccq.quantize import quantize
 from paddle_ccq.sample import sample
-from paddle_ccq.texts.documents import read_documents
 from paddle_ccq.tune import tune
 
 CALIBRATED = "calibrated"
@@ -130,20 +127,14 @@ def main() -> None:
     parser.add_argument("--tokens", default="256k", help="for codes and for tuning (256k)")
     parser.add_argument("--made-tokens", default="128k", help="that the model makes up (128k)")
     parser.add_argument("--tune-tokens", help="for tuning, if not as many as for codes")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--tasks", nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=61_440)
+    add_arguments(parser, max_tokens=61_440)
     parser.add_argument("--rows", nargs="+", metavar="N", type=int, help="only these, from 0 on")
     parser.add_argument("--work", type=Path, help="keep checkpoints here and reuse them")
     parser.add_argument("--marker", default="tuning", help="table of docs/notes/tuning.md to write")
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)
-    tokenizer = Tokenizer(source.path, source.config.raw)
-    stream = token_stream(read_documents(args.text), tokenizer)
-    windows = cut_windows(stream, args.window, args.max_tokens)
-    items = [item for path in args.tasks for item in read_items(path)]
+    scoring = Scoring(source, args)
     folder = args.work or Path(tempfile.mkdtemp(prefix="ccq-tuning-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -159,21 +150,15 @@ def main() -> None:
         measured.add_source()
         for label, make in chosen.items():
             measured.add_written(label, open_checkpoint(make()))
-        scores = score_text(measured.models, windows, "bf16", progress=_progress)
-        tasks = score_tasks(measured.models, tokenizer, items)
+        scores, summary = scoring(measured.models)
     finally:
         if args.work is None:
             shutil.rmtree(folder)
-    summary = summarize(scores, tasks, "bf16")
     for label, row in summary.items():
         # benchmarks/figure.py puts rows of all benchmarks together by these.
         row["nominal_bits"] = measured.nominal_bits[label]
         row["expert_bits"] = measured.expert_bits[label]
     report(args, source.path.name, scores, summary)
-
-
-def _progress(done: int, total: int) -> None:
-    print(f"window {done}/{total}", flush=True)
 
 
 def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> None:

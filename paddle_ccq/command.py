@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def to_stderr(text: str) -> None:
 
 def no_message(text: str) -> None:
     """In the place of to_stderr, with --quiet."""
+
+
+def messages(quiet: bool) -> Callable[[str], object]:
+    """What takes a command's messages."""
+    return no_message if quiet else to_stderr
+
+
+def shows_progress(quiet: bool) -> bool:
+    """Whether a bar goes to standard error: only where a person may be looking at it."""
+    return not quiet and sys.stderr.isatty()
+
+
+def options_of(args: argparse.Namespace, record: type) -> dict[str, Any]:
+    """The flags that are fields of a command's record of options."""
+    return {f.name: getattr(args, f.name) for f in fields(record) if hasattr(args, f.name)}
 
 
 def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ from .checkpoint.source import resolve_model
 from .checkpoint.sources.scheme import KEYS
 from .checkpoint.values import count_nonfinite
 from .checkpoint.writer import write_file
-from .command import no_message, output_path, refuse_inside, run_command, to_stderr
+from .command import messages, output_path, refuse_inside, run_command, to_stderr
 from .errors import CcqError
 from .families.registry import NAMINGS
 from .families.tensor import EXACT_ROLES
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             args.max_shard_size,
             source=args.source,
             row_order=args.row_order,
-            log=no_message if args.quiet else to_stderr,
+            log=messages(args.quiet),
         )
         print(target)
         return 0

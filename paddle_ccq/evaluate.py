@@ -16,7 +16,7 @@ from . import reporting
 from .arguments import Arguments, whole
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import model_name, resolve_model
-from .command import no_message, run_command, to_stderr
+from .command import messages, options_of, run_command, shows_progress, to_stderr
 from .errors import CcqError, readable
 from .host import available_memory, require_paddle, thread_count
 from .models.support import require_computed
@@ -274,21 +274,9 @@ def main(argv: list[str] | None = None) -> int:
 
         if args.json is not None:
             reporting.check_can_write(args.json, args.force)
-        result = evaluate(
-            args.model,
-            args.reference,
-            args.text,
-            args.tasks,
-            window=args.window,
-            max_tokens=args.max_tokens,
-            max_items=args.max_items,
-            threads=args.threads,
-            source=args.source,
-            row_order=args.row_order,
-            weights=args.weights,
-            log=no_message if args.quiet else to_stderr,
-            show_progress=not args.quiet and sys.stderr.isatty(),
-        )
+        options = options_of(args, EvaluateOptions)
+        options |= {"log": messages(args.quiet), "show_progress": shows_progress(args.quiet)}
+        result = evaluate(args.model, args.reference, args.text, args.tasks, **options)
         if args.json is not None:
             reporting.write_json(args.json, result)
         out = reporting.console()

@@ -14,7 +14,7 @@ from .arguments import Arguments, whole
 from .calibration.settings import DEFAULT_WINDOW, parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
-from .command import no_message, output_path, run_command, to_stderr
+from .command import messages, output_path, run_command, to_stderr
 from .errors import CcqError
 from .files import write_whole
 from .host import require_paddle, thread_count
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
         given = vars(args)
         quiet = given.pop("quiet")
-        count = sample(**given, log=no_message if quiet else to_stderr)
+        count = sample(**given, log=messages(quiet))
         print(f"{count:,} documents in {args.output}")
         return 0
 

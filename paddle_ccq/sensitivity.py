@@ -23,7 +23,7 @@ from .calibration.settings import CalibrationSettings, parse_tokens
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import model_name, resolve_model
 from .codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
-from .command import no_message, run_command, to_stderr
+from .command import messages, options_of, run_command, shows_progress, to_stderr
 from .encoder.base import DEVICES, PRESETS
 from .errors import CcqError
 from .host import require_paddle, thread_count
@@ -196,21 +196,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot is not None:
             reporting.check_can_write(args.plot, args.force, "--plot")
             require_matplotlib(args.plot)
-        found = sensitivity(
-            args.model,
-            args.calibration,
-            method=args.method,
-            formats=[name for name in args.formats.split(",") if name],
-            calibration_tokens=args.calibration_tokens,
-            probe_tokens=args.probe_tokens,
-            experts=args.experts,
-            preset=args.preset,
-            threads=args.threads,
-            device=args.device,
-            source=args.source,
-            show_progress=not args.quiet and sys.stderr.isatty(),
-            log=no_message if args.quiet else to_stderr,
-        )
+        args.formats = [name for name in args.formats.split(",") if name]
+        options = options_of(args, SensitivityOptions)
+        options |= {"log": messages(args.quiet), "show_progress": shows_progress(args.quiet)}
+        found = sensitivity(args.model, args.calibration, **options)
         if args.json is not None:
             reporting.write_json(args.json, found.as_dict())
         if args.plot is not None:

@@ -14,7 +14,7 @@ from .calibration.dataset import local_text
 from .calibration.settings import parse_tokens
 from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
-from .command import no_message, output_path, refuse_inside, run_command, to_stderr
+from .command import messages, output_path, refuse_inside, run_command
 from .errors import CcqError
 from .families.config import CCQ
 from .host import require_paddle, thread_count
@@ -90,7 +90,7 @@ def tune(
 
     settings, target = chosen.settings, output_path(output)
     texts = read_texts(local_text(calibration), "--calibration")
-    log = no_message if chosen.quiet else to_stderr
+    log = messages(chosen.quiet)
     quantized = open_checkpoint(folder)
     original = open_checkpoint(resolve_model(model, chosen.source, log=log))
     require_computed(quantized.config, "tune")

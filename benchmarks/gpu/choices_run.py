@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from choices import GROUPS, SHRINKAGE, Choice, Way
-from choices_tune import tune
+from choices_list import GROUPS, SHRINKAGE, Choice, Way
+from choices_tune import Coded, tune
 from torch import Tensor
 from torch_ernie import LAYER, Ernie, Taps, Weights, compare, expert_key, in_wint8
 
@@ -25,16 +24,6 @@ AT_ONCE = 8
 # Groups of output channels whose tokens are weighed apart, by Choice.weights.
 APART = {"router": 1, "gradient": 1, "root": 1, "halves": 2, "groups": GROUPS}
 Key = tuple[str, str, int, str, int]  # weights, part of the text, layer, projection, group
-
-
-@dataclass
-class Coded:
-    """Experts as decoded, and what they are decoded from, by expert key."""
-
-    weights: Weights
-    supers: dict[str, Tensor] = field(default_factory=dict)  # [E, N]
-    scales: dict[str, Tensor] = field(default_factory=dict)  # [E, N, K/64]
-    books: dict[str, Tensor] = field(default_factory=dict)  # [E, N, 4, 256]
 
 
 class Hessians(Taps):

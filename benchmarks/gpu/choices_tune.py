@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from choices_list import Way
 from torch import Tensor
 from torch_ernie import Ernie, Weights
 
-if TYPE_CHECKING:
-    from choices import Way
-    from choices_run import Coded
-
 MEAN_MEMORY, SQUARE_MEMORY, WARM_UP = 0.9, 0.99, 0.05
 FACTOR, CODE = "factor of ", "code of "
+
+
+@dataclass
+class Coded:
+    """Experts as decoded, and what they are decoded from, by expert key."""
+
+    weights: Weights
+    supers: dict[str, Tensor] = field(default_factory=dict)  # [E, N]
+    scales: dict[str, Tensor] = field(default_factory=dict)  # [E, N, K/64]
+    books: dict[str, Tensor] = field(default_factory=dict)  # [E, N, 4, 256]
 
 
 def straight(x: Tensor, stored: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from ..checkpoint.plan import Plan, rule_forced_layers
 from ..checkpoint.reader import JOURNAL_FILE, Checkpoint
 from ..checkpoint.rules import Rule
 from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
-from ..codec import formats
 from ..codec.formats import FORMATS
 from ..errors import CcqError
 from ..families.ernie45 import ErnieConfig
@@ -49,7 +48,7 @@ class AllocationRequest:
     @property
     def notes(self) -> list[str]:
         """Notes on what the predicted losses do not include."""
-        if self.calibrated or not formats.get(self.format).calibrated:
+        if self.calibrated or not FORMATS[self.format].calibrated:
             return []
         return [
             f"costs were measured on calibrated {self.format}; without --calibration it loses more"

@@ -15,8 +15,7 @@ import numpy as np
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
-from ..codec import formats
-from ..codec.formats import EXPERT_FORMATS
+from ..codec.formats import FORMATS
 from ..errors import CcqError
 from ..families.ernie45 import ErnieConfig
 from ..families.tensor import UP_GATE
@@ -46,7 +45,7 @@ class CalibrationRequest:
         """Refuse what calibration cannot do before any work starts."""
         if encoder != "search":
             raise CcqError(f"--calibration does not go with --encoder {encoder}; use search")
-        calibrated = [name for name in EXPERT_FORMATS if formats.get(name).calibrated]
+        calibrated = [name for name, format in FORMATS.items() if format.calibrated]
         if not any(planned.format in calibrated for planned in plan.tensors):
             raise CcqError(
                 f"--calibration: only {' and '.join(calibrated)} experts are calibrated, and this"

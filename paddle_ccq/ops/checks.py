@@ -71,7 +71,7 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
                 f"{suffix} must be {expected}{list(shape)}, got {value.dtype}{list(value.shape)}"
             )
         found[suffix] = value
-    if format == "wint2":
+    if "code_zp" in found:
         first = found["code_zp"].astype(np.float64)
         last = first + 255 * found["code_scale"].astype(np.float64)
         for name, codes in (("code_zp", first), ("code_scale", last)):
@@ -79,6 +79,16 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
                 column = int(np.argmax(~(np.abs(codes) < CODE_LIMIT)))
                 raise ValueError(f"{name} of column {column} gives codes beyond {CODE_LIMIT}")
     return found, k, n
+
+
+def projections(up_gate: tuple[int, int], down: tuple[int, int]) -> None:
+    """[K, N] of an expert's two matrices, which must belong together."""
+    (hidden, both), (width, out) = up_gate, down
+    if (hidden, both) != (out, 2 * width):
+        raise ValueError(
+            f"down is [{width}, {out}]; with up_gate [{hidden}, {both}] it must be "
+            f"[{both // 2}, {hidden}]"
+        )
 
 
 def row_order(value: str) -> np.ndarray:

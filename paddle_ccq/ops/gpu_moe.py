@@ -117,11 +117,8 @@ class GpuExperts:
             raise ValueError(
                 f"hidden size {self.hidden} and width {width} must be multiples of {ROW_MULTIPLE}"
             )
-        if (self.up_gate.n, self.down.n) != (2 * width, self.hidden):
-            raise ValueError(
-                f"up_gate [{self.hidden}, {self.up_gate.n}] and down [{width}, {self.down.n}] do"
-                " not belong together"
-            )
+        up, lower = self.up_gate, self.down
+        checks.projections((up.k, up.n), (lower.k, lower.n))
         self.shape = gpu_abi.Shape(
             self.hidden, width, self.experts, gpu_abi.BFLOAT16, int(row_order == FASTDEPLOY_2_1)
         )

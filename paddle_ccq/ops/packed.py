@@ -144,9 +144,5 @@ def repack_experts(
         raise ValueError(f"up_gate has {len(up_gate)} experts, down {len(down)}")
     up = same_shape([repack(format, t, row_order) for t in up_gate], "up_gate")
     lower = same_shape([repack(format, t, row_order) for t in down], "down")
-    if (up[0].k, up[0].n) != (lower[0].n, 2 * lower[0].k):
-        raise ValueError(
-            f"down is [{lower[0].k}, {lower[0].n}]; with up_gate [{up[0].k}, {up[0].n}] it must be "
-            f"[{up[0].n // 2}, {up[0].k}]"
-        )
+    checks.projections((up[0].k, up[0].n), (lower[0].k, lower[0].n))
     return PackedExperts(up, lower)

@@ -159,11 +159,7 @@ def repack_experts(
     if len(up_gate) != len(down):
         raise ValueError(f"up_gate has {len(up_gate)} experts, down {len(down)}")
     up, lower = repack(format, list(up_gate), row_order), repack(format, list(down), row_order)
-    if (up.k, up.n) != (lower.n, 2 * lower.k):
-        raise ValueError(
-            f"down is [{lower.k}, {lower.n}]; with up_gate [{up.k}, {up.n}] it must be "
-            f"[{up.n // 2}, {up.k}]"
-        )
+    checks.projections((up.k, up.n), (lower.k, lower.n))
     return GpuExperts(up, lower)
 
 

@@ -7,7 +7,6 @@ costs are given, and reports.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ..checkpoint.source_card import read_source_card
 from ..checkpoint.sources.scheme import SourceScheme
 from ..checkpoint.unexpected import config_of_folder
 from ..checkpoint.writer import Workplace, partial_folder
-from ..command import no_message, output_path, refuse_inside, to_stderr
+from ..command import messages, output_path, refuse_inside, shows_progress
 from ..errors import CcqError
 from ..families.config import CCQ, CONFIG_FILE
 from ..host import thread_count
@@ -77,7 +76,7 @@ def quantize(
 def start(model: PathLike, options: QuantizeOptions, dry_run: bool) -> Job:
     """The job as the options ask for it, with the files of options read."""
     calibration = options.calibration_request(fetch=not dry_run)
-    say = no_message if options.quiet else to_stderr
+    say = messages(options.quiet)
     return Job(model, options, say, calibration, options.allocation_request())
 
 
@@ -210,7 +209,7 @@ def allocated(job: Job, plan: Plan, checkpoint: Checkpoint, workplace: Workplace
 def _measured(job: Job, checkpoint: Checkpoint, workplace: Workplace) -> Sensitivities:
     assert job.wanted is not None and job.calibration is not None
     options = job.options
-    shown = not options.quiet and sys.stderr.isatty()
+    shown = shows_progress(options.quiet)
     with reporting.Progress("layers", checkpoint.config.num_hidden_layers, shown) as progress:
         threads = thread_count(options.threads)
         execution = Execution(threads, options.device, workplace.folder, progress)

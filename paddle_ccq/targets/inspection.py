@@ -227,7 +227,7 @@ class Inspection:
         for suffix in ("super_scales", "weight_scale"):
             if suffix in floats and np.any(floats[suffix].astype(np.float32) < 0):
                 yield f"{stem}.{suffix}: negative scales"
-        if planned.format == "wint2":
+        if "code_zp" in floats:
             low, high = code_range(floats["code_scale"], floats["code_zp"])
             outside = int(np.count_nonzero((low < 0) | (high > CODE_MAX)))
             if outside:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..codec import formats
 from ..codec.floats import BFLOAT16
-from ..codec.row_order import PLAIN
 from ..errors import CcqError
 from ..ops.dense import DenseMatrix
 from .experts import PROJECTIONS, ExpertsMethod, Tensors, Wint4Experts
@@ -57,7 +57,7 @@ class CpuCodedExpertsMethod(CpuExpertsMethod):
     ) -> None:
         super().__init__(moe, prefix, already_cut)
         self.format = format
-        self.row_order = row_order if format == "wint2" else PLAIN
+        self.row_order = formats.stored_order(format, row_order)
 
     def cut(self, projection: str, stored: Tensors) -> Tensors:
         if self.format == "ccq-2t" and self.shares[projection][1].source:
