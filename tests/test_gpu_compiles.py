@@ -72,7 +72,7 @@ def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str, weight
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 8])
 def test_few_rows_of_trellis_weights_are_not_serialized(tmp_path: Path, rows: int) -> None:
     source = tmp_path / "few.cu"
     source.write_text(

@@ -102,8 +102,8 @@ cudaError_t launch_gemm(const Device& device, K* kernel, GemmParams p, size_t pa
 }
 
 // Kernels of few rows: `shared` bytes of shared memory; C: what the kernel was made with.
-template <typename C, typename K>
-cudaError_t launch_few(const Device& device, K* kernel, FewParams p, size_t shared, int threads, cudaStream_t stream) {
+template <typename C, typename P>
+cudaError_t launch_few(const Device& device, void (*kernel)(const P), P p, size_t shared, int threads, cudaStream_t stream) {
   // More than half of what there is: of two blocks that share a multiprocessor because the next kernel starts early, one would
   // have to wait while other multiprocessors are idle.
   const size_t at_least = std::max<size_t>(shared, device.shared / 2 + 1024);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped GEMM with CCQ-2T weights for one to four rows an expert, in a single launch.
+// The grouped GEMM with CCQ-2T weights for one to eight rows an expert, in a single launch.
 //
 // Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take equal contiguous ranges of tiles. A stage
 // is 512 input rows of a tile's 64 columns, contiguous in memory: one copy. The stages of a range go in turn to four warpgroups, each
@@ -25,19 +25,29 @@ namespace ccq {
 // 64 columns x 128 rows of packed weights: codes of four 16-column tiles, then a word for each two columns (trellis_repack.h).
 constexpr int kTrellisUnitBytes = 4 * 512 + 4 * 32;
 
-// kStages: copies on their way; a multiple of the warpgroups.
-template <int kRows_, int kStages_, bool kWgmma_>
+// One launch multiplies K input rows `k` of `all_k`, from `first_k` on. More launches than one pass their sums on, as float32.
+struct TrellisFewParams : FewParams {
+  int all_k, first_k;
+  float* partial;    // [rows, n], or NULL
+  bool adds, hands;  // to what an earlier launch left there; to a later one
+};
+
+// kStages: copies on their way; a multiple of the warpgroups. kSumsSlots: tiles whose sums are under way; where K is below 2048, a
+// warpgroup that has no part in every tile must have one in each tile of a slot or in none of it: four.
+template <int kRows_, int kStages_, bool kWgmma_, int kSumsSlots_ = 4>
 struct TrellisFewConfig {
   static constexpr bool kWgmma = kWgmma_;
   static constexpr int kRows = kRows_, kStages = kStages_;
   static constexpr int kNT = kRows > 4 ? kRows / 4 : 1;  // 8-column blocks of the second operand
   static constexpr int kWK = 4, kWN = 4, kWarps = kWK * kWN, kThreads = kWarps * 32, kTiles = 4;
-  static constexpr int kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 64;
+  static constexpr int kProducer = kWarps, kWriter = kWarps + 1, kAllThreads = kThreads + 128;
+  // Registers of a thread: 96 at the beginning; then those of the warps that request and write, and of those that multiply.
+  static constexpr int kOtherRegisters = 64, kConsumerRegisters = 104;
+  static_assert(kThreads * kConsumerRegisters + 128 * kOtherRegisters <= kAllThreads * 96, "what is given back is taken");
   static constexpr int kUnits = 4, kStageBytes = kUnits * kTrellisUnitBytes, kRingsBytes = kStages * kStageBytes;
   static_assert(kStages % kWK == 0 && kMaxExperts % kThreads == 0);
   static constexpr int kColumnSlots = 4, kColumnBytes = kTiles * 16 * 4;
-  // A warpgroup that has no part in every tile (K below 2048) still has one in each tile of a slot, or in none of it: four slots.
-  static constexpr int kSumsSlots = 4, kEntries = kTiles * 8 * kRows;
+  static constexpr int kSumsSlots = kSumsSlots_, kEntries = kTiles * 8 * kRows;
   static constexpr int kBarriers = 2 * kStages + 2 * kColumnSlots + 2 * kSumsSlots;
   // Of a group's activations: four steps of two matrices of 16 bytes a column (`wgmma` has whole blocks of 8); 16 more, so that lanes
   // of several groups write to different banks.
@@ -58,12 +68,14 @@ struct TrellisFewConfig {
     return kRingsBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 + activation_bytes(blocks_k) +
            back_bytes(blocks_k) + kBarriers * 8 + sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
   }
+  // `k` of one launch.
+  static constexpr bool suits(int k) { return kSumsSlots == 4 || stages_of(k / 128) >= kWK; }
 };
 
 // Where things lie in shared memory; of FewShared (few_schedule.cuh) what the scans of offsets use.
-template <int kRows, int kStages, bool kWgmma>
-struct FewShared<TrellisFewConfig<kRows, kStages, kWgmma>> {
-  using C = TrellisFewConfig<kRows, kStages, kWgmma>;
+template <int kRows, int kStages, bool kWgmma, int kSumsSlots>
+struct FewShared<TrellisFewConfig<kRows, kStages, kWgmma, kSumsSlots>> {
+  using C = TrellisFewConfig<kRows, kStages, kWgmma, kSumsSlots>;
   char *rings, *columns, *activations;
   float2* sums;  // [kSumsSlots][kWK][kEntries]
   float* back;   // [stages of K][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
@@ -127,7 +139,7 @@ __device__ inline void consumers_meet(int threads) { asm volatile("bar.sync 1, %
 
 // A warp converts blocks of 512 values, a lane 16 of them: block `item` of a tile's rows is (row, block of K).
 template <typename C>
-__device__ void trellis_load(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int first, Chunk (&kept)[C::kKept]) {
+__device__ void trellis_load(const TrellisFewParams& p, const FewShared<C>& s, const FewRows& rows, int first, Chunk (&kept)[C::kKept]) {
   int row, count;
   rows.place<C>(p, s, &row, &count);
   const int stages = C::stages_of(p.k / 128);
@@ -135,13 +147,14 @@ __device__ void trellis_load(const FewParams& p, const FewShared<C>& s, const Fe
   for (int i = 0; i < C::kKept; ++i) {
     const int item = first + i * C::kWarps, r = item / stages, c = (item - r * stages) * 32 + threadIdx.x % 32;
     kept[i] = Chunk{};
-    if (r < count && c < p.k / 16) kept[i].load(row_in(p, row, count, r), c);
+    const size_t value = static_cast<size_t>(row + r) * p.all_k + p.first_k;
+    if (r < count && c < p.k / 16) kept[i].load(static_cast<const char*>(p.x) + value * 2, c);
   }
 }
 
 // The consumer warps together: a tile's rows become digits in shared memory. `kept`: each warp's first items.
 template <typename C>
-__device__ void trellis_convert(const FewParams& p, const FewShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
+__device__ void trellis_convert(const TrellisFewParams& p, const FewShared<C>& s, const FewRows& rows, int warp, Chunk (&kept)[C::kKept]) {
   const int lane = threadIdx.x % 32, stages = C::stages_of(p.k / 128);
   int first_row, count;
   rows.place<C>(p, s, &first_row, &count);
@@ -274,7 +287,7 @@ __device__ void trellis_stage(const char* codes, const char* sides, uint64_t b, 
 
 // The warp that requests: super scales of a tile, then its stages.
 template <typename C>
-__device__ void trellis_request(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
+__device__ void trellis_request(const TrellisFewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
   const int lane = threadIdx.x % 32, blocks_k = p.k / 128, column_tiles = p.column_tiles.by;
   int column = begin - rows.block * column_tiles, stage = 0;
   uint32_t parity = 1;  // of the round before: passed at once in the first
@@ -285,7 +298,7 @@ __device__ void trellis_request(const FewParams& p, const FewShared<C>& s, int b
     s.columns_free[slot].wait((i / C::kColumnSlots + 1) & 1);
     if (lane < C::kColumnBytes / 16) copy16(s.columns + slot * C::kColumnBytes + lane * 16, p.columns + four * 64 + lane * 4);
     s.columns_full[slot].arrive_after_copies();
-    const uint8_t* from = p.quant + four * blocks_k * kTrellisUnitBytes;
+    const uint8_t* from = p.quant + (four * (p.all_k / 128) + p.first_k / 128) * kTrellisUnitBytes;
     for (int kb = 0; kb < blocks_k; kb += C::kUnits, from += C::kStageBytes) {
       const int bytes = min(C::kUnits, blocks_k - kb) * kTrellisUnitBytes;
       char* const to = s.rings + stage * C::kStageBytes;
@@ -311,7 +324,7 @@ __device__ void trellis_request(const FewParams& p, const FewShared<C>& s, int b
 
 // The warp that writes: adds up the parts of a tile in the order of K. A lane has columns g and g + 8 of one 16-column tile.
 template <typename C>
-__device__ void trellis_write(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
+__device__ void trellis_write(const TrellisFewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
   const int column_tiles = p.column_tiles.by, slices = C::slices(p.k / 128), lane = threadIdx.x % 32;
   const int left = lane / 8 * 16 + lane % 8;
   int column = begin - rows.block * column_tiles, first_row, count;
@@ -333,6 +346,11 @@ __device__ void trellis_write(const FewParams& p, const FewShared<C>& s, int beg
       }
       if (at >= p.n) continue;
       const size_t to = static_cast<size_t>(first_row + r) * p.n + at;
+      if (p.adds) sum.x += p.partial[to], sum.y += p.partial[to + 8];
+      if (p.hands) {
+        p.partial[to] = sum.x, p.partial[to + 8] = sum.y;
+        continue;
+      }
       store(p.out, p.dtype, to, sum.x * super0);
       store(p.out, p.dtype, to + 8, sum.y * super1);
     }
@@ -347,7 +365,7 @@ __device__ void trellis_write(const FewParams& p, const FewShared<C>& s, int beg
 
 // The warps that multiply.
 template <typename C>
-__device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows, int warp,
+__device__ void trellis_consume(const TrellisFewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows, int warp,
                                 Chunk (&kept)[C::kKept]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / C::kWN, wn = warp % C::kWN;
   const int column_tiles = p.column_tiles.by, stages_k = C::stages_of(p.k / 128);
@@ -396,7 +414,7 @@ __device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int b
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const FewParams p) {
+__global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const TrellisFewParams p) {
   dependents_may_start();
   extern __shared__ __align__(128) char shared[];
   const int blocks_k = p.k / 128;
@@ -427,9 +445,11 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const Fe
   __syncthreads();  // barriers stand, and no weights are requested before all activations are: those would wait behind them
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
   if (warp >= C::kWarps) {
+    if (C::kWgmma) deallocate_registers<C::kOtherRegisters>();
     if (warp == C::kProducer) trellis_request<C>(p, s, begin, end, rows);
     else if (warp == C::kWriter) trellis_write<C>(p, s, begin, end, rows);
   } else {
+    if (C::kWgmma) allocate_registers<C::kConsumerRegisters>();
     trellis_consume<C>(p, s, begin, end, rows, warp, kept);
   }
 }

@@ -21,8 +21,11 @@ auto with_trellis_few(int variant, F&& use) {
 #ifdef CCQ_SM90A
     case kTrellisFew: return use(TrellisFewConfig<1, 8, true>{});
     case kTrellisFew + 1: return use(TrellisFewConfig<4, 8, true>{});
+    case kTrellisFew + 2: return use(TrellisFewConfig<8, 8, true, 2>{});
+    case kTrellisFew + 5: return use(TrellisFewConfig<8, 8, true, 2>{});
+    case kTrellisFew + 6: return use(TrellisFewConfig<8, 8, true, 4>{});
 #endif
-    case kTrellisFew + 2: return use(TrellisFewConfig<1, 4, false>{});
+    case kTrellisFew + 3: return use(TrellisFewConfig<1, 4, false>{});
     default: return use(TrellisFewConfig<4, 4, false>{});
   }
 }
@@ -63,13 +66,24 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
 }
 #endif
 
+// Launches that share K, and the input rows of each (of the last one, at most).
+int parts_of(int variant) { return variant == kTrellisFew + 5 ? 2 : 1; }
+int part_of(int variant, int k) { return ceil_div(k / 128, parts_of(variant)) * 128; }
+
 bool fits(const Gpu& gpu, int variant, const Call& call) {
   const auto shared = static_cast<size_t>(gpu.shared);
-  if (variant >= kTrellisFew)
+  if (variant >= kTrellisFew) {
+    if (parts_of(variant) > 1) {  // their sums lie in the workspace
+      Arena arena(nullptr);
+      Workspace(arena, call.rows, call.k, call.experts, gpu.sms);
+      if (int64_t{4} * call.rows * call.n > static_cast<int64_t>(arena.most())) return false;
+    }
     return with_trellis_few(variant, [&](auto c) {
       using C = decltype(c);
-      return C::shared_bytes(call.k, call.experts) <= shared;
+      const int k = part_of(variant, call.k);
+      return C::suits(call.k - (parts_of(variant) - 1) * k) && C::shared_bytes(k, call.experts) <= shared;
     });
+  }
 #ifdef CCQ_SM90A
   return with_trellis_wide<true>(variant, [&](auto c) { return decltype(c)::shared_bytes(kMaxExperts) <= shared; });
 #else
@@ -97,11 +111,19 @@ cudaError_t trellis_gemm(const Device& device, const ccq_moe_gemm_args& a, int v
   if (variant < kTrellisFew)
     return a.dtype == CCQ_BF16 ? launch_wide<true>(device, a, variant, stream) : launch_wide<false>(device, a, variant, stream);
 #endif
-  const FewParams p{a.x, a.offsets, a.quant, nullptr, a.columns, a.row_scale, a.out, a.rows, a.k, a.n, a.experts, a.dtype, 0};
-  return with_trellis_few(variant, [&](auto config) {
-    using C = decltype(config);
-    return launch_few<C>(device, trellis_few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kAllThreads, stream);
-  });
+  const int part = part_of(variant, a.k);
+  for (int first = 0; first < a.k; first += part) {
+    TrellisFewParams p{};
+    p.x = a.x, p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.row_scale = a.row_scale, p.out = a.out;
+    p.rows = a.rows, p.k = std::min(part, a.k - first), p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+    p.all_k = a.k, p.first_k = first, p.partial = static_cast<float*>(a.workspace), p.adds = first > 0, p.hands = first + part < a.k;
+    const cudaError_t error = with_trellis_few(variant, [&](auto config) {
+      using C = decltype(config);
+      return launch_few<C>(device, trellis_few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kAllThreads, stream);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace ccq
