@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""2-bit Convolutional Code Quantization (arXiv 2507.07145) for ERNIE-4.5 MoE checkpoints."""
+"""2-bit Convolutional Code Quantization (arXiv 2507.07145) for mixture-of-experts models."""
 
 from .host import use_fast_products
 from .version import __version__

@@ -37,7 +37,7 @@ from .checkpoint.safetensors_io import (
     tensor_bytes,
 )
 from .checkpoint.source import resolve_model
-from .checkpoint.sources.scheme import KEYS
+from .checkpoint.sources.scheme import without_entries
 from .checkpoint.values import count_nonfinite
 from .checkpoint.writer import write_file
 from .command import messages, output_path, refuse_inside, run_command, to_stderr
@@ -144,7 +144,8 @@ def _tensors(
         _check_finite(checkpoint, name, values, log)
         dtype = DTYPES[_target_dtype(checkpoint, name)]
         for part in storage.parts:
-            yield part.name, values[part.columns or slice(None)].astype(dtype, copy=False)
+            held = values if part.columns is None else values[part.columns]
+            yield part.name, held.astype(dtype, copy=False)
 
 
 def _check_finite(
@@ -209,9 +210,9 @@ def _write_shards(
 
 
 def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
-    config = dict(checkpoint.config.raw)
+    config = without_entries(checkpoint.config.raw)
     # auto_map names code, which is not copied.
-    for key in (*KEYS, PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
+    for key in (PROVENANCE_KEY, "dtype", "torch_dtype", "auto_map"):
         config.pop(key, None)
     chosen = checkpoint.config.family.naming(naming)
     for key in chosen.unwanted:

@@ -272,13 +272,11 @@ def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
         from .evaluation.report import detail_table
 
-        if args.json is not None:
-            reporting.check_can_write(args.json, args.force)
+        write_json = reporting.json_writer(args)
         options = options_of(args, EvaluateOptions)
         options |= {"log": messages(args.quiet), "show_progress": shows_progress(args.quiet)}
         result = evaluate(args.model, args.reference, args.text, args.tasks, **options)
-        if args.json is not None:
-            reporting.write_json(args.json, result)
+        write_json(result)
         out = reporting.console()
         if "text" in result:
             described = result["text"]

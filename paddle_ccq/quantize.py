@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize an ERNIE-4.5 checkpoint to FastDeploy's WINT2, or to the 2.5- and 2.75-bit formats."""
+"""Quantize a checkpoint to 2 to 2.75 bits, for FastDeploy, for vLLM and for our own server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build_parser() -> Arguments:
     add(
         "--calibration",
         metavar="FILE",
-        help="text to choose wint2 codes by: .jsonl, .json, .txt, -, or a data set's hub id",
+        help="text to choose 2-bit codes by: .jsonl, .json, .txt, -, or a data set's hub id",
     )
     add("--calibration-tokens", metavar="N", help="of the text, spread evenly (default: 256k)")
     add(
@@ -52,6 +52,15 @@ def build_parser() -> Arguments:
         choices=TOKEN_WEIGHTS,
         help="what a token's inputs are weighed by (default: router)",
     )
+    _add_layers(parser)
+    _add_run(parser)
+    parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})
+    return parser
+
+
+def _add_layers(parser: Arguments) -> None:
+    """What single layers become, and how they are stored."""
+    add = parser.add_argument
     add(
         "--wint4-end-layer",
         type=whole,
@@ -77,9 +86,6 @@ def build_parser() -> Arguments:
         action="store_true",
         help="leave out the layers for multi-token prediction, which speculative decoding needs",
     )
-    _add_run(parser)
-    parser.set_defaults(**{option.name: option.default for option in fields(QuantizeOptions)})
-    return parser
 
 
 def _add_run(parser: Arguments) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .checkpoint.plan import KEPT, Plan, PlannedTensor
+from .checkpoint.plan import Plan
+from .checkpoint.planned import KEPT, PlannedTensor
 from .command import output_path
 from .errors import CcqError, describe_os_error, visible
 from .families.tensor import Role
@@ -106,7 +108,7 @@ def plan_table(plan: Plan, quantized_only: bool = False) -> Table:
                 str(list(members[0].shape)),
                 f"{len(members):,}",
                 FORMAT_WORDS.get(members[0].format, members[0].format),
-                f"{8 * stored / weights:.3f}",
+                f"{8 * stored / max(weights, 1):.3f}",
                 gigabytes(stored),
             ]
         )
@@ -221,6 +223,18 @@ def check_can_write(path: str | os.PathLike[str], force: bool, flag: str = "--js
         partial_name(path).unlink()
     except OSError as error:
         raise CcqError(f"{flag} {path}: {describe_os_error(error)}") from None
+
+
+def json_writer(args: argparse.Namespace) -> Callable[[Any], None]:
+    """What writes a command's result where --json says, if it does.
+
+    Raises:
+        CcqError: at once, if a file is there and --force is not given.
+    """
+    if args.json is None:
+        return lambda result: None
+    check_can_write(args.json, args.force)
+    return lambda result: write_json(args.json, result)
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:

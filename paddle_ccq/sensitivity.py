@@ -191,8 +191,7 @@ def build_parser() -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
-        if args.json is not None:
-            reporting.check_can_write(args.json, args.force)
+        write_json = reporting.json_writer(args)
         if args.plot is not None:
             reporting.check_can_write(args.plot, args.force, "--plot")
             require_matplotlib(args.plot)
@@ -200,8 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         options = options_of(args, SensitivityOptions)
         options |= {"log": messages(args.quiet), "show_progress": shows_progress(args.quiet)}
         found = sensitivity(args.model, args.calibration, **options)
-        if args.json is not None:
-            reporting.write_json(args.json, found.as_dict())
+        write_json(found.as_dict())
         if args.plot is not None:
             plot(found, args.plot)
         reporting.console().print(costs_table(found))

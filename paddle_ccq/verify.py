@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import reporting
 from .arguments import Arguments
 from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
-from .checkpoint.plan import KEPT, PlannedTensor
+from .checkpoint.planned import KEPT, PlannedTensor
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES
 from .checkpoint.source import resolve_model
@@ -212,11 +212,12 @@ def _error(
     planned: PlannedTensor, parts: list[dict[str, np.ndarray]], weight: np.ndarray, order: str
 ) -> dict[str, float]:
     """rel-MSE and cosine of a matrix, decoded exactly (float32), to the reference [K, N]."""
-    found = join(
-        [formats.decode(planned.format, part, "float32", order) for part in parts], planned.cut
-    )
-    size, found_size = energy(weight), energy(found)
-    difference = difference_energy(weight, found)
+    # Damaged scales give NaN, which makes an error; NumPy's warning names no tensor.
+    with np.errstate(invalid="ignore", over="ignore"):
+        decoded = [formats.decode(planned.format, part, "float32", order) for part in parts]
+        found = join(decoded, planned.cut)
+        size, found_size = energy(weight), energy(found)
+        difference = difference_energy(weight, found)
     scale = math.sqrt(size * found_size)
     return {
         "rel_mse": difference / size if size else (0.0 if not difference else math.inf),
@@ -282,8 +283,7 @@ def build_parser() -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
-        if args.json:
-            reporting.check_can_write(args.json, args.force)
+        write_json = reporting.json_writer(args)
         result = verify(
             args.folder,
             args.reference,
@@ -292,8 +292,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet=args.quiet,
         )
         print_result(result)
-        if args.json:
-            reporting.write_json(args.json, result.to_json())
+        write_json(result.to_json())
         return 0 if result.sound else 1
 
     return run_command(build_parser(), argv, body)

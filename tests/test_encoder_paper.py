@@ -55,7 +55,7 @@ def test_error_is_the_known_one(format: str, encoder: str, expected: float) -> N
     assert encoded.stats.rel_mse == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("format", formats.CCQ_FORMATS)
+@pytest.mark.parametrize("format", paper.FORMATS)
 def test_zero_channels_and_groups_stay_zero(format: str) -> None:
     w = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)
     w[0], w[1, :64] = 0, 0
@@ -63,3 +63,13 @@ def test_zero_channels_and_groups_stay_zero(format: str) -> None:
         format, make_encoder(format, encoder="paper").encode(w).tensors, "bfloat16"
     ).T
     assert not back[0].any() and not back[1, :64].any() and np.all(np.isfinite(back))
+
+
+def test_formats_that_the_paper_does_not_have_are_refused() -> None:
+    for format in formats.CCQ_FORMATS:
+        if format in paper.FORMATS:
+            assert make_encoder(format, encoder="paper").format == format
+        else:
+            with pytest.raises(ValueError, match=f"the paper has no {format}"):
+                make_encoder(format, encoder="paper")
+    assert set(paper.FORMATS) < set(formats.CCQ_FORMATS)

@@ -17,7 +17,7 @@ from paddle_ccq.encoder.base import ErrorStats
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.search import SearchEncoder, pair_books
 
-FORMATS = list(formats.CCQ_FORMATS)
+FORMATS = list(layouts.LAYOUTS)
 ARRAYS = ("words", "scales", "supers", "pairs")
 
 

@@ -133,7 +133,7 @@ def test_zeros_and_what_is_too_small_are_stored_as_zeros() -> None:
 def test_what_cannot_be_stored_or_searched_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ccq-2t needs K .* a multiple of 128, got 192"):
         make_encoder(trellis.NAME, "fast").encode(gaussian(2, 192))
-    with pytest.raises(ValueError, match="no encoder 'paper'"):
+    with pytest.raises(ValueError, match="the paper has no ccq-2t"):
         make_encoder(trellis.NAME, encoder="paper")
     with pytest.raises(ValueError, match="no instruction set mmx"):
         TrellisEncoder("fast", 1, isa="mmx").encode(gaussian(2, 128))

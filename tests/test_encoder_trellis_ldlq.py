@@ -8,6 +8,7 @@ import pytest
 
 from paddle_ccq import _core
 from paddle_ccq.codec import formats, trellis
+from paddle_ccq.encoder import trellis_ldlq_reference as reference
 from paddle_ccq.encoder.factory import calibrated_encoder, make_encoder
 from paddle_ccq.encoder.ldlq import LdlqEncoder, prepare
 from paddle_ccq.encoder.ldlq_metric import InputHessian, damped, make_metric, weighted_error
@@ -64,6 +65,23 @@ def test_every_instruction_set_and_thread_count_finds_the_same(make) -> None:
     # Channels do not see each other: one alone gives the bytes that it gives among others.
     alone = encoder(hessian, SMALL).encode(w[7:8]).tensors["quant_weight"]
     np.testing.assert_array_equal(alone[:, 0], expected["quant_weight"][:, 7])
+
+
+@pytest.mark.parametrize("make", [autoregressive, lambda k: lopsided(k, 2)], ids=["ar", "lopsided"])
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_the_core_does_what_the_reference_does(make, sweeps: int) -> None:
+    hessian, w = make(192), gaussian(4, 192, seed=7)
+    w[1, 64:128] = 0
+    w[2, 128:] *= 1e-3
+    w[3, 100] = 20
+    recipe = TrellisLdlqRecipe(kappas=(9.5, 6.0), window=(-1, 1), beam=300, sweeps=sweeps)
+    metric, prepared = make_trellis_metric(hessian, 0.01), prepare(w, recipe)
+    expected = reference.encode(prepared.weight, metric, prepared.supers, recipe)
+    found = _core.trellis_ldlq(
+        prepared.weight, metric.as_dict(), prepared.supers, recipe.as_dict(), 1
+    )
+    for part, value in expected.items():
+        np.testing.assert_array_equal(found[part], value, err_msg=part)
 
 
 def test_feedback_beats_the_memoryless_code_by_a_fifth() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from helpers import family_models
-from helpers.family_models import CASES, Case, by_name, random_model, save
+from helpers.family_models import (
+    CASES,
+    Case,
+    Tensors,
+    by_name,
+    random_tensors,
+    stacked_tensors,
+    write_source,
+)
 from helpers.published import FP8_CONFIG, fp8, from_fp8, from_int4, int4, int4_config
+from helpers.runs import contents, stop_after
 from helpers.synthetic import tiny_config, write_checkpoint, write_tensors
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import TensorFolder
@@ -26,28 +33,21 @@ from paddle_ccq.dequantize import main as dequantize_main
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluate import main as evaluate_main
 from paddle_ccq.families.tensor import EXACT_ROLES
+from paddle_ccq.fastdeploy.check import main as fastdeploy_main
 from paddle_ccq.quantize import main, quantize
 from paddle_ccq.sample import main as sample_main
 from paddle_ccq.sensitivity import main as sensitivity_main
 from paddle_ccq.tune import main as tune_main
 from paddle_ccq.verify import verify
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 OPTIONS = {"preset": "fast", "quiet": True}
-TOKENS = torch.arange(17).reshape(1, 17) * 5 % 96
-# Where transformers' classes hold what another module name stands for on disk.
-_MODULES = {"block_sparse_moe": "mlp"}
-Tensors = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model, its source folder, and the quantized folder."""
+    """A case, its source folder, and the quantized folder."""
 
     case: Case
-    model: Any
     source: Path
     output: Path
 
@@ -60,10 +60,9 @@ def made(tmp_path_factory):
     def make(case: Case) -> Made:
         if case.name not in known:
             folder = tmp_path_factory.mktemp(case.name)
-            model = random_model(case)
-            save(model, folder / "source")
+            write_source(folder / "source", case.config, random_tensors(case))
             quantize(folder / "source", folder / "output", **OPTIONS)
-            known[case.name] = Made(case, model, folder / "source", folder / "output")
+            known[case.name] = Made(case, folder / "source", folder / "output")
         return known[case.name]
 
     return make
@@ -77,60 +76,6 @@ def stored(folder: Path) -> Tensors:
 
 def entry_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def decoded(tensors: Tensors, module: str, expert: int, projection: str, format: str) -> np.ndarray:
-    """An expert's matrix [out, in] from its packed tensors, as bfloat16 holds it."""
-    stem = f"{module}.{expert}.{projection}."
-    parts = {n.removeprefix(stem): v for n, v in tensors.items() if n.startswith(stem)}
-    return formats.decode(format, parts, "bfloat16", "plain").T
-
-
-def with_decoded_experts(model: Any, folder: Path, modules: Iterable[str] | None = None) -> None:
-    """Put the folder's experts into the model, by names and shapes stated here once more."""
-    tensors, parameters = stored(folder), dict(model.named_parameters())
-    formats_of = entry_of(folder)["experts"]
-    for module in modules or formats_of:
-        own = module
-        for disk, python in _MODULES.items():
-            own = own.replace(disk, python)
-        for projection in ("gate_up_proj", "down_proj"):
-            target = parameters[f"{own}.{projection}"]
-            with torch.no_grad():
-                for expert in range(4):
-                    values = decoded(tensors, module, expert, projection, formats_of[module])
-                    target[expert] = torch.from_numpy(np.ascontiguousarray(values))
-
-
-def logits(model: Any) -> Any:
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits.float()
-
-
-def loaded(case: Case, folder: Path) -> Any:
-    """The folder as transformers reads it, which must find every tensor that it wants."""
-    auto = getattr(transformers, case.auto)
-    model, info = auto.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
-    return model.eval()
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_dequantized_the_logits_are_those_of_the_decoded_weights(case, made, tmp_path):
-    found = made(case)
-    report = verify(found.output, found.source)
-    assert report.sound, report.problems
-    assert len(report.matrices) == 2 * 4 * len(entry_of(found.output)["experts"])
-    assert 0.05 < np.mean([m["rel_mse"] for m in report.matrices]) < 0.2
-    dequantize(found.output, tmp_path / "float", log=lambda _: None)
-    again = loaded(case, tmp_path / "float")
-    before = logits(found.model)
-    changed = random_model(case)
-    with_decoded_experts(changed, found.output)
-    expected = logits(changed)
-    assert not torch.equal(expected, before)
-    assert torch.equal(logits(again), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -156,8 +101,9 @@ def test_all_but_the_experts_is_the_source_byte_for_byte(case, made):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stacked_experts_give_the_same_checkpoint(case, made, tmp_path):
     found = made(case)
-    save(found.model, tmp_path / "stacked", stacked=True)
-    assert len(stored(tmp_path / "stacked")) < len(stored(found.source))
+    stacks = stacked_tensors(stored(found.source))
+    assert len(stacks) < len(stored(found.source))
+    write_source(tmp_path / "stacked", found.case.config, stacks)
     quantize(tmp_path / "stacked", tmp_path / "output", **OPTIONS)
     expected, output = stored(found.output), stored(tmp_path / "output")
     renamed = {
@@ -169,7 +115,7 @@ def test_stacked_experts_give_the_same_checkpoint(case, made, tmp_path):
         assert output[renamed[name]].tobytes() == value.tobytes(), name
     assert verify(tmp_path / "output", tmp_path / "stacked").sound
     dequantize(tmp_path / "output", tmp_path / "float", log=lambda _: None)
-    loaded(case, tmp_path / "float")
+    assert stored(found.source).keys() == stored(tmp_path / "float").keys()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -182,7 +128,7 @@ def test_config_json_alone_says_how_large_the_output_is(case, made, tmp_path):
     known = {planned.name: planned for planned in whole.tensors}
     optional = 0
     for planned in alone.tensors:
-        if planned.tensor.optional and planned.name not in known:
+        if alone.config.is_prediction(planned.tensor) and planned.name not in known:
             optional += planned.rank_bytes
             continue
         wanted = known[planned.name]
@@ -195,12 +141,6 @@ def test_config_json_alone_says_how_large_the_output_is(case, made, tmp_path):
 
 
 # --- sources in FP8 and INT4 ----------------------------------------------------------------------
-
-
-def write(folder: Path, config: dict[str, Any], tensors: Tensors, shards: int = 3) -> None:
-    folder.mkdir()
-    write_tensors(folder, tensors, shards)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def with_prediction_layer(tensors: Tensors, layer: int) -> Tensors:
@@ -232,7 +172,7 @@ def test_deepseek_from_fp8_with_its_layer_for_prediction(made, tmp_path):
         tensors[name], tensors[name + "_scale_inv"] = fp8(tensors[name].astype(np.float32))
         exact[name] = from_fp8(tensors[name], tensors[name + "_scale_inv"])
     config = json.loads((plain.source / "config.json").read_text())
-    write(tmp_path / "source", {**config, "quantization_config": FP8_CONFIG}, tensors)
+    write_source(tmp_path / "source", {**config, "quantization_config": FP8_CONFIG}, tensors)
     quantize(tmp_path / "source", tmp_path / "output", **OPTIONS)
     report = verify(tmp_path / "output", tmp_path / "source")
     assert report.sound, report.problems
@@ -245,26 +185,45 @@ def test_deepseek_from_fp8_with_its_layer_for_prediction(made, tmp_path):
             assert output[name].tobytes() == value.tobytes(), name
     # The same experts from their exact values in float32.
     floats = {n: exact.get(n, v) for n, v in tensors.items() if not n.endswith("_scale_inv")}
-    write(tmp_path / "float32", config, floats)
+    write_source(tmp_path / "float32", config, floats)
     quantize(tmp_path / "float32", tmp_path / "from-float32", **OPTIONS)
     expected = stored(tmp_path / "from-float32")
     packed = [name for name in output if ".experts." in name]
     assert all(output[name].tobytes() == expected[name].tobytes() for name in packed)
 
     dequantize(tmp_path / "output", tmp_path / "again", log=lambda _: None)
-    changed = random_model(case)
-    parameters = dict(changed.named_parameters())
-    with torch.no_grad():
-        for name, value in exact.items():
-            if name in parameters:
-                parameters[name].copy_(torch.from_numpy(value))
-    # transformers' class has no layer for prediction.
-    with_decoded_experts(changed, tmp_path / "output", ["model.layers.1.mlp.experts"])
-    assert torch.equal(logits(loaded(case, tmp_path / "again")), logits(changed))
     back = stored(tmp_path / "again")
     assert "model.layers.2.eh_proj.weight" in back
     assert not any(name.endswith("_scale_inv") for name in back)
     assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["eh_proj.weight", "mlp.experts.3.up_proj.weight", "self_attn.o_proj.weight", "enorm.weight"],
+)
+def test_a_layer_for_prediction_is_there_as_a_whole(missing, made, tmp_path):
+    plain = made(by_name("deepseek-v3"))
+    tensors = with_prediction_layer(stored(plain.source), 2)
+    del tensors[f"model.layers.2.{missing}"]
+    write_source(tmp_path / "source", plain.case.config, tensors)
+    with pytest.raises(CcqError, match=f"1 tensor is missing, the first 'model.layers.2.{missing}"):
+        quantize(tmp_path / "source", tmp_path / "output", **OPTIONS)
+    assert not (tmp_path / "output").exists()
+
+
+def test_layers_for_prediction_can_be_left_out(made, tmp_path):
+    plain = made(by_name("deepseek-v3"))
+    tensors = with_prediction_layer(stored(plain.source), 2)
+    write_source(tmp_path / "source", plain.case.config, tensors)
+    quantize(tmp_path / "source", tmp_path / "output", drop_mtp=True, **OPTIONS)
+    assert verify(tmp_path / "output", tmp_path / "source").sound
+    expected = stored(plain.output)
+    assert {n: v.tobytes() for n, v in stored(tmp_path / "output").items()} == {
+        n: v.tobytes() for n, v in expected.items()
+    }
+    config = json.loads((tmp_path / "output/config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
 
 
 def test_kimi_from_int4(made, tmp_path):
@@ -277,14 +236,14 @@ def test_kimi_from_int4(made, tmp_path):
         tensors |= {f"{stem}.{suffix}": value for suffix, value in packed.items()}
     config = json.loads((plain.source / "config.json").read_text())
     config |= {"model_type": "kimi_k2", "quantization_config": int4_config()}
-    write(tmp_path / "source", config, tensors)
+    write_source(tmp_path / "source", config, tensors)
     quantize(tmp_path / "source", tmp_path / "output", **OPTIONS)
     entry = entry_of(tmp_path / "output")
     assert entry["family"] == "Kimi-K2"
     assert verify(tmp_path / "output", tmp_path / "source").sound
     floats = {**{n: v for n, v in tensors.items() if ".experts." not in n}, **exact}
     config.pop("quantization_config")
-    write(tmp_path / "float32", config, floats)
+    write_source(tmp_path / "float32", config, floats)
     quantize(tmp_path / "float32", tmp_path / "expected", **OPTIONS)
     output, expected = stored(tmp_path / "output"), stored(tmp_path / "expected")
     assert output.keys() == expected.keys()
@@ -302,7 +261,7 @@ def changed_source(plain: Made, folder: Path, **changes: np.ndarray | None) -> P
             del tensors[name]
         else:
             tensors[name] = value
-    write(folder, json.loads((plain.source / "config.json").read_text()), tensors)
+    write_source(folder, json.loads((plain.source / "config.json").read_text()), tensors)
     return folder
 
 
@@ -312,8 +271,13 @@ def test_tensors_that_the_family_does_not_name_are_kept(made, tmp_path):
         "model.layers.0.self_attn.extra.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
         "model.counts": np.arange(4, dtype=np.int64),
         "a{b}c": np.ones((2, 2), np.float16),
+        "a.number": np.array(2.5, np.float32),
+        "a.count": np.array(7, np.int32),
+        "nothing": np.zeros((0, 4), np.float32),
+        "model.layers.0.self_attn.q_proj.input_scale": np.array(0.5, np.float32),
     }
     source = changed_source(plain, tmp_path / "source", **more)
+    quantize(source, dry_run=True, **OPTIONS)
     quantize(source, tmp_path / "output", **OPTIONS)
     assert verify(tmp_path / "output", source).sound
     dequantize(tmp_path / "output", tmp_path / "again", log=lambda _: None)
@@ -420,21 +384,6 @@ def test_commands_that_compute_the_model_say_that_they_cannot(command, made, tmp
     assert f"{command}: computes the model, which this package does for ERNIE-4.5 alone" in said
 
 
-@pytest.mark.parametrize("format", ["ccq-2.5", "ccq-2.75"])
-def test_other_formats_and_layers_in_wint4(format, made, tmp_path):
-    found = made(by_name("minimax-m2"))
-    quantize(found.source, tmp_path / "output", format=format, wint4_end_layer=0, **OPTIONS)
-    assert entry_of(tmp_path / "output")["experts"] == {
-        "model.layers.0.block_sparse_moe.experts": "wint4",
-        "model.layers.1.block_sparse_moe.experts": format,
-    }
-    assert verify(tmp_path / "output", found.source).sound
-    dequantize(tmp_path / "output", tmp_path / "float", log=lambda _: None)
-    changed = random_model(found.case)
-    with_decoded_experts(changed, tmp_path / "output")
-    assert torch.equal(logits(loaded(found.case, tmp_path / "float")), logits(changed))
-
-
 def test_dequantize_knows_the_families_namings(made, tmp_path, capsys):
     found = made(by_name("qwen3-moe"))
     flags = [str(found.output), "--output", str(tmp_path / "x"), "--naming", "paddle"]
@@ -462,6 +411,7 @@ def broken(found: Made, folder: Path, change: Any) -> list[str]:
 PACKED = "model.layers.1.mlp.experts.2.gate_up_proj"
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -512,6 +462,12 @@ def test_entries_of_config_json_that_are_none(change, problem, made, tmp_path):
         )
 
 
+def test_fastdeploys_check_says_whose_layout_it_is(made, capsys):
+    flags = [str(made(by_name("qwen3-moe")).output), "--gpu-memory", "80"]
+    assert fastdeploy_main(flags) == 2
+    assert "in Hugging Face's layout, which FastDeploy does not read" in capsys.readouterr().err
+
+
 def test_a_packed_checkpoint_is_not_quantized_again(made, tmp_path):
     with pytest.raises(CcqError, match="quantized already"):
         quantize(made(by_name("qwen3-moe")).output, tmp_path / "again", **OPTIONS)
@@ -545,10 +501,6 @@ def test_ernie_can_be_written_so_from_both_namings(layout, tmp_path):
     assert open_checkpoint(tmp_path / "float").names() == original.names()
 
 
-def test_the_families_models_are_small():
-    assert sum(1 for _ in family_models.CASES) == len({case.name for case in CASES})
-
-
 # --- models of no known family --------------------------------------------------------------------
 
 
@@ -559,7 +511,7 @@ def unknown(found: Made, folder: Path, change: Any = None) -> Path:
     config |= {"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard_of"}
     if change is not None:
         change(tensors)
-    write(folder, config, tensors)
+    write_source(folder, config, tensors)
     return folder
 
 
@@ -568,8 +520,9 @@ def unknown(found: Made, folder: Path, change: Any = None) -> Path:
 def test_generic_packs_what_the_family_would_pack(name, stacked, made, tmp_path, capsys):
     found = made(by_name(name))
     if stacked:
-        save(found.model, tmp_path / "stacked", stacked=True)
-        found = Made(found.case, found.model, tmp_path / "stacked", found.output)
+        stacks = stacked_tensors(stored(found.source))
+        source = write_source(tmp_path / "stacked", found.case.config, stacks)
+        found = Made(found.case, source, found.output)
     source = unknown(found, tmp_path / "source")
     with pytest.raises(CcqError, match=r"'UnheardOfForCausalLM' is not supported; .*--family gen"):
         quantize(source, tmp_path / "output", **OPTIONS)
@@ -608,7 +561,7 @@ def test_generic_from_int4_and_fp8(made, tmp_path):
             exact[name] = from_int4(packed, weight.shape[1])
     config = json.loads((plain.source / "config.json").read_text())
     config |= {"architectures": ["X"], "quantization_config": FP8_CONFIG}
-    write(tmp_path / "mixed", config, tensors)
+    write_source(tmp_path / "mixed", config, tensors)
     # INT4 of which config.json says nothing is refused by name.
     with pytest.raises(CcqError, match="weight_packed is stored as INT4, of which"):
         quantize(tmp_path / "mixed", tmp_path / "output", family="generic", **OPTIONS)
@@ -663,3 +616,145 @@ def test_generic_needs_the_weights(made, tmp_path):
         quantize(tmp_path / "alone", dry_run=True, family="generic", **OPTIONS)
     with pytest.raises(CcqError, match="--family x: not one of generic"):
         quantize(tmp_path / "alone", dry_run=True, family="x", **OPTIONS)
+
+
+# --- runs that stop -------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
+    found = made(by_name("deepseek-v3"))
+    options = {**OPTIONS, "max_shard_size": "100kB"}
+    quantize(found.source, tmp_path / "expected", **options)
+    expected = contents(tmp_path / "expected")
+    assert sum(name.endswith(".safetensors") for name in expected) > 5
+    for items in (1, 9, 31):
+        out = tmp_path / f"output-{items}"
+        with monkeypatch.context() as patch:
+            stop_after(patch, items)
+            with pytest.raises(KeyboardInterrupt):
+                quantize(found.source, out, **options)
+        assert not out.exists()
+        with pytest.raises(CcqError, match=r"--format wint2 then, ccq-2\.5 now"):
+            quantize(found.source, out, format="ccq-2.5", **options)
+        quantize(found.source, out, **options)
+        assert contents(out) == expected
+
+
+def test_another_target_or_family_is_another_run(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "source", tiny_config(moe_intermediate_size=128))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tmp_path / "source", tmp_path / "output", **OPTIONS)
+    with pytest.raises(CcqError, match="--target null then, huggingface now"):
+        quantize(tmp_path / "source", tmp_path / "output", target="huggingface", **OPTIONS)
+
+
+# --- config.json and tensors of published kinds ---------------------------------------------------
+
+
+def fp8_source(plain: Made, folder: Path, config: dict[str, Any], more: Tensors) -> Path:
+    """The source with its experts in FP8."""
+    tensors = stored(plain.source)
+    for name in [n for n in tensors if ".experts." in n]:
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensors[name].astype(np.float32))
+    return write_source(folder, config, tensors | more)
+
+
+def test_the_entry_may_lie_in_text_config(made, tmp_path):
+    plain = made(by_name("qwen3.5-moe-vision"))
+    config = json.loads(json.dumps(plain.case.config))
+    config["text_config"]["quantization_config"] = FP8_CONFIG
+    source = fp8_source(plain, tmp_path / "source", config, {})
+    quantize(source, tmp_path / "output", **OPTIONS)
+    entry = entry_of(tmp_path / "output")
+    assert entry["source_quantization_config"] == FP8_CONFIG
+    written = json.loads((tmp_path / "output/config.json").read_text())
+    assert "quantization_config" not in written["text_config"]
+    assert verify(tmp_path / "output", source).sound
+    dequantize(tmp_path / "output", tmp_path / "float", log=lambda _: None)
+    again = json.loads((tmp_path / "float/config.json").read_text())
+    assert "quantization_config" not in {**again, **again["text_config"]}
+
+
+def test_scales_of_experts_inputs_are_passed_over_with_a_word(made, tmp_path, capsys):
+    plain = made(by_name("qwen3-moe"))
+    name = "model.layers.1.mlp.experts.0.up_proj.input_scale"
+    dense = "model.layers.1.self_attn.q_proj.input_scale"
+    more = {key: np.ones(1, np.float32) for key in (name, dense)}
+    config = {**plain.case.config, "quantization_config": FP8_CONFIG}
+    source = fp8_source(plain, tmp_path / "source", config, more)
+    quantize(source, tmp_path / "output", preset="fast")
+    assert "passing over 1 scales of experts' inputs" in capsys.readouterr().err
+    output = stored(tmp_path / "output")
+    assert dense in output
+    assert name not in output
+    assert verify(tmp_path / "output", source).sound
+
+
+# --- hostile folders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("qwen3-moe", {"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list of layers"),
+        ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers: .* is not a list of layers"),
+        ("qwen3-moe", {"attention_bias": "no"}, "attention_bias: 'no' is neither true nor false"),
+        ("qwen3-moe", {"num_experts": None}, "num_experts: missing"),
+        ("qwen3-moe", {"num_local_experts": 8}, "num_experts: 4, but num_local_experts says 8"),
+        ("qwen3-moe", {"num_experts": 0, "num_experts_per_tok": 1}, "this model has no routed"),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok: 9 is not an integer from"),
+        ("qwen3-moe", {"hidden_size": 1 << 40}, "hidden_size: 1099511627776 is not an integer"),
+        ("qwen3-moe", {"dtype": "float8"}, "dtype: 'float8' is not one of"),
+        ("qwen3-moe", {"text_config": 3}, "text_config: 3 is not an object"),
+        ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank: missing"),
+        ("deepseek-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace: -1 is not"),
+        ("deepseek-v3", {"num_nextn_predict_layers": 1000}, "num_nextn_predict_layers: 1000 is"),
+        ("qwen3.5-moe-vision", {"vision_config": {"depth": -1}}, "vision_config: depth: -1 is not"),
+        ("qwen3-moe", {"quantization_config": {"quant_method": "awq"}}, "'awq' is not read"),
+    ],
+)
+def test_fields_of_config_json_that_are_none(name, changes, problem, tmp_path):
+    config = {k: v for k, v in {**by_name(name).config, **changes}.items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CcqError, match=problem) as error:
+        quantize(tmp_path, dry_run=True, **OPTIONS)
+    assert "\n" not in str(error.value)
+
+
+def test_verify_says_one_thing_of_one_fault(made, tmp_path):
+    plain = made(by_name("deepseek-v3"))
+    config = {**plain.case.config, "quantization_config": FP8_CONFIG}
+    dense = "model.layers.0.self_attn.o_proj.weight"
+    tensors = stored(plain.source)
+    tensors[dense], scales = fp8(tensors[dense].astype(np.float32))
+    tensors[f"{dense}_scale_inv"] = scales
+    source = write_source(tmp_path / "source", config, tensors)
+    quantize(source, tmp_path / "output", **OPTIONS)
+    output = stored(tmp_path / "output")
+
+    def problems(change: Any) -> list[str]:
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "output", folder)
+        changed = dict(output)
+        change(changed)
+        for path in folder.glob("model*"):
+            path.unlink()
+        (folder / "ccq-manifest.json").unlink()
+        write_tensors(folder, changed, 3)
+        return verify(folder).problems
+
+    assert problems(lambda t: None) == []
+    (said,) = problems(lambda t: t.update({f"{dense}_scale_inv": -scales}))
+    assert "is no positive number; the file is damaged" in said
+    (said,) = problems(lambda t: t.pop("model.layers.1.self_attn.o_proj.weight"))
+    # By config.json it is in FP8, with scales.
+    assert said == "model.layers.1.self_attn.o_proj.weight and 1 more: missing"
+    said = problems(lambda t: t.pop(f"{dense}_scale_inv"))
+    assert "its scales" in said[0]
+    assert said[1:] == [f"{dense}_scale_inv: missing"]
+    (tmp_path / "broken" / "model-00002-of-00003.safetensors").unlink()
+    said = verify(tmp_path / "broken").problems
+    assert not any("dtype" in line for line in said), said

@@ -27,12 +27,10 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
 @pytest.mark.parametrize(
     "source",
     [
-        "moe/repack.cu",
-        "moe/trellis_repack.cu",
-        "moe/trellis_gemm.cu",
-        "moe/moe_gemm.cu",
-        "moe/linear_w8.cu",
-        "ldlq/host_ldlq.cu",
+        *("moe/repack.cu", "moe/moe_gemm.cu", "moe/linear_w8.cu"),
+        *("moe/trellis_repack.cu", "moe/trellis_gemm.cu"),
+        *("encode/trellis.cu", "encode/host_trellis.cu", "encode/trellis_ldlq.cu"),
+        *("encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),
     ],
 )
 def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
@@ -78,7 +76,7 @@ def test_few_rows_of_trellis_weights_are_not_serialized(tmp_path: Path, rows: in
     source.write_text(
         '#include "trellis_few.cuh"\nnamespace ccq {\n'
         f"template __global__ void trellis_few_kernel<TrellisFewConfig<{rows}, 8, true>>(\n"
-        "    const FewParams);\n}\n"
+        "    const TrellisFewParams);\n}\n"
     )
     said = compiled(tmp_path, str(source), "90a", "-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
     assert "trellis_few_kernel" in said and "serialized" not in said

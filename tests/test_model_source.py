@@ -65,6 +65,9 @@ def recorder(calls: list):
         ("ERNIE-4.5-300B-A47B-Paddle", "baidu/ERNIE-4.5-300B-A47B-Paddle"),
         ("ERNIE-4.5-300B-A47B-2Bits-Paddle", "baidu/ERNIE-4.5-300B-A47B-2Bits-Paddle"),
         ("ERNIE-4.5-21B-A3B-Thinking", "baidu/ERNIE-4.5-21B-A3B-Thinking"),
+        ("DeepSeek-V3", "deepseek-ai/DeepSeek-V3"),
+        ("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B"),
+        ("Kimi-K2-Thinking", "moonshotai/Kimi-K2-Thinking"),
         ("someone/their-model", "someone/their-model"),
     ],
 )
@@ -80,7 +83,9 @@ def test_unknown_short_name_lists_the_known_ones(name):
 
 def test_every_listed_name_resolves():
     for name in source.known_names():
-        assert source.full_id(name).startswith("baidu/ERNIE-4.5-")
+        organization, _, published = source.full_id(name).partition("/")
+        assert published.startswith(name[:11])
+        assert (organization == "baidu") == name.startswith("ERNIE-4.5-")
 
 
 def test_a_folder_is_itself(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from helpers.runs import stop_after
 from helpers.synthetic import (
     random_weights,
     stored_weights,
@@ -115,21 +116,13 @@ def test_drop_mtp_leaves_it_out(tmp_path, source, output, capsys):
         assert result.sound, result.problems
 
 
-def test_drop_mtp_is_part_of_what_a_run_goes_on_with(tmp_path, source):
-    (tmp_path / "out.ccq-partial").mkdir()
-    quantize(source, tmp_path / "out", **OPTIONS, drop_mtp=True)
-    with pytest.raises(CcqError, match="exists"):
-        quantize(source, tmp_path / "out", **OPTIONS)
-
-
 def test_the_dry_run_counts_it(source, capsys):
     for flags, there in (([], True), (["--drop-mtp"], False)):
         assert main(["--model", str(source), "--dry-run", *flags]) == 0
         assert ("mtp_block" in capsys.readouterr().out) is there
 
 
-def test_rank_folders_cut_it(tmp_path, source):
-    quantize(source, tmp_path / "out", **OPTIONS, tensor_parallel_size=1)
+def test_rank_folders_cut_it(tmp_path):
     config = tiny_config(num_nextn_predict_layers=1, moe_intermediate_size=256)
     weights = write_checkpoint(tmp_path / "wide", config)
     quantize(tmp_path / "wide", tmp_path / "ranks", **OPTIONS, tensor_parallel_size=2)
@@ -264,3 +257,15 @@ def test_a_layer_of_a_place_of_its_own_is_dropped_whole(tmp_path):
     )
     assert nested.without_mtp().raw["text_config"]["mtp_num_hidden_layers"] == 0
     assert nested.raw["text_config"]["mtp_num_hidden_layers"] == 1
+
+
+def test_a_run_goes_on_with_the_same_choice_alone(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", **OPTIONS)
+    with pytest.raises(CcqError, match="not the same: --drop-mtp") as error:
+        quantize(source, tmp_path / "out", **OPTIONS, drop_mtp=True)
+    assert "true now" in str(error.value)
+    quantize(source, tmp_path / "out", **OPTIONS)
+    assert any(".mtp_" in name for name in written(tmp_path / "out"))

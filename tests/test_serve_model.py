@@ -100,6 +100,13 @@ def test_stored_formats(tmp_path: Path, options: dict[str, Any]) -> None:
     assert model.dense_bytes < 1.1 * dense + 2 * model.config.vocab_size * 128 + 3 * 4 * 4 * 128
 
 
+def test_hugging_faces_layout(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "float", tiny_config())
+    options = {"target": "huggingface", "preset": "fast", "quiet": True}
+    quantize(tmp_path / "float", tmp_path / "packed", **options)
+    check(tmp_path / "packed", packed=True)
+
+
 def dense_shapes(config: ErnieConfig) -> dict[str, tuple[int, ...]]:
     shapes = config.tensors.shapes
     return {n: s for n, s in shapes.items() if "_proj." in n and ".experts." not in n}

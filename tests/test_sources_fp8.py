@@ -242,3 +242,13 @@ def test_expected_from_config_json_alone():
     for name in ("model.layers.3.mlp.gate.weight", "lm_head.weight"):
         found = expected(scheme, Source(name, (8, 16)), "BF16", linear=True)
         assert found == ((name, "BF16", (8, 16)),)
+
+
+def test_the_scale_of_inputs_belongs_to_the_values(tmp_path):
+    values, scales = fp8(random((128, 256)))
+    inputs = NAME.replace(".weight", ".input_scale")
+    tensors = {NAME: values, SCALE: scales, inputs: np.float32(0.5).reshape(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    weight = find(tmp_path, (128, 256))
+    assert weight.names == (NAME, SCALE, inputs)
+    np.testing.assert_array_equal(weight.read(), from_fp8(values, scales))

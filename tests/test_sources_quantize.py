@@ -34,6 +34,8 @@ def to_fp8(tensors: Tensors) -> tuple[Tensors, Tensors]:
         if name.endswith("_proj.weight"):
             values, scales = fp8(weight.astype(np.float32))
             stored[name], stored[name + "_scale_inv"] = values, scales
+            if ".up_proj." in name:  # a scale of the inputs, as static FP8 has it
+                stored[name.replace("weight", "input_scale")] = np.ones(1, np.float32)
             exact[name] = from_fp8(values, scales)
     return stored, exact
 
@@ -130,8 +132,9 @@ def test_bytes_and_types_of_a_source(tmp_path, tensors):
     name = "ernie.layers.1.mlp.experts.2.up_gate_proj.weight"
     assert not checkpoint.is_quantized and checkpoint.stored_dtype(name) == "F32"
     parts = [EXPERT.replace("up_proj", "gate_proj"), EXPERT]
-    assert checkpoint.stored_names(name) == [n + s for n in parts for s in ("", "_scale_inv")]
-    assert checkpoint.stored_bytes(name) == 2 * (128 * 128 + 4)
+    names = [n + s for n in parts for s in ("", "_scale_inv")]
+    assert checkpoint.stored_names(name) == [*names, EXPERT.replace("weight", "input_scale")]
+    assert checkpoint.stored_bytes(name) == 2 * (128 * 128 + 4) + 4
     total = sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
     assert total == sum(value.nbytes for value in stored.values())
 

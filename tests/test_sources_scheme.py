@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.published import FP8_CONFIG, int4_config
 from paddle_ccq.checkpoint.sources.scheme import Kind, SourceScheme
@@ -92,9 +94,9 @@ def of_weights(**changes) -> dict:
         ({**FP8_CONFIG, "modules_to_not_convert": "gate"}, "is not a list of texts"),
         (compressed(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not read"),
         (compressed(config_groups=[1]), "config_groups is not an object"),
-        (compressed(config_groups={"g": 1}), "config_groups.g: not an object"),
+        (compressed(config_groups={"g": 1}), "config_groups.'g': not an object"),
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is not"),
-        (compressed(ignore=["re:("]), "ignore: re:(: "),
+        (compressed(ignore=["re:("]), "ignore: 're:(': "),
         (of_weights(num_bits=8), "weights of type 'int' with 8 bits are not read"),
         (of_weights(type="float"), "weights of type 'float' with 4 bits are not read"),
         (of_weights(actorder="group"), "actorder 'group' is not read"),
@@ -123,3 +125,49 @@ def test_two_names_of_the_entry_must_agree():
     raw = {"quantization_config": FP8_CONFIG, "compression_config": int4_config()}
     with pytest.raises(CcqError, match="quantization_config and compression_config differ"):
         SourceScheme.read(raw, "config.json")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["re:(", "\ud800", "re:\ud800(", "a\nb"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(
+    [
+        *("quant_method", "fmt", "weight_block_size", "modules_to_not_convert", "format"),
+        *("config_groups", "ignore", "sparsity_config", "source_quantization_config"),
+        *("targets", "weights", "num_bits", "type", "strategy", "group_size"),
+        *("block_structure", "actorder"),
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    base=st.sampled_from([FP8_CONFIG, int4_config(), {"quant_method": "ccq"}, {}]),
+)
+def test_any_entry_is_read_or_refused_in_one_line(data, base):
+    config = {**base, **data.draw(st.dictionaries(KEYS, JSON, max_size=3))}
+    group = data.draw(st.dictionaries(KEYS, JSON, max_size=3))
+    if data.draw(st.booleans()) and isinstance(config.get("config_groups"), dict):
+        weights = {**WEIGHTS, **group}
+        name = data.draw(st.text(max_size=5) | st.just("\ud800"))
+        config["config_groups"] = {name: {"weights": weights, **group}}
+    try:
+        scheme = read(config)
+    except CcqError as error:
+        assert "\n" not in str(error)
+        str(error).encode()  # any output can show it
+    else:
+        scheme.kind_of("model.layers.0.mlp.up_proj")
+        for kind in Kind:
+            for block in scheme.blocks(kind, (8, 16)):
+                assert min(block) > 0

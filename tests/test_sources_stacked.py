@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from helpers.published import FP8_CONFIG, fp8, from_fp8
+from helpers.synthetic import tiny_config
+from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.checkpoint.safetensors_io import SafetensorsFile, TensorFolder
 from paddle_ccq.checkpoint.sources.locate import locate
 from paddle_ccq.checkpoint.sources.scheme import SourceScheme
@@ -139,3 +141,24 @@ def test_the_experts_own_tensor_comes_before_the_stack(tmp_path):
     stack = np.zeros((EXPERTS, 2 * INNER, HIDDEN), np.float32)
     save_file({source.name: own, GATE_UP: stack}, tmp_path / "model.safetensors")
     np.testing.assert_array_equal(find(tmp_path, source).read(), own)
+
+
+def test_ernie_as_transformers_stacks_it(tmp_path):
+    """The same values from both layouts that transformers' class of ERNIE-4.5 writes."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {key: value for key, value in tiny_config().items() if key != "architectures"}
+    config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    opened = []
+    for original in (True, False):
+        folder = tmp_path / str(original)
+        model.save_pretrained(folder, save_original_format=original)
+        opened.append(open_checkpoint(folder))
+    published, stacked = opened
+    experts = "model.layers.1.mlp.experts"
+    assert f"{experts}.gate_up_proj" in stacked.tensors
+    assert f"{experts}.gate_up_proj" not in published.tensors
+    assert stacked.names() == published.names()
+    for name in published.names():
+        np.testing.assert_array_equal(stacked.read(name), published.read(name), err_msg=name)

@@ -41,10 +41,12 @@ SUITES = {
     "test_encode.py": ("test_gpu_equals_cpu and gaussian and fast",),
     "test_dequant.py": ("bfloat16",),
     "test_ldlq.py": ("bit_for_bit and fast and smooth or equal_entries",),
+    "test_trellis.py": ("bit_for_bit and gaussian and narrow",),
+    "test_trellis_ldlq.py": ("bit_for_bit and fast and steps",),
 }  # fmt: skip
 TOOLS = ("memcheck", "racecheck")
 SIDE_BY_SIDE = 8
-FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
+FORMATS = ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75")
 SECONDS = {
     "tests": 400, "paddle": 200, "sanitize": 250, "quantize": 60, "encode": 100, "ldlq": 120,
 }  # fmt: skip
@@ -157,7 +159,8 @@ def quantize(runner: Runner) -> None:
 
 def ldlq(runner: Runner) -> None:
     """The calibrated search: its tests, and whole files with made-up statistics."""
-    runner.run("ldlq", pytest("tests/gpu/test_ldlq.py"), SECONDS["ldlq"])
+    for name in ("ldlq", "trellis_ldlq"):
+        runner.run(name, pytest(f"tests/gpu/test_{name}.py"), SECONDS["ldlq"])
 
     def command(device: str, output: Path) -> list[str]:
         what = ["--model", str(MODEL), "--output", str(output), "--device", device]

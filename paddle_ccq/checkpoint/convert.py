@@ -15,7 +15,8 @@ from ..codec import formats
 from ..encoder.base import ErrorStats, MatrixEncoder
 from ..encoder.paper import PaperEncoder
 from ..errors import CcqError
-from .plan import KEPT, Plan, PlannedTensor
+from .plan import Plan
+from .planned import KEPT, PlannedTensor
 from .reader import Checkpoint
 from .safetensors_format import DTYPES, FLOAT_DTYPES
 from .tensor_parallel import take

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,75 +10,14 @@ from typing import Any, Protocol
 from ..codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ..errors import CcqError
 from ..families.config import ModelConfig
-from ..families.tensor import Cut, Role, TensorSpec
+from ..families.tensor import Role, TensorSpec
+from .planned import BASE_MEMORY, PlannedTensor, Shard, split, working_bytes
 from .rules import DefaultFormat, Rule, forced_layers, layer_formats, matching_rules
-from .safetensors_format import StoredSpec, shard_name, tensor_bytes
+from .safetensors_format import StoredSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # The format of dense linear layers, and the wider format of experts.
 DENSE, WIDER = "wint8", "wint4"
-# What is written as the source has it, in any dtype, scales included.
-KEPT = "kept"
-_UNQUANTIZED = ("bf16", "f32", KEPT)
-
-# Interpreter and libraries, before any tensor is read.
-BASE_MEMORY = 150_000_000
-# Bytes of host memory per weight at the worst moment, beside the output: stored values and float32,
-# or float32, a re-ordered copy and one encoder slice (quantized); measured 8.4 with the output.
-QUANTIZED_BYTES_PER_WEIGHT = 9
-UNQUANTIZED_BYTES_PER_WEIGHT = 4
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the model with its format and stored tensors; all ranks have the same shapes."""
-
-    index: int
-    tensor: TensorSpec
-    format: str  # "f32", "bf16" and KEPT are not quantized
-    specs: tuple[StoredSpec, ...]  # of one rank
-
-    @property
-    def name(self) -> str:
-        """The canonical name."""
-        return self.tensor.name
-
-    @property
-    def layer(self) -> int | None:
-        return self.tensor.layer
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The canonical shape of the whole tensor."""
-        return self.tensor.shape
-
-    @property
-    def cut(self) -> Cut | None:
-        return self.tensor.cut
-
-    @property
-    def quantized(self) -> bool:
-        return self.format not in _UNQUANTIZED
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def rank_bytes(self) -> int:
-        return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.specs)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file of every rank and the tensors that it holds, in order."""
-
-    name: str
-    tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def specs(self) -> list[StoredSpec]:
-        return [spec for planned in self.tensors for spec in planned.specs]
 
 
 class Target(Protocol):
@@ -279,15 +217,7 @@ class Plan:
 
     def peak_memory(self) -> int:
         """Estimated peak host memory in bytes; set by the largest tensor, not by the model."""
-        return BASE_MEMORY + max(map(_working_bytes, self.tensors))
-
-
-def _working_bytes(planned: PlannedTensor) -> int:
-    """Bytes of host memory that a tensor takes on its way, its output included."""
-    if planned.format == KEPT:
-        return planned.rank_bytes
-    each = QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else UNQUANTIZED_BYTES_PER_WEIGHT
-    return planned.weights * each + planned.rank_bytes
+        return BASE_MEMORY + max(map(working_bytes, self.tensors))
 
 
 def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
@@ -321,7 +251,7 @@ def make_plan(config: ModelConfig, options: PlanOptions) -> Plan:
         options=options,
         format=options.format if experts else DENSE,
         tensors=tensors,
-        shards=_split(tensors, options.max_shard_bytes),
+        shards=split(tensors, options.max_shard_bytes),
         reasons=reasons,
     )
     return replace(plan, messages=tuple(_messages(plan)))
@@ -413,17 +343,3 @@ def _planned(
     cut, shape = tensor.cut, tensor.shape
     rank_shape = cut.rank_shape(shape, size) if cut and size > 1 else shape
     return PlannedTensor(index, tensor, format, target.stored(tensor, format, rank_shape))
-
-
-def _split(tensors: Sequence[PlannedTensor], max_bytes: int) -> tuple[Shard, ...]:
-    """Shards of at most `max_bytes`; the tensors of one matrix stay together."""
-    groups: list[list[PlannedTensor]] = []
-    budget = -1
-    for planned in tensors:
-        if not groups or planned.rank_bytes > budget:
-            groups.append([])
-            budget = max_bytes
-        groups[-1].append(planned)
-        budget -= planned.rank_bytes
-    count = len(groups)
-    return tuple(Shard(shard_name(i, count), tuple(group)) for i, group in enumerate(groups))

@@ -170,7 +170,7 @@ class Checkpoint:
         storage, values = self.config.tensors[name].sources[naming], self.read_stored(name)
         values = values.T if storage.transposed else values
         return {
-            part.name: np.ascontiguousarray(values[part.columns or slice(None)])
+            part.name: values if part.columns is None else values[part.columns]
             for part in storage.parts
         }
 

@@ -72,10 +72,31 @@ _VARIANTS = {"": "", "base": "-Base", "pt": "-PT", "paddle": "-Paddle"}
 # Published under names that do not follow the pattern.
 _OTHERS = (
     "ERNIE-4.5-21B-A3B-Thinking",
+    "ERNIE-4.5-VL-28B-A3B-PT",
+    "ERNIE-4.5-VL-28B-A3B-Base-PT",
+    "ERNIE-4.5-VL-28B-A3B-Thinking",
+    "ERNIE-4.5-VL-424B-A47B-PT",
+    "ERNIE-4.5-VL-424B-A47B-Base-PT",
     "ERNIE-4.5-300B-A47B-2Bits-Paddle",
     "ERNIE-4.5-300B-A47B-2Bits-TP2-Paddle",
     "ERNIE-4.5-300B-A47B-2Bits-TP4-Paddle",
 )
+# Of the other families, by the organization that publishes them.
+_ELSEWHERE = {
+    "deepseek-ai": (
+        *("DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-V3.1"),
+        *("DeepSeek-R1", "DeepSeek-R1-0528"),
+    ),
+    "moonshotai": ("Kimi-K2-Instruct", "Kimi-K2-Thinking"),
+    "Qwen": ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3.5-35B-A3B"),
+    "zai-org": ("GLM-4.5", "GLM-4.5-Air", "GLM-4.6"),
+    "MiniMaxAI": ("MiniMax-M2",),
+}
+_BY_NAME = {
+    name.lower(): f"{organization}/{name}"
+    for organization, names in {"baidu": _OTHERS, **_ELSEWHERE}.items()
+    for name in names
+}
 _SHORT_NAME = re.compile(r"ernie-4\.5-(300b|21b|0\.3b)(-a47b|-a3b)?(-base)?(-pt|-paddle)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -83,16 +104,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def known_names() -> list[str]:
     """The short names that resolve, for messages."""
     sizes = [f"ERNIE-4.5-{size.upper()}" for size in _SIZES]
-    return [name + base for name in sizes for base in ("", "-Base")] + list(_OTHERS)
+    others = [name.partition("/")[2] for name in _BY_NAME.values()]
+    return [name + base for name in sizes for base in ("", "-Base")] + others
 
 
 def full_id(name: str) -> str:
     """The hub id meant by a short name or a hub id; the -Paddle version unless -PT is asked for."""
     if _HUB_ID.fullmatch(name):
         return name
-    for other in _OTHERS:
-        if name.lower() == other.lower():
-            return f"baidu/{other}"
+    if name.lower() in _BY_NAME:
+        return _BY_NAME[name.lower()]
     match = _SHORT_NAME.fullmatch(name.lower())
     if match:
         size, active, base, layout = match.groups()

@@ -66,21 +66,29 @@ def complete(config: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def of_folder(
-    config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: Mapping[str, Any]
+    config: ModelConfig,
+    scheme: SourceScheme,
+    tensors: TensorFolder,
+    packed: Mapping[str, Any],
+    problems: list[str] | None = None,
 ) -> ModelConfig:
     """The config with every tensor as the files hold it, and with those that it does not name.
 
-    Optional tensors that are not there are left out: single ones, and layers for multi-token
-    prediction as a whole. Whatever else is missing stays, for the reader to complain about.
+    Optional tensors that are not there are left out, and layers for multi-token prediction of which
+    nothing is there. Whatever else is missing stays, for the reader to complain about.
 
     Args:
         packed: what the names of packed matrices begin with -> their tensors by suffix.
+        problems: gets what is wrong with single tensors, which then are as expected.
+
+    Raises:
+        CcqError: for a tensor that is not read, where there are no `problems` to add it to.
     """
     if config.family.discover:
         shapes = {name: tensors.info(name).shape for name in tensors.names()}
         config = config.family.discover(config, shapes)
     matrices = {stem for stem, found in packed.items() if "quant_weight" in found}
-    reading = _Reading(config, scheme, tensors, matrices)
+    reading = _Reading(config, scheme, tensors, matrices, problems)
     specs = list(reading.named())
     if config.family.keeps_others:
         specs += reading.others()
@@ -91,34 +99,48 @@ class _Reading:
     """The tensors of one folder, and which of them have been claimed."""
 
     def __init__(
-        self, config: ModelConfig, scheme: SourceScheme, tensors: TensorFolder, packed: set[str]
+        self,
+        config: ModelConfig,
+        scheme: SourceScheme,
+        tensors: TensorFolder,
+        packed: set[str],
+        problems: list[str] | None,
     ) -> None:
         self.config, self.scheme, self.tensors, self.packed = config, scheme, tensors, packed
+        self.problems = problems
         self.naming = config.family.detect_naming(tensors.names(), tensors.folder).name
         self.used: set[str] = set()
 
     def named(self) -> Iterator[TensorSpec]:
         """The tensors that the family names."""
         found = [(tensor, self._parts(tensor)) for tensor in self.config.tensors.values()]
-        # A layer of which anything is there must be there as a whole.
-        begun = {
-            tensor.layer
-            for tensor, parts in found
-            if tensor.optional and tensor.is_expert and (parts is None or any(parts))
-        }
+        # A layer for multi-token prediction is there as a whole or not at all.
+        begun = {tensor.layer for tensor, parts in found if parts is None or any(parts)}
         for tensor, parts in found:
             if parts is None:  # packed
                 yield tensor
             elif any(parts):
                 yield self._held(tensor, [part for part in parts if part is not None])
-            elif not tensor.optional or (tensor.is_expert and tensor.layer in begun):
+            elif not tensor.optional and (
+                tensor.layer in begun or not self.config.is_prediction(tensor)
+            ):
                 yield _expected(self.config, self.scheme, tensor)  # and missing
 
     def _parts(self, tensor: TensorSpec) -> list[StoredWeight | None] | None:
         storage = tensor.sources[self.naming]
         if tensor.is_linear and {storage.packed, storage.packed_here} & self.packed:
             return None
-        return [locate(self.tensors, self.scheme, part) for part in storage.parts]
+        return [self._located(part) for part in storage.parts]
+
+    def _located(self, part: Source) -> StoredWeight | None:
+        try:
+            return locate(self.tensors, self.scheme, part)
+        except CcqError as error:
+            if self.problems is None:
+                raise
+            self.problems.append(str(error))
+            self.used.update((part.name, *part.aliases))
+            return None
 
     def _held(self, tensor: TensorSpec, parts: list[StoredWeight]) -> TensorSpec:
         self.used.update(name for part in parts for name in part.names)
@@ -149,7 +171,7 @@ class _Reading:
         source = Source(name, info.shape)
         spec = TensorSpec(name, starred(name), Role.OTHER, info.shape, name)
         readable = info.dtype in FLOAT_DTYPES or (info.dtype == FP8_DTYPE and len(info.shape) == 2)
-        part = locate(self.tensors, self.scheme, source) if readable else None
+        part = self._located(source) if readable else None
         if part is None:
             kept: tuple[StoredSpec, ...] = ((name, info.dtype, info.shape),)
             parts: tuple[Source, ...] = ()

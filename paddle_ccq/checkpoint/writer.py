@@ -23,7 +23,8 @@ import numpy as np
 from ..errors import CcqError
 from .journal import Journal, fingerprint_differences
 from .manifest import MANIFEST_FILE, manifest_bytes
-from .plan import Plan, PlannedTensor
+from .plan import Plan
+from .planned import PlannedTensor
 from .reader import JOURNAL_FILE, PARTIAL_SUFFIX
 from .safetensors_format import INDEX_FILE, StoredSpec, index_bytes
 from .safetensors_writer import SafetensorsWriter, sync_folder
@@ -275,8 +276,9 @@ class CheckpointWriter:
         hashes: list[list[str]] = []
         for writer, tensors in zip(self._open, parts, strict=True):
             hashes.append([])
-            for name, _, _ in planned.specs:
-                array = np.ascontiguousarray(tensors[name])
+            for name, _, shape in planned.specs:
+                # NumPy makes a single number an array of one, which it is not on disk.
+                array = np.ascontiguousarray(tensors[name]).reshape(shape)
                 writer.write(name, array)
                 data = memoryview(array.reshape(-1).view(np.uint8))
                 hashes[-1].append(hashlib.sha256(data).hexdigest())

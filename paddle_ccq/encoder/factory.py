@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ..codec import formats, trellis
 from ..host import default_threads
+from . import paper
 from .base import DEVICES, ENCODERS, PRESETS, MatrixEncoder
 from .integer import IntegerEncoder
 from .ldlq import Hessians, LdlqEncoder
@@ -46,9 +47,14 @@ def make_encoder(
         return IntegerEncoder(format)
     if kind is not formats.Kind.CCQ:
         raise ValueError(f"no encoder for format {format!r}")
+    problem = encoder_problem([format], encoder)
+    if problem:
+        raise ValueError(problem)
     if format == trellis.NAME:
-        if encoder != "search" or device != "cpu":
-            raise ValueError(f"{format} has no encoder {encoder!r} on the device {device!r}")
+        if device == "gpu":
+            from .search_gpu import GpuTrellisEncoder
+
+            return GpuTrellisEncoder(preset, threads)
         return TrellisEncoder(preset, threads)
     if encoder != "search":
         return PaperEncoder(format, literal=encoder == "paper-literal", threads=threads)
@@ -59,6 +65,14 @@ def make_encoder(
     return SearchEncoder(format, preset, threads)
 
 
+def encoder_problem(names: Iterable[str], encoder: str) -> str | None:
+    """Why an encoder cannot make one of the formats, in plain words; None if it can."""
+    if encoder == "search":
+        return None
+    codes = (name for name in names if name in formats.CCQ_FORMATS)
+    return next((f"the paper has no {name}" for name in codes if name not in paper.FORMATS), None)
+
+
 def calibrated_encoder(
     preset: str, threads: int, hessians: Hessians, data_free: MatrixEncoder, device: str = "cpu"
 ) -> LdlqEncoder:
@@ -67,6 +81,10 @@ def calibrated_encoder(
     Factors of the statistics and metrics of the outputs are computed on the CPU either way.
     """
     if data_free.format == trellis.NAME:
+        if device == "gpu":
+            from .search_gpu import GpuTrellisLdlqEncoder
+
+            return GpuTrellisLdlqEncoder(preset, threads, hessians, data_free)
         return TrellisLdlqEncoder(preset, threads, hessians, data_free)
     if device == "gpu":
         from .search_gpu import GpuLdlqEncoder

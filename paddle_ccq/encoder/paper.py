@@ -21,6 +21,8 @@ from . import layouts
 from .base import Encoded, ErrorStats
 
 _SPARE_SCALE = {f.name: f for f in (CCQ_2_5, CCQ_2_75)}
+# Formats that the paper has.
+FORMATS = ("wint2", *_SPARE_SCALE)
 # Rounds of "nearest of the 256 vectors, then equation (4)" in the charitable reading. The paper
 # names no number; three come within 3 % of the plateau (rel-MSE 0.158, 0.138, 0.131, ..., 0.127).
 ROUNDS = 3

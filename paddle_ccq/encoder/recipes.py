@@ -113,8 +113,12 @@ class TrellisRecipe:
         return values
 
 
+# Measured on 24 columns of 4096 Gaussian weights. Window (-1, 2): rel-MSE 0.0716 with beam 7000,
+# 0.0714 with 8000, 0.0712 with 9000, at 0.67, 0.54 and 0.44 million weights a second and core.
+# Kappa 8, 9.5, 11: 0.0715, 0.0714, 0.0713; on Student-t weights (5 degrees of freedom), whose
+# groups differ more, 0.0927, 0.0939, 0.0960. Three kappas and more scales gain 0.6 % and 4 %.
 TRELLIS_RECIPES: dict[str, TrellisRecipe] = {
-    "fast": TrellisRecipe(1 / 104.5, (9.5,), window=(0, 1), beam=7000),
-    "default": TrellisRecipe(1 / 104.5, (9.5,), window=(-1, 2), beam=9000),
-    "best": TrellisRecipe(1 / 104.5, (9.5, 8.0, 11.0), window=(-2, 3), beam=16000),
+    "fast": TrellisRecipe(1 / 104.5, (9.5,), window=(0, 1), beam=7500),
+    "default": TrellisRecipe(1 / 104.5, (9.5,), window=(-1, 2), beam=8000),
+    "best": TrellisRecipe(1 / 104.5, (11.0, 8.5, 6.0), window=(-2, 3), beam=12000),
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .config import FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
+from .config import CONFIG_FILE, FLOAT_TYPES, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfig
 from .family import Family, Naming
 from .fields import Fields, show
 from .tensor import DOWN, UP_GATE, Cut, Role, Source, Stacked, Storage, TensorSpec, starred
@@ -78,7 +78,19 @@ class MoeConfig(ModelConfig):
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A field of the text model that is true or false."""
-        return bool(self.values.get(key, default))
+        return self.fields.boolean(key, default)
+
+    def layers_in(self, key: str) -> list[int]:
+        """A field of the text model that is a list of layers; empty where it is absent."""
+        value = self.fields.get(key, [])
+        if not isinstance(value, list) or not all(type(number) is int for number in value):
+            raise self.fields.fail(key, f"{show(value)} is not a list of layers")
+        return value
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of the text model, for a family's own."""
+        return Fields(dict(self.values), CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Part:
 
     Attributes:
         shape: as it is stored.
+        optional: a checkpoint may lack it.
         alias: the name in checkpoints that transformers writes in its own layout.
     """
 
@@ -160,6 +173,7 @@ class Layout:
         prefix: config -> what the names of the text model begin with.
         experts: the module of a layer's experts.
         projections: gate, up and down of an expert.
+        expert_width: (config, expert) -> its width, where they differ.
         stacked: the module that holds stacks of all experts' matrices, `gate_up_proj` and
             `down_proj`, in checkpoints that have them.
         outside: config -> tensors beside the text model's, by their whole names.
@@ -172,7 +186,8 @@ class Layout:
     prefix: Callable[[MoeConfig], str] = lambda _: "model."
     experts: str = "mlp.experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    stacked: str = "mlp.experts"
+    stacked: str | None = "mlp.experts"
+    expert_width: Callable[[MoeConfig, int], int] = lambda config, _: config.moe_intermediate_size
     outside: Callable[[MoeConfig], Iterable[Part]] = lambda _: ()
     extra_place: str = ""
 
@@ -186,7 +201,7 @@ def make_family(
     model_types: Sequence[str] = (),
 ) -> Family:
     """The family of these architectures; with `model_types`, of these alone."""
-    read, places = keys or Keys(), {layout.experts, layout.stacked}
+    read, places = keys or Keys(), {layout.experts, layout.stacked or layout.experts}
     # Where layers for multi-token prediction have a place of their own, all of it is theirs.
     apart = layout.extra_place.partition(".")[0]
 
@@ -301,14 +316,13 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
     last = config.num_hidden_layers + config.num_nextn_predict_layers
     for layer in range(last):
         place = f"{prefix}layers.{{layer}}."
-        optional = layer >= config.num_hidden_layers
-        if optional and layout.extra_place:
+        if layer >= config.num_hidden_layers and layout.extra_place:
             place = layout.extra_place.format(number=layer - config.num_hidden_layers)
         for part in layout.layer(config, layer):
-            yield _plain(part, place, layer, optional)
+            yield _plain(part, place, layer)
         if config.is_moe_layer(layer):
             for expert in range(config.moe_num_experts):
-                yield from expert_tensors(config, layout, place, layer, expert, optional)
+                yield from expert_tensors(config, layout, place, layer, expert)
     yield _plain(Part(f"{prefix}norm.weight", (config.hidden_size,), Role.NORM))
     if not config.tie_word_embeddings:
         yield _plain(Part("lm_head.weight", size, Role.HEAD))
@@ -319,9 +333,7 @@ def _tensors(config: MoeConfig, layout: Layout) -> Iterator[TensorSpec]:
 _DENSE = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 
 
-def _plain(
-    part: Part, place: str = "", layer: int | None = None, optional: bool = False
-) -> TensorSpec:
+def _plain(part: Part, place: str = "", layer: int | None = None) -> TensorSpec:
     template = place + part.name if layer is not None else starred(part.name)
     name = (place + part.name).format(layer=layer) if layer is not None else part.name
     alias = (place + part.alias).format(layer=layer) if part.alias else None
@@ -336,19 +348,16 @@ def _plain(
         part.name.removesuffix(".weight"),
         layer,
         sources={NAMING: storage},
-        optional=optional or part.optional,
+        optional=part.optional,
     )
 
 
 def expert_tensors(
-    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int, optional: bool = False
+    config: MoeConfig, layout: Layout, place: str, layer: int, expert: int
 ) -> Iterator[TensorSpec]:
     """The two matrices of a routed expert; `place` stands before the experts' module."""
-    experts, hidden, width = (
-        config.moe_num_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
-    )
+    experts, hidden = config.moe_num_experts, config.hidden_size
+    width = layout.expert_width(config, expert)
     template = f"{place}{layout.experts}.{{expert}}."
     own = template.format(layer=layer, expert=expert)
     stack = f"{place.format(layer=layer)}{layout.stacked}."
@@ -356,10 +365,11 @@ def expert_tensors(
     both, one = (experts, 2 * width, hidden), (experts, hidden, width)
 
     def part(
-        projection: str, shape: tuple[int, int], begin: int | None, stacked: Stacked
+        projection: str, shape: tuple[int, int], begin: int | None, stacked: Stacked | None
     ) -> Source:
         columns = None if begin is None else slice(begin, begin + shape[0])
-        return Source(f"{own}{projection}.weight", shape, columns, stacked=stacked)
+        place = stacked if layout.stacked else None
+        return Source(f"{own}{projection}.weight", shape, columns, stacked=place)
 
     first, second = (slice(begin, begin + width) for begin in (0, width))
     parts = (
@@ -381,5 +391,4 @@ def expert_tensors(
             expert,
             cut,
             {NAMING: Storage(sources, True, own + packed)},
-            optional,
         )

@@ -23,6 +23,8 @@ from .common import (
     router,
     swiglu,
 )
+from .config import CONFIG_FILE, MAX_LAYERS, MAX_WIDTH
+from .fields import Fields
 from .tensor import Role
 
 TEXT, WITH_VISION = "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"
@@ -110,8 +112,8 @@ def vision_tower(vision: Mapping[str, object]) -> Iterator[Part]:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    size = {key: value for key, value in vision.items() if isinstance(value, int)}
-    size = {**default, **size}
+    fields = Fields(dict(vision), f"{CONFIG_FILE}: vision_config")
+    size = {key: fields.integer(key, 1, MAX_WIDTH, value) for key, value in default.items()}
     hidden, inner, out = size["hidden_size"], size["intermediate_size"], size["out_hidden_size"]
     merged, patch = hidden * size["spatial_merge_size"] ** 2, size["patch_size"]
 
@@ -123,7 +125,7 @@ def vision_tower(vision: Mapping[str, object]) -> Iterator[Part]:
         "patch_embed.proj", hidden, size["in_channels"], size["temporal_patch_size"], patch, patch
     )
     yield Part("model.visual.pos_embed.weight", (size["num_position_embeddings"], hidden))
-    for block in range(min(size["depth"], 512)):
+    for block in range(min(size["depth"], MAX_LAYERS)):
         yield from both(f"blocks.{block}.norm1", hidden)
         yield from both(f"blocks.{block}.norm2", hidden)
         yield from both(f"blocks.{block}.attn.qkv", 3 * hidden, hidden)

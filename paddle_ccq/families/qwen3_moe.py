@@ -25,7 +25,7 @@ from .tensor import Role
 
 def sparse(config: MoeConfig) -> Iterator[int]:
     step = max(config.sizes["decoder_sparse_step"], 1)
-    dense = config.values.get("mlp_only_layers") or []
+    dense = config.layers_in("mlp_only_layers")
     for layer in range(config.num_hidden_layers):
         if layer not in dense and (layer + 1) % step == 0:
             yield layer

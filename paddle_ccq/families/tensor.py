@@ -131,7 +131,7 @@ class TensorSpec:
         projection: which one of its role it is in its place: a projection, or which norm.
         cut: how it is cut for tensor parallelism; None for what every rank holds whole.
         sources: on disk, by naming (Family.namings).
-        optional: a checkpoint may lack it, as some do that of a layer for multi-token prediction.
+        optional: a checkpoint may lack it, such as a layer's copy of the embedding.
         kept: (name, safetensors dtype, shape) of the tensors that hold it as the source has it, in
             the naming "pt"; and source_bytes: what it takes there. The source's files, or
             config.json, say so (checkpoint/source_tensors.py).

@@ -296,15 +296,13 @@ def serve_config_from_arguments(args: argparse.Namespace, cards: list[Card]) -> 
 
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
-        if args.json:
-            reporting.check_can_write(args.json, args.force)
+        write_json = reporting.json_writer(args)
         cards = find_cards() if args.gpu_memory is None else []
         serve = serve_config_from_arguments(args, cards)
         result = check(args.folder, serve, hashes=args.hash)
         judge_machine(result, cards, serve.tensor_parallel_size)
         print_result(result, serve, {})
-        if args.json:
-            reporting.write_json(args.json, result.to_json())
+        write_json(result.to_json())
         return 0 if result.good else 1
 
     return run_command(build_parser(), argv, body)

@@ -106,6 +106,47 @@ class LdlqArgs(ctypes.Structure):
     ]
 
 
+class TrellisArgs(ctypes.Structure):
+    """struct ccq_trellis_args (custom_ops/gpu/encode/trellis.h)."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("nominal", ctypes.c_double),
+        ("kappas", ctypes.c_double * MAX_KAPPAS),
+        *[(name, ctypes.c_int) for name in ("kappa_count", "window_low", "window_high", "beam")],
+        ("run_bytes", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("words", "scales", "supers", "sums", "workspace")],
+    ]
+
+
+class TrellisFactors(ctypes.Structure):
+    """struct ccq_trellis_factors (custom_ops/gpu/encode/trellis_ldlq.h)."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("m", "root", "unit", "ratio", "spread")]
+
+
+class TrellisLdlqArgs(ctypes.Structure):
+    """struct ccq_trellis_ldlq_args."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("supers", ctypes.c_void_p),
+        ("candidates", ctypes.c_int),
+        ("h", ctypes.c_void_p),
+        ("all", TrellisFactors),
+        ("windows", TrellisFactors),
+        ("inverse", ctypes.c_void_p),
+        ("nominal", ctypes.c_double),
+        *[(name, ctypes.c_int) for name in ("window_low", "window_high", "beam", "sweeps")],
+        *[(name, ctypes.c_void_p) for name in ("words", "scales", "found_supers", "loss")],
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
 class DequantArgs(ctypes.Structure):
     """struct ccq_dequant_args."""
 
@@ -179,6 +220,16 @@ def load() -> ctypes.CDLL:
         library.ccq_ldlq_workspace.argtypes = [ctypes.POINTER(LdlqArgs)]
         library.ccq_ldlq_workspace.restype = ctypes.c_size_t
         library.ccq_ldlq_held_bytes.restype = ctypes.c_size_t
+        timing = [ctypes.POINTER(TrellisArgs), ctypes.POINTER(ctypes.c_float)]
+        library.ccq_trellis_host.argtypes = timing
+        library.ccq_trellis_workspace.argtypes = [ctypes.POINTER(TrellisArgs)]
+        library.ccq_trellis_workspace.restype = ctypes.c_size_t
+        library.ccq_trellis_held_bytes.restype = ctypes.c_size_t
+        timing = [ctypes.POINTER(TrellisLdlqArgs), ctypes.POINTER(ctypes.c_float)]
+        library.ccq_trellis_ldlq_host.argtypes = timing
+        library.ccq_trellis_ldlq_workspace.argtypes = [ctypes.POINTER(TrellisLdlqArgs)]
+        library.ccq_trellis_ldlq_workspace.restype = ctypes.c_size_t
+        library.ccq_trellis_ldlq_held_bytes.restype = ctypes.c_size_t
     except AttributeError as error:
         raise CcqError(
             f"{path}: of another version ({error}); build it again with "

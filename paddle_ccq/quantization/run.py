@@ -22,7 +22,6 @@ from ..checkpoint.journal import make_fingerprint
 from ..checkpoint.plan import Plan
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, Workplace, json_bytes
-from ..codec import trellis
 from ..codec.formats import CCQ_FORMATS
 from ..encoder import factory
 from ..encoder.base import MatrixEncoder
@@ -55,12 +54,9 @@ def check_devices(plan: Plan, options: QuantizeOptions) -> None:
         CcqError: saying what to build.
     """
     used = {planned.format for planned in plan.tensors if planned.quantized}
-    if trellis.NAME in used and options.encoder != "search":
-        raise CcqError(
-            f"--encoder {options.encoder}: the paper has no {trellis.NAME}; leave the flag out"
-        )
-    if trellis.NAME in used and options.device == "gpu":
-        raise CcqError(f"--device gpu: {trellis.NAME} is encoded on the CPU only; use --device cpu")
+    problem = factory.encoder_problem(sorted(used), options.encoder)
+    if problem:
+        raise CcqError(f"--encoder {options.encoder}: {problem}; leave the flag out")
     if options.encoder == "search" and used & set(CCQ_FORMATS):
         from .. import compiled  # noqa: F401
     if options.device == "gpu":

@@ -27,4 +27,6 @@ def inspect(folder: Path) -> Inspection:
     except (CcqError, OSError):
         entry = None  # opening says what is wrong
     ours = isinstance(entry, dict) and entry.get("quant_method") == CCQ
-    return (HuggingFaceInspection if ours and "experts" in entry else FastDeployInspection)(folder)
+    # FastDeploy's structure may name the method as well, for vLLM.
+    own_structure = ours and "quantization" not in entry
+    return (HuggingFaceInspection if own_structure else FastDeployInspection)(folder)

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..checkpoint.companions import check_file
 from ..checkpoint.manifest import is_foreign
-from ..checkpoint.plan import Plan, PlannedTensor
+from ..checkpoint.plan import Plan
+from ..checkpoint.planned import PlannedTensor
 from ..checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
 from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from ..checkpoint.safetensors_io import SafetensorsFile, load_json

@@ -136,8 +136,7 @@ def build_parser() -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
-        if args.json:
-            reporting.check_can_write(args.json, args.force)
+        write_json = reporting.json_writer(args)
         serve = ServeConfig(
             card_bytes=int(args.gpu_memory * GIB),
             parallel=Parallel(
@@ -151,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         result = check(args.folder, serve)
         print_result(result, "vLLM", shlex.join(result.command))
-        if args.json:
-            reporting.write_json(args.json, result.to_json())
+        write_json(result.to_json())
         return 0 if result.good else 1
 
     return run_command(build_parser(), argv, body)

@@ -34,6 +34,7 @@
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 typedef void* cudaStream_t;
@@ -47,6 +48,14 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -88,6 +97,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   uint64_t slots[2][1024];
+  uint32_t columns[2][1024];
   jmp_buf scheduler;
   std::function<void()> kernel;
   std::map<const void*, int> shared_limits;
@@ -195,6 +205,48 @@ T shuffle(T value, int source_in_warp) {
   return value;
 }
 
+// The bits of an integer as fp16; it must hold it.
+inline uint32_t half_of_integer(int value) {
+  const uint32_t sign = value < 0 ? 0x8000u : 0u, m = value < 0 ? -value : value;
+  if (m == 0) return 0;
+  int top = 31;
+  while (!(m >> top)) --top;
+  if (top > 15 || (top > 10 && m & ((1u << (top - 10)) - 1))) fail("an integer that fp16 does not hold");
+  return sign | static_cast<uint32_t>(top + 15) << 10 | ((top > 10 ? m >> (top - 10) : m << (10 - top)) & 0x3FF);
+}
+// fp16 numbers that are integers.
+inline float half_value(uint32_t bits) {
+  const int exponent = static_cast<int>(bits >> 10 & 31) - 25;
+  const float size = bits & 0x7FFF ? ldexpf(static_cast<float>(1024 + (bits & 0x3FF)), exponent) : 0.0f;
+  return bits & 0x8000 ? -size : size;
+}
+inline const float* half_values() {
+  static const std::vector<float> all = [] {
+    std::vector<float> values(1 << 16);
+    for (uint32_t bits = 0; bits < 1 << 16; ++bits) values[bits] = half_value(bits);
+    return values;
+  }();
+  return all.data();
+}
+
+// mma.m16n8k8 of fp16 with sums in float32: the fragments of PTX, one exchange for a warp.
+inline void multiply_16x8x8(float* d, uint32_t low_rows, uint32_t high_rows, uint32_t columns) {
+  Fiber* me = machine.current;
+  const int parity = me->shuffles++ & 1, t = me->thread.x, base = t / kWarpSize * kWarpSize, lane = t % kWarpSize;
+  machine.slots[parity][t] = static_cast<uint64_t>(high_rows) << 32 | low_rows;
+  machine.columns[parity][t] = columns;
+  stop(Stop::kShuffle);
+  const float* value = half_values();
+  for (int i = 0; i < 4; ++i) d[i] = 0;
+  for (int k = 0; k < 4; ++k) {
+    const uint64_t a = machine.slots[parity][base + lane / 4 * 4 + k];
+    const uint32_t b[2] = {machine.columns[parity][base + lane % 4 * 8 + k], machine.columns[parity][base + lane % 4 * 8 + 4 + k]};
+    for (int i = 0; i < 4; ++i)
+      for (int half = 0; half < 2; ++half)
+        d[i] += value[a >> (32 * (i / 2) + 16 * half) & 0xFFFF] * value[b[i % 2] >> (16 * half) & 0xFFFF];
+  }
+}
+
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::stop(emulated::Stop::kBarrier); }
@@ -211,6 +263,18 @@ T __shfl_xor_sync(unsigned, T value, int mask, int width) {
   return emulated::shuffle(value, lane ^ mask);
 }
 
+inline unsigned __ballot_sync(unsigned, bool holds) {
+  emulated::Fiber* me = emulated::machine.current;
+  uint64_t* slots = emulated::machine.slots[me->shuffles++ & 1];
+  const int t = threadIdx.x, base = t / emulated::kWarpSize * emulated::kWarpSize;
+  slots[t] = holds;
+  emulated::stop(emulated::Stop::kShuffle);
+  unsigned all = 0;
+  for (int i = 0; i < emulated::kWarpSize; ++i) all |= static_cast<unsigned>(slots[base + i]) << i;
+  return all;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <typename T>
 T __ldg(const T* p) {
   return *p;
@@ -220,6 +284,9 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double a) { return sqrt(a); }
+inline int __float2int_rn(float a) { return static_cast<int>(rintf(a)); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline unsigned __float_as_uint(float v) {
@@ -231,6 +298,17 @@ inline float __uint_as_float(unsigned bits) {
   float v;
   memcpy(&v, &bits, 4);
   return v;
+}
+inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+inline int __vimin3_s32(int a, int b, int c) {
+  const int low = a < b ? a : b;
+  return low < c ? low : c;
+}
+inline int atomicMin(int* at, int value) {
+  const int before = *at;
+  if (value < before) *at = value;
+  return before;
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -259,6 +337,14 @@ inline cudaError_t cudaFreeHost(void* p) {
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The emulated GPU's memory, and the library functions that have nothing to do with the calibrated search.
+// The emulated GPU's memory, and the library functions that are not emulated.
 #include <unistd.h>
 
 #include "cuda_runtime.h"
@@ -14,7 +14,14 @@ namespace ccq_ldlq {
 alignas(1024) thread_local unsigned char dynamic_shared[emulated::kMostShared];
 }
 
-void emulated::poison_shared() { memset(ccq_ldlq::dynamic_shared, 0xFF, sizeof ccq_ldlq::dynamic_shared); }
+namespace ccq_trellis_kernel {
+alignas(1024) thread_local unsigned char dynamic_shared[emulated::kMostShared];
+}
+
+void emulated::poison_shared() {
+  memset(ccq_ldlq::dynamic_shared, 0xFF, sizeof ccq_ldlq::dynamic_shared);
+  memset(ccq_trellis_kernel::dynamic_shared, 0xFF, sizeof ccq_trellis_kernel::dynamic_shared);
+}
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   const char* limit = getenv("CCQ_EMULATE_MEMORY");

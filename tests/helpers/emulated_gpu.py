@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU library's calibrated search, compiled for the processor (tests/cuda_host)."""
+"""The GPU library's searches of ccq-2t and with statistics, compiled for the processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("common/library.cu", "ldlq/ldlq.cu", "ldlq/host_ldlq.cu")
+SOURCES = (
+    *("common/library.cu", "encode/trellis.cu", "encode/host_trellis.cu"),
+    *("encode/trellis_ldlq.cu", "encode/host_trellis_ldlq.cu"),
+    *("ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
+)
 # As setup.py compiles the CPU's core: no fused operations. Contexts are switched by longjmp, which
 # the fortified C library takes for an attack.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of each family, made by transformers' own classes."""
+"""Tiny random models of each family: of arrays, or by transformers' own classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from safetensors import safe_open
+
+from paddle_ccq.families.registry import read_config
+
+from .synthetic import write_tensors
+
+Tensors = dict[str, np.ndarray]
 
 SIZES = {
     "vocab_size": 96,
@@ -182,11 +190,94 @@ CASES = (
         auto="AutoModelForImageTextToText",
     ),
 )
+# Apart from the others: transformers holds its experts in two modules.
+ERNIE_VL = Case(
+    "ernie-4.5-vl",
+    "ERNIE-4.5-VL",
+    {
+        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+        "model_type": "ernie4_5_vl_moe",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "text_config": {
+            **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 256,
+            "moe_intermediate_size": [256, 128],
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500000.0,
+                "mrope_section": [6, 6, 4],
+            },
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+        },
+        "image_token_id": 90,
+        "image_start_token_id": 91,
+        "image_end_token_id": 92,
+        "video_start_token_id": 93,
+        "video_end_token_id": 94,
+        "video_token_id": 95,
+    },
+    auto="AutoModelForImageTextToText",
+)
 
 
 def by_name(name: str) -> Case:
     """The case of that name."""
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in (*CASES, ERNIE_VL) if case.name == name)
+
+
+def random_tensors(case: Case, seed: int = 0) -> Tensors:
+    """Random arrays under the names that test_family_names.py holds against transformers."""
+    rng = np.random.default_rng(seed)
+    found: Tensors = {}
+    config = read_config(case.config)
+    for tensor in config.tensors.values():
+        if config.is_prediction(tensor):
+            continue
+        for part in tensor.sources["pt"].parts:
+            values = 0.05 * rng.standard_normal(part.shape, dtype=np.float32)
+            if part.name.endswith("norm.weight"):
+                values += 1
+            exact = part.name.endswith("e_score_correction_bias")
+            found[part.name] = values if exact else values.astype(ml_dtypes.bfloat16)
+    return found
+
+
+def stacked_tensors(tensors: Tensors) -> Tensors:
+    """The same model in transformers' own layout: stacks of experts, routers under `mlp`."""
+    found = {n: v for n, v in tensors.items() if ".experts." not in n}
+    modules = {n.split(".experts.")[0] for n in tensors if ".experts." in n}
+    for module in modules:
+        names = ("gate_proj", "up_proj", "down_proj")
+        if f"{module}.experts.0.w1.weight" in tensors:
+            names = ("w1", "w3", "w2")
+        count = len({n for n in tensors if n.startswith(f"{module}.experts.")}) // 3
+        each = [
+            [tensors[f"{module}.experts.{e}.{name}.weight"] for name in names] for e in range(count)
+        ]
+        own = module.replace("block_sparse_moe", "mlp")
+        found[f"{own}.experts.gate_up_proj"] = np.stack([np.concatenate(m[:2]) for m in each])
+        found[f"{own}.experts.down_proj"] = np.stack([m[2] for m in each])
+    return {n.replace("block_sparse_moe", "mlp"): v for n, v in found.items()}
+
+
+def write_source(folder: Path, config: dict[str, Any], tensors: Tensors, shards: int = 3) -> Path:
+    """A folder of these tensors."""
+    folder.mkdir(parents=True)
+    write_tensors(folder, tensors, shards)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def random_model(case: Case, seed: int = 0) -> Any:

@@ -92,6 +92,8 @@ CASES: dict[str, Case] = {
     "ccq-2.75-default": Case({"format": "ccq-2.75"}),
     "ccq-2.75-best": _case(format="ccq-2.75", preset="best"),
     "ccq-2.75-prefix": _case(format="ccq-2.75", wint4_end_layer=1),
+    "huggingface": _case(target="huggingface"),
+    "huggingface-prefix": _case(target="huggingface", format="ccq-2.75", wint4_end_layer=1),
     "rules-dense": Case({"preset": "fast", "rules": "RULES"}, _BF16_DENSE),
     "rules-prefix": Case({"preset": "fast", "rules": "RULES"}, _LAYER_1_WINT4 + _BF16_DENSE),
     "rules-plugin": Case(

@@ -15,25 +15,25 @@ struct Kernel {
   static constexpr size_t kShared = Ring<kM, kN, kStages>::kBytes;
   static constexpr size_t kPart = size_t{kWarps} * kM * kN * 4 * 32 * sizeof(float);
 
-  static cudaError_t line(int k, int n, Line* line) {
+  static cudaError_t schedule(int k, int n, StreamK* stream_k) {
     int device = 0, count = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     const int columns = 16 * kM * kWarps, tiles = (n + columns - 1) / columns;
-    line->steps = k / kRows;
-    line->units = static_cast<int64_t>(tiles) * line->steps;
-    line->blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count * kBlocks, line->units / kLeastSteps)));
+    stream_k->steps = k / kRows;
+    stream_k->units = static_cast<int64_t>(tiles) * stream_k->steps;
+    stream_k->blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count * kBlocks, stream_k->units / kLeastSteps)));
     return error;
   }
 
   static size_t parts(int k, int n) {
-    Line at{};
-    return line(k, n, &at) == cudaSuccess ? 2 * kPart * at.blocks : 0;
+    StreamK at{};
+    return schedule(k, n, &at) == cudaSuccess ? 2 * kPart * at.blocks : 0;
   }
 
   static cudaError_t launch(const ccq_linear_w8_args& a, cudaStream_t stream) {
-    Line at{};
-    cudaError_t error = line(a.k, a.n, &at);
+    StreamK at{};
+    cudaError_t error = schedule(a.k, a.n, &at);
     auto kernel = product<kM, kN, kStages, kBlocks>;
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));

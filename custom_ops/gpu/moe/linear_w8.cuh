@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of linear_w8.h: weights as the tensor core's A, rows of x as its B, both as bfloat16.
 //
-// A tile is 64 * kM columns, 16 * kM of them for each of four warps. Tile after tile, each in steps of 64 rows of the weight,
-// lies in one line of units that is cut into equal pieces, one a block (stream-K): every block reads the same number of bytes
-// whatever the shape. Weights, and the rows of x that belong to a step, come through a ring of asynchronous copies in the
-// order in which lanes want them. Where a tile is cut, each part writes its sums to the workspace, and the warp that comes
-// last adds them in the order of the blocks: the result does not depend on who was last.
+// A tile is 64 * kM columns, 16 * kM of them for each of four warps; a unit is a tile's next 64 rows of the weight. All units of
+// all tiles have one order, and each thread block takes a contiguous range of the same length (stream-K): every block reads the
+// same number of bytes whatever the shape. Weights, and the rows of x that belong to a unit, come through a ring of
+// asynchronous copies in the order in which lanes want them. Where a tile is split, each block writes its partial results to the
+// workspace, and the warp that comes last adds them in the order of the blocks: the result does not depend on who was last.
 //
 // Tried on an H200 and slower: float16 in bfloat16's place, a byte in half an instruction, which needs a kernel before that
 // scales x (docs/notes/vllm.md).
@@ -49,8 +49,8 @@ __device__ inline void multiply(float* c, const uint32_t* a, uint32_t b0, uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Which units belong to a block, and which blocks to a tile.
-struct Line {
+// Which units belong to a block, and which block has a unit.
+struct StreamK {
   int64_t units;
   int blocks, steps;
   __device__ int64_t begin(int block) const { return units * block / blocks; }
@@ -91,11 +91,11 @@ __device__ inline void store(const ccq_linear_w8_args& a, const Sums<kM, kN>& su
   }
 }
 
-// Puts a part of a tile aside; the last of its parts adds all and stores.
+// Puts aside the partial results of a split tile; the last of its blocks adds all and stores.
 template <int kM, int kN>
-__device__ inline void combine(const ccq_linear_w8_args& a, const Line& line, Sums<kM, kN>& sums,
+__device__ inline void combine(const ccq_linear_w8_args& a, const StreamK& stream_k, Sums<kM, kN>& sums,
                                int tile, int first_unit, bool first_of_block) {
-  // Parts read at once: one after the other each would wait for the cache.
+  // Partial results read at once: one after the other each would wait for the cache.
   constexpr int kFloats = kM * kN * 4, kAtOnce = kFloats <= 8 ? 8 : kFloats <= 16 ? 4 : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   auto* parts = static_cast<float*>(a.workspace);
@@ -107,8 +107,8 @@ __device__ inline void combine(const ccq_linear_w8_args& a, const Line& line, Su
   for (int i = 0; i < kFloats; ++i) own[i * 32] = (&sums.value[0][0][0])[i];
   __threadfence();
   __syncwarp();
-  const int64_t begin = static_cast<int64_t>(tile) * line.steps;
-  const int from = line.block_of(begin), to = line.block_of(begin + line.steps - 1);
+  const int64_t begin = static_cast<int64_t>(tile) * stream_k.steps;
+  const int from = stream_k.block_of(begin), to = stream_k.block_of(begin + stream_k.steps - 1);
   int32_t* counter = a.counters + tile * kWarps + warp;
   int before = lane == 0 ? atomicAdd(counter, 1) : 0;
   before = __shfl_sync(0xFFFFFFFFu, before, 0);
@@ -120,7 +120,7 @@ __device__ inline void combine(const ccq_linear_w8_args& a, const Line& line, Su
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int block = min(first + j, to);
-      const float* part = place(block, line.begin(block) / line.steps == tile);
+      const float* part = place(block, stream_k.begin(block) / stream_k.steps == tile);
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) found[j][i] = __ldcg(part + i * 32);
     }
@@ -142,13 +142,13 @@ struct Ring {
 
 template <int kM, int kN, int kStages, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    product(const __grid_constant__ ccq_linear_w8_args a, const __grid_constant__ Line line) {
+    product(const __grid_constant__ ccq_linear_w8_args a, const __grid_constant__ StreamK stream_k) {
   using R = Ring<kM, kN, kStages>;
   extern __shared__ uint4 ring[];  // [stage]: weights [warp][2 kM][lane], then x [2 kN][lane]
   ccq::dependents_may_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int64_t begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
-  const int steps = line.steps, left = static_cast<int>(end - begin);
+  const int64_t begin = stream_k.begin(blockIdx.x), end = stream_k.begin(blockIdx.x + 1);
+  const int steps = stream_k.steps, left = static_cast<int>(end - begin);
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(ring)) + lane * 16;
   const auto* weight = static_cast<const char*>(a.weight) + lane * 16;
   // The weights are nobody's result: the first may be fetched while the kernel before still runs.
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int first_unit = (tile * kWarps + warp) * kM;
     if (first_unit * 16 < a.n) {
       if (whole && step == steps) store<kM, kN>(a, sums, first_unit);
-      else combine<kM, kN>(a, line, sums, tile, first_unit, first_of_block);
+      else combine<kM, kN>(a, stream_k, sums, tile, first_unit, first_of_block);
     }
     sums.clear();
     step = 0, ++tile, whole = true, first_of_block = false;

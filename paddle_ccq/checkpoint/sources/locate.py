@@ -15,6 +15,8 @@ from .stored import FloatWeight, Fp8Weight, Int4Weight, Region, StoredWeight
 # What is added to the name of FP8 values for that of their scales.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 FP8_DTYPE = "F8_E4M3"
+# What an engine divides inputs by before it rounds them to FP8; packed experts have no use for it.
+INPUT_SCALE = "input_scale"
 # Bytes without a float type are UE8M0.
 SCALE_DTYPES = (*FLOAT_DTYPES, "F8_E8M0", "U8")
 PACKED, PACKED_SCALE, PACKED_SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -89,7 +91,9 @@ def _plain_or_fp8(tensors: TensorFolder, scheme: SourceScheme, values: Region) -
         )
     shape = (values.shape[0], values.shape[1])
     block = _block(tensors, scheme, Kind.FP8, values.name, scale, shape)
-    return Fp8Weight(values, Region(tensors, scale), block)
+    inputs = f"{values.name.removesuffix(_WEIGHT)}.{INPUT_SCALE}"
+    beside = (Region(tensors, inputs),) if inputs in tensors else ()
+    return Fp8Weight(values, Region(tensors, scale), block, beside=beside)
 
 
 def _stacked(tensors: TensorFolder, scheme: SourceScheme, stacked: Stacked) -> StoredWeight:

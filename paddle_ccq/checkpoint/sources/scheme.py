@@ -10,11 +10,14 @@ from enum import Enum
 from typing import Any
 
 from ...codec.block_scales import Block
-from ...errors import CcqError, readable
+from ...errors import CcqError
 from ...families.config import CCQ, COMPRESSED_TENSORS, FP8
+from ...families.fields import show
 
 # Where config.json may say it; the second is the older name of compressed-tensors.
 KEYS = ("quantization_config", "compression_config")
+# The text model's object in config.json of models with vision.
+NESTED = "text_config"
 # In what this package writes for other loaders than FastDeploy: the entry that holds the
 # source's own quantization_config.
 SOURCE_KEY = "source_quantization_config"
@@ -46,6 +49,23 @@ class Part:
     block: Block
 
 
+def stated_entries(raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a config.json says of its numbers, with the key of each; in a nested text_config too."""
+    nested = raw.get(NESTED)
+    found = [(key, raw[key]) for key in KEYS if raw.get(key)]
+    if not found and isinstance(nested, Mapping):
+        found = [(f"{NESTED}.{key}", nested[key]) for key in KEYS if nested.get(key)]
+    return found
+
+
+def without_entries(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of its numbers."""
+    result = {key: value for key, value in raw.items() if key not in KEYS}
+    if isinstance(raw.get(NESTED), Mapping):
+        result[NESTED] = {k: v for k, v in raw[NESTED].items() if k not in KEYS}
+    return result
+
+
 @dataclass(frozen=True)
 class SourceScheme:
     """How the matrices of a source are stored, by its config.json.
@@ -74,7 +94,7 @@ class SourceScheme:
         Raises:
             CcqError: for a method or a format that is not read, or an entry that is no such thing.
         """
-        stated = [(key, raw[key]) for key in KEYS if raw.get(key)]
+        stated = stated_entries(raw)
         if not stated:
             return cls(where=str(where))
         key, entry = stated[0]
@@ -114,20 +134,20 @@ def _read_entry(fields: _Fields) -> SourceScheme:
     if method == COMPRESSED_TENSORS:
         return _read_compressed_tensors(fields)
     raise fields.fail(
-        f"quant_method {method!r} is not read; float, {FP8} and {COMPRESSED_TENSORS} checkpoints"
-        " are"
+        f"quant_method {show(method)} is not read; float, {FP8} and {COMPRESSED_TENSORS}"
+        " checkpoints are"
     )
 
 
 def _read_fp8(fields: _Fields) -> SourceScheme:
     form = fields.text("fmt", "e4m3").lower()
     if form not in ("e4m3", "float8_e4m3fn"):
-        raise fields.fail(f"fmt {form!r} is not read, only e4m3")
+        raise fields.fail(f"fmt {show(form)} is not read, only e4m3")
     size = fields.get("weight_block_size")
     block: Block = (0, 0)
     if size is not None:
         if not (isinstance(size, list) and len(size) == 2 and all(map(_is_size, size))):
-            raise fields.fail(f"weight_block_size {size!r} is not two sizes such as [128, 128]")
+            raise fields.fail(f"weight_block_size {show(size)} is not two sizes such as [128, 128]")
         block = (size[0], size[1])
     ignored = fields.texts("modules_to_not_convert") + fields.texts("ignored_layers")
     part = Part(Kind.FP8, ("Linear",), block)
@@ -141,7 +161,7 @@ def _read_compressed_tensors(fields: _Fields) -> SourceScheme:
         raise fields.fail("config_groups is not an object")
     parts = []
     for name, group in groups.items():
-        entry = _Fields(f"{fields.where}.config_groups.{readable(name)}", group)
+        entry = _Fields(f"{fields.where}.config_groups.{show(name)}", group)
         _check_format(entry, entry.get("format"))
         weights = entry.get("weights")
         if weights is not None:
@@ -157,7 +177,8 @@ def _read_compressed_tensors(fields: _Fields) -> SourceScheme:
 def _check_format(fields: _Fields, format: object) -> None:
     if format is not None and format not in (*_READ_FORMATS, "mixed-precision"):
         raise fields.fail(
-            f"format {format!r} is not read, only {', '.join(_READ_FORMATS)} and mixed-precision"
+            f"format {show(format)} is not read, only {', '.join(_READ_FORMATS)} and"
+            " mixed-precision"
         )
 
 
@@ -168,25 +189,25 @@ def _part(fields: _Fields, targets: tuple[str, ...]) -> Part:
     elif (kind, bits) == ("float", FP8_BITS):
         found = Kind.FP8
     else:
-        raise fields.fail(f"weights of type {kind!r} with {bits} bits are not read")
+        raise fields.fail(f"weights of type {show(kind)} with {show(bits)} bits are not read")
     if fields.get("actorder"):
-        raise fields.fail(f"actorder {fields.get('actorder')!r} is not read")
+        raise fields.fail(f"actorder {show(fields.get('actorder'))} is not read")
     strategy = fields.text("strategy", "tensor")
     if strategy == "group":
         size = fields.get("group_size")
         if not _is_size(size):
-            raise fields.fail(f"group_size {size!r} is no number of weights")
+            raise fields.fail(f"group_size {show(size)} is no number of weights")
         return Part(found, targets, (1, size))
     if strategy == "block":
         size = fields.get("block_structure")
         if not (isinstance(size, list) and len(size) == 2 and all(map(_is_size, size))):
-            raise fields.fail(f"block_structure {size!r} is not two sizes such as [128, 128]")
+            raise fields.fail(f"block_structure {show(size)} is not two sizes such as [128, 128]")
         return Part(found, targets, (size[0], size[1]))
     if strategy == "channel":
         return Part(found, targets, (1, 0))
     if strategy == "tensor":
         return Part(found, targets, (0, 0))
-    raise fields.fail(f"strategy {strategy!r} is not read")
+    raise fields.fail(f"strategy {show(strategy)} is not read")
 
 
 def _is_size(value: object) -> bool:
@@ -225,7 +246,7 @@ class _Fields:
             return default
         if not isinstance(value, str):
             raise self.fail(f"{key} is not a text")
-        return readable(value)
+        return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.values.get(key) or []
@@ -236,5 +257,5 @@ class _Fields:
                 try:
                     re.compile(item.removeprefix(_REGEX))
                 except re.error as error:
-                    raise self.fail(f"{key}: {readable(item)}: {error}") from None
+                    raise self.fail(f"{key}: {show(item)}: {error}") from None
         return tuple(value)

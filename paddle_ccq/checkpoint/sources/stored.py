@@ -183,10 +183,20 @@ class _Scaled(StoredWeight):
 
 
 class Fp8Weight(_Scaled):
-    """E4M3 values; the weight is value x scale, rounded once, in float32."""
+    """E4M3 values; the weight is value x scale, rounded once, in float32.
 
-    def __init__(self, values: Region, scales: Region, block: Block, first_row: int = 0) -> None:
-        self.regions = (values, scales)
+    `beside` is stored with them and is no part of the weight: the scale of its inputs.
+    """
+
+    def __init__(
+        self,
+        values: Region,
+        scales: Region,
+        block: Block,
+        first_row: int = 0,
+        beside: tuple[Region, ...] = (),
+    ) -> None:
+        self.regions = (values, scales, *beside)
         self.scales, self.block, self.first_row = scales, block, first_row
         self.shape = (values.shape[0], values.shape[1])
 

@@ -8,12 +8,13 @@ import math
 import re
 from pathlib import Path
 
-from ...checkpoint.plan import LayerFormats, Plan, PlannedTensor
+from ...checkpoint.plan import LayerFormats, Plan
+from ...checkpoint.planned import PlannedTensor
 from ...checkpoint.rules import Rule
 from ...checkpoint.safetensors_format import FLOAT_DTYPES
 from ...codec.formats import DEFAULT_EXPERTS, EXPERT_FORMATS
 from ...errors import CcqError
-from ...families.config import ModelConfig
+from ...families.config import CCQ, ModelConfig
 from ...families.tensor import Role
 from ..inspection import Inspection
 from .config import (
@@ -57,6 +58,11 @@ def _expected_plan(config: ModelConfig, folder: Path) -> Plan:
     if not isinstance(quantization, dict):
         raise CcqError(f"{where}: no quantization_config; this is not a quantized checkpoint")
     format = quantization.get("quantization")
+    if format is None and quantization.get("quant_method") == CCQ:
+        raise CcqError(
+            f"{where}: a checkpoint in Hugging Face's layout, which FastDeploy does not read; an"
+            " ERNIE-4.5 text model can be quantized anew with --target fastdeploy"
+        )
     if format not in (*EXPERT_FORMATS, "wint8"):
         raise CcqError(
             f"{where}: quantization_config.quantization is {format!r}; known here are"

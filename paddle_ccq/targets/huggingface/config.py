@@ -7,7 +7,7 @@ from typing import Any
 
 from ...checkpoint.plan import Plan
 from ...checkpoint.reader import PROVENANCE_KEY
-from ...checkpoint.sources.scheme import KEYS, SOURCE_KEY
+from ...checkpoint.sources.scheme import KEYS, SOURCE_KEY, stated_entries, without_entries
 from ...families.config import CCQ
 from ...version import __version__
 from .layout import expert_modules
@@ -16,13 +16,12 @@ QUANTIZATION = KEYS[0]
 # Of the entry's structure.
 VERSION = 1
 # They name code, which is not copied, or files of the source.
-_DROPPED = ("auto_map", "_name_or_path", PROVENANCE_KEY, *KEYS)
+_DROPPED = ("auto_map", "_name_or_path", PROVENANCE_KEY)
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The quantization_config: packed modules with their formats, and the source's own entry."""
-    raw = plan.config.raw
-    source = next((raw[key] for key in KEYS if raw.get(key)), None)
+    source = next((entry for _, entry in stated_entries(plan.config.raw)), None)
     return {
         "quant_method": CCQ,
         "version": VERSION,
@@ -40,7 +39,8 @@ def output_config(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
 
     Loaders that know no quant_method "ccq" refuse it by name.
     """
-    result = {key: value for key, value in plan.config.raw.items() if key not in _DROPPED}
+    stated = without_entries(plan.config.raw)
+    result = {key: value for key, value in stated.items() if key not in _DROPPED}
     plan.config.spell_out(result)
     result[QUANTIZATION] = quantization_config(plan)
     result[PROVENANCE_KEY] = {"version": __version__, **provenance}

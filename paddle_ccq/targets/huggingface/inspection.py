@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...checkpoint.plan import KEPT, LayerFormats, Plan, PlannedTensor, PlanOptions, make_plan
+from ...checkpoint.plan import LayerFormats, Plan, PlanOptions, make_plan
+from ...checkpoint.planned import KEPT, PlannedTensor
 from ...checkpoint.reader import packed_tensors
-from ...checkpoint.safetensors_io import TensorFolder
+from ...checkpoint.safetensors_io import DTYPES, TensorFolder
 from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
 from ...checkpoint.sources.locate import locate
 from ...checkpoint.sources.scheme import SourceScheme
@@ -36,7 +37,7 @@ class HuggingFaceInspection(Inspection):
         try:
             self.source = TensorFolder(self.folder)
             packed = packed_tensors(self.source)
-            self.config = of_folder(self.config, self.scheme, self.source, packed)
+            self.config = of_folder(self.config, self.scheme, self.source, packed, self.problems)
         except CcqError as error:
             self.problems.append(str(error))
             self.config = expect(self.config, self.scheme)
@@ -56,6 +57,10 @@ class HuggingFaceInspection(Inspection):
             self.problems.append(f"{where}: {module}: the model has no such experts")
         return {layer: formats.get(module, default) for module, layer in modules.items()}
 
+    def accepted(self, planned: PlannedTensor, name: str, dtype: str) -> tuple[str, ...]:
+        # Without the whole folder it is not known how the source held what is kept.
+        return tuple(DTYPES) if planned.format == KEPT and self.source is None else (dtype,)
+
     def config_problems(self) -> list[str]:
         own = self.config.raw[QUANTIZATION].get("row_order")
         if own != PLAIN:
@@ -73,7 +78,8 @@ class HuggingFaceInspection(Inspection):
                     continue
                 bad = count_nonfinite(weight.read())
             except CcqError as error:
-                yield str(error)
+                if str(error) not in self.problems:  # opening has said it
+                    yield str(error)
                 continue
             if bad:
                 yield f"{part.name}: {bad} values are NaN or infinite once scaled"

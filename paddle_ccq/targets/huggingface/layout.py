@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...checkpoint.plan import KEPT, Plan
+from ...checkpoint.plan import Plan
+from ...checkpoint.planned import KEPT
 from ...checkpoint.safetensors_format import StoredSpec
 from ...checkpoint.source_tensors import KEPT_NAMING
 from ...codec import formats
