@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports that the architecture page does not have, circles, test files that import test files."""
+"""Imports that the architecture page lacks, circles, long lists of parameters, tests' imports."""
 
 from __future__ import annotations
 
@@ -51,6 +51,27 @@ def test_imports_by_a_name_made_at_run_time() -> None:
         and len(call.args) > 1  # a second argument: relative to a package, hence our own
     }
     assert found == BY_NAME
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+# More are one record, such as the options of a command.
+MOST_PARAMETERS = 8
+# The paper's own signature.
+LONG_LISTS = {"codec/reference.py:algorithm_3"}
+
+
+def test_lists_of_parameters_are_short() -> None:
+    found = set()
+    for path in arrows.PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len(given) - (bool(given) and given[0].arg in ("self", "cls"))
+            if count > MOST_PARAMETERS:
+                found.add(f"{path.relative_to(arrows.PACKAGE).as_posix()}:{node.name}")
+    assert found == LONG_LISTS
 
 
 # --- the reading of sources and page --------------------------------------------------------------

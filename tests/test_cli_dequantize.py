@@ -102,7 +102,7 @@ def test_other_floats_are_rounded_to_bfloat16(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("naming", ["pt", "paddle"])
-@pytest.mark.parametrize("format_name", ["wint2", "wint4", "ccq-2.5"])
+@pytest.mark.parametrize("format_name", ["wint2", "wint4", "ccq-2t", "ccq-2.5"])
 def test_quantized_matrices_are_decoded(tmp_path, naming, format_name):
     folder = tmp_path / "in"
     write_checkpoint(folder, layout="paddle")

@@ -16,7 +16,7 @@ import pytest
 
 from paddle_ccq import api
 from paddle_ccq.cli import COMMANDS
-from paddle_ccq.codec import formats, row_order, spare_scale, weight_only, wint2
+from paddle_ccq.codec import formats, row_order, spare_scale, trellis, weight_only, wint2
 from paddle_ccq.codec.convolution import ConvolutionalCode
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +93,20 @@ def test_golden_wint2_tensor() -> None:
     assert sha256(row_order.unpermute_rows(decoded)) == g["sha256_float32_input_order"]
 
 
+def test_golden_trellis() -> None:
+    g = GOLDEN["ccq-2t"]
+    for entry in g["words"]:
+        q = np.array([[entry["before"]], [entry["byte"]]], np.uint8)
+        assert trellis.decode_values(q)[4:, 0].tolist() == entry["values"]
+    k, n = g["K"], g["N"]
+    tensors = {
+        "quant_weight": sequence(k // 4, n, g["quant_weight"]).astype(np.uint8),
+        "weight_scale": sequence(k // 128, n, g["weight_scale"]).astype(np.uint8),
+        "super_scales": column(g["super_scales"], n).astype(BF16),
+    }
+    check_values("ccq-2t", tensors, g)
+
+
 @pytest.mark.parametrize("f", [spare_scale.CCQ_2_5, spare_scale.CCQ_2_75], ids=lambda f: f.name)
 def test_golden_spare_scale(f: spare_scale.SpareScaleFormat) -> None:
     g = GOLDEN[f.name]
@@ -140,7 +154,7 @@ def test_the_documents_interleaving_formula(bits: int, c: int) -> None:
 
 def test_the_documents_bits_per_weight() -> None:
     text = SPECIFICATION.read_text("utf-8")
-    for name in ("wint2", "ccq-2.5", "ccq-2.75", "wint4", "wint8"):
+    for name in ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75", "wint4", "wint8"):
         row = re.search(rf"^\| `{name}` \| 16 [+ 0-9]*bits \|.*", text, re.M)[0]
         found = [cell.strip() for cell in row.split("|")[3:-1]]
         exact = [formats.stored_bits_per_weight(name, k, 128) for k in (1536, 2560, 3584, 8192)]

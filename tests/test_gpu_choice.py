@@ -12,6 +12,7 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu" / "moe"
 H200 = (132, 9, 232448)
+STREAMS = 4  # configurations of few_stream.cuh, whose costs come last
 PROGRAM = r"""
 #include <cstdio>
 #include "choice.h"
@@ -26,6 +27,7 @@ int main() {
     auto fits = [&](int variant) { return variant <= most; };
     std::printf("%d", ccq::kernel_choice(gpu, call, gpu.major == 9, fits));
     for (const auto& c : ccq::kWideCosts) std::printf(" %.3f", ccq::wide_cost(gpu, call, c));
+    for (const auto& c : ccq::kStreamCosts) std::printf(" %.3f", ccq::stream_cost(gpu, call, c));
     std::printf("\n");
   }
 }
@@ -57,6 +59,18 @@ MEASURED = {
     },
 }  # fmt: skip
 
+# The same for few rows: of kernels 0, 20 to 29 (those that were chosen before) and 30 to 33.
+MEASURED_FEW = {
+    (64, 7168, 8192): {1: {30}, 2: {30}, 4: {31, 32}, 8: {31, 32}, 16: {32}, 64: {0}},
+    (64, 8192, 3584): {1: {30}, 2: {30}, 4: {31, 32}, 8: {32}, 16: {32, 33}, 64: {0}},
+    (64, 3072, 2560): {1: {30}, 2: {30}, 4: {30, 31}, 8: {31, 32}, 16: {32}, 64: {0}},
+    (64, 2560, 1536): {1: {30}, 2: {30}, 4: {30}, 8: {31, 32}, 16: {32}, 64: {0}},
+    (128, 3072, 4096): {1: {30}, 2: {30}, 4: {30}, 8: {31, 32}, 16: {32}, 32: {32}, 128: {0}},
+    (128, 4096, 1536): {1: {30}, 4: {30}, 8: {31, 32}, 16: {32, 0}, 32: {32, 0}, 128: {0}},
+    (256, 1024, 7168): {2: {30}, 4: {30}, 16: {31, 32}, 32: {32}, 128: {0}},
+    (256, 7168, 512): {1: {23, 24}, 2: {24}, 4: {24}, 8: {24}, 16: {24, 0}, 32: {0}, 64: {0}},
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,10 +90,13 @@ def choices(program: Path, calls: list[tuple], gpu: tuple = H200, most: int = 99
     return [[float(v) for v in line.split()] for line in done.stdout.splitlines()]
 
 
-def test_many_rows_get_a_kernel_that_was_measured_to_be_the_fastest(program: Path) -> None:
+@pytest.mark.parametrize("measured", [MEASURED, MEASURED_FEW], ids=["many rows", "few rows"])
+def test_calls_get_a_kernel_that_was_measured_to_be_the_fastest(
+    program: Path, measured: dict
+) -> None:
     cases = [
         (8 * tokens, k, n, experts, best)
-        for (experts, n, k), found in MEASURED.items()
+        for (experts, n, k), found in measured.items()
         for tokens, best in found.items()
     ]
     found = choices(program, [case[:4] for case in cases])
@@ -92,19 +109,30 @@ def test_the_least_cost_wins_and_costs_grow_with_rows(program: Path) -> None:
     calls = [(64 * mean, 4096, 7168, 64) for mean in range(18, 1200, 7)]
     found = choices(program, calls)
     for kernel, *costs in found:
-        assert costs[int(kernel) - 10] == min(costs)
-    least = [min(costs) for _, *costs in found]
+        assert costs[int(kernel) - 10] == min(costs[:-STREAMS])
+    least = [min(costs[:-STREAMS]) for _, *costs in found]
     # A tile more costs at once what its rows cost little by little: up to a tenth of ups and downs.
     assert all(b > a * 0.9 for a, b in pairwise(least))
     assert least[-1] > 15 * least[0]
 
 
+def test_few_rows_of_several_experts_get_the_rows_a_tile_that_cost_least(program: Path) -> None:
+    calls = [(rows, 4096, 7168, 64) for rows in (1, 8, 20, 40, 64, 100, 128, 180, 220)]
+    found = choices(program, calls)
+    for kernel, *costs in found:
+        assert costs[int(kernel) - 30 - STREAMS] == min(costs[-STREAMS:])
+    kernels = [int(kernel) for kernel, *_ in found]
+    assert kernels == sorted(kernels)
+    assert kernels[0] == 30
+    assert kernels[-1] >= 32
+
+
 @pytest.mark.parametrize(
     ("call", "kernel"),
     [
-        ((8, 8192, 7168, 64), 22),  # one token: one row a tile, long columns
-        ((128, 8192, 7168, 64), 29),  # 16 tokens: four rows a tile
-        ((8, 7168, 1024, 256), 22), ((1024, 8192, 7168, 64), 0), ((1088, 8192, 7168, 64), 1),
+        ((8, 8192, 7168, 64), 30),  # one token: one row a tile
+        ((128, 8192, 7168, 64), 32),  # 16 tokens: four rows a tile
+        ((8, 7168, 1024, 256), 30), ((1024, 8192, 7168, 64), 0), ((1088, 8192, 7168, 64), 1),
         ((1, 4096, 1024, 1), 20), ((8, 512, 7168, 256), 24), ((64, 4096, 1024, 1), 3),
     ],
 )  # fmt: skip
@@ -118,7 +146,10 @@ def test_what_does_not_fit_is_passed_over(program: Path) -> None:
     assert int(choices(program, [call], most=12)[0][0]) in (11, 12)  # no tiles of 256 columns
     assert int(choices(program, [call], gpu=(108, 8, 166912))[0][0]) == 1  # before Hopper
     assert int(choices(program, [call], gpu=(108, 8, 101376), most=0)[0][0]) == 3
-    assert int(choices(program, [(8, 8192, 7168, 64)], most=19)[0][0]) in (0, 3)
+    few = (8, 8192, 7168, 64)
+    assert int(choices(program, [few], most=29)[0][0]) == 22  # no ring for all columns
+    assert int(choices(program, [few], most=19)[0][0]) in (0, 3)
+    assert int(choices(program, [few], gpu=(108, 8, 166912))[0][0]) == 22  # before Hopper
 
 
 # What the kernels for CCQ-2T take: by K, as their shared memory allows on an H200.

@@ -109,7 +109,8 @@ EXPERT = "model.layers.1.mlp.experts.1.down_proj.weight"
     "flags",
     [
         *({}, {"preset": "best"}, {"encoder": "paper"}),
-        *({"format": "ccq-2.5"}, {"format": "ccq-2.75"}, {"tensor_parallel_size": 2}),
+        *({"format": "ccq-2t"}, {"format": "ccq-2.5"}, {"format": "ccq-2.75"}),
+        {"tensor_parallel_size": 2},
     ],
 )
 def test_a_value_that_hides_all_others_is_refused_before_verify_would(tmp_path, value, flags):
@@ -142,7 +143,7 @@ def test_the_remedy_for_a_large_value_works(tmp_path, wint4):
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-25, 1e-30, 1e-37, 1e-45, 0.0])
-@pytest.mark.parametrize("format", ["wint2", "ccq-2.75", "wint4"])
+@pytest.mark.parametrize("format", ["wint2", "ccq-2t", "ccq-2.75", "wint4"])
 def test_an_expert_that_vanished_is_sound(tmp_path, scale, format):
     """Zeros may stand for it, and nothing else."""
     tensor = stored_weights(CONFIG, random_weights(CONFIG), "pt", "f32")[EXPERT]

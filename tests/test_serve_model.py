@@ -77,6 +77,7 @@ def test_shapes_of_networks(tmp_path: Path, changes: dict[str, Any]) -> None:
     [
         {},
         {"fastdeploy_layout": "2.0"},
+        {"format": "ccq-2t"},
         {"format": "ccq-2.5"},
         {"format": "ccq-2.75"},
         {"wint4_end_layer": 1},

@@ -85,6 +85,8 @@ CASES: dict[str, Case] = {
     "wint2-paper": _case(encoder="paper-literal"),
     "wint2-prefix": _case(wint4_end_layer=2),
     "wint4-everywhere": _case(wint4_end_layer=4),
+    "ccq-2t-fast": _case(format="ccq-2t"),
+    "ccq-2t-prefix": _case(format="ccq-2t", wint4_end_layer=1),
     "ccq-2.5-fast": _case(format="ccq-2.5"),
     "ccq-2.5-default": Case({"format": "ccq-2.5"}),
     "ccq-2.5-layout-2.0": _case(format="ccq-2.5", fastdeploy_layout="2.0"),
@@ -127,6 +129,7 @@ CASES: dict[str, Case] = {
     "tensor-parallel-prefix": _case(
         "cut", tensor_parallel_size=2, wint4_end_layer=1, max_shard_size="60KB"
     ),
+    "tensor-parallel-ccq-2t": _case("cut", tensor_parallel_size=2, format="ccq-2t"),
     "tensor-parallel-ccq-2.75": _case("cut", tensor_parallel_size=2, format="ccq-2.75"),
     "source-paddle": _case("paddle"),
     "source-float32-with-head": _case("head"),
@@ -154,6 +157,16 @@ CASES: dict[str, Case] = {
             "wint4_end_layer": 2,
         },
         calibrated="gradient",
+    ),
+    "calibrated-ccq-2t": Case(
+        {
+            "preset": "fast",
+            "format": "ccq-2t",
+            "calibration": "TEXT",
+            "calibration_tokens": "1k",
+            "wint4_end_layer": 2,
+        },
+        calibrated="router",
     ),
     "calibrated-prefix-layout-2.0": Case(
         {
@@ -189,6 +202,7 @@ CASES: dict[str, Case] = {
 # Outputs that are turned back, and the naming they are turned into.
 DEQUANTIZED = {
     "wint2-fast": ("paddle", "pt"),
+    "ccq-2t-fast": ("paddle",),
     "ccq-2.5-fast": ("paddle",),
     "wint2-prefix": ("paddle",),
     "rules-dense": ("pt",),

@@ -44,8 +44,10 @@ __device__ inline int high16(uint32_t x) { return static_cast<int16_t>(x >> 16);
 __device__ inline uint2 word_in_metric(uint32_t word, const float* root) {
   int v[4], y[4];
   word_values(word, v);
+#pragma unroll
   for (int j = 0; j < 4; ++j) {
     float sum = mul(static_cast<float>(v[0]), root[j]);
+#pragma unroll
     for (int i = 1; i <= j; ++i) sum = add(sum, mul(static_cast<float>(v[i]), root[4 * i + j]));
     y[j] = 16 * static_cast<int>(whole(sum));
   }
@@ -121,8 +123,10 @@ __device__ inline uint32_t step(const Survivors& now, const Rows& now_memory, Su
     const float inverse = __fdiv_rn(1.0f, p.scale);
     const float* x = now_memory.rows + self * kRows + at;
     int u[4];
+#pragma unroll
     for (int j = 0; j < 4; ++j) {
       float sum = mul(x[0], p.root[j]);
+#pragma unroll
       for (int i = 1; i <= j; ++i) sum = add(sum, mul(x[i], p.root[4 * i + j]));
       float y = mul(sum, inverse);
       y = y < -kCostClip ? -static_cast<float>(kCostClip) : y;
@@ -136,7 +140,7 @@ __device__ inline uint32_t step(const Survivors& now, const Rows& now_memory, Su
   }
   __syncthreads();
   uint32_t best = ~0u;
-#pragma unroll 4
+#pragma unroll 8
   for (int s = 0; s < now.count; ++s) {
     const uint32_t key = sh.key[s], u01 = sh.target[0][s], u23 = sh.target[1][s];
     const uint2 v = __ldg(p.table + ((key & 255u) << 8) + self);
@@ -161,27 +165,43 @@ __device__ inline uint32_t step(const Survivors& now, const Rows& now_memory, Su
     int v[4];
     word_values(static_cast<uint32_t>(now.state[from]) << 8 | self, v);
     float* rows = next_memory.rows + place * kRows;
+#pragma unroll
     for (int i = 0; i < 4; ++i) rows[at + i] = sub(p.w[at + i], mul(p.scale, static_cast<float>(v[i])));
-    uint8_t* bytes = next_memory.bytes + place * kBytes;
-    for (int i = 0; i < p.number; ++i) bytes[i] = now_memory.bytes[from * kBytes + i];
-    bytes[p.number] = static_cast<uint8_t>(self);
+    next_memory.bytes[place * kBytes + p.number] = static_cast<uint8_t>(self);
   }
   if (self == 0) next.count = count;
   __syncthreads();
-  // A warp takes one survivor's rows after the other.
-  for (int s = self / 32; s < count; s += kWarps) {
-    const float* old = now_memory.rows + sh.from[s] * kRows;
-    float* rows = next_memory.rows + s * kRows;
-    const float e0 = rows[at], e1 = rows[at + 1], e2 = rows[at + 2], e3 = rows[at + 3];
-    for (int r = self % 32; r < p.rows; r += 32) {
-      if (r < at) rows[r] = old[r];
-      if (r < at + 4) continue;
-      const float* m = p.m + at * p.stride + r;
-      float sum = add(old[r], mul(e0, m[0]));
-      sum = add(sum, mul(e1, m[p.stride]));
-      sum = add(sum, mul(e2, m[2 * p.stride]));
-      rows[r] = add(sum, mul(e3, m[3 * p.stride]));
+  // A warp takes one survivor's rows after the other; rows of the factor are the same for all.
+  constexpr int kChunks = (kWindowRows + 31) / 32;
+  const int lane = self % 32;
+  float m[kChunks][4];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = lane + 32 * c;
+      m[c][i] = r >= at + 4 && r < p.rows ? p.m[(at + i) * p.stride + r] : 0.0f;
     }
+#pragma unroll 2
+  for (int s = self / 32; s < count; s += kWarps) {
+    const int from = sh.from[s];
+    const float* old = now_memory.rows + from * kRows;
+    float* rows = next_memory.rows + s * kRows;
+    const float4 e = *reinterpret_cast<const float4*>(rows + at);
+    float x[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int r = lane + 32 * c;
+      x[c] = r < p.rows ? old[r] : 0.0f;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int r = lane + 32 * c;
+      if (r >= p.rows || (r >= at && r < at + 4)) continue;
+      if (r > at) x[c] = add(add(add(add(x[c], mul(e.x, m[c][0])), mul(e.y, m[c][1])), mul(e.z, m[c][2])), mul(e.w, m[c][3]));
+      rows[r] = x[c];
+    }
+    if (lane < p.number) next_memory.bytes[s * kBytes + lane] = now_memory.bytes[from * kBytes + lane];
   }
   __syncthreads();
   return least;

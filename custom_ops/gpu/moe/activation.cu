@@ -11,6 +11,7 @@ constexpr int kThreads = 256;
 template <int kDtype>
 __global__ void __launch_bounds__(kThreads) swiglu(const uint4* x, uint4* out, int64_t vectors, int per_row) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  ccq::dependents_may_start();
   ccq::wait_for_prerequisites();
   if (i >= vectors) return;
   const int64_t row = i / per_row, column = i % per_row;

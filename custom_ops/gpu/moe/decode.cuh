@@ -96,16 +96,16 @@ struct Windows {
   }
 };
 
-// The same eight windows as bytes, for the integer tensor cores: two masks instead of four, and shifts that are
-// multiplications, which another pipe makes. `outer` has window 3 and twice window 0 of both codes, `inner` window 1 of
-// both, then window 2 of both.
+// The same eight windows as bytes, for the integer tensor cores. Windows 0 and 2 of a code end three bits below windows 1 and 3: two
+// shifts, each with one mask, bring every window into a byte of its own. Windows 2 and 3 stand there as four times themselves, so the
+// activations that they meet are quartered.
 struct ByteWindows {
-  uint32_t outer, inner;
-  // `four` and `thirty_two` in registers, so that they stay multiplications.
-  __device__ ByteWindows(uint32_t c, uint32_t four, uint32_t thirty_two) {
-    outer = c & 0x7E3F7E3Fu;
-    // The windows come to stand in the upper bytes of both halves; what the lower code spills stays in lower bytes.
-    inner = __byte_perm(c * four, c * thirty_two, 0x7531) & 0x3F3F3F3Fu;
+  uint32_t even, odd;  // bytes: four times window 2 (3), window 0 (1), of the lower code, then of the upper one
+  // `four` in a register, so that it stays a multiplication, which another pipe makes.
+  __device__ ByteWindows(uint32_t c, uint32_t four) {
+    // What one code spills into the other's half is masked away.
+    even = (c >> 1) & 0x3FFC3FFCu;
+    odd = (c * four) & 0x3FFC3FFCu;
   }
 };
 

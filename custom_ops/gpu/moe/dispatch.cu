@@ -59,10 +59,17 @@ __global__ void __launch_bounds__(kThreads) gather(const uint4* x, const int32_t
 __global__ void __launch_bounds__(kThreads) route_and_gather(const int64_t* ids, const uint4* x, int count, int top_k,
                                                              int experts, int vectors, int64_t* offsets, int32_t* place,
                                                              uint4* rows) {
+  constexpr int kKept = 4;  // vectors that a thread reads before it knows where they go: their latencies do not add up
   __shared__ int64_t all[kThreads];
+  ccq::dependents_may_start();
   ccq::wait_for_prerequisites();
   const int me = blockIdx.x, i = threadIdx.x;
   const int64_t id = i < count ? ids[i] : -1;
+  const uint4* from = x + static_cast<int64_t>(me / top_k) * vectors;
+  uint4 kept[kKept];
+#pragma unroll
+  for (int v = 0; v < kKept; ++v)
+    if (i + v * kThreads < vectors) kept[v] = from[i + v * kThreads];
   all[i] = id;
   const int64_t mine = ids[me];
   const int row = __syncthreads_count(id >= 0 && (id < mine || (id == mine && i < me)));
@@ -76,27 +83,44 @@ __global__ void __launch_bounds__(kThreads) route_and_gather(const int64_t* ids,
     }
   }
   if (!known) return;
-  const uint4* from = x + static_cast<int64_t>(me / top_k) * vectors;
   uint4* to = rows + static_cast<int64_t>(row) * vectors;
-  for (int v = i; v < vectors; v += kThreads) to[v] = from[v];
+#pragma unroll
+  for (int v = 0; v < kKept; ++v)
+    if (i + v * kThreads < vectors) to[i + v * kThreads] = kept[v];
+  for (int v = i + kKept * kThreads; v < vectors; v += kThreads) to[v] = from[v];
 }
 
 template <int kDtype>
 __global__ void __launch_bounds__(kThreads) combine(const uint4* rows, const int32_t* place, const float* weights,
                                                     int top_k, int vectors, uint4* out) {
+  constexpr int kAtOnce = 8;  // rows that a thread reads at once
   const int64_t token = blockIdx.x;
   const int i = blockIdx.y * kThreads + threadIdx.x;
+  ccq::dependents_may_start();
   ccq::wait_for_prerequisites();
   if (i >= vectors) return;
   float sum[8] = {};
-  for (int j = 0; j < top_k; ++j) {
-    const int32_t row = place[token * top_k + j];
-    if (row < 0) continue;
-    const float weight = weights[token * top_k + j];
-    float value[8];
-    ccq_half8::unpack<kDtype>(rows[static_cast<int64_t>(row) * vectors + i], value);
+  for (int first = 0; first < top_k; first += kAtOnce) {
+    int32_t row[kAtOnce];
+    float weight[kAtOnce];
+    uint4 part[kAtOnce];
 #pragma unroll
-    for (int v = 0; v < 8; ++v) sum[v] = fmaf(weight, value[v], sum[v]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const bool there = first + j < top_k;
+      row[j] = there ? place[token * top_k + first + j] : -1;
+      weight[j] = there ? weights[token * top_k + first + j] : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (row[j] >= 0) part[j] = rows[static_cast<int64_t>(row[j]) * vectors + i];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row[j] < 0) continue;
+      float value[8];
+      ccq_half8::unpack<kDtype>(part[j], value);
+#pragma unroll
+      for (int v = 0; v < 8; ++v) sum[v] = fmaf(weight[j], value[v], sum[v]);
+    }
   }
   out[token * vectors + i] = ccq_half8::pack<kDtype>(sum);
 }

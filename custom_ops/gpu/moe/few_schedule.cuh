@@ -36,6 +36,7 @@ struct FewParams {
   int rows, k, n, experts, dtype, fastdeploy;
   Divider column_tiles;  // tiles side by side
   int each, longer;      // tiles a block, and how many blocks take one more; where the host knows how many tiles there are
+  int stages;            // of few_stream.cuh
 };
 
 // The expert of a range's first tile, or with one row a block which block of rows that is; blocks of rows of each warp's experts.
@@ -101,8 +102,8 @@ struct FewShared {
 };
 
 // `from`: an expert that is not behind it. As many as there are: a row behind the last one's.
-template <typename C>
-__device__ int expert_of(const FewShared<C>& s, int block, int from) {
+template <typename C, typename S>
+__device__ int expert_of(const S& s, int block, int from) {
   if constexpr (C::kRows == 1) {
     return s.blocks[block - s.start->block];
   } else {
@@ -111,10 +112,31 @@ __device__ int expert_of(const FewShared<C>& s, int block, int from) {
   }
 }
 
+// A block of rows and its expert, the same for all lanes and known to be.
+struct FewRows {
+  int expert, block;
+
+  // Its first row and how many rows it has; none if it lies behind the last expert's.
+  template <typename C, typename S>
+  __device__ void place(const FewParams& p, const S& s, int* row, int* count) const {
+    *row = block * C::kRows, *count = min(C::kRows, p.rows - *row);
+    if (C::kRows == 1) {
+      *count = expert < p.experts;
+    } else if (p.offsets) {
+      *row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
+      *count = min(C::kRows, s.rows[expert + 1] - *row);
+    }
+  }
+};
+// Row r of them in memory, or the last one in its place.
+__device__ inline const char* row_in(const FewParams& p, int row, int count, int r) {
+  return static_cast<const char*>(p.x) + static_cast<size_t>(row + min(r, max(count, 1) - 1)) * p.k * 2;
+}
+
 // With one row a block: the experts of a range's blocks, as many as end at or before each. All threads, which meet in here; each
 // has few offsets, since a warp that reads them all, or all warps, take a microsecond longer.
-template <typename C>
-__device__ void find_experts(const FewParams& p, const FewShared<C>& s, int first_block, int last_block) {
+template <typename C, typename S>
+__device__ void find_experts(const FewParams& p, const S& s, int first_block, int last_block) {
   const int e = threadIdx.x;
   constexpr int kEach = kMaxExperts / C::kThreads;
   int64_t end[kEach];
@@ -177,8 +199,8 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* beg
 }
 
 // The same for one matrix, of which the host knows all else. One warp.
-template <typename C>
-__device__ void one_expert(const FewParams& p, const FewShared<C>& s, int first_block, int end) {
+template <typename C, typename S>
+__device__ void one_expert(const FewParams& p, const S& s, int first_block, int end) {
   const int lane = threadIdx.x % 32;
   if (C::kRows == 1) {
     s.start->block = first_block;

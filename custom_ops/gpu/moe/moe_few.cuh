@@ -18,8 +18,8 @@
 //
 // Activations are integers of 16 bits, two signed digits of 8; weights unsigned bytes (decode.cuh). The integer tensor
 // cores multiply exactly, and so do the group scales: all of a warp's slice is one integer, whatever the order. Against
-// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a slice's largest value (2^-15
-// where window 0 meets them, which is stored twice), below 1e-3 of the row's norm for any row and 4e-5 for a Gaussian one.
+// fp16 this halves the masks of decoding and the steps. Integers are off by at most 2^-16 of a slice's largest value (2^-14
+// where windows 2 and 3 meet them, which are stored four times): below 1e-3 of the row's norm for any row, 1e-4 for a Gaussian one.
 //
 // Few rows leave most of a step's 8 columns (B's) empty. They carry other groups instead: with R rows a tile's 8 columns
 // are 4 / R groups ("slots") of R rows of two digits. A step of group j has zeros in the columns of other slots, so that
@@ -36,27 +36,6 @@ struct Slots {
   static constexpr int kGroups = 4 / R;                 // groups that share an accumulator
   static constexpr int kUnit = 256 * R + 16, kZeros = 256 * R;
 };
-
-// A block of rows and its expert, the same for all lanes and known to be.
-struct FewRows {
-  int expert, block;
-
-  // Its first row and how many rows it has; none if it lies behind the last expert's.
-  template <typename C>
-  __device__ void place(const FewParams& p, const FewShared<C>& s, int* row, int* count) const {
-    *row = block * C::kRows, *count = min(C::kRows, p.rows - *row);
-    if (C::kRows == 1) {
-      *count = expert < p.experts;
-    } else if (p.offsets) {
-      *row = s.rows[expert] + (block - s.blocks[expert]) * C::kRows;
-      *count = min(C::kRows, s.rows[expert + 1] - *row);
-    }
-  }
-};
-// Row r of them in memory, or the last one in its place.
-__device__ inline const char* row_in(const FewParams& p, int row, int count, int r) {
-  return static_cast<const char*>(p.x) + static_cast<size_t>(row + min(r, max(count, 1) - 1)) * p.k * 2;
-}
 
 // A warp's slice of K: pairs of units `pair`, `pair + kWK`, ... of a tile. In chunks of 16 values a lane: two pairs a step.
 template <typename C>
@@ -145,8 +124,8 @@ __device__ void few_main_loop(const FewShared<C>& s, Ring<C::kR, C::kStages>& ri
   const int slot = g / (2 * R), mine = g % (2 * R) * 64 + t * 16;
   // Nibbles of this lane's accumulators: their slot's group is even or odd, in the first or the second unit (R = 1).
   const int shift = R == 1 ? t % 2 * 4 : R == 2 ? t / 2 * 4 : 0;
-  uint32_t four = 4, thirty_two = 32;
-  asm volatile("" : "+r"(four), "+r"(thirty_two));
+  uint32_t four = 4;
+  asm volatile("" : "+r"(four));
   int o[kR][4] = {};  // [..][2]: digits, of column g and of column g + 8
 
   for (; 2 * pair < blocks_k; pair += C::kWK) {
@@ -186,13 +165,13 @@ __device__ void few_main_loop(const FewShared<C>& s, Ring<C::kR, C::kStages>& ri
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
           const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
-          const ByteWindows a0(column[r][0].template codes<0>(low), four, thirty_two);
-          const ByteWindows c0(column[r][1].template codes<0>(high), four, thirty_two);
-          if (first) mma_bytes(d[r], a0.outer, c0.outer, a0.inner, c0.inner, b.x, b.y, c.x, c.y);
-          else mma_bytes(d[r], a0.outer, c0.outer, a0.inner, c0.inner, b.x, b.y);
-          const ByteWindows a1(column[r][0].template codes<1>(low), four, thirty_two);
-          const ByteWindows c1(column[r][1].template codes<1>(high), four, thirty_two);
-          mma_bytes(d[r], a1.outer, c1.outer, a1.inner, c1.inner, b.z, b.w);
+          const ByteWindows a0(column[r][0].template codes<0>(low), four);
+          const ByteWindows c0(column[r][1].template codes<0>(high), four);
+          if (first) mma_bytes(d[r], a0.even, c0.even, a0.odd, c0.odd, b.x, b.y, c.x, c.y);
+          else mma_bytes(d[r], a0.even, c0.even, a0.odd, c0.odd, b.x, b.y);
+          const ByteWindows a1(column[r][0].template codes<1>(low), four);
+          const ByteWindows c1(column[r][1].template codes<1>(high), four);
+          mma_bytes(d[r], a1.even, c1.even, a1.odd, c1.odd, b.z, b.w);
         }
         if (R == 4) scaled(4 * half);
       }

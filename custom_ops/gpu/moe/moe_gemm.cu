@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Three kernels: moe_few.cuh for one or two rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more (compiled with
-// -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, moe_gemm.cuh serves them too).
+// Four kernels: moe_few.cuh and few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more. few_stream.cuh
+// and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, the
+// other two serve all.
 
 #include "moe_gemm.h"
 
 #include <algorithm>
 
+#include "few_stream.h"
 #include "gemm_launch.cuh"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
@@ -77,6 +79,7 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
+  if (variant >= kStreamFew) return stream_few_shared(variant, k, experts);
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
 #ifdef CCQ_SM90A
@@ -184,6 +187,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
   if (a->pairs == CCQ_PAIRS_TRELLIS) return trellis_gemm(device, *a, variant, stream);
+  if (variant >= kStreamFew) return stream_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
                       a->rows, a->k, a->n, a->experts, a->dtype, a->row_order == CCQ_ROWS_FASTDEPLOY};

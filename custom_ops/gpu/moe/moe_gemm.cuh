@@ -260,8 +260,8 @@ template <typename C>
 __device__ void integer_main_loop(Warp<C>& w, int units, int number, int slot, Accumulator<C, 1>& acc) {
   constexpr int kR = C::kR;
   const int t = w.lane % 4;
-  uint32_t four = 4, thirty_two = 32;
-  asm volatile("" : "+r"(four), "+r"(thirty_two));
+  uint32_t four = 4;
+  asm volatile("" : "+r"(four));
   int o[kR][4] = {};
   Column<C::kPairs> column[kR][2];
   for (int i = 0; i < units; ++i, ++number) {
@@ -279,14 +279,14 @@ __device__ void integer_main_loop(Warp<C>& w, int units, int number, int slot, A
         const uint32_t low = unit.q[r].x, high = unit.q[r].y;
         int d[4];
         {
-          const ByteWindows a(column[r][0].template codes<0>(low), four, thirty_two);
-          const ByteWindows e(column[r][1].template codes<0>(high), four, thirty_two);
-          mma_bytes(d, a.outer, e.outer, a.inner, e.inner, b.x, b.y, c.x, c.y);
+          const ByteWindows a(column[r][0].template codes<0>(low), four);
+          const ByteWindows e(column[r][1].template codes<0>(high), four);
+          mma_bytes(d, a.even, e.even, a.odd, e.odd, b.x, b.y, c.x, c.y);
         }
         {
-          const ByteWindows a(column[r][0].template codes<1>(low), four, thirty_two);
-          const ByteWindows e(column[r][1].template codes<1>(high), four, thirty_two);
-          mma_bytes(d, a.outer, e.outer, a.inner, e.inner, b.z, b.w);
+          const ByteWindows a(column[r][0].template codes<1>(low), four);
+          const ByteWindows e(column[r][1].template codes<1>(high), four);
+          mma_bytes(d, a.even, e.even, a.odd, e.odd, b.z, b.w);
         }
         const int f0 = unit.scale[r] >> (4 * half) & 15, f1 = unit.scale[r] >> (4 * half + 8) & 15;
         o[r][0] += f0 * d[0], o[r][1] += f0 * d[1], o[r][2] += f1 * d[2], o[r][3] += f1 * d[3];

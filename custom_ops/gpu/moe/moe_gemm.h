@@ -41,8 +41,8 @@ size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts);
 // CCQ-2T with more input rows than the GPU's shared memory takes (before Hopper; 6,000 and more fit everywhere).
 cudaError_t ccq_moe_gemm(const struct ccq_moe_gemm_args* args, cudaStream_t stream);
 
-// Which kernel serves a call, for tests and profiles: below 10 moe_gemm.cuh, below 20 moe_wide.cuh, below 40 moe_few.cuh, else
-// trellis_few.cuh.
+// Which kernel serves a call, for tests and profiles: below 10 moe_gemm.cuh, below 20 moe_wide.cuh, below 30 moe_few.cuh, below 40
+// few_stream.cuh, else trellis_few.cuh.
 // -1: an argument is wrong, or there are no rows.
 int ccq_moe_gemm_variant(const struct ccq_moe_gemm_args* args);
 

@@ -137,7 +137,7 @@ struct IntegerScale {
 
 // A chunk as integers: upper and lower digits as the bytes that a lane's steps want (decode.cuh, ByteWindows), and what
 // accumulators begin with, for windows are 32 less than they are stored. Of the four values that a byte of weights meets,
-// the first is halved: its window is stored twice.
+// the last two are quartered.
 struct Digits {
   uint4 bytes[2];
   int offset[2];
@@ -150,21 +150,20 @@ struct Digits {
     // To the nearest integer, in the low bits of 1.5 * 2^23 (conversions run at a quarter of the rate); 128 more, so that
     // the upper byte is the upper digit and the lower one, less 128, the lower digit.
     auto rounded = [&](int i) {
-      return __float_as_uint(__fmaf_rn(v[i], i % 4 ? scale : scale * 0.5f, 12582912.f + 128.f));
+      return __float_as_uint(__fmaf_rn(v[i], i % 4 < 2 ? scale : scale * 0.25f, 12582912.f + 128.f));
     };
     auto both = [&](int i, int j) { return __byte_perm(rounded(i), rounded(j), 0x4051); };  // upper digits, lower digits
 #pragma unroll
     for (int h = 0; h < 2; ++h) {  // the weights' bytes h and h + 2 of a lane's four
-      const int a = 4 * h, b = a + 8;
-      const uint32_t outer[2] = {both(a + 3, a), both(b + 3, b)}, inner[2] = {both(a + 1, b + 1), both(a + 2, b + 2)};
-      words[0][2 * h] = __byte_perm(outer[0], outer[1], 0x5410);
-      words[0][2 * h + 1] = __byte_perm(inner[0], inner[1], 0x5410);
-      words[1][2 * h] = __byte_perm(outer[0], outer[1], 0x7632) ^ 0x80808080u;
-      words[1][2 * h + 1] = __byte_perm(inner[0], inner[1], 0x7632) ^ 0x80808080u;
 #pragma unroll
-      for (int d = 0; d < 2; ++d) {  // -32 times each digit, -64 times where the window is stored twice
-        offset[d] = __dp4a(static_cast<int>(words[d][2 * h]), static_cast<int>(0xC0E0C0E0u), offset[d]);
-        offset[d] = __dp4a(static_cast<int>(words[d][2 * h + 1]), static_cast<int>(0xE0E0E0E0u), offset[d]);
+      for (int odd = 0; odd < 2; ++odd) {
+        const int a = 4 * h + odd, b = a + 8, word = 2 * h + odd;
+        const uint32_t lower = both(a + 2, a), upper = both(b + 2, b);
+        words[0][word] = __byte_perm(lower, upper, 0x5410);
+        words[1][word] = __byte_perm(lower, upper, 0x7632) ^ 0x80808080u;
+#pragma unroll
+        for (int d = 0; d < 2; ++d)  // -32 times each digit, -128 times where four times the window meets it
+          offset[d] = __dp4a(static_cast<int>(words[d][word]), static_cast<int>(0xE080E080u), offset[d]);
       }
     }
 #pragma unroll

@@ -90,6 +90,12 @@ __device__ inline void publish_barriers() {
 #endif
 }
 
+// A barrier of some of a block's warps.
+template <int kId, int kThreads>
+__device__ inline void named_barrier() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
 // Weights that are read once leave the cache before activations, partial results and code do. `again`: other rows of the
 // same expert will read them on another multiprocessor, soon but not at once.
 __device__ inline uint64_t streaming_policy(bool again = false) {
