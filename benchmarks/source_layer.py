@@ -40,9 +40,11 @@ import json, resource, sys
 from paddle_ccq.quantize import quantize
 model, output, preset, device = sys.argv[1:]
 result = quantize(model, output, preset=preset, device=device, quiet=True)
+usage = resource.getrusage(resource.RUSAGE_SELF)
 io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
 print(json.dumps({
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": usage.ru_maxrss * 1024,
+    "processor_seconds": usage.ru_utime + usage.ru_stime,
     "estimate": result.plan.peak_memory(),
     "seconds": result.seconds,
     "read": int(io["rchar"]),
@@ -145,6 +147,7 @@ def row(result: dict) -> list[str]:
         f"{seconds['total']:.0f}",
         *(f"{seconds[part] / seconds['total']:.0%}" for part in ("read", "encode", "write")),
         f"{result['rate'] / 1e6:.2f}",
+        f"{result['weights'] / result['processor_seconds'] / 1e6:.2f}",
         f"{result['rel_mse']:.4f}",
     ]
 
@@ -185,7 +188,8 @@ def machine(device: str) -> str:
 
 def write_page(results: list[dict], note: str) -> None:
     header = ["device, preset", "experts", "read, GB", "written, GB", "peak memory, GB", "seconds",
-              "reading", "encoding", "writing", "M weights/s", "rel-MSE"]  # fmt: skip
+              "reading", "encoding", "writing", "M weights/s", "M weights per core and second",
+              "rel-MSE"]  # fmt: skip
     save_result("source_layer", {"rows": results})
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     text = (

@@ -34,7 +34,7 @@ from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluate import main as evaluate_main
 from paddle_ccq.families.tensor import EXACT_ROLES
 from paddle_ccq.fastdeploy.check import main as fastdeploy_main
-from paddle_ccq.quantize import main, quantize
+from paddle_ccq.quantize import QuantizeOptions, main, quantize
 from paddle_ccq.sample import main as sample_main
 from paddle_ccq.sensitivity import main as sensitivity_main
 from paddle_ccq.tune import main as tune_main
@@ -501,6 +501,23 @@ def test_ernie_can_be_written_so_from_both_namings(layout, tmp_path):
     assert open_checkpoint(tmp_path / "float").names() == original.names()
 
 
+def test_hugging_faces_layout_has_no_rule_on_which_layers_are_wint4(tmp_path):
+    source = tmp_path / "source"
+    write_checkpoint(source, tiny_config(moe_intermediate_size=128))
+    (tmp_path / "rules.yaml").write_text('- {match: "*.layers.2.mlp.experts.*", format: wint4}\n')
+    options = {**OPTIONS, "rules": tmp_path / "rules.yaml"}
+    with pytest.raises(CcqError, match="FastDeploy can't load that"):
+        quantize(source, tmp_path / "output", **options)
+    quantize(source, tmp_path / "output", target="huggingface", **options)
+    assert entry_of(tmp_path / "output")["experts"] == {
+        "model.layers.1.mlp.experts": "wint2",
+        "model.layers.2.mlp.experts": "wint4",
+    }
+    asked = {"allocate": "2.3bpw", "calibration": "text.jsonl"}
+    assert QuantizeOptions(target="huggingface", **asked).allocation_request().plugin_layout
+    assert not QuantizeOptions(**asked).allocation_request().plugin_layout
+
+
 # --- models of no known family --------------------------------------------------------------------
 
 
@@ -677,15 +694,15 @@ def test_the_entry_may_lie_in_text_config(made, tmp_path):
     assert "quantization_config" not in {**again, **again["text_config"]}
 
 
-def test_scales_of_experts_inputs_are_passed_over_with_a_word(made, tmp_path, capsys):
+@pytest.mark.parametrize("family", [None, "generic"])
+def test_scales_of_inputs_are_kept_of_dense_layers_alone(family, made, tmp_path):
     plain = made(by_name("qwen3-moe"))
     name = "model.layers.1.mlp.experts.0.up_proj.input_scale"
     dense = "model.layers.1.self_attn.q_proj.input_scale"
     more = {key: np.ones(1, np.float32) for key in (name, dense)}
     config = {**plain.case.config, "quantization_config": FP8_CONFIG}
     source = fp8_source(plain, tmp_path / "source", config, more)
-    quantize(source, tmp_path / "output", preset="fast")
-    assert "passing over 1 scales of experts' inputs" in capsys.readouterr().err
+    quantize(source, tmp_path / "output", family=family, **OPTIONS)
     output = stored(tmp_path / "output")
     assert dense in output
     assert name not in output

@@ -27,7 +27,7 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
 @pytest.mark.parametrize(
     "source",
     [
-        *("moe/repack.cu", "moe/moe_gemm.cu", "moe/linear_w8.cu"),
+        *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/linear_w8.cu"),
         *("moe/trellis_repack.cu", "moe/trellis_gemm.cu"),
         *("encode/trellis.cu", "encode/host_trellis.cu", "encode/trellis_ldlq.cu"),
         *("encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),
@@ -80,3 +80,24 @@ def test_few_rows_of_trellis_weights_are_not_serialized(tmp_path: Path, rows: in
     )
     said = compiled(tmp_path, str(source), "90a", "-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
     assert "trellis_few_kernel" in said and "serialized" not in said
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_streams_of_few_rows_stay_in_registers(tmp_path: Path, rows: int) -> None:
+    """What the warps that multiply spill, their loop waits for."""
+    source = tmp_path / "few.cu"
+    source.write_text(
+        '#include "few_stream.cuh"\nnamespace ccq {\n'
+        "template __global__ void stream_kernel<\n"
+        f"    StreamFew<Pairs::kInteger, {rows}>>(FewParams);\n}}\n"
+    )
+    flags = ("-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
+    said = compiled(tmp_path, str(source), "90a", *flags)
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    found = re.search(
+        r"stream_kernel.*?(\d+) bytes stack frame, (\d+) bytes spill", said, re.DOTALL
+    )
+    assert found
+    if "release 13.0" in version.stdout:
+        assert found.groups() == ("0", "0")

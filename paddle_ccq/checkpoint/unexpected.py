@@ -2,9 +2,9 @@
 """Stored tensors that config.json does not call for: used, passed over by a named rule, or refused.
 
 Leaving out a tensor that a model computes with makes another model of it without a word. So only
-four kinds are passed over, each with a message: layers for multi-token prediction that config.json
-does not count, copies that are equal to the tensor they copy, tables that follow from config.json,
-and scales of inputs, which packed experts have no use for.
+three kinds are passed over, each with a message: layers for multi-token prediction that
+config.json does not count, copies that are equal to the tensor they copy, and tables that follow
+from config.json.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from .safetensors_io import TensorFolder
 COMPARED_ROWS = 4096
 # Inverse frequencies may be stored in bfloat16.
 FREQUENCY_TOLERANCE = 1e-2
-# How FP8 checkpoints with fixed scales of activations end the names of these.
-ACTIVATION_SCALE = ".input_scale"
 
 
 def resolve_head(
@@ -119,7 +117,7 @@ def pass_over(
     Raises:
         CcqError: for a tensor that no rule allows to leave out.
     """
-    mtp, tables, scales, messages = [], [], [], []
+    mtp, tables, messages = [], [], []
     refused: list[tuple[str, str]] = []
     for name in _unused(tensors, used):
         if config.family.is_mtp(name):
@@ -128,8 +126,6 @@ def pass_over(
             continue  # resolve_head has looked at it
         elif name in copies and _equal(tensors.read(name), tensors.read(copies[name])):
             messages.append(f"passing over {name}: it is equal to {copies[name]}")
-        elif config.family.is_mine(name) and name.endswith(ACTIVATION_SCALE):
-            scales.append(name)
         elif _follows(config, tensors, name):
             tables.append(name)
         else:
@@ -144,11 +140,6 @@ def pass_over(
             0,
             f"passing over {len(mtp)} tensors for multi-token prediction: config.json says"
             f" {config.family.mtp_keys[0]} {config.num_nextn_predict_layers}",
-        )
-    if scales:
-        messages.append(
-            f"passing over {len(scales)} scales of experts' inputs: they are for products in FP8,"
-            " and packed experts are multiplied in bfloat16"
         )
     if tables:
         messages.append(

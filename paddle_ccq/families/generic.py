@@ -39,7 +39,7 @@ _STACK = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<rest>gate_up_proj|down_p
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,4})\.")
 # Of an expert's matrix: itself, or its values in INT4 groups, of which a word holds eight.
 _MATRIX = re.compile(r"(?P<projection>\w+)\.(?P<what>weight|weight_packed)")
-_BESIDE = re.compile(r"\w+\.weight_(scale|scale_inv|shape|zero_point|g_idx)")
+_BESIDE = re.compile(r"\w+\.(weight_(scale|scale_inv|shape|zero_point|g_idx)|input_scale)")
 _PER_WORD = 8
 
 

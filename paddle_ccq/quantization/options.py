@@ -20,7 +20,7 @@ from ..errors import CcqError
 from ..families.config import ModelConfig
 from ..families.registry import ASKED
 from ..host import thread_count
-from ..targets.outputs import TargetChoice
+from ..targets.outputs import HUGGINGFACE, TargetChoice
 
 PathLike = str | os.PathLike[str]
 
@@ -137,7 +137,8 @@ class QuantizeOptions:
             self.format,
             self.read_rules,
             self.sensitivity,
-            self.allow_plugin_layout,
+            # Only FastDeploy has a rule on which layers may be wint4.
+            self.allow_plugin_layout or self.target == HUGGINGFACE,
             self.wint4_end_layer,
             self.calibration is not None,
         )

@@ -32,6 +32,7 @@ auto with_config(int variant, F&& use) {
 template <typename C>
 cudaError_t launch(FewParams p, int sms, int most_shared, cudaStream_t stream) {
   const size_t fixed = C::shared_bytes(p.k, p.experts);
+  // A multiple of the teams: a stage's place is always the same team's, or that would mistake one round of its barrier for another.
   const int left = (most_shared - static_cast<int>(fixed)) / C::kStageBytes / C::kSlices * C::kSlices;
   p.stages = std::min(left, C::kUsualStages);
 #ifdef CCQ_TUNING
