@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.vllm_scores import found
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.quantize import main
 
@@ -38,6 +39,16 @@ CASES = {
 NLL, EACH = 0.02, 0.06
 
 
+def text(count: int) -> np.ndarray:
+    """Tokens of real text: among random ones the router is undecided, and bfloat16 decides."""
+    from tokenizers import Tokenizer
+
+    sample = EXAMPLE.parent / "data" / "public-domain-sample.txt"
+    tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
+    ids = tokenizer.encode(sample.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    return np.array(ids[:count], np.int64)
+
+
 def expected(folder: Path, tokens: np.ndarray) -> np.ndarray:
     from paddle_ccq.serving.engine_model import EngineModel, Piece
 
@@ -52,23 +63,6 @@ def expected(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def found(folder: Path, tokens: np.ndarray, **options: object) -> np.ndarray:
-    from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    from paddle_ccq.vllm.plugin import register
-
-    register()
-    engine = LLM(str(folder), max_model_len=256, enforce_eager=True, max_num_seqs=4, **options)
-    asked = {"prompt_token_ids": tokens.tolist()}
-    settings = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    answer = engine.generate([asked], settings, use_tqdm=False)[0]
-    del engine
-    cleanup_dist_env_and_memory()
-    pairs = zip(tokens[1:].tolist(), answer.prompt_logprobs[1:], strict=True)
-    return np.array([entry[token].logprob for token, entry in pairs])
-
-
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_engine_scores_as_the_float32_model(case: str, tmp_path: Path) -> None:
     output, options = tmp_path / "out", list(CASES[case])
@@ -78,7 +72,7 @@ def test_the_engine_scores_as_the_float32_model(case: str, tmp_path: Path) -> No
         options += ["--rules", str(rules)]
     model = ["--model", str(EXAMPLE), "--output", str(output), "--quiet", "--preset", "fast"]
     assert main([*model, *options]) == 0
-    tokens = np.random.default_rng(3).integers(10, 8000, 128)
+    tokens = text(128)
     wanted, own = expected(output, tokens), found(output, tokens)
     assert abs(own.mean() - wanted.mean()) < NLL
     assert np.abs(own - wanted).mean() < EACH
@@ -95,3 +89,16 @@ def test_biases_shared_experts_and_an_own_head(tmp_path: Path) -> None:
     own = found(output, tokens, skip_tokenizer_init=True)
     # A bias left out moves each by 0.13, the shared experts by 0.46.
     assert np.abs(own - expected(output, tokens)).mean() < 0.03
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_experts(tied: bool, tmp_path: Path) -> None:
+    """All linear layers are wint8, the class is another one."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_num_experts": 0}
+    write_checkpoint(model, tiny_config(head_dim=64, tie_word_embeddings=tied, **sizes))
+    assert main(["--model", str(model), "--output", str(output), "--quiet"]) == 0
+    tokens = np.random.default_rng(3).integers(3, 319, 96)
+    own, wanted = found(output, tokens, skip_tokenizer_init=True), expected(output, tokens)
+    # A head tied to this embedding has logits in the hundreds, in bfloat16 by steps of one.
+    assert np.abs(own - wanted).mean() < 0.005 * np.abs(wanted).mean()

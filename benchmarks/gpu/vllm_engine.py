@@ -2,12 +2,13 @@
 """The vLLM engine on a GPU: are its answers right, and how fast is it?
 
     python benchmarks/gpu/vllm_engine.py quality OUT.json FOLDER... [--text FILE] [--graphs]
-    python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--layers 54]
+    python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--peer]
     python benchmarks/gpu/vllm_engine.py linear OUT.json
 
-`quality` scores text through the engine's prompt log-probabilities beside the float32 model of this
-package; `speed` runs the 300B's shape with random weights; `linear` checks and times the product
-with 8-bit weights. With vLLM and the GPU library; vllm_report.py makes the tables.
+`quality` scores text through the engine's prompt log-probabilities beside the float32 model of
+this package; `speed` runs the 300B's shape with random weights (vllm_speed.py); `linear` checks and
+times the product with 8-bit weights (linear_w8.py). With vLLM and the GPU library; vllm_report.py
+makes the tables.
 """
 
 from __future__ import annotations
@@ -26,39 +27,8 @@ from typing import Any
 import numpy as np
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# The engine in this process, so that its loader and its kernels can be reached.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 WINDOW, WINDOWS = 511, 24
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 32, 64
-# ERNIE-4.5-300B-A47B.
-SHAPE = {
-    "architectures": ["Ernie4_5_MoeForCausalLM"],
-    "model_type": "ernie4_5_moe",
-    "vocab_size": 103424,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 54,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "use_bias": False,
-    "tie_word_embeddings": False,
-    "moe_num_experts": 64,
-    "moe_k": 8,
-    "moe_intermediate_size": 3584,
-    "moe_num_shared_experts": 0,
-    "moe_layer_start_index": 3,
-    "moe_layer_end_index": 53,
-    "moe_layer_interval": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "dtype": "bfloat16",
-}
 
 
 def windows_of(folder: Path, text: str) -> np.ndarray:
@@ -167,6 +137,8 @@ def with_unsaid_rows(folder: Path, target: Path) -> Path:
 
 
 def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    # Engines one after another, each gone before the next: in this process.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     results = []
     for folder in map(Path, arguments.folders):
         windows = windows_of(folder, arguments.text)
@@ -209,145 +181,6 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def register_random() -> None:
-    """A load format that fills every packed layer with random stored tensors, on the card."""
-    import torch
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    @register_model_loader("ccq_random")
-    class RandomLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            return
-
-        def load_weights(self, model: Any, model_config: Any) -> None:
-            for module in model.modules():
-                fill = getattr(getattr(module, "quant_method", None), "ccq_randomize", None)
-                if fill is not None:
-                    fill(module)
-                    continue
-                for name, parameter in module.named_parameters(recurse=False):
-                    if "norm" in type(module).__name__.lower():
-                        parameter.data.fill_(1)
-                    elif parameter.is_floating_point():
-                        parameter.data.normal_(0, 0.02)
-                    elif name:
-                        parameter.data.random_(0, 127)
-            torch.cuda.synchronize()
-
-    from paddle_ccq.vllm import dense, experts, gpu_experts
-
-    def randomize_linear(method: Any, layer: Any) -> None:
-        layer.ccq_weight.data.random_(0, 256)
-        layer.ccq_scale.data.uniform_(1e-4, 3e-4)
-
-    def randomize_wint2(method: Any, layer: Any) -> None:
-        device = method.device()
-        for expert in range(method.experts):
-            for part in experts.PROJECTIONS:
-                k, n = method.shape_of(part)
-                byte = {"dtype": torch.uint8, "device": device}
-                floats = {"dtype": torch.float32, "device": device}
-                tensors = {
-                    "quant_weight": torch.empty((k // 4, n), **byte).random_(0, 256),
-                    "weight_scale": torch.empty((k // 128, n), **byte).random_(0, 256),
-                    "super_scales": torch.full((n,), 2e-4, dtype=torch.bfloat16, device=device),
-                    "code_scale": torch.full((n,), 127.0, **floats),
-                    "code_zp": torch.full((n,), 40.0, **floats),
-                }
-                method.finish(layer, expert, part, tensors)
-
-    def randomize_wint4(method: Any, layer: Any) -> None:
-        for part in experts.PROJECTIONS:
-            getattr(layer, f"ccq_{part}_weight").data.random_(0, 256)
-            getattr(layer, f"ccq_{part}_scale").data.uniform_(1e-3, 3e-3)
-
-    dense.Wint8LinearMethod.ccq_randomize = randomize_linear
-    gpu_experts.Wint2ExpertsMethod.ccq_randomize = randomize_wint2
-    gpu_experts.Wint4ExpertsMethod.ccq_randomize = randomize_wint4
-
-
-def shape_folder(target: Path, layers: int, wint4_end: int) -> Path:
-    """A folder with the config.json of the 300B's shape and nothing else."""
-    from paddle_ccq.families.registry import read_config
-    from paddle_ccq.targets.fastdeploy.config import output_config
-    from paddle_ccq.targets.fastdeploy.layout import build_plan
-
-    raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-    config = read_config(raw)
-    plan = build_plan(config, format="wint2", wint4_end_layer=wint4_end)
-    written = output_config(plan, {"row_order": plan.row_order})
-    (target / "config.json").write_text(json.dumps(written))
-    return target
-
-
-def speed(arguments: argparse.Namespace) -> dict[str, Any]:
-    from vllm import SamplingParams
-
-    register_random()
-    folder = shape_folder(Path(tempfile.mkdtemp()), arguments.layers, arguments.wint4_end_layer)
-    start = time.perf_counter()
-    engine = make_engine(
-        folder,
-        load_format="ccq_random",
-        skip_tokenizer_init=True,
-        max_model_len=9216,
-        max_num_batched_tokens=8192,
-        max_num_seqs=max(arguments.batches),
-        gpu_memory_utilization=0.94,
-        enable_prefix_caching=False,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-    )
-    result: dict[str, Any] = {
-        "layers": arguments.layers,
-        "wint4_end_layer": arguments.wint4_end_layer,
-        "up_seconds": time.perf_counter() - start,
-        "decode": {},
-        "first_token": {},
-    }
-    random = np.random.default_rng(0)
-
-    def run(batch: int, tokens: int, answer: int) -> float:
-        asked = [
-            {"prompt_token_ids": random.integers(10, 100000, tokens).tolist()} for _ in range(batch)
-        ]
-        settings = SamplingParams(
-            max_tokens=answer, temperature=0, ignore_eos=True, detokenize=False
-        )
-        begin = time.perf_counter()
-        engine.generate(asked, settings, use_tqdm=False)
-        return time.perf_counter() - begin
-
-    run(1, 32, 16)
-    for batch in arguments.batches:
-        seconds = min(run(batch, 32, arguments.answer) for _ in range(2))
-        result["decode"][batch] = batch * arguments.answer / seconds
-        print("decode", batch, round(result["decode"][batch], 1), flush=True)
-    for tokens in arguments.prompts:
-        result["first_token"][tokens] = min(run(1, tokens, 1) for _ in range(3))
-        print("first token", tokens, round(result["first_token"][tokens], 3), flush=True)
-    if arguments.profile:
-        for batch in (1, 32):
-            print(
-                f"kernels of batch {batch}\n{_kernels(lambda b=batch: run(b, 32, 16))}", flush=True
-            )
-    return result
-
-
-def _kernels(work: Any) -> str:
-    """The longest kernels of a run by the profiler, in microseconds."""
-    import torch
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        work()
-    rows = sorted(profile.key_averages(), key=lambda e: -e.device_time_total)[:22]
-    return "\n".join(
-        f"{e.device_time_total:10.0f} us {e.count:6d} x {e.device_time_total / e.count:8.1f}"
-        f"  {e.key[:90]}"
-        for e in rows
-    )
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -359,13 +192,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--fp8", action="store_true", help="and with an fp8 KV cache")
     two = commands.add_parser("speed")
     two.add_argument("output")
+    two.add_argument("--folder", help="a checkpoint instead of random weights")
+    two.add_argument("--load-format", default="ccq_random")
     two.add_argument("--layers", type=int, default=54)
     two.add_argument("--wint4-end-layer", type=int, default=-1)
     two.add_argument("--tensor-parallel-size", type=int, default=1)
+    two.add_argument("--pipeline-parallel-size", type=int, default=1)
+    two.add_argument("--enable-expert-parallel", action="store_true")
+    two.add_argument("--peer", action="store_true", help="4 bits in place of ours")
+    two.add_argument("--moe-backend", default="humming", help="of the 4 bits, triton too")
     two.add_argument("--answer", type=int, default=128)
     two.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
-    two.add_argument("--prompts", type=int, nargs="+", default=[1024, 4096, 8192])
-    two.add_argument("--profile", action="store_true")
+    two.add_argument("--prompts", type=int, nargs="*", default=[1024, 4096, 8192])
+    two.add_argument("--few-graphs", action="store_true", help="CUDA graphs of --batches alone")
+    two.add_argument("--profile", type=int, nargs="*", default=[], help="batches to look into")
     three = commands.add_parser("linear")
     three.add_argument("output")
     return parser.parse_args(argv)
@@ -373,13 +213,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
+
+    def save(result: Any) -> None:
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+
     if arguments.command == "linear":
         from linear_w8 import measure
 
-        result: Any = measure()
+        save(measure())
+    elif arguments.command == "speed":
+        from vllm_speed import speed
+
+        save(speed(arguments, save))
     else:
-        result = (quality if arguments.command == "quality" else speed)(arguments)
-    Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+        save(quality(arguments))
     return 0
 
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/notes/vllm.md from benchmarks/results/vllm_engine_h200.json."""
+"""Tables and the figure of docs/notes/vllm.md from benchmarks/results/vllm_engine_h200.json."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import RESULTS, markdown, put_into_doc
+from common import RESULTS, ROOT, markdown, put_into_doc
 
 DOC = "docs/notes/vllm.md"
 RATE = 4.54e12  # bytes a second that a read reaches on this card
@@ -19,8 +20,16 @@ MATRICES = {
     "up_gate": (8192, 57344),
     "down": (28672, 8192),
 }
-# What the issue of this engine asked for.
-GOALS = {"decode": {"1": 120, "8": 380, "32": 1100, "64": 1800}}
+# What was wanted of one card: tokens a second by batch, first token after so many tokens.
+WANTED = {"1": 120, "8": 380, "32": 1100, "64": 1800}
+WANTED_FIRST = {"1024": 0.2, "4096": 0.65, "8192": 1.3}
+RUNS = {
+    "speed": ("WINT2, one H200", 1),
+    "speed_prefix": ("wint4 prefix, one H200", 1),
+    "speed_two": ("WINT2, two H200", 2),
+    "speed_int4": ("4 bits (Humming), two H200", 2),
+}
+FIGURE = ROOT / "docs" / "notes" / "vllm.svg"
 
 
 def quality(results: dict[str, Any]) -> str:
@@ -53,25 +62,85 @@ def linear(results: dict[str, Any]) -> str:
 
 def speed(results: dict[str, Any]) -> str:
     rows = []
-    for key, label in (("speed", "all MoE layers WINT2"), ("speed_prefix", "wint4 prefix")):
-        run = results[key]
-        decode = [f"{run['decode'][batch]:.0f}" for batch in GOALS["decode"]]
-        first = [run["first_token"].get(tokens) for tokens in ("1024", "8192")]
-        rows.append([label, *decode, *(f"{t:.2f}" if t else "" for t in first)])
+    for key, (label, cards) in RUNS.items():
+        run = results.get(key)
+        if run is None:
+            continue
+        decode = [f"{run['decode'][b]:.0f}" if b in run["decode"] else "" for b in WANTED]
+        first = [run["first_token"].get(tokens) for tokens in WANTED_FIRST]
+        most = max(run["decode"].values()) / cards
+        rows.append([label, *decode, f"{most:.0f}", *(f"{t:.2f}" if t else "" for t in first)])
     header = [
         "300B's shape",
-        *(f"batch {b}" for b in GOALS["decode"]),
-        "1k first, s",
-        "8k first, s",
+        *(f"batch {b}" for b in WANTED),
+        "a card, most",
+        *(f"{int(t) // 1024}k first, s" for t in WANTED_FIRST),
     ]
-    goals = [str(value) for value in GOALS["decode"].values()]
-    return markdown(header, [*rows, ["wanted", *goals, "0.20", "1.30"]])
+    wanted = [str(value) for value in WANTED.values()]
+    last = ["wanted of one", *wanted, "", *(f"{t:.2f}" for t in WANTED_FIRST.values())]
+    return markdown(header, [*rows, last])
+
+
+def steps(results: dict[str, Any]) -> str:
+    """What a decoding step consists of, in milliseconds, by kernel."""
+    kinds = {
+        "experts' products": r"ccq::(few|gemm|wide)_kernel|ccq::prepare|trellis",
+        "8-bit products": r"ccq_w8::",
+        "attention": r"flash|reshape_and_cache",
+        "head": r"nvjet",
+        "router": r"topkGating|dot_kernel|reduce_1Block|sgemm|splitKreduce|moe_forward",
+    }
+    rows = []
+    for batch, profile in results["speed"]["profile"].items():
+        sums = dict.fromkeys([*kinds, "all others"], 0.0)
+        for microseconds, _, name in profile["kernels"]:
+            if not name:  # dispatch, SwiGLU, combine: launched early, they mostly wait
+                continue
+            kind = next((k for k, p in kinds.items() if re.search(p, name)), "all others")
+            sums[kind] += microseconds / 1e3
+        idle = (profile["summary"]["wall_us"] - profile["summary"]["busy_us"]) / 1e3
+        wall = profile["summary"]["wall_us"] / 1e3
+        rows.append([batch, f"{wall:.1f}", *(f"{v:.2f}" for v in sums.values()), f"{idle:.2f}"])
+    return markdown(["batch", "a step, ms", *kinds, "all others", "idle"], rows)
+
+
+def figure(results: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "paddle-ccq"
+    from matplotlib import pyplot
+
+    shown = {k: v for k, v in RUNS.items() if k in results and k != "speed_prefix"}
+    drawing, axes = pyplot.subplots(figsize=(7.2, 2.9))
+    width = 0.8 / len(shown)
+    for i, (key, (label, _)) in enumerate(shown.items()):
+        heights = [results[key]["decode"][batch] for batch in WANTED]
+        places = [j + (i - (len(shown) - 1) / 2) * width for j in range(len(WANTED))]
+        bars = axes.bar(places, heights, width * 0.92, label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(
+        range(len(WANTED)), ["1 sequence", *(f"{batch} sequences" for batch in list(WANTED)[1:])]
+    )
+    axes.set_ylabel("tokens a second")
+    axes.set_title("ERNIE-4.5-300B's shape in vLLM, decoding", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    drawing.tight_layout()
+    drawing.savefig(FIGURE, metadata={"Date": None})
+    print(f"wrote {FIGURE}")
 
 
 def main() -> int:
     results = json.loads((RESULTS / "vllm_engine_h200.json").read_text(encoding="utf-8"))
-    for marker, table in (("quality", quality), ("linear", linear), ("speed", speed)):
+    for marker, table in (
+        ("quality", quality),
+        ("linear", linear),
+        ("speed", speed),
+        ("steps", steps),
+    ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
+    figure(results)
     return 0
 
 

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from ..codec.row_order import FASTDEPLOY_2_1
 from ..families.ernie45 import ErnieConfig
+from ..families.registry import read_config
 from . import names
 from .claims import (
     METHOD,
@@ -26,6 +27,8 @@ from .claims import (
     read_model_config,
     row_order_of,
 )
+from .methods import experts_method
+from .packed_claims import is_packed
 
 
 class CcqConfig(QuantizationConfig):
@@ -38,6 +41,15 @@ class CcqConfig(QuantizationConfig):
         self.model: ErnieConfig | None = None
         self.folder = ""
         self.ranks = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For vLLM's other processes, which read the model's config anew: it holds functions."""
+        raw = None if self.model is None else dict(self.model.raw)
+        return self.__dict__ | {"model": raw}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raw = state["model"]
+        self.__dict__.update(state, model=None if raw is None else read_config(raw))
 
     @classmethod
     def get_name(cls) -> str:
@@ -55,7 +67,11 @@ class CcqConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CcqConfig:
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        if is_packed(config):
+            from .packed_config import PackedConfig
+
+            return PackedConfig.from_config(config)
         return cls(Claim.read(config))
 
     @classmethod
@@ -107,17 +123,4 @@ class CcqConfig(QuantizationConfig):
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
         format, cut = self.claim.expert_format(names.layer_of(prefix)), self.ranks > 1
-        moe = layer.moe_config
-        if current_platform.is_cpu():
-            from . import cpu_experts
-
-            if format == "wint4":
-                return cpu_experts.CpuWint4ExpertsMethod(moe, prefix, cut)
-            return cpu_experts.CpuCodedExpertsMethod(moe, prefix, cut, format, self.row_order)
-        from . import gpu_experts
-
-        if format == "wint4":
-            return gpu_experts.Wint4ExpertsMethod(moe, prefix, cut)
-        if format == "wint2":
-            return gpu_experts.Wint2ExpertsMethod(moe, prefix, cut, self.row_order)
-        return gpu_experts.SpareExpertsMethod(moe, prefix, cut, format)
+        return experts_method(layer.moe_config, prefix, cut, format, self.row_order)

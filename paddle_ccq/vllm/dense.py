@@ -11,7 +11,6 @@ from vllm.platforms import current_platform
 
 from ..codec.weight_only import COLUMN_MULTIPLE, TILE_ROWS
 from ..errors import CcqError
-from ..ops.dense import DenseMatrix
 from . import layout
 from .layout import Piece
 
@@ -114,6 +113,7 @@ class Wint8LinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if not current_platform.is_cpu() or hasattr(layer, "ccq_number"):
             return
+        from ..ops.dense import DenseMatrix
         from .cpu_ops import keep
 
         states = (layer.ccq_arrived["quant_weight"].to(torch.int16) - 128).to(torch.int8)

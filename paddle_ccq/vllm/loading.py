@@ -18,6 +18,7 @@ from ..errors import CcqError
 from . import names
 from .config import CcqConfig
 from .names import DenseTensor, ExpertTensor
+from .read_ahead import ahead
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -34,9 +35,11 @@ def load(model: Any, quantization: CcqConfig, weights: Weights, base: Callable[.
     heads = (config.q_size, config.kv_size, config.kv_size)
     if quantization.ranks > 1:
         weights = _rank_folders(quantization)
+    else:
+        weights = ahead(quantization.folder, weights)
     modules = dict(model.named_modules())
     loaded = base(_place(modules, weights, heads))
-    _check_all_there(modules)
+    check_all_there(modules)
     return loaded
 
 
@@ -106,7 +109,12 @@ def _floats(
         yield part, value.t() if turned else value
 
 
-def _check_all_there(modules: dict[str, Any]) -> None:
+def check_all_there(modules: dict[str, Any]) -> None:
+    """Refuse layers of which parts never came.
+
+    Raises:
+        CcqError: naming the first.
+    """
     for name, module in modules.items():
         missing = getattr(getattr(module, "quant_method", None), "missing", None)
         if missing is None:

@@ -1,20 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's ERNIE-4.5 classes, which also load the checkpoints that this package writes."""
+"""vLLM's model classes, which also load the checkpoints that this package writes.
+
+Classes of Hugging Face's naming are made when they are asked for, for a model of another family may
+need what is not installed.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.platforms import current_platform
 
-from . import cpu_router, loading
+from . import cpu_router, loading, packed_loading
 from .config import CcqConfig
+from .packed_config import PackedConfig
+from .packed_models import PACKED_MODELS, PREFIX
 
 
-class _Loads:
-    """load_weights that knows packed checkpoints; for all others nothing changes."""
+class _LoadsPacked:
+    """load_weights that takes packed experts away; for all other checkpoints nothing changes."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        found = vllm_config.quant_config
+        self.packed = found if isinstance(found, PackedConfig) else None
+        if self.packed is not None and current_platform.is_cpu():
+            cpu_router.correct(self)
+
+    def load_weights(self, weights: loading.Weights) -> set[str]:
+        if self.packed is None:
+            return super().load_weights(weights)
+        return super().load_weights(packed_loading.place(self, self.packed, weights))
+
+
+class _Loads(_LoadsPacked):
+    """load_weights that knows FastDeploy's layout too."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         found = vllm_config.quant_config
@@ -39,4 +62,11 @@ class CcqErnieForCausalLM(_Loads, Ernie4_5ForCausalLM):
     """ERNIE-4.5 without experts."""
 
 
-__all__ = ["CcqErnieForCausalLM", "CcqErnieMoeForCausalLM"]
+def __getattr__(name: str) -> type:
+    architecture = name.removeprefix(PREFIX)
+    if name == architecture or architecture not in PACKED_MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(PACKED_MODELS[architecture])
+    made = type(name, (_LoadsPacked, getattr(module, architecture)), {"__module__": __name__})
+    globals()[name] = made
+    return made

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point that vLLM calls in each of its processes, possibly more than once.
 
-It registers one quantization method and the ERNIE classes that load packed checkpoints; a model of
-another kind is served as without it. Nothing of vLLM is changed.
+It registers one quantization method and the ERNIE classes that load packed checkpoints; classes of
+other families once a checkpoint of theirs is claimed. A model of another kind is served as without
+it. Nothing of vLLM is changed.
 """
 
 from __future__ import annotations

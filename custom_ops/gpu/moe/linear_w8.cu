@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "linear_w8.cuh"
+#include "linear_w8_launch.cuh"
 
 #include <algorithm>
 
@@ -99,6 +100,8 @@ extern "C" cudaError_t ccq_linear_w8(const ccq_linear_w8_args* args, cudaStream_
   if (!valid(a.k, a.n) || a.rows < 0 || a.rows > CCQ_LINEAR_W8_MAX_ROWS) return cudaErrorInvalidValue;
   if (a.rows == 0) return cudaSuccess;
   if (!a.x || !a.weight || !a.scale || !a.out || !a.workspace || !a.counters) return cudaErrorInvalidValue;
+  cudaError_t error = cudaSuccess;
+  if (launch_few(a, stream, &error)) return error;
   return choose(a.rows, [&](auto kernel) { return decltype(kernel)::launch(a, stream); });
 }
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint in Hugging Face's naming says of its packed experts; free of vLLM.
+
+docs/reference/huggingface-layout.md is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..codec.row_order import ROW_ORDERS
+from ..errors import CcqError
+
+VERSION = 1
+WHERE = "config.json: quantization_config"
+# Formats of experts that there are products for.
+FORMATS = ("wint2", "ccq-2.5", "ccq-2.75", "wint4")
+PROJECTIONS = {"gate_up_proj": "up_gate", "down_proj": "down"}
+
+
+def is_packed(quantization: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config lists modules of packed experts by their names on disk."""
+    return "experts" in quantization
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One stored tensor of one expert; `module` is the experts' name on disk."""
+
+    module: str
+    expert: int
+    projection: str  # "up_gate" or "down"
+    suffix: str
+
+
+@dataclass(frozen=True)
+class PackedClaim:
+    """The modules of packed experts, and how the source stored all the rest.
+
+    Attributes:
+        experts: format by module's name on disk.
+        row_order: of WINT2 rows.
+        source: the source's own quantization_config; None if it was not quantized.
+    """
+
+    experts: Mapping[str, str]
+    row_order: str
+    source: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, quantization: Mapping[str, Any]) -> PackedClaim:
+        """The claim of one quantization_config.
+
+        Raises:
+            CcqError: naming the key that cannot be served.
+        """
+        version = quantization.get("version")
+        if version != VERSION:
+            raise CcqError(
+                f"{WHERE}.version {version!r}: this release reads version {VERSION}; a newer"
+                " paddle-ccq may read it"
+            )
+        experts = quantization["experts"]
+        if not isinstance(experts, Mapping) or not experts:
+            raise CcqError(f"{WHERE}.experts: not a table of module names and formats")
+        for module, format in experts.items():
+            if format not in FORMATS:
+                raise CcqError(
+                    f"{WHERE}.experts: {module} is {format!r}; served are {', '.join(FORMATS)}"
+                )
+        order = quantization.get("row_order")
+        if order not in ROW_ORDERS:
+            raise CcqError(f"{WHERE}.row_order {order!r}: not one of {', '.join(ROW_ORDERS)}")
+        source = quantization.get("source_quantization_config")
+        if source is not None and not isinstance(source, Mapping):
+            raise CcqError(f"{WHERE}.source_quantization_config: neither an object nor null")
+        return cls(dict(experts), order, source)
+
+    def parse(self, name: str) -> PackedTensor | None:
+        """What a tensor on disk belongs to; None if it is no packed one."""
+        parts = name.rsplit(".", 3)
+        if len(parts) != 4 or parts[0] not in self.experts:
+            return None
+        module, expert, projection, suffix = parts
+        if not expert.isdecimal() or projection not in PROJECTIONS:
+            return None
+        return PackedTensor(module, int(expert), PROJECTIONS[projection], suffix)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight files are read into the page cache ahead of the loader, which meets them one by one.
+
+vLLM maps files into memory, where a single thread waits for each page of a local disk. Threads that
+read a few GiB ahead keep the disk busy; what they read stays in the page cache alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS = 8
+PIECE = 16 << 20
+# Bytes that may be read ahead of the tensor that is being placed.
+WINDOW = 8 << 30
+
+
+class ReadAhead:
+    """Threads that read files in their order, at most `window` bytes ahead of what was taken."""
+
+    def __init__(self, files: list[Path], window: int = WINDOW, threads: int = THREADS) -> None:
+        self._window = window
+        self._taken = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._pieces = self._all_pieces(files)
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @staticmethod
+    def _all_pieces(files: list[Path]) -> Iterator[tuple[Path, int, int]]:
+        """(file, offset in it, bytes of all files before it)."""
+        before = 0
+        for file in files:
+            size = file.stat().st_size
+            for offset in range(0, size, PIECE):
+                yield file, offset, before + offset
+            before += size
+
+    def _run(self) -> None:
+        buffer = bytearray(PIECE)
+        while True:
+            with self._changed:
+                piece = None if self._stopped else next(self._pieces, None)
+                if piece is None:
+                    return
+                path, offset, place = piece
+                self._changed.wait_for(
+                    lambda: self._stopped or place < self._taken + self._window  # noqa: B023
+                )
+                if self._stopped:
+                    return
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    file.seek(offset)
+                    file.readinto(buffer)
+            except OSError:
+                return  # whoever loads the file says what is wrong with it
+
+    def take(self, size: int) -> None:
+        """So many bytes more have been placed."""
+        with self._changed:
+            self._taken += size
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Read no more, and wait for the threads."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Weight files as vLLM goes through them."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def ahead(
+    folder: str, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, with the files of a local folder read ahead while they are taken."""
+    files = _in_order(Path(folder)) if folder and os.path.isdir(folder) else []
+    if not files:
+        yield from weights
+        return
+    reader = ReadAhead(files)
+    try:
+        for name, tensor in weights:
+            yield name, tensor
+            reader.take(tensor.numel() * tensor.element_size())
+    finally:
+        reader.stop()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in Hugging Face's naming in vLLM: what their config promises, and their answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paddle_ccq.errors import CcqError
+from paddle_ccq.vllm.packed_claims import PackedClaim, PackedTensor, is_packed
+from paddle_ccq.vllm.packed_models import PACKED_MODELS
+
+MODULE = "model.layers.3.mlp.experts"
+GOOD = {
+    "quant_method": "ccq",
+    "version": 1,
+    "family": "Qwen3-MoE",
+    "format": "wint2",
+    "row_order": "plain",
+    "experts": {MODULE: "wint2", "mtp.layers.0.mlp.experts": "wint4"},
+    "source_quantization_config": None,
+}
+
+
+def test_a_claim_tells_packed_tensors_from_all_others() -> None:
+    claim = PackedClaim.read(GOOD)
+    found = claim.parse(f"{MODULE}.12.gate_up_proj.quant_weight")
+    assert found == PackedTensor(MODULE, 12, "up_gate", "quant_weight")
+    found = claim.parse("mtp.layers.0.mlp.experts.0.down_proj.weight_scale")
+    assert found is not None and found.projection == "down"
+    for name in (
+        f"{MODULE}.12.up_proj.quant_weight",
+        f"{MODULE}.x.down_proj.quant_weight",
+        "model.layers.4.mlp.experts.0.down_proj.quant_weight",
+        "model.layers.3.mlp.gate.weight",
+        "lm_head.weight",
+    ):
+        assert claim.parse(name) is None
+    assert is_packed(GOOD)
+    assert not is_packed({"quantization": "wint2"})
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"version": 2}, "version 2: this release reads version 1"),
+        ({"experts": {}}, "experts: not a table"),
+        ({"experts": ["a"]}, "experts: not a table"),
+        ({"experts": {MODULE: "wint3"}}, f"{MODULE} is 'wint3'; served are wint2"),
+        ({"row_order": None}, "row_order None: not one of"),
+        ({"source_quantization_config": "fp8"}, "neither an object nor null"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_key(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(CcqError) as refused:
+        PackedClaim.read(GOOD | change)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_family_of_this_layout_has_a_class() -> None:
+    from paddle_ccq.families.registry import FAMILIES
+
+    names = {name for family in FAMILIES for name in family.architectures}
+    assert set(PACKED_MODELS) <= names
+    assert {name for name in names if "Ernie" not in name} == set(PACKED_MODELS)
+
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# vLLM's latent attention has kernels for real sizes alone.
+os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+
+# Keys that published models have and transformers' classes do not write.
+KEYS = {
+    "deepseek-v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    "minimax-m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
+}
+# Mean difference of log-probabilities: bfloat16 moves them by 0.005, the tiny DeepSeek by 0.045,
+# with the decoded checkpoint in vLLM's own class too; packing moves them by 0.03 to 0.18.
+BOUNDS = {"qwen3-moe": 0.012, "glm-4.5": 0.012, "minimax-m2": 0.012, "deepseek-v3": 0.07}
+
+
+def reference(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """transformers' float32 log-probabilities of each token."""
+    import torch
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens)[None]).logits[0].double()
+    rows = logits.log_softmax(-1).numpy()
+    return rows[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", list(BOUNDS))
+def test_packed_experts_answer_as_the_decoded_model(name: str, tmp_path: Path) -> None:
+    from helpers import family_models
+    from helpers.vllm_scores import found
+    from paddle_ccq.dequantize import main as dequantize
+    from paddle_ccq.quantize import main as quantize
+
+    source, packed, decoded = (tmp_path / part for part in ("source", "packed", "decoded"))
+    family_models.save(family_models.random_model(family_models.by_name(name)), source)
+    options = ["--target", "huggingface", "--preset", "fast", "--quiet"]
+    assert quantize(["--model", str(source), "--output", str(packed), *options]) == 0
+    assert dequantize(["--model", str(packed), "--output", str(decoded)]) == 0
+    for folder in (source, packed, decoded):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | KEYS.get(name, {})))
+    tokens = np.random.default_rng(3).integers(3, 90, 64)
+    own = found(packed, tokens, skip_tokenizer_init=True, dtype="bfloat16")
+    right, other = (np.abs(own - reference(f, tokens)).mean() for f in (decoded, source))
+    assert right < BOUNDS[name]
+    assert other > 2 * right
