@@ -32,6 +32,7 @@ CASES = {
     "prefix": ["--wint4-end-layer", "2"],
     "list": ["--allow-plugin-layout"],
     "bf16": [],
+    "ccq-2t": ["--format", "ccq-2t"],
     "ccq-2.5": ["--format", "ccq-2.5"],
     "ccq-2.75": ["--format", "ccq-2.75"],
 }
