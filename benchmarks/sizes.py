@@ -32,8 +32,8 @@ MODELS = {
 }
 FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
 NAMES = {"wint2": "2.06 bits (WINT2)", "ccq-2.5": "2.5 bits", "ccq-2.75": "2.75 bits"}
-# Of DeepSeek-V3, in "GB" (tables of the paper, arXiv 2507.07145). They are taken for 2^30 bytes: the
-# files that config.json calls for have 689 * 10^9 bytes, which are 641.3 of them.
+# Of DeepSeek-V3, in "GB" (tables of the paper, arXiv 2507.07145). They are taken for 2^30 bytes:
+# the files that config.json calls for have 689 * 10^9 bytes, which are 641.3 of them.
 PAPER = {"source": 642, "wint2": 184, "ccq-2.5": 212, "ccq-2.75": 230}
 # Memory of a card as its driver reports it, and the part of it that weights may take: the rest is
 # for keys and values, activations and libraries.

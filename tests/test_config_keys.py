@@ -19,6 +19,7 @@ from paddle_ccq.quantize import main as quantize_main
 from paddle_ccq.quantize import quantize
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+ERNIE_TEXT_EXAMPLES = ("ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b")
 
 
 def read(**changes) -> ErnieConfig:
@@ -117,11 +118,11 @@ def example(name: str) -> dict:
             "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
             "transformers_version": "5.0.0",
         },
-        *({**example(p.name), **TRAINING, **MOE, **AUTO_MAP} for p in sorted(CONFIGS.iterdir())),
+        *({**example(name), **TRAINING, **MOE, **AUTO_MAP} for name in ERNIE_TEXT_EXAMPLES),
         # The 300B in 2 bits.
         {**example("ernie-4.5-300b-a47b"), "quantization_config": {"quantization": "wint2"}},
     ],
-    ids=["0.3B-PT", "0.3B-Paddle", "0.3B transformers", "21B", "300B", "300B 2Bits"],
+    ids=["0.3B-PT", "0.3B-Paddle", "0.3B transformers", *ERNIE_TEXT_EXAMPLES, "300B 2Bits"],
 )
 def test_published_configs_are_read_without_a_warning(values):
     assert read_config(values).notes == ()

@@ -89,3 +89,16 @@ def test_biases_shared_experts_and_an_own_head(tmp_path: Path) -> None:
     own = found(output, tokens, skip_tokenizer_init=True)
     # A bias left out moves each by 0.13, the shared experts by 0.46.
     assert np.abs(own - expected(output, tokens)).mean() < 0.03
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_experts(tied: bool, tmp_path: Path) -> None:
+    """All linear layers are wint8, the class is another one."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_num_experts": 0}
+    write_checkpoint(model, tiny_config(head_dim=64, tie_word_embeddings=tied, **sizes))
+    assert main(["--model", str(model), "--output", str(output), "--quiet"]) == 0
+    tokens = np.random.default_rng(3).integers(3, 319, 96)
+    own, wanted = found(output, tokens, skip_tokenizer_init=True), expected(output, tokens)
+    # A head tied to this embedding has logits in the hundreds, in bfloat16 by steps of one.
+    assert np.abs(own - wanted).mean() < 0.005 * np.abs(wanted).mean()
