@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq import _core
 from paddle_ccq.codec import formats, trellis
 from paddle_ccq.encoder import trellis_reference
@@ -16,6 +19,8 @@ from paddle_ccq.encoder.base import PRESETS
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.recipes import TRELLIS_RECIPES, TrellisRecipe
 from paddle_ccq.encoder.trellis import TrellisEncoder, pack
+from paddle_ccq.errors import CcqError
+from paddle_ccq.quantize import quantize
 
 WIDE = TrellisRecipe(1 / 104.5, (9.5, 5.0), (-1, 1), beam=(1 << 22) - 1)
 NARROW = TrellisRecipe(1 / 104.5, (9.5,), (0, 1), beam=3000)
@@ -137,6 +142,14 @@ def test_what_cannot_be_stored_or_searched_is_refused() -> None:
         make_encoder(trellis.NAME, encoder="paper")
     with pytest.raises(ValueError, match="no instruction set mmx"):
         TrellisEncoder("fast", 1, isa="mmx").encode(gaussian(2, 128))
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-literal"])
+def test_the_papers_encoders_are_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    write_checkpoint(tmp_path / "float", tiny_config())
+    with pytest.raises(CcqError, match=f"--encoder {name}: the paper has no ccq-2t"):
+        quantize(tmp_path / "float", tmp_path / "out", format="ccq-2t", encoder=name, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensors_have_the_layout_of_the_format() -> None:
