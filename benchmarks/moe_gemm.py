@@ -31,7 +31,7 @@ import report
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LINEAR_ROWS = (1, 4, 16)
-PEERS = ("humming", "triton", "cublas")
+PEERS = ("ccq-2t", "humming", "triton", "cublas")
 
 
 def linear(torch: Any, library: ccqlib.Library, shape: measure.Shape, pairs: str,
@@ -94,11 +94,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="OUT", help="writes every figure")
     parser.add_argument("--plot", metavar="SVG", help="draws them (needs matplotlib)")
     args = parser.parse_args(argv)
-    unknown = set(args.peers.split(",")) - {"", "humming", "triton", "cublas"}
+    unknown = set(args.peers.split(",")) - {"", *PEERS}
     if unknown:
-        parser.error(
-            f"--peers: unknown {', '.join(sorted(unknown))}; known: humming, triton, cublas"
-        )
+        parser.error(f"--peers: unknown {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     if args.plot and not report.can_plot():
         parser.error("--plot needs matplotlib (pip install matplotlib)")
     return args

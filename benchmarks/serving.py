@@ -103,6 +103,49 @@ def float_model(folder: str) -> dict[str, float]:
     }
 
 
+def in_own_process(command: list[str]) -> dict[str, Any]:
+    """The JSON line that a program prints last."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_server(folder: str) -> dict[str, Any]:
+    """The best of some runs at every level, and the server's memory after loading and at last."""
+    with server(folder) as (base, pid):
+        loaded = memory_mib(pid)
+        runs = [[measure(base, n) for n in LEVELS] for _ in range(REPEATS)]
+        levels = [
+            max(found, key=lambda r: r["tokens_per_second"]) for found in zip(*runs, strict=True)
+        ]
+        return {"levels": levels, "loaded_mib": loaded, "peak_mib": memory_mib(pid)}
+
+
+def server_rows(found: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"server, {level['concurrency']} at once",
+            f"{level['tokens_per_second']:.0f}",
+            f"{level['first_p50_ms']:.0f} / {level['first_p99_ms']:.0f}",
+            f"{level['token_p50_ms']:.1f} / {level['token_p99_ms']:.1f}",
+            f"{found['peak_mib']:.0f}",
+        ]
+        for level in found["levels"]
+    ]
+
+
+def other_row(name: str, found: dict[str, Any]) -> list[str]:
+    """A program that makes one sequence at a time, without HTTP."""
+    rate = found["tokens_per_second"]
+    return [
+        f"{name}, 1 at once, no HTTP",
+        f"{rate:.0f}",
+        f"{found['first_p50_ms']:.0f} / -",
+        f"{1e3 / rate:.1f} / -",
+        f"{found['memory_mib']:.0f}",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("quantized", help="checkpoint folder to serve")
@@ -114,72 +157,28 @@ def main() -> None:
     if args.only_float:
         print(json.dumps(float_model(args.float)))
         return
-    with server(args.quantized) as (base, pid):
-        loaded = memory_mib(pid)
-        runs = [[measure(base, n) for n in LEVELS] for _ in range(REPEATS)]
-        levels = [
-            max(found, key=lambda r: r["tokens_per_second"]) for found in zip(*runs, strict=True)
-        ]
-        peak = memory_mib(pid)
-    command = [sys.executable, "-W", "ignore", __file__, args.quantized, args.float, "--only-float"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
-    baseline = json.loads(done.stdout.splitlines()[-1])
-    rows = [
-        [
-            f"server, {found['concurrency']} at once",
-            f"{found['tokens_per_second']:.0f}",
-            f"{found['first_p50_ms']:.0f} / {found['first_p99_ms']:.0f}",
-            f"{found['token_p50_ms']:.1f} / {found['token_p99_ms']:.1f}",
-            f"{peak:.0f}",
-        ]
-        for found in levels
-    ]
-    rate = baseline["tokens_per_second"]
-    rows.append(
-        [
-            "float32 in Paddle, 1 at once, no HTTP",
-            f"{rate:.0f}",
-            f"{baseline['first_p50_ms']:.0f} / -",
-            f"{1e3 / rate:.1f} / -",
-            f"{baseline['memory_mib']:.0f}",
-        ]
-    )
+    result = {"processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    found = measure_server(args.quantized)
+    again = [sys.executable, "-W", "ignore", __file__, args.quantized, args.float, "--only-float"]
+    baseline = in_own_process(again)
+    rows = [*server_rows(found), other_row("float32 in Paddle", baseline)]
     llama = None
     if args.llama:
         script = str(ROOT / "benchmarks" / "llama_reference.py")
-        done = subprocess.run([args.llama, script, args.float], stdout=subprocess.PIPE, check=True)
-        llama = json.loads(done.stdout.splitlines()[-1])
-        rate = llama["tokens_per_second"]
-        rows.append(
-            [
-                f"llama.cpp, experts {llama['experts']}, threads {llama['threads']},"
-                " 1 at once, no HTTP",
-                f"{rate:.0f}",
-                f"{llama['first_p50_ms']:.0f} / -",
-                f"{1e3 / rate:.1f} / -",
-                f"{llama['memory_mib']:.0f}",
-            ]
-        )
+        llama = in_own_process([args.llama, script, args.float])
+        name = f"llama.cpp, experts {llama['experts']}, threads {llama['threads']}"
+        rows.append(other_row(name, llama))
     header = ["", "tokens/s", "first token, ms (p50/p99)", "token, ms (p50/p99)", "resident, MiB"]
     table = markdown(header, rows)
-    load = os.getloadavg()[0]
-    result = {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": load,
-        "levels": levels,
-        "loaded_mib": loaded,
-        "peak_mib": peak,
-        "float": baseline,
-        "llama": llama,
-    }
+    result |= {"load_average": os.getloadavg()[0], **found, "float": baseline, "llama": llama}
     if args.write:
         put_into_doc(DOC, "serving", table)
         save_result("serving", result)
     else:
         print(table)
-    print(f"{result['processor']}, {result['cores']} cores, load average {load:.1f}")
+    print(
+        f"{result['processor']}, {result['cores']} cores, load average {result['load_average']:.1f}"
+    )
 
 
 if __name__ == "__main__":

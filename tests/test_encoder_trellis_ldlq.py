@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -116,6 +118,22 @@ def test_sweeps_lower_the_loss_and_the_loss_is_the_weighted_error() -> None:
         np.testing.assert_allclose(found["loss"], exact, rtol=1e-3 if sweeps else 0.03)
         losses.append(exact.sum())
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("preset", TRELLIS_LDLQ_RECIPES)
+def test_one_input_that_outweighs_all_others_is_met(preset: str) -> None:
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((2000, 128)) / 2
+    x[:, 104] *= 19
+    x[:, 126] *= 4
+    hessian, w = x.T @ x / len(x), gaussian(16, 128, seed=9)
+    w[:, 104], w[:, 126] = 4.4, -4.4
+    recipe = TRELLIS_LDLQ_RECIPES[preset]
+    found = proxy(w, encoder(hessian, recipe).encode(w).tensors, hessian)
+    # Without sweeps the weight stays beyond what its group's scale reaches.
+    without = dataclasses.replace(recipe, window=(0, 1), sweeps=0)
+    assert found < 0.02
+    assert found < 0.3 * proxy(w, encoder(hessian, without).encode(w).tensors, hessian)
 
 
 def test_an_identity_hessian_costs_little_more_than_no_data() -> None:

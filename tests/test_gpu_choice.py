@@ -150,3 +150,50 @@ def test_what_does_not_fit_is_passed_over(program: Path) -> None:
     assert int(choices(program, [few], most=29)[0][0]) == 22  # no ring for all columns
     assert int(choices(program, [few], most=19)[0][0]) in (0, 3)
     assert int(choices(program, [few], gpu=(108, 8, 166912))[0][0]) == 22  # before Hopper
+
+
+# What the kernels for CCQ-2T take: by K, as their shared memory allows on an H200.
+TRELLIS_PROGRAM = r"""
+#include <cstdio>
+#include "choice.h"
+int main() {
+  ccq::Gpu gpu{132, 9, 232448};
+  ccq::Call call{};
+  int major;
+  while (std::scanf("%d %d %d %d %d", &major, &call.rows, &call.k, &call.n, &call.experts) == 5) {
+    gpu.major = major;
+    auto fits = [&](int v) {
+      if (v == 42) return call.k > 1536 && call.k <= 4096;
+      if (v == 45) return call.k > 3072 && call.k <= 8192;
+      if (v == 46) return call.k <= 3584;
+      return v < 20 || call.k <= 9216;
+    };
+    std::printf("%d\n", ccq::trellis_choice(gpu, call, major == 9, fits));
+  }
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_trellis_choice_follows_rows_and_shared_memory(tmp_path: Path) -> None:
+    source, program = tmp_path / "trellis.cpp", tmp_path / "trellis"
+    source.write_text(TRELLIS_PROGRAM)
+    command = ["g++", "-std=c++17", f"-I{SOURCES}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    # Compute capability, rows, k, n, experts: kernel.
+    cases = {
+        (9, 8, 8192, 7168, 64): 40,  # one token
+        (9, 128, 8192, 7168, 64): 41,
+        (9, 512, 8192, 7168, 64): 45,  # eight rows of long K
+        (9, 512, 3584, 8192, 64): 42,
+        (9, 512, 1536, 2560, 64): 46,
+        (9, 256, 1536, 2560, 64): 41,
+        (9, 2048, 8192, 7168, 64): 11,  # many rows
+        (9, 4, 14336, 4096, 8): 11,  # K that only the kernel for many rows takes
+        (8, 8, 8192, 7168, 64): 43,
+        (8, 4096, 8192, 7168, 64): 44,
+        (8, 4, 14336, 4096, 8): -1,
+    }
+    lines = "\n".join(" ".join(map(str, case)) for case in cases)
+    found = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+    assert list(map(int, found.stdout.split())) == list(cases.values())

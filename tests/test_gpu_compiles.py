@@ -28,6 +28,7 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
     "source",
     [
         *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/linear_w8.cu"),
+        *("moe/trellis_repack.cu", "moe/trellis_gemm.cu"),
         *("encode/trellis.cu", "encode/host_trellis.cu", "encode/trellis_ldlq.cu"),
         *("encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),
     ],
@@ -53,17 +54,32 @@ def test_calibrated_search_compiles_without_warnings_and_local_memory(
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("tile", ["4, 48, 5", "2, 128, 4", "2, 144, 4"])
-def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str) -> None:
+@pytest.mark.parametrize("weights", ["PairWeights<Pairs::kInteger>", "TrellisWeights"])
+def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str, weights: str) -> None:
     """A path too many, or a branch among them, and the compiler waits after each, and says so."""
     source = tmp_path / "wide.cu"
     source.write_text(
-        '#include "moe_gemm.h"\n#include "moe_wide.cuh"\nnamespace ccq {\n'
-        f"template __global__ void wide_kernel<WideConfig<Pairs::kInteger, true, {tile}>>(\n"
+        '#include "moe_gemm.h"\n#include "moe_wide.cuh"\n#include "wide_trellis.cuh"\n'
+        "namespace ccq {\n"
+        f"template __global__ void wide_kernel<WideConfig<{weights}, true, {tile}>>(\n"
         "    const GemmParams, const __grid_constant__ CUtensorMap);\n}\n"
     )
     flags = ("-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
     said = compiled(tmp_path, str(source), "90a", *flags)
     assert "wide_kernel" in said and "serialized" not in said
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_few_rows_of_trellis_weights_are_not_serialized(tmp_path: Path, rows: int) -> None:
+    source = tmp_path / "few.cu"
+    source.write_text(
+        '#include "trellis_few.cuh"\nnamespace ccq {\n'
+        f"template __global__ void trellis_few_kernel<TrellisFewConfig<{rows}, 8, true>>(\n"
+        "    const TrellisFewParams);\n}\n"
+    )
+    said = compiled(tmp_path, str(source), "90a", "-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
+    assert "trellis_few_kernel" in said and "serialized" not in said
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")

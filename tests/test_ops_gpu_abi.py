@@ -81,8 +81,8 @@ def test_numbers_are_those_of_the_headers() -> None:
     text = "\n".join(p.read_text("utf-8") for p in (ROOT / "custom_ops" / "gpu").rglob("*.h"))
     numbers = {name: int(value) for name, value in re.findall(r"\b(CCQ_\w+) = (\d+)", text)}
     assert (numbers["CCQ_BF16"], numbers["CCQ_FP16"]) == (gpu_abi.BFLOAT16, gpu_abi.FLOAT16)
-    pairs = numbers["CCQ_PAIRS_INTEGER"], numbers["CCQ_PAIRS_GENERAL"]
-    assert pairs == (gpu_abi.PAIRS_INTEGER, gpu_abi.PAIRS_GENERAL)
+    pairs = tuple(numbers[f"CCQ_PAIRS_{name}"] for name in ("INTEGER", "GENERAL", "TRELLIS"))
+    assert pairs == (gpu_abi.PAIRS_INTEGER, gpu_abi.PAIRS_GENERAL, gpu_abi.PAIRS_TRELLIS)
     orders = numbers["CCQ_ROWS_PLAIN"], numbers["CCQ_ROWS_FASTDEPLOY"]
     assert orders == (gpu_abi.ROWS_PLAIN, gpu_abi.ROWS_FASTDEPLOY)
     spare = {"ccq-2.5": numbers["CCQ_CCQ25"], "ccq-2.75": numbers["CCQ_CCQ275"]}

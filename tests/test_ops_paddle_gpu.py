@@ -41,6 +41,8 @@ def test_tensors_that_do_not_fit_are_named_before_anything_is_sent() -> None:
     good = stored("ccq-2.75", 128, 32)
     with pytest.raises(ValueError, match="row_order must be"):
         paddle_gpu.repack("ccq-2.75", good, "backwards")
+    with pytest.raises(ValueError, match="row_order: rows of ccq-2t are in plain order"):
+        paddle_gpu.repack("ccq-2t", good, "fastdeploy-2.1")
     with pytest.raises(ValueError, match="super_scales is missing"):
         paddle_gpu.repack("ccq-2.75", {"quant_weight": good["quant_weight"]})
     with pytest.raises(ValueError, match=r"tensors\[1\] is \[128, 48\], tensors\[0\] is"):

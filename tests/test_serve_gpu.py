@@ -38,6 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     other = scratch / "ccq-2.5"
     quantize(scratch / "float", other, format="ccq-2.5", preset="fast", quiet=True)
+    trellis = scratch / "ccq-2t"
+    quantize(scratch / "float", trellis, format="ccq-2t", preset="fast", quiet=True)
     return scratch
 
 
@@ -74,6 +76,16 @@ def test_experts_on_the_gpu_are_the_cpus(folder: Path, driver: Driver, layout: s
     thread.join()
     assert driver.library.calls == 2 * 3
     assert np.linalg.norm(found[0] - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_experts_with_memory_on_the_gpu_are_the_cpus(folder: Path, driver: Driver) -> None:
+    checkpoint = open_checkpoint(folder / "ccq-2t")
+    here, there = EngineModel(checkpoint), EngineModel(checkpoint, device=Device())
+    # 64 columns x 128 rows are 2176 bytes, and a column's super scale is 4.
+    assert there.gpu_bytes == 2 * 4 * 3 * (2 * 2176 + 128 * 4)
+    wanted, found = logits(here), logits(there, (1, 30))
+    assert driver.library.calls == 2 * 3
+    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
 def test_device_memory_is_only_what_is_needed_and_freed(folder: Path, driver: Driver) -> None:

@@ -7,6 +7,7 @@ Build: `python benchmarks/gpu/ccqlib.py OUT.so [--arch 90a] [nvcc flags]`.
 from __future__ import annotations
 
 import ctypes
+import re
 import runpy
 import subprocess
 import sys
@@ -26,7 +27,7 @@ BF16, FP16 = abi.BFLOAT16, abi.FLOAT16
 _WORDS = {"ccq-2.5": 10, "ccq-2.75": 22}
 SPARE_FORMATS = {name: (abi.SPARE_FORMATS[name], words) for name, words in _WORDS.items()}
 PLAIN, FASTDEPLOY = abi.ROWS_PLAIN, abi.ROWS_FASTDEPLOY
-INTEGER, GENERAL = abi.PAIRS_INTEGER, abi.PAIRS_GENERAL
+INTEGER, GENERAL, TRELLIS = abi.PAIRS_INTEGER, abi.PAIRS_GENERAL, abi.PAIRS_TRELLIS
 
 
 def build(out: str, arch: str = "90a", flags: tuple[str, ...] = ()) -> None:
@@ -102,6 +103,38 @@ class Library:
         self.check(self.lib.ccq_unpack_wint2(*packed, p.experts, p.k, p.n, *stored, self.stream()))
         return q, ws, ss, cs, zp
 
+    def repack_trellis(self, q, ws, ss, before=None) -> Packed:
+        """CCQ-2T's checkpoint tensors stacked over experts -> Packed, without scales.
+
+        before: uint8 [experts, n], the bytes before the first ones; None at a column's beginning.
+        """
+        torch = self.torch
+        experts, k, n = q.shape[0], q.shape[1] * 4, q.shape[2]
+        sizes = (
+            self.lib.ccq_trellis_units_bytes(experts, k, n),
+            self.lib.ccq_trellis_columns_bytes(experts, n),
+        )
+        made = [torch.full((b,), 255, device=q.device, dtype=torch.uint8) for b in sizes]
+        stored = [q.data_ptr(), ws.data_ptr(), ss.data_ptr()]
+        stored.append(BF16 if ss.dtype == torch.bfloat16 else FP16)
+        stored.append(None if before is None else before.data_ptr())
+        pointers = [t.data_ptr() for t in made]
+        code = self.lib.ccq_repack_trellis(*stored, experts, k, n, *pointers, self.stream())
+        self.check(code)
+        return Packed(made[0], None, made[1], TRELLIS, experts, k, n)
+
+    def unpack_trellis(self, p: Packed, super_dtype):
+        """Packed -> CCQ-2T's checkpoint tensors."""
+        torch, d = self.torch, p.quant.device
+        q = torch.empty(p.experts, p.k // 4, p.n, device=d, dtype=torch.uint8)
+        ws = torch.empty(p.experts, p.k // 128, p.n, device=d, dtype=torch.uint8)
+        ss = torch.empty(p.experts, p.n, device=d, dtype=super_dtype)
+        packed = [p.quant.data_ptr(), p.columns.data_ptr(), p.experts, p.k, p.n]
+        stored = [q.data_ptr(), ws.data_ptr(), ss.data_ptr()]
+        stored.append(BF16 if super_dtype == torch.bfloat16 else FP16)
+        self.check(self.lib.ccq_unpack_trellis(*packed, *stored, self.stream()))
+        return q, ws, ss
+
     def workspace(self, rows: int, k: int, n: int, experts: int):
         size = self.lib.ccq_moe_gemm_workspace(rows, k, n, experts)
         made = self.torch.empty(size, device="cuda", dtype=self.torch.uint8)
@@ -169,9 +202,12 @@ class Library:
         dtype = BF16 if x.dtype == self.torch.bfloat16 else FP16
         shape = self._moe_shape(up, down, dtype, order)
         sides = [
-            abi.Projection(p.quant.data_ptr(), p.scales.data_ptr(), p.columns.data_ptr(), p.pairs)
+            abi.Projection(
+                p.quant.data_ptr(), None if p.scales is None else p.scales.data_ptr(),
+                p.columns.data_ptr(), p.pairs,
+            )
             for p in (up, down)
-        ]
+        ]  # fmt: skip
         tensors = [t.data_ptr() for t in (x, ids, weights)]
         structures = [ctypes.byref(s) for s in (shape, *sides)]
         places = [t.data_ptr() for t in (out, workspace)]
@@ -217,6 +253,42 @@ def decode(torch, q, ws, ss, cs, zp, fastdeploy: bool = False):
     if fastdeploy:  # stored row 16a + 2b + c is input row 8b + 2a + c
         w = w.reshape(-1, 4, 8, 2, w.shape[-1]).transpose(1, 2).reshape(-1, w.shape[-1])
     return w
+
+
+def trellis_code() -> list[tuple[int, int]]:
+    """Multiplier and addend of both hash words of CCQ-2T."""
+    text = (ROOT / "custom_ops" / "gpu" / "common" / "trellis_code.h").read_text("utf-8")
+    found = [
+        [int(v) for v in re.findall(r"(\d+)u", line)]
+        for line in re.findall(r"kTrellis(?:Multiplier|Addend)\[2\] = {(.*)};", text)
+    ]
+    return list(zip(*found, strict=True))
+
+
+def random_trellis(torch, experts: int, k: int, n: int, seed: int = 0):
+    """Random checkpoint tensors of CCQ-2T on the GPU: bytes, local scales, super scales."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+
+    def bytes_of(rows: int):
+        return torch.randint(0, 256, (experts, rows, n), generator=g, device="cuda",
+                             dtype=torch.uint8)  # fmt: skip
+
+    supers = (0.5 + torch.rand(experts, n, generator=g, device="cuda")) / 1500
+    return bytes_of(k // 4), bytes_of(k // 128), supers.to(torch.bfloat16)
+
+
+def decode_trellis(torch, q, ws, ss):
+    """float64 weights [K, N] of one CCQ-2T expert."""
+    q = q.long()
+    words = torch.cat([torch.zeros_like(q[:1]), q[:-1]]) * 256 + q
+    values = []
+    for multiplier, addend in trellis_code():
+        x = words * multiplier + addend
+        b = [x >> shift & 255 for shift in (0, 8, 16, 24)]
+        values += [b[0] - b[1], b[2] - b[3]]
+    w = torch.stack(values, 1).reshape(-1, q.shape[-1]).double()
+    nibbles = torch.stack([ws >> 4, ws & 15], 1).reshape(-1, q.shape[-1])
+    return w * nibbles.double().repeat_interleave(64, 0) * ss.double()
 
 
 def random_offsets(torch, experts: int, rows: int, seed: int, skew: float = 0.0):

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 TOP_K = 8
-# Bits a weight of each contestant's weights; group scales of 16 bits for 128 weights in W4A16.
-BITS = {"ccq": 2.0625, "triton-wint2": 2.0625, "marlin-w4": 4.125, "triton-w4": 4.125,
+# Bits a weight of each contestant's weights as it reads them; group scales of 16 bits for 128
+# weights in W4A16.
+BITS = {"ccq": 2.0625, "ccq-2t": 2.125,
+        "triton-wint2": 2.0625, "marlin-w4": 4.125, "triton-w4": 4.125,
         "triton-w8": 8.0, "cublas-bf16": 16.0, "ccq-2.5": 2.5, "ccq-2.75": 2.75,
         "humming-int2": 2.25, "humming-int4": 4.125}  # fmt: skip
 # Replays of one case end after this, so that slow peers do not eat the session.

@@ -58,6 +58,30 @@ class Ccq:
         return 0.0
 
 
+class Ccq2t:
+    """The project's kernels for CCQ-2T; `check` is tests/gpu/test_trellis_gemm.py."""
+
+    who = "ccq-2t"
+
+    def __init__(self, torch: Any, library: ccqlib.Library) -> None:
+        self.torch, self.library = torch, library
+
+    def weights(self, shape: Shape) -> ccqlib.Packed:
+        stored = ccqlib.random_trellis(self.torch, shape.experts, shape.k, shape.n)
+        return self.library.repack_trellis(*stored)
+
+    def variants(
+        self, shape: Shape, tokens: int, routes: list[Routing], weights: ccqlib.Packed
+    ) -> list:
+        x, out = buffers(self.torch, routes, shape)
+        workspace = self.library.workspace(len(x), shape.k, shape.n, shape.experts)
+        gemm = self.library.gemm
+        return [[lambda r=r: gemm(x, r.offsets, weights, out, workspace) for r in routes]]
+
+    def check(self) -> float:
+        return 0.0
+
+
 class Triton:
     """The plain tile-loop kernels of triton_kernels.py."""
 
@@ -148,6 +172,8 @@ def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | 
         SystemExit: naming the peer whose result is wrong.
     """
     found: list[Peer] = [Ccq(torch, library, pairs)]
+    if "ccq-2t" in names:
+        found.append(Ccq2t(torch, library))
     if marlin:
         from marlin import Marlin
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LABELS = {
-    "ccq": "WINT2, this project", "humming-int2": "Humming int2 g64",
+    "ccq": "WINT2, this project", "ccq-2t": "CCQ-2T", "humming-int2": "Humming int2 g64",
     "humming-int4": "Humming int4 g128", "marlin-w4": "Marlin W4A16 (vLLM)",
     "triton-wint2": "Triton WINT2", "triton-w4": "Triton W4A16", "triton-w8": "Triton W8A16",
     "cublas-bf16": "cuBLAS bf16", "ccq-2.5": "2.5 bits, stored", "ccq-2.75": "2.75 bits, stored",

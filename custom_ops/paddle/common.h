@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../gpu/moe/moe_block.h"
+#include "../gpu/moe/trellis_repack.h"
 #include "paddle/extension.h"
 
 namespace ccq_paddle {
@@ -53,21 +54,34 @@ inline void check(const std::string& op, cudaError_t error) {
   if (error != cudaSuccess) PD_THROW(op + ": " + std::string(cudaGetErrorString(error)));
 }
 
-// The three tensors that ccq_repack returns for one projection of E experts, and the K and N they stand for.
+// The three tensors that ccq_repack or ccq_repack_trellis returns for one projection of E experts, and the K and N they stand for.
 struct Weights {
+  static constexpr int kTrellisUnitBytes = 2176;  // trellis_repack.h
   ccq_moe_projection projection;
   int experts, k, n;
 
   Weights(const std::string& op, const std::string& prefix, const paddle::Tensor& quant, const paddle::Tensor& scales,
           const paddle::Tensor& columns, bool integer_pairs) {
-    expect(op, (prefix + "quant").c_str(), quant, paddle::DataType::UINT8, {-1, -1, -1, 512});
+    expect(op, (prefix + "quant").c_str(), quant, paddle::DataType::UINT8, {-1, -1, -1, -1});
     const Shape shape = quant.shape();
-    expect(op, (prefix + "scales").c_str(), scales, paddle::DataType::UINT8, {shape[0], shape[1], shape[2], 16});
-    expect(op, (prefix + "columns").c_str(), columns, paddle::DataType::INT32, {2, shape[0], shape[1], 32});
     experts = static_cast<int>(shape[0]);
-    n = static_cast<int>(shape[1] * 16);
     k = static_cast<int>(shape[2] * 128);
     projection.quant = quant.data<uint8_t>();
+    if (shape[3] == kTrellisUnitBytes) {
+      expect(op, (prefix + "scales").c_str(), scales, paddle::DataType::UINT8, {shape[0], -1, 1, 1});
+      const int64_t tiles = scales.shape()[1];
+      if ((tiles + 3) / 4 != shape[1]) fail(op, (prefix + "scales").c_str(), "does not belong to quant");
+      expect(op, (prefix + "columns").c_str(), columns, paddle::DataType::FLOAT32, {shape[0], shape[1] * 64});
+      n = static_cast<int>(tiles * 16);
+      projection.scales = nullptr;
+      projection.columns = reinterpret_cast<const uint32_t*>(columns.data<float>());
+      projection.pairs = CCQ_PAIRS_TRELLIS;
+      return;
+    }
+    expect(op, (prefix + "quant").c_str(), quant, paddle::DataType::UINT8, {-1, -1, -1, 512});
+    expect(op, (prefix + "scales").c_str(), scales, paddle::DataType::UINT8, {shape[0], shape[1], shape[2], 16});
+    expect(op, (prefix + "columns").c_str(), columns, paddle::DataType::INT32, {2, shape[0], shape[1], 32});
+    n = static_cast<int>(shape[1] * 16);
     projection.scales = scales.data<uint8_t>();
     projection.columns = reinterpret_cast<const uint32_t*>(columns.data<int32_t>());
     projection.pairs = integer_pairs ? CCQ_PAIRS_INTEGER : CCQ_PAIRS_GENERAL;

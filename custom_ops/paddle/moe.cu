@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// ccq_linear, ccq_moe_gemm, ccq_moe_ffn and ccq_moe as Paddle ops, over the tensors that ccq_repack returns.
+// ccq_linear, ccq_moe_gemm, ccq_moe_ffn and ccq_moe as Paddle ops, over the tensors that ccq_repack and ccq_repack_trellis return.
 #include "common.h"
 
 namespace ccq_paddle {
@@ -91,11 +91,12 @@ Tensors Moe(const paddle::Tensor& x, const paddle::Tensor& ids, const paddle::Te
   return {out};
 }
 
-std::vector<Shape> LinearShape(Shape x, Shape quant, Shape, Shape) { return {{x[0], quant[1] * 16}}; }
+// Scales have a row of 16 columns, in either layout.
+std::vector<Shape> LinearShape(Shape x, Shape, Shape scales, Shape) { return {{x[0], scales[1] * 16}}; }
 Types LinearType(paddle::DataType x, paddle::DataType, paddle::DataType, paddle::DataType) { return {x}; }
 
-std::vector<Shape> MoeGemmShape(Shape x, Shape, Shape quant, Shape, Shape, const paddle::optional<Shape>&) {
-  return {{x[0], quant[1] * 16}};
+std::vector<Shape> MoeGemmShape(Shape x, Shape, Shape, Shape scales, Shape, const paddle::optional<Shape>&) {
+  return {{x[0], scales[1] * 16}};
 }
 Types MoeGemmType(paddle::DataType x, paddle::DataType, paddle::DataType, paddle::DataType, paddle::DataType,
                   const paddle::optional<paddle::DataType>&) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// ccq_repack and ccq_dequant as Paddle ops.
+// ccq_repack, ccq_repack_trellis and ccq_dequant as Paddle ops.
 #include "../gpu/common/dequant.h"
 #include "common.h"
 
@@ -40,6 +40,37 @@ std::vector<Shape> RepackShape(Shape quant_weight, Shape, Shape, Shape, Shape) {
 std::vector<paddle::DataType> RepackType(paddle::DataType, paddle::DataType, paddle::DataType, paddle::DataType,
                                          paddle::DataType) {
   return {paddle::DataType::UINT8, paddle::DataType::UINT8, paddle::DataType::INT32, paddle::DataType::INT32};
+}
+
+// CCQ-2T's checkpoint tensors of E experts (stacked) -> quant [E, ceil(N/64), K/128, 2176], scales [E, N/16, 1, 1] (empty of meaning:
+// it tells N, and stands where WINT2 has scales), columns float32 [E, ceil(N/64) * 64].
+std::vector<paddle::Tensor> RepackTrellis(const paddle::Tensor& quant_weight, const paddle::Tensor& weight_scale,
+                                          const paddle::Tensor& super_scales) {
+  const std::string op = "ccq_repack_trellis";
+  expect(op, "quant_weight", quant_weight, paddle::DataType::UINT8, {-1, -1, -1});
+  const int64_t e = quant_weight.shape()[0], k = quant_weight.shape()[1] * 4, n = quant_weight.shape()[2];
+  if (k % 128 || n % 16 || k == 0 || n == 0) fail(op, "quant_weight", "needs K a multiple of 128 and N of 16");
+  expect(op, "weight_scale", weight_scale, paddle::DataType::UINT8, {e, k / 128, n});
+  const int super_type = half_type(op, "super_scales", super_scales);
+  expect(op, "super_scales", super_scales, super_scales.dtype(), {e, n});
+  const auto place = quant_weight.place();
+  const int64_t fours = (n + 63) / 64;
+  auto quant = paddle::empty({e, fours, k / 128, Weights::kTrellisUnitBytes}, paddle::DataType::UINT8, place);
+  auto scales = paddle::full({e, n / 16, 1, 1}, 0, paddle::DataType::UINT8, place);
+  auto columns = paddle::empty({e, fours * 64}, paddle::DataType::FLOAT32, place);
+  check(op, ccq_repack_trellis(quant_weight.data<uint8_t>(), weight_scale.data<uint8_t>(), super_scales.data(), super_type, nullptr,
+                               static_cast<int>(e), static_cast<int>(k), static_cast<int>(n), quant.data<uint8_t>(),
+                               columns.data<float>(), quant_weight.stream()));
+  return {quant, scales, columns};
+}
+
+std::vector<Shape> RepackTrellisShape(Shape quant_weight, Shape, Shape) {
+  const int64_t e = quant_weight[0], k = quant_weight[1] * 4, n = quant_weight[2], fours = (n + 63) / 64;
+  return {{e, fours, k / 128, Weights::kTrellisUnitBytes}, {e, n / 16, 1, 1}, {e, fours * 64}};
+}
+
+std::vector<paddle::DataType> RepackTrellisType(paddle::DataType, paddle::DataType, paddle::DataType) {
+  return {paddle::DataType::UINT8, paddle::DataType::UINT8, paddle::DataType::FLOAT32};
 }
 
 paddle::DataType RuntimeType(const std::string& dtype) {
@@ -114,6 +145,13 @@ PD_BUILD_OP(ccq_repack)
     .SetKernelFn(PD_KERNEL(ccq_paddle::Repack))
     .SetInferShapeFn(PD_INFER_SHAPE(ccq_paddle::RepackShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(ccq_paddle::RepackType));
+
+PD_BUILD_OP(ccq_repack_trellis)
+    .Inputs({"quant_weight", "weight_scale", "super_scales"})
+    .Outputs({"quant", "scales", "columns"})
+    .SetKernelFn(PD_KERNEL(ccq_paddle::RepackTrellis))
+    .SetInferShapeFn(PD_INFER_SHAPE(ccq_paddle::RepackTrellisShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(ccq_paddle::RepackTrellisType));
 
 PD_BUILD_OP(ccq_dequant)
     .Inputs({"quant_weight", "super_scales", paddle::Optional("weight_scale"), paddle::Optional("code_scale"),

@@ -14,7 +14,7 @@ from typing import Any
 # ccq_library_version() of custom_ops/gpu/common/library.cu.
 VERSION = 2
 BFLOAT16, FLOAT16 = 0, 1  # enum ccq_dtype
-PAIRS_INTEGER, PAIRS_GENERAL = 0, 1  # enum ccq_pairs
+PAIRS_INTEGER, PAIRS_GENERAL, PAIRS_TRELLIS = 0, 1, 2  # enum ccq_pairs
 ROWS_PLAIN, ROWS_FASTDEPLOY = 0, 1  # enum ccq_row_order
 # enum ccq_format, as far as there are products with stored words.
 SPARE_FORMATS = {"ccq-2.5": 1, "ccq-2.75": 2}
@@ -68,11 +68,21 @@ class LinearW8Args(ctypes.Structure):
     ]
 
 
+def trellis_bytes(k: int, n: int) -> tuple[int, int]:
+    """Bytes of one CCQ-2T matrix's units and columns (trellis_repack.h)."""
+    fours = -(-n // 64)
+    return fours * (k // 128) * 2176, fours * 256
+
+
 _P, _I, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 # Function -> (argument types, result type). int stands for a CUDA error code too.
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ccq_repack_wint2": ([_P, _P, _P, _I, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P], _I),
     "ccq_unpack_wint2": ([_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P], _I),
+    "ccq_trellis_units_bytes": ([_I, _I, _I], _SIZE),
+    "ccq_trellis_columns_bytes": ([_I, _I], _SIZE),
+    "ccq_repack_trellis": ([_P, _P, _P, _I, _P, _I, _I, _I, _P, _P, _P], _I),
+    "ccq_unpack_trellis": ([_P, _P, _I, _I, _I, _P, _P, _P, _I, _P], _I),
     "ccq_moe_gemm_workspace": ([_I, _I, _I, _I], _SIZE),
     "ccq_moe_gemm": ([_P, _P], _I),
     "ccq_moe_gemm_variant": ([_P], _I),

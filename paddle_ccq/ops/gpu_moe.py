@@ -15,56 +15,82 @@ from typing import Any
 import numpy as np
 
 from ..codec.floats import BFLOAT16
-from ..codec.row_order import FASTDEPLOY_2_1
+from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from . import checks, gpu_abi, gpu_library
 from .gpu_memory import Device, Memory
 
 ROW_MULTIPLE = 128  # of hidden size and expert width
-_SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+TRELLIS = "ccq-2t"
+# Formats whose experts run here.
+FORMATS = ("wint2", TRELLIS)
 
 
 class _Side:
     """One projection of all experts in the kernels' layout."""
 
     def __init__(
-        self, library: Any, device: Device, experts: Sequence[Mapping[str, np.ndarray]]
+        self, library: Any, device: Device, format: str, experts: Sequence[Mapping[str, np.ndarray]]
     ) -> None:
-        found = [checks.stored("wint2", tensors) for tensors in experts]
-        self.k, self.n = found[0][1:]
+        found = [checks.stored(format, tensors) for tensors in experts]
+        self.count, (self.k, self.n) = len(found), found[0][1:]
         if any((k, n) != (self.k, self.n) for _, k, n in found):
             raise ValueError("experts of one layer must all have one shape")
-        count = len(found)
-        stacked = {s: np.stack([tensors[s] for tensors, _, _ in found]) for s in _SUFFIXES}
-        staged = {suffix: device.upload(array) for suffix, array in stacked.items()}
-        codes = count * self.n * self.k
-        self.quant = Memory(device, codes // 4)
-        self.scales = Memory(device, codes // 128)
-        self.columns = Memory(device, count * self.n * 16)
+        staged = {
+            suffix: device.upload(np.stack([tensors[suffix] for tensors, _, _ in found]))
+            for suffix in found[0][0]
+        }
+        if format == TRELLIS:
+            self.memory, pairs = self._trellis(library, device, staged)
+        else:
+            self.memory, pairs = self._wint2(library, device, staged)
+        addresses = [m and m.address for m in self.memory]
+        self.structure = gpu_abi.Projection(*addresses, pairs)
+
+    def _wint2(
+        self, library: Any, device: Device, staged: Mapping[str, Memory]
+    ) -> tuple[list[Memory | None], int]:
+        codes = self.count * self.n * self.k
+        memory = [Memory(device, size) for size in (codes // 4, codes // 128)]
+        memory.append(Memory(device, self.count * self.n * 16))
         kind = device.upload(np.array([-1], np.int32))
         status = library.ccq_repack_wint2(
             staged["quant_weight"].address, staged["weight_scale"].address,
             staged["super_scales"].address, gpu_abi.BFLOAT16,
             staged["code_scale"].address, staged["code_zp"].address,
-            count, self.k, self.n,
-            self.quant.address, self.scales.address, self.columns.address, kind.address, None,
+            self.count, self.k, self.n, *(m.address for m in memory), kind.address, None,
         )  # fmt: skip
         gpu_library.check(library, status, "repacking")
         pairs = np.empty(1, np.int32)
         kind.read(pairs)
-        addresses = [m.address for m in (self.quant, self.scales, self.columns)]
-        self.structure = gpu_abi.Projection(*addresses, int(pairs[0]))
+        return [*memory], int(pairs[0])
+
+    def _trellis(
+        self, library: Any, device: Device, staged: Mapping[str, Memory]
+    ) -> tuple[list[Memory | None], int]:
+        units = Memory(device, library.ccq_trellis_units_bytes(self.count, self.k, self.n))
+        columns = Memory(device, library.ccq_trellis_columns_bytes(self.count, self.n))
+        status = library.ccq_repack_trellis(
+            staged["quant_weight"].address, staged["weight_scale"].address,
+            staged["super_scales"].address, gpu_abi.BFLOAT16, None,
+            self.count, self.k, self.n, units.address, columns.address, None,
+        )  # fmt: skip
+        gpu_library.check(library, status, "repacking")
+        # What was staged is freed after this call returns: the kernels must have read it.
+        columns.read(np.empty(1, np.float32))
+        return [units, None, columns], gpu_abi.PAIRS_TRELLIS
 
     @property
     def nbytes(self) -> int:
-        return self.quant.nbytes + self.scales.nbytes + self.columns.nbytes
+        return sum(m.nbytes for m in self.memory if m)
 
 
 class GpuExperts:
     """The routed experts of one layer in device memory, as ops.moe multiplies with them.
 
     Args:
-        up_gate, down: stored WINT2 tensors of each expert, as repack_experts takes them.
+        up_gate, down: stored tensors of each expert, as repack_experts takes them.
         row_order: of the stored rows.
+        format: of FORMATS, the same for all.
 
     Raises:
         ValueError: naming the tensor or shape that does not fit.
@@ -77,12 +103,14 @@ class GpuExperts:
         down: Sequence[Mapping[str, np.ndarray]],
         row_order: str,
         device: Device,
-        library: Any = None,
+        format: str = "wint2",
     ) -> None:
         checks.row_order(row_order)
-        self.device, self.library = device, library or gpu_library.load_products()
-        self.up_gate = _Side(self.library, device, up_gate)
-        self.down = _Side(self.library, device, down)
+        if format == TRELLIS and row_order != PLAIN:
+            raise ValueError(f"row_order: rows of {format} are in plain order, got {row_order!r}")
+        self.device, self.library = device, gpu_library.load_products()
+        self.up_gate = _Side(self.library, device, format, up_gate)
+        self.down = _Side(self.library, device, format, down)
         self.hidden, self.experts = self.up_gate.k, len(up_gate)
         width = self.down.k
         if self.hidden % ROW_MULTIPLE or width % ROW_MULTIPLE or len(down) != self.experts:

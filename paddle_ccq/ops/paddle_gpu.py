@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators on a GPU over Paddle tensors: the names, formats and meaning of the CPU's.
 
-Needs the compiled ops (custom_ops/setup.py). WINT2 is repacked on the GPU for the tensor-core
-kernel; 2.5 and 2.75 bits are read as stored, by a kernel made for few rows. Unlike on the CPU,
-values between the products of an expert are rounded to the activations' type.
+Needs the compiled ops (custom_ops/setup.py). WINT2 and CCQ-2T are repacked on the GPU for the
+tensor-core kernels; 2.5 and 2.75 bits are read as stored, by a kernel made for few rows. Unlike on
+the CPU, values between the products of an expert are rounded to the activations' type.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ENVIRONMENT = "PADDLE_CCQ_PADDLE_OPS"
 COLUMN_MULTIPLE = 16
 _STORED = ("quant_weight", "super_scales")
 _WINT2 = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+# Formats that are repacked, and what of a matrix's stored tensors that takes.
+_REPACKED = {"wint2": _WINT2, "ccq-2t": _WINT2[:3]}
 
 
 @cache
@@ -78,7 +80,7 @@ class GpuMatrices:
 
     def options(self) -> tuple[Any, ...]:
         """Attributes of an op that multiplies with these alone."""
-        first = self.integer_pairs if self.format == "wint2" else self.format
+        first = self.integer_pairs if self.format in _REPACKED else self.format
         return first, self.row_order
 
 
@@ -92,8 +94,8 @@ class GpuExperts:
     def arguments(self) -> tuple[Any, ...]:
         """Tensors and attributes of an op that multiplies with both."""
         up, down = self.up_gate, self.down
-        wint2 = up.format == "wint2"
-        kinds = (up.integer_pairs, down.integer_pairs) if wint2 else (up.format,)
+        repacked = up.format in _REPACKED
+        kinds = (up.integer_pairs, down.integer_pairs) if repacked else (up.format,)
         return (*up.tensors, *down.tensors, *kinds, up.row_order)
 
 
@@ -118,6 +120,8 @@ def repack(
         CcqError: without the compiled ops.
     """
     checks.row_order(row_order)
+    if format == "ccq-2t" and row_order != PLAIN:
+        raise ValueError(f"row_order: rows of {format} are in plain order, got {row_order!r}")
     parts = [tensors] if isinstance(tensors, Mapping) else list(tensors)
     if not parts:
         raise ValueError("tensors is empty")
@@ -128,10 +132,13 @@ def repack(
             raise ValueError(f"tensors[{e}] is [{other_k}, {other_n}], tensors[0] is [{k}, {n}]")
     if n % COLUMN_MULTIPLE:
         raise ValueError(f"quant_weight: N must be a multiple of {COLUMN_MULTIPLE}, got {n}")
-    names = _WINT2 if format == "wint2" else _STORED
+    names = _REPACKED.get(format, _STORED)
     stacked = [_upload(np.stack([part[name] for part, _, _ in found])) for name in names]
-    if format != "wint2":
+    if format not in _REPACKED:
         return GpuMatrices(format, row_order, len(parts), k, n, tuple(stacked))
+    if format != "wint2":
+        packed = call("ccq_repack_trellis", *stacked)
+        return GpuMatrices(format, row_order, len(parts), k, n, tuple(packed))
     *packed, kind = call("ccq_repack", *stacked)
     integer = int(kind.numpy()[0]) == 0
     return GpuMatrices(format, row_order, len(parts), k, n, tuple(packed), integer)
@@ -192,7 +199,7 @@ def _activations(x: Any, width: int) -> Any:
 
 
 def _op(name: str, weights: GpuMatrices) -> str:
-    return name if weights.format == "wint2" else f"{name}_stored"
+    return name if weights.format in _REPACKED else f"{name}_stored"
 
 
 def _one_of(value: Any, name: str, kind: type) -> Any:

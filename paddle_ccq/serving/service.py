@@ -68,7 +68,7 @@ class Service:
         if settings.device and not model.gpu_bytes:
             raise CcqError(
                 f"--device gpu: {self.checkpoint.path} has no experts that can run there: they must"
-                " be wint2, hidden size and width multiples of 128; use --device cpu"
+                " be wint2 or ccq-2t, hidden size and width multiples of 128; use --device cpu"
             )
         eos = frozenset(_end_tokens(self.checkpoint, self.tokenizer))
         engine = Engine(model, self.tokenizer.decode, eos, settings.engine, self.metrics)

@@ -15,6 +15,7 @@ from ..checkpoint.reader import Checkpoint
 from ..codec import formats
 from ..errors import CcqError
 from ..models.weights import ExactWeights
+from ..ops import gpu_moe
 from ..ops.dense import INTEGER_FORMATS, DenseMatrix, multiply
 from ..ops.gpu_memory import Device
 from ..ops.gpu_moe import ROW_MULTIPLE, GpuExperts
@@ -83,9 +84,9 @@ class MLP:
 class Experts:
     """The routed experts of one layer.
 
-    Experts that all have the same CCQ format run as one grouped product; WINT2 experts run on the
-    GPU if a device is given. All other experts (wint4, wint8, floats, or several formats within one
-    layer) run one after the other.
+    Experts that all have the same CCQ format run as one grouped product; WINT2 and CCQ-2T experts
+    run on the GPU if a device is given. All other experts (wint4, wint8, floats, or several formats
+    within one layer) run one after the other.
     """
 
     def __init__(
@@ -106,10 +107,11 @@ class Experts:
         format_name = next(iter(found))
         sizes = [size for part in names.values() for size in checkpoint.shape(part[0])]
         grouped = len(found) == 1 and formats.get(format_name).is_ccq
-        if device and found == {"wint2"} and not any(size % ROW_MULTIPLE for size in sizes):
+        here = device and len(found) == 1 and format_name in gpu_moe.FORMATS
+        if here and not any(size % ROW_MULTIPLE for size in sizes):
             stored = ([checkpoint.packed(n) for n in part] for part in names.values())
             order = checkpoint.row_order_of(names["down"][0])
-            self.gpu = GpuExperts(*stored, order, device)
+            self.gpu = GpuExperts(*stored, order, device, format_name)
             self.nbytes = self.gpu.nbytes
         elif grouped and not any(size % 16 for size in sizes):
             # One matrix at a time, so that a layer is never in memory twice.

@@ -26,7 +26,7 @@ METHOD = "ccq"
 # What stands in quantization_config.quantization: an experts' format, or a dense model's.
 CLAIMED = (*EXPERT_FORMATS, "wint8")
 # Those that there are products for in vLLM.
-FORMATS = ("wint2", "ccq-2.5", "ccq-2.75", "wint8")
+FORMATS = ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75", "wint8")
 
 
 def claims(quantization: Mapping[str, Any] | None) -> bool:

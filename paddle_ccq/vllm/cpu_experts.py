@@ -10,6 +10,7 @@ import torch
 from .. import ops
 from ..codec import formats
 from ..codec.floats import BFLOAT16
+from ..errors import CcqError
 from ..ops.dense import DenseMatrix
 from .experts import PROJECTIONS, ExpertsMethod, Tensors, Wint4Experts
 
@@ -57,6 +58,15 @@ class CpuCodedExpertsMethod(CpuExpertsMethod):
         super().__init__(moe, prefix, already_cut)
         self.format = format
         self.row_order = formats.stored_order(format, row_order)
+
+    def cut(self, projection: str, stored: Tensors) -> Tensors:
+        if self.format == "ccq-2t" and self.shares[projection][1].source:
+            raise CcqError(
+                f"{self.prefix}: a part of {self.format}'s input rows begins with the code byte"
+                " before it, which the CPU's products do not take; use one rank or"
+                " --enable-expert-parallel"
+            )
+        return super().cut(projection, stored)
 
     def pack(self, tensors: Tensors) -> Any:
         arrays = {suffix: _numpy(value) for suffix, value in tensors.items()}

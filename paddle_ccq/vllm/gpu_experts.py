@@ -9,6 +9,8 @@ import torch
 
 from ..codec import formats
 from ..codec.row_order import FASTDEPLOY_2_1
+from ..errors import CcqError
+from ..ops.gpu_abi import PAIRS_GENERAL, trellis_bytes
 from . import layout
 from .experts import DTYPES, PROJECTIONS, ExpertsMethod, Tensors, Wint4Experts
 
@@ -31,7 +33,7 @@ class Wint2ExpertsMethod(ExpertsMethod):
     def __init__(self, moe: Any, prefix: str, already_cut: bool, row_order: str) -> None:
         super().__init__(moe, prefix, already_cut)
         self.row_order = int(row_order == FASTDEPLOY_2_1)
-        self.general_pairs = 0
+        self.pairs = [PAIRS_GENERAL] * 2
 
     def allocate(self, layer: Any) -> None:
         e = self.experts
@@ -57,22 +59,79 @@ class Wint2ExpertsMethod(ExpertsMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         kinds = layer.ccq_pair_kinds.amax(dim=1).tolist()
-        self.general_pairs = int(kinds[0] > 0) | int(kinds[1] > 0) << 1
+        self.pairs = [int(kind > 0) for kind in kinds]
 
     def multiply(
         self, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
-        from .torch_ops import experts_wint2
+        from .torch_ops import experts_packed
 
-        return experts_wint2(
+        return experts_packed(
             x,
             weights.to(torch.float32),
             self.choices(layer, ids),
             self.parameters(layer, "up_gate"),
             self.parameters(layer, "down"),
             self.width,
-            self.general_pairs,
+            self.pairs,
             self.row_order,
+        )
+
+
+class TrellisExpertsMethod(ExpertsMethod):
+    """CCQ-2T on the grouped tensor-core product (custom_ops/gpu/moe/trellis_repack.h)."""
+
+    format = "ccq-2t"
+
+    def allocate(self, layer: Any) -> None:
+        if self.already_cut and self.moe.moe_parallel_config.tp_size > 1:
+            raise CcqError(
+                f"{self.prefix}: {self.format} in a checkpoint that is cut for several ranks lacks"
+                " the code byte before each cut; serve the uncut checkpoint"
+            )
+        for part in PROJECTIONS:
+            k, n = self.shape_of(part)
+            size, columns = trellis_bytes(k, n)
+            _parameter(layer, f"ccq_{part}_units", (self.experts, size), torch.uint8)
+            _parameter(layer, f"ccq_{part}_columns", (self.experts, columns // 4), torch.float32)
+
+    def cut(self, projection: str, stored: Tensors) -> Tensors:
+        """Beside a rank's part the code bytes before its first ones, [N], 0 at the beginning."""
+        result = super().cut(projection, stored)
+        columns, rows = self.shares[projection]
+        codes = result["quant_weight"]
+        before = torch.zeros(codes.shape[1], dtype=codes.dtype, device=codes.device)
+        if rows.source:
+            last = stored["quant_weight"][rows.source // 4 - 1]
+            for piece in columns:
+                source = last[piece.source : piece.source + piece.size]
+                before[piece.target : piece.target + piece.size] = source.to(before.device)
+        return {**result, "before": before}
+
+    def finish(self, layer: Any, expert: int, projection: str, tensors: Tensors) -> None:
+        from .torch_ops import repack_trellis
+
+        units, columns = self.parameters(layer, projection)
+        repack_trellis(tensors, units[expert], columns[expert])
+
+    def parameters(self, layer: Any, projection: str) -> list[torch.Tensor]:
+        return [getattr(layer, f"ccq_{projection}_{x}").data for x in ("units", "columns")]
+
+    def multiply(
+        self, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        from ..ops.gpu_abi import PAIRS_TRELLIS, ROWS_PLAIN
+        from .torch_ops import experts_packed
+
+        return experts_packed(
+            x,
+            weights.to(torch.float32),
+            self.choices(layer, ids),
+            self.parameters(layer, "up_gate"),
+            self.parameters(layer, "down"),
+            self.width,
+            [PAIRS_TRELLIS] * 2,
+            ROWS_PLAIN,
         )
 
 

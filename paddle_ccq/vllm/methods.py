@@ -33,4 +33,6 @@ def experts_method(
         return gpu_experts.Wint4ExpertsMethod(moe, prefix, already_cut)
     if format == "wint2":
         return gpu_experts.Wint2ExpertsMethod(moe, prefix, already_cut, row_order)
+    if format == "ccq-2t":
+        return gpu_experts.TrellisExpertsMethod(moe, prefix, already_cut)
     return gpu_experts.SpareExpertsMethod(moe, prefix, already_cut, format)

@@ -70,22 +70,45 @@ def repack_wint2(
     return columns
 
 
-def _experts_wint2(
+def repack_trellis(
+    tensors: dict[str, torch.Tensor], units: torch.Tensor, columns: torch.Tensor
+) -> None:
+    """One CCQ-2T expert's stored tensors into its places in the kernel's layout.
+
+    Args:
+        tensors: as stored, and `before` uint8 [N]: the code bytes before the first ones.
+        units, columns: its parts of the layer's tensors, uint8 and float32, contiguous.
+    """
+    rows, n = tensors["quant_weight"].shape
+    status = library().ccq_repack_trellis(
+        tensors["quant_weight"].data_ptr(), tensors["weight_scale"].data_ptr(),
+        tensors["super_scales"].data_ptr(), gpu_abi.BFLOAT16, tensors["before"].data_ptr(),
+        1, rows * 4, n, units.data_ptr(), columns.data_ptr(), _stream(),
+    )  # fmt: skip
+    _check(status, "repacking")
+
+
+def _projection(tensors: list[torch.Tensor], pairs: int) -> gpu_abi.Projection:
+    """Of quant, scales, columns; CCQ-2T's units and columns are without scales."""
+    first, *scales, columns = (t.data_ptr() for t in tensors)
+    return gpu_abi.Projection(first, scales[0] if scales else None, columns, pairs)
+
+
+def _experts_packed(
     x: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
     up_gate: list[torch.Tensor],
     down: list[torch.Tensor],
     width: int,
-    general_pairs: int,
+    pairs: list[int],
     row_order: int,
 ) -> torch.Tensor:
     lib, (tokens, hidden), top_k = library(), x.shape, ids.shape[1]
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     out = torch.empty_like(x)
-    shape = gpu_abi.Shape(hidden, width, up_gate[2].shape[1], gpu_abi.BFLOAT16, row_order)
-    first = gpu_abi.Projection(*(t.data_ptr() for t in up_gate), general_pairs & 1)
-    second = gpu_abi.Projection(*(t.data_ptr() for t in down), general_pairs >> 1)
+    shape = gpu_abi.Shape(hidden, width, up_gate[0].shape[0], gpu_abi.BFLOAT16, row_order)
+    first, second = _projection(up_gate, pairs[0]), _projection(down, pairs[1])
     size = lib.ccq_moe_workspace(min(tokens, MOE_TOKENS), top_k, ctypes.byref(shape))
     workspace = _bytes(size, x.device)
     for begin in range(0, tokens, MOE_TOKENS):
@@ -211,9 +234,9 @@ _LIBRARY = torch.library.Library("paddle_ccq", "DEF")
 _MOE = "Tensor x, Tensor weights, Tensor ids, Tensor[] up_gate, Tensor[] down"
 for _name, _schema, _function, _fake in (
     (
-        "experts_wint2",
-        f"({_MOE}, int width, int general_pairs, int row_order) -> Tensor",
-        _experts_wint2,
+        "experts_packed",
+        f"({_MOE}, int width, int[] pairs, int row_order) -> Tensor",
+        _experts_packed,
         _like_x,
     ),
     ("experts_spare", f"({_MOE}, int format) -> Tensor", _experts_spare, _like_x),
@@ -229,6 +252,6 @@ for _name, _schema, _function, _fake in (
     _LIBRARY.impl(_name, _function, "CUDA")
     _LIBRARY._register_fake(_name, _fake)
 
-experts_wint2 = torch.ops.paddle_ccq.experts_wint2
+experts_packed = torch.ops.paddle_ccq.experts_packed
 experts_spare = torch.ops.paddle_ccq.experts_spare
 linear_w8 = torch.ops.paddle_ccq.linear_w8

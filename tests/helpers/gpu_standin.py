@@ -76,7 +76,7 @@ class Driver:
 
 
 class Library:
-    """ccq_repack_wint2, ccq_moe_workspace and ccq_moe; "repacked" tensors are kept aside."""
+    """Repacking, ccq_moe_workspace and ccq_moe; "repacked" tensors are kept aside."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver, self.repacked, self.calls = driver, {}, 0
@@ -105,6 +105,29 @@ class Library:
         self.repacked[out_quant, out_scales, out_columns] = tensors
         return 0
 
+    def ccq_trellis_units_bytes(self, experts: int, k: int, n: int) -> int:
+        return experts * -(-n // 64) * (k // 128) * 2176
+
+    def ccq_trellis_columns_bytes(self, experts: int, n: int) -> int:
+        return experts * -(-n // 64) * 256
+
+    def ccq_repack_trellis(
+        self, quant, scale, supers, dtype, before, experts, k, n, units, columns, stream
+    ) -> int:
+        at, bf16 = self.driver.array, ml_dtypes.bfloat16
+        assert (dtype, before, stream) == (0, None, None)
+        if k % 128 or n % 16:
+            return 1
+        tensors = {
+            "quant_weight": at(quant, (experts, k // 4, n), np.uint8).copy(),
+            "weight_scale": at(scale, (experts, k // 128, n), np.uint8).copy(),
+            "super_scales": at(supers, (experts, n), bf16).copy(),
+        }
+        at(units, (self.ccq_trellis_units_bytes(experts, k, n),), np.uint8)
+        at(columns, (self.ccq_trellis_columns_bytes(experts, n),), np.uint8)
+        self.repacked[units, None, columns] = tensors
+        return 0
+
     def ccq_moe_workspace(self, tokens: int, top_k: int, shape: Any) -> int:
         return 64 * tokens * top_k
 
@@ -121,10 +144,10 @@ class Library:
 
         def matrix(side: Any, expert: int) -> np.ndarray:
             side = side._obj
-            assert side.pairs == 1
+            assert side.pairs in (1, 2)
             tensors = self.repacked[side.quant, side.scales, side.columns]
             one = {suffix: value[expert] for suffix, value in tensors.items()}
-            weight = formats.decode("wint2", one, "float32")
+            weight = formats.decode("ccq-2t" if side.pairs == 2 else "wint2", one, "float32")
             return row_order.unpermute_rows(weight) if s.row_order == 1 else weight
 
         result = np.zeros((tokens, s.hidden), np.float32)

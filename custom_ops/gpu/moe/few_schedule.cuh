@@ -54,6 +54,7 @@ struct FewConfig {
   static constexpr int kKept = kWN > 1 ? 2 : 1;        // chunks of each row that a lane loads before it needs them
   static constexpr int kFirst = kStages - kStages / 4;  // units that are requested before activations are there
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kColumnBytes = kTiles * kPlaneBytes * kPlanes;
+  static constexpr int kRingsBytes = kWarps * Ring<kR, kStages>::kBytes;
   static constexpr int kEntries = kTiles * 8 * kRows;  // float2 (columns g and g + 8) that a warp's partial sums of a tile take
   static constexpr int kBarriers = kWarps * kStages + kColumnSlots + 2 * kSumsSlots + 1;
   // 256 bytes a row and unit of 128 rows; 16 bytes of zeros a unit.
@@ -64,7 +65,7 @@ struct FewConfig {
   __host__ __device__ static constexpr int entries(int experts) { return kRows > 1 ? experts + 1 : 64; }
   static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
-    return kWarps * Ring<kR, kStages>::kBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
+    return kRingsBytes + kColumnSlots * kColumnBytes + kSumsSlots * kWK * kEntries * 8 +
            activation_bytes(blocks_k) + offset_bytes(blocks_k) + kBarriers * 8 + kWK * kRows * 4 +
            sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
   }
@@ -83,7 +84,7 @@ struct FewShared {
 
   __device__ FewShared(char* at, int blocks_k, int experts) {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
-    rings = take(C::kWarps * Ring<C::kR, C::kStages>::kBytes);
+    rings = take(C::kRingsBytes);
     columns = take(C::kColumnSlots * C::kColumnBytes);
     sums = reinterpret_cast<float2*>(take(C::kSumsSlots * C::kWK * C::kEntries * 8));
     activations = take(C::activation_bytes(blocks_k));
@@ -140,7 +141,8 @@ __device__ void find_experts(const FewParams& p, const S& s, int first_block, in
   constexpr int kEach = kMaxExperts / C::kThreads;
   int64_t end[kEach];
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) end[j] = e < C::kThreads && e + j * C::kThreads < p.experts ? p.offsets[e + j * C::kThreads] : p.rows;
+  for (int j = 0; j < kEach; ++j)  // threads beyond kThreads count nothing
+    end[j] = e < C::kThreads && e + j * C::kThreads < p.experts ? p.offsets[e + j * C::kThreads] : p.rows;
   if (e == 0) s.start->block = first_block;
 #pragma unroll 1
   for (int block = first_block; block <= last_block; ++block) {
@@ -171,7 +173,7 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* beg
     const int other = __shfl_up_sync(~0u, counts, d);
     if (lane >= d) counts += other;
   }
-  if (lane == 31) s.start->of_warp[warp] = counts;
+  if (lane == 31 && warp < C::kWarps) s.start->of_warp[warp] = counts;
   __syncthreads();
   int blocks = counts - count, all = 0;
 #pragma unroll

@@ -8,13 +8,12 @@
 #include "moe_gemm.h"
 
 #include <algorithm>
-#include <atomic>
 
-#include "../common/arena.h"
-#include "choice.h"
 #include "few_stream.h"
+#include "gemm_launch.cuh"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
+#include "trellis_gemm.h"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
 #include "wide_map.h"
@@ -22,36 +21,6 @@
 
 namespace ccq {
 namespace {
-
-constexpr int kMaxDevices = 64;
-
-struct Device : Gpu {
-  int id;
-};
-
-cudaError_t current_device(Device* device) {
-  static std::atomic<uint64_t> cache[kMaxDevices];  // sms << 32 | shared << 8 | major, 0: not asked yet
-  cudaError_t error = cudaGetDevice(&device->id);
-  if (error != cudaSuccess) return error;
-  uint64_t known = device->id < kMaxDevices ? cache[device->id].load() : 0;
-  if (known == 0) {
-    int sms = 0, major = 0, shared = 0;
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device->id);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->id);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device->id);
-    if (error != cudaSuccess) return error;
-    known = static_cast<uint64_t>(sms) << 32 | static_cast<uint64_t>(shared) << 8 | static_cast<uint64_t>(major);
-    if (device->id < kMaxDevices) cache[device->id].store(known);
-  }
-  device->sms = static_cast<int>(known >> 32), device->shared = static_cast<int>(known >> 8 & 0xFFFFFF);
-  device->major = static_cast<int>(known & 255);
-  return cudaSuccess;
-}
-
-#ifdef CCQ_TUNING
-int g_variant = -1;  // forced by benchmarks
-#endif
 
 // Configurations of moe_few.cuh: 16-column tiles a warp, warps along K and along N, rows a tile, stages.
 template <Pairs kPairs, typename F>
@@ -88,12 +57,12 @@ static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLe
 template <Pairs kPairs, bool kBf16, typename F>
 auto with_wide(int variant, F&& use) {
   switch (variant) {
-    case kWide: return use(WideConfig<kPairs, kBf16, 4, 32, 6>{});
-    case kWide + 1: return use(WideConfig<kPairs, kBf16, 4, 48, 5>{});
-    case kWide + 2: return use(WideConfig<kPairs, kBf16, 4, 64, 5>{});
-    case kWide + 3: return use(WideConfig<kPairs, kBf16, 2, 96, 5>{});
-    case kWide + 4: return use(WideConfig<kPairs, kBf16, 2, 128, 4>{});
-    default: return use(WideConfig<kPairs, kBf16, 2, 144, 4>{});
+    case kWide: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 32, 6>{});
+    case kWide + 1: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 48, 5>{});
+    case kWide + 2: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 64, 5>{});
+    case kWide + 3: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 96, 5>{});
+    case kWide + 4: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 128, 4>{});
+    default: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 144, 4>{});
   }
 }
 #endif
@@ -125,8 +94,9 @@ size_t shared_of(int variant, int k, int experts) {
 }
 
 int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
+  if (a.pairs == CCQ_PAIRS_TRELLIS) return trellis_variant(device, {a.rows, a.k, a.n, a.experts});
 #ifdef CCQ_TUNING
-  if (g_variant >= 0) return g_variant;
+  if (forced_variant() >= 0) return forced_variant();
 #endif
 #ifdef CCQ_SM90A
   constexpr bool kHasWide = true;
@@ -136,61 +106,6 @@ int variant_of(const Device& device, const ccq_moe_gemm_args& a) {
   return kernel_choice(device, {a.rows, a.k, a.n, a.experts}, kHasWide, [&](int variant) {
     return shared_of(variant, a.k, a.experts) <= static_cast<size_t>(device.shared);
   });
-}
-
-constexpr int kWarpsPerSm = 16;
-constexpr int kMaxPartialFloat4 = 9216;
-
-// The arrays of a workspace. Partial results: for each SM what one tile of each of its blocks has, which grows with the rows a
-// tile may have.
-struct Workspace {
-  Prepared prepared;
-  float4* partial;
-  size_t partial_float4;  // for each SM
-
-  Workspace(Arena& arena, int rows, int k, int experts, int sms) {
-    const int64_t blocks = int64_t{rows} / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-    partial_float4 = rows / experts < 24 ? 4096 : kMaxPartialFloat4;
-#ifdef CCQ_TUNING
-    partial_float4 = kMaxPartialFloat4;
-#endif
-    prepared.counters = arena.take<int>(int64_t{kWarpsPerSm} * sms);
-    partial = arena.take<float4>(static_cast<int64_t>(partial_float4) * sms);
-    prepared.x = arena.take<char>(blocks * (k / 128) * kRowsUnitBytes);
-    prepared.row_scale = arena.take<float>(rows);
-  }
-};
-
-// Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
-// shared-memory limit raised. 0: an error, in *error.
-template <typename C, typename K>
-int resident_blocks(const Device& device, K* kernel, cudaError_t* error) {
-  static std::atomic<int> cache[kMaxDevices];
-  int known = device.id < kMaxDevices ? cache[device.id].load() : 0;
-  if (known == 0) {
-    // For the most experts allowed, so that the grid and with it the order of sums is the same for all.
-    const int shared = static_cast<int>(C::shared_bytes(kMaxExperts));
-    *error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (*error != cudaSuccess) return 0;
-    *error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&known, kernel, C::kThreads, shared);
-    if (*error != cudaSuccess) return 0;
-    known = std::max(1, std::min(known, C::kMinBlocks));
-    if (device.id < kMaxDevices) cache[device.id].store(known);
-  }
-  return known;
-}
-
-template <typename C, typename K, typename... A>
-cudaError_t launch_gemm(const Device& device, K* kernel, GemmParams p, size_t partial_float4, cudaStream_t stream,
-                        const A&... more) {
-  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
-                "the workspace is laid out for less");
-  if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
-  cudaError_t error = cudaSuccess;
-  p.column_tiles = (p.n / 16 + C::kTiles - 1) / C::kTiles;
-  const int blocks = resident_blocks<C>(device, kernel, &error);
-  if (blocks == 0) return error;
-  return launch_early(kernel, blocks * device.sms, C::kThreads, C::shared_bytes(p.experts), stream, p, more...);
 }
 
 template <Pairs kPairs>
@@ -212,37 +127,14 @@ cudaError_t choose_gemm(int variant, const Device& device, const GemmParams& p, 
   });
 }
 
-template <typename C, typename K>
-cudaError_t launch_few(const Device& device, K* kernel, FewParams p, size_t shared, int threads, cudaStream_t stream) {
-  // More than half of what there is: of two blocks that share a multiprocessor because the next kernel starts early, one would
-  // have to wait while other multiprocessors are idle.
-  const size_t at_least = std::max<size_t>(shared, device.shared / 2 + 1024);
-  static std::atomic<size_t> raised[kMaxDevices];  // the shared-memory limit set so far
-  if (device.id >= kMaxDevices || raised[device.id].load() < at_least) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at_least));
-    if (error != cudaSuccess) return error;
-    if (device.id < kMaxDevices) raised[device.id].store(at_least);
-  }
-  p.column_tiles = Divider((p.n / 16 + C::kTiles - 1) / C::kTiles);
-  // At most; with one row a block, or one matrix, exactly.
-  const int64_t tiles = static_cast<int64_t>(p.offsets ? p.rows : ceil_div(p.rows, C::kRows)) * p.column_tiles.by;
-  if (tiles > 2147483647) return cudaErrorInvalidValue;
-  const int grid = static_cast<int>(std::min<int64_t>(tiles, device.sms));
-  p.each = static_cast<int>(tiles) / grid, p.longer = static_cast<int>(tiles) % grid;
-  if (C::kRows == 1 && p.each / p.column_tiles.by + 2 > 2 * C::entries(p.experts)) return cudaErrorInvalidConfiguration;
-  return launch_early(kernel, grid, threads, at_least, stream, p);
-}
-
-bool aligned(const void* p, size_t bytes) { return reinterpret_cast<size_t>(p) % bytes == 0; }
-
 bool valid(const ccq_moe_gemm_args* a) {
   if (!a || a->rows < 0 || a->k <= 0 || a->k % 128 || a->n <= 0 || a->n % 16 || a->experts < 1 ||
       a->experts > kMaxExperts || (a->dtype != CCQ_BF16 && a->dtype != CCQ_FP16) ||
-      (a->pairs != CCQ_PAIRS_INTEGER && a->pairs != CCQ_PAIRS_GENERAL) ||
-      (a->row_order != CCQ_ROWS_PLAIN && a->row_order != CCQ_ROWS_FASTDEPLOY))
+      (a->pairs != CCQ_PAIRS_INTEGER && a->pairs != CCQ_PAIRS_GENERAL && a->pairs != CCQ_PAIRS_TRELLIS) ||
+      (a->row_order != CCQ_ROWS_PLAIN && (a->row_order != CCQ_ROWS_FASTDEPLOY || a->pairs == CCQ_PAIRS_TRELLIS)))
     return false;
   if (a->rows == 0) return true;
-  if (!a->x || !a->quant || !a->scales || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
+  if (!a->x || !a->quant || (!a->scales && a->pairs != CCQ_PAIRS_TRELLIS) || !a->columns || !a->out || !a->workspace || (!a->offsets && a->experts != 1) ||
       !aligned(a->x, 16) || !aligned(a->quant, 16) || !aligned(a->scales, 16) || !aligned(a->columns, 16) ||
       !aligned(a->workspace, 256) || !aligned(a->out, 16))
     return false;
@@ -294,6 +186,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
+  if (a->pairs == CCQ_PAIRS_TRELLIS) return trellis_gemm(device, *a, variant, stream);
   if (variant >= kStreamFew) return stream_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,
@@ -328,5 +221,5 @@ extern "C" int ccq_moe_gemm_choice(int sms, int major, int shared, int rows, int
 }
 
 #ifdef CCQ_TUNING
-extern "C" void ccq_moe_gemm_force_variant(int variant) { ccq::g_variant = variant; }
+extern "C" void ccq_moe_gemm_force_variant(int variant) { ccq::forced_variant() = variant; }
 #endif

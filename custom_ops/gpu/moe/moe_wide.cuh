@@ -21,9 +21,10 @@
 namespace ccq {
 
 // kR: 16-column tiles a warp; kN: the most rows of a tile.
-template <Pairs kPairs_, bool kBf16_, int kR_, int kN_, int kStages_>
+// Weights_: their format (wide_weights.cuh, wide_trellis.cuh).
+template <typename Weights_, bool kBf16_, int kR_, int kN_, int kStages_>
 struct WideConfig {
-  static constexpr Pairs kPairs = kPairs_;
+  using Weights = Weights_;
   static constexpr bool kBf16 = kBf16_;  // the activations' type
   static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kMinBlocks = 1;
   // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
@@ -34,12 +35,11 @@ struct WideConfig {
   // Registers of a thread: 168 at the beginning; then those of the producer's warpgroup and of the consumers'.
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // A stage: the activations in two groups of 64 values along K, [2][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
-  // their place (the 128-byte swizzle); the tiles' codes; their scales.
-  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup, kScalesAt = kRowsBytes + kTiles * 512;
-  static constexpr int kStageBytes = (kScalesAt + kTiles * 16 + 1023) / 1024 * 1024;
+  // their place (the 128-byte swizzle); the tiles' weights.
+  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup;
+  static constexpr int kStageBytes = (kRowsBytes + Weights::unit_bytes(kTiles) + 1023) / 1024 * 1024;
   // Tiles on their way or in work: a WideWorkTile and the columns of each.
-  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1, kPlane = kTiles * kPlaneBytes;
-  static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kPlane * kPlanes;
+  static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + Weights::columns_bytes(kTiles);
   static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
   static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
@@ -67,8 +67,9 @@ struct WideShared {
 template <typename C>
 __device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows) {
   using S = WideShared<C>;
+  using Weights = typename C::Weights;
   const WaveSchedule<C> schedule = S::schedule(p);
-  const int lane = threadIdx.x % 32, blocks_k = p.k / 128, tiles_n = p.n / 16;
+  const int lane = threadIdx.x % 32, tiles_n = p.n / 16;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
   for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
@@ -82,7 +83,7 @@ __device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows) {
     char* const to = S::stage(stage);
     if (lane == 0) {
       if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
-      full->arrive_and_expect(halves * C::kRowsGroup + there * 528 + (new_tile ? there * kPlaneBytes * C::kPlanes : 0));
+      full->arrive_and_expect(halves * C::kRowsGroup + Weights::unit_bytes(there) + (new_tile ? Weights::columns_bytes(there) : 0));
       for (int half = 0; half < halves; ++half)
 #pragma unroll
         for (int group = 0; group < 2; ++group)
@@ -90,18 +91,9 @@ __device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows) {
                    work.row + half * (C::kN / 2), full);
     }
     __syncwarp();
-    const int t16 = lane * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
-    if (tiles > 0) {
-      const size_t unit = ccq_unit_index(work.expert, first + t16, work.kb, tiles_n, blocks_k);
-      bulk_copy(to + C::kRowsBytes + t16 * 512, p.quant + unit * 512, tiles * 512, full);
-      bulk_copy(to + C::kScalesAt + t16 * 16, p.scales + unit * 16, tiles * 16, full);
-    }
+    Weights::template request_unit<C::kTiles>(p, work.expert, first, there, work.kb, to + C::kRowsBytes, full);
     if (new_tile) {
-      if (lane < C::kPlanes) {
-        const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
-        const size_t own = (static_cast<size_t>(work.expert) * tiles_n + first) * 32;
-        bulk_copy(S::slot(slot) + 128 + lane * C::kPlane, p.columns + lane * plane + own, there * kPlaneBytes, full);
-      }
+      Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
       if (++slot == C::kSlots) slot = 0;
     }
     if (++stage == C::kStages) stage = 0, parity ^= 1;
@@ -136,10 +128,7 @@ template <typename C, int kNT>
 __device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
   using S = WideShared<C>;
   constexpr int kR = C::kR;
-  const int g = w.lane / 4;
-  Column<C::kPairs> column[kR][2];
-  // K is even: a constant that the compiler does not know, and so leaves in a register.
-  const uint32_t magic = Two<C::kBf16>::kMagic | (w.p.k & 1);
+  typename C::Weights::template Decoder<C::kBf16, kR, C::kTiles> decoder(w.p, w.warp * kR);
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
@@ -150,39 +139,18 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* column
   uint32_t a[2][4][4];  // two steps' weights: one is multiplied while the other is decoded
   for (int i = 0; i < units; ++i) {
     S::full()[w.stage].wait(w.parity);
-    if (i == 0) {
-#pragma unroll
-      for (int r = 0; r < kR; ++r) {
-        const char* c = columns + (w.warp * kR + r) * kPlaneBytes;
-        load_columns<C::kPairs>(c, c + C::kPlane, g, column[r]);
-      }
-    }
+    if (i == 0) decoder.begin(columns);
     const char* const stage = S::stage(w.stage);
     const uint64_t b = descriptor(shared_address(stage), 1024);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      const uint4 q = *reinterpret_cast<const uint4*>(stage + C::kRowsBytes + (w.warp * kR + r) * 512 + w.lane * 16);
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(stage + C::kScalesAt + (w.warp * kR + r) * 16 + g * 2);
-      const uint32_t left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
+      decoder.load(stage + C::kRowsBytes, r);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t(&v)[4][4] = a[half];
         wgmma_wait<1>();  // the step before the last one, which read these registers
         if (r == 0 && half == 1) w.release_if(last >= 0, last);  // nor is the unit before read any more
-        const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
-        const auto s = WideScale<C::kBf16>::of(half ? left >> 4 : left);
-        const auto u = WideScale<C::kBf16>::of(half ? right >> 4 : right);
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          uint32_t first[2][2], second[2][2];
-          s.weights(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low), magic, first[0], second[0]);
-          u.weights(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high), magic, first[1], second[1]);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            uint32_t(&step)[4] = v[pair + 2 * i];
-            step[0] = first[0][i], step[1] = first[1][i], step[2] = second[0][i], step[3] = second[1][i];
-          }
-        }
+        decoder.decode(half, r, v);
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 4; ++j) wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
@@ -220,7 +188,7 @@ __device__ void store_wide_tile(const ConsumerWarp<C>& w, const WideWorkTile& wo
   float super[kR][2];
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
-    const float2 s = load_supers(columns + (w.warp * kR + r) * kPlaneBytes, g);
+    const float2 s = C::Weights::template supers<C::kBf16>(columns, w.warp * kR + r, g);
     super[r][0] = s.x, super[r][1] = s.y;
   }
   const float* const scales = p.caller_scale ? p.caller_scale + work.row : nullptr;

@@ -24,7 +24,8 @@ enum ccq_dtype { CCQ_BF16 = 0, CCQ_FP16 = 1 };
 // What repacking found out about a tensor's (code_scale, code_zp) pairs.
 //   CCQ_PAIRS_INTEGER: every pair integer and every one of its 256 codes inside [0, 32767].
 //   CCQ_PAIRS_GENERAL: anything else; decoded with FastDeploy's float32 rounding.
-enum ccq_pairs { CCQ_PAIRS_INTEGER = 0, CCQ_PAIRS_GENERAL = 1 };
+//   CCQ_PAIRS_TRELLIS: CCQ-2T, a code without pairs, as trellis_repack.h lays it out.
+enum ccq_pairs { CCQ_PAIRS_INTEGER = 0, CCQ_PAIRS_GENERAL = 1, CCQ_PAIRS_TRELLIS = 2 };
 
 // The kernel's layout, all row-major, E experts, K input rows, N output columns, K % 128 == 0, N % 16 == 0:
 //   quant   uint8  E*N*K/4 bytes: units of 512 (16 columns x 128 rows), [E, N/64, K/128, up to 4, 512]

@@ -10,7 +10,7 @@
 // bfloat16 activations need, odd numbers above 256 round to their even neighbours, 1.2e-3 of the weights' norm.
 #pragma once
 
-#include "decode.cuh"
+#include "epilogue.cuh"
 
 namespace ccq {
 
@@ -52,6 +52,78 @@ struct WideScale {
       second[i] = Two<kBf16>::multiply_add((apart & 0x003F003Fu) | magic, n, offset);
     }
   }
+};
+
+// WINT2 as moe_wide.cuh's weights. Bytes of a unit of `tiles` 16-column tiles and of what is known of their columns; copies of them,
+// by all lanes of the producer warp; decoding, by a consumer warp.
+template <Pairs kPairs>
+struct PairWeights {
+  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1;
+  __host__ __device__ static constexpr int unit_bytes(int tiles) { return tiles * 528; }
+  __host__ __device__ static constexpr int columns_bytes(int tiles) { return tiles * kPlaneBytes * kPlanes; }
+
+  // Tiles `first` to `first` + `there` of an expert and their 128 input rows `kb`: codes, then scales.
+  template <int kTiles>
+  __device__ static void request_unit(const GemmParams& p, int expert, int first, int there, int kb, char* to, Barrier* full) {
+    const int tiles_n = p.n / 16, t16 = threadIdx.x % 32 * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
+    if (tiles <= 0) return;
+    const size_t unit = ccq_unit_index(expert, first + t16, kb, tiles_n, p.k / 128);
+    bulk_copy(to + t16 * 512, p.quant + unit * 512, tiles * 512, full);
+    bulk_copy(to + kTiles * 512 + t16 * 16, p.scales + unit * 16, tiles * 16, full);
+  }
+  template <int kTiles>
+  __device__ static void request_columns(const GemmParams& p, int expert, int first, int there, char* to, Barrier* full) {
+    const int plane = threadIdx.x % 32, tiles_n = p.n / 16;
+    if (plane >= kPlanes) return;
+    const size_t own = (static_cast<size_t>(expert) * tiles_n + first) * 32;
+    bulk_copy(to + plane * (kTiles * kPlaneBytes), p.columns + plane * static_cast<size_t>(p.experts) * tiles_n * 32 + own,
+              there * kPlaneBytes, full);
+  }
+  template <bool kBf16>
+  __device__ static float2 supers(const char* columns, int tile, int g) { return load_supers(columns + tile * kPlaneBytes, g); }
+
+  // kR tiles of a warp, of the block's kTiles.
+  template <bool kBf16, int kR, int kTiles>
+  struct Decoder {
+    const int first;  // tile
+    Column<kPairs> column[kR][2];
+    uint32_t magic, left, right;
+    uint4 q;
+
+    // K is even: a constant that the compiler does not know, and so leaves in a register.
+    __device__ Decoder(const GemmParams& p, int first_) : first(first_), magic(Two<kBf16>::kMagic | (p.k & 1)) {}
+    __device__ void begin(const char* columns) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const char* const c = columns + (first + r) * kPlaneBytes;
+        load_columns<kPairs>(c, c + kTiles * kPlaneBytes, threadIdx.x % 32 / 4, column[r]);
+      }
+    }
+    // The unit at `unit`, of tile r.
+    __device__ void load(const char* unit, int r) {
+      const int lane = threadIdx.x % 32;
+      q = *reinterpret_cast<const uint4*>(unit + (first + r) * 512 + lane * 16);
+      const uint32_t scale = *reinterpret_cast<const uint16_t*>(unit + kTiles * 512 + (first + r) * 16 + lane / 4 * 2);
+      left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
+    }
+    // A's registers of the four steps of its group `half`.
+    __device__ void decode(int half, int r, uint32_t (&v)[4][4]) const {
+      const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
+      const auto s = WideScale<kBf16>::of(half ? left >> 4 : left);
+      const auto u = WideScale<kBf16>::of(half ? right >> 4 : right);
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        uint32_t first[2][2], second[2][2];
+        s.weights(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low), magic, first[0], second[0]);
+        u.weights(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high), magic, first[1], second[1]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t(&step)[4] = v[pair + 2 * i];
+          step[0] = first[0][i], step[1] = first[1][i], step[2] = second[0][i], step[3] = second[1][i];
+        }
+      }
+    }
+  };
 };
 
 }  // namespace ccq
