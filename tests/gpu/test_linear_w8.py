@@ -22,23 +22,6 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(64, 16), (128, 48), (192, 144), (512, 768), (3584, 1040), (8192, 4224)]
 LIMIT = torch_ops.LINEAR_ROWS
 ROWS = [1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64, 65, 100, LIMIT, LIMIT + 1, 300]
-    1,
-    2,
-    3,
-    5,
-    7,
-    8,
-    9,
-    16,
-    17,
-    33,
-    64,
-    65,
-    100,
-    torch_ops.LINEAR_ROWS,
-    torch_ops.LINEAR_ROWS + 1,
-    300,
-]
 
 
 @pytest.mark.parametrize("k,n", SHAPES)
