@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not gpu_library.available(), reason="no GPU or no library"
 )
 
-SHAPES = [(64, 16), (128, 48), (192, 144), (512, 768), (3584, 1040)]
-ROWS = [1, 7, 8, 9, 16, 17, 33, 64, 65, 100, torch_ops.LINEAR_ROWS, torch_ops.LINEAR_ROWS + 1, 300]
+SHAPES = [(64, 16), (128, 48), (192, 144), (512, 768), (3584, 1040), (8192, 4224)]
+LIMIT = torch_ops.LINEAR_ROWS
+ROWS = [1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64, 65, 100, LIMIT, LIMIT + 1, 300]
 
 
 @pytest.mark.parametrize("k,n", SHAPES)
