@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's log-probabilities by vLLM on a processor, in this process."""
+"""A checkpoint's log-probabilities by vLLM on a processor, in this process.
+
+    python tests/helpers/vllm_scores.py FOLDER TOKENS.npy SCORES.npy '{"tensor_parallel_size": 2}'
+
+does so in a process of its own, which engines of several ranks need.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,3 +31,9 @@ def found(folder: Path, tokens: np.ndarray, **options: object) -> np.ndarray:
     cleanup_dist_env_and_memory()
     pairs = zip(tokens[1:].tolist(), answer.prompt_logprobs[1:], strict=True)
     return np.array([entry[token].logprob for token, entry in pairs])
+
+
+if __name__ == "__main__":
+    source, tokens_file, scores_file, engine_options = sys.argv[1:]
+    scores = found(Path(source), np.load(tokens_file), **json.loads(engine_options))
+    np.save(scores_file, scores)
