@@ -64,6 +64,14 @@ def test_what_cannot_be_served_is_refused_by_its_key(change: dict[str, Any], sai
     assert "\n" not in str(refused.value)
 
 
+def test_every_format_that_quantize_writes_is_served() -> None:
+    from paddle_ccq.codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
+
+    for format in (*EXPERT_FORMATS, *WIDER_EXPERT_FORMATS):
+        claim = PackedClaim.read(GOOD | {"format": format, "experts": {MODULE: format}})
+        assert claim.experts == {MODULE: format}
+
+
 def test_every_family_of_this_layout_has_a_class() -> None:
     from paddle_ccq.families.registry import FAMILIES
 

@@ -16,7 +16,7 @@ from ..errors import CcqError
 VERSION = 1
 WHERE = "config.json: quantization_config"
 # Formats of experts that there are products for.
-FORMATS = ("wint2", "ccq-2.5", "ccq-2.75", "wint4")
+FORMATS = ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75", "wint4")
 PROJECTIONS = {"gate_up_proj": "up_gate", "down_proj": "down"}
 
 
