@@ -74,7 +74,11 @@ def test_every_format_that_quantize_writes_is_served() -> None:
 
 def test_every_family_of_this_layout_has_a_class() -> None:
     from paddle_ccq.families.registry import FAMILIES
+    from paddle_ccq.targets.huggingface.config import VLLM_ARCHITECTURES
+    from paddle_ccq.vllm.plugin import MODELS
 
+    assert set(VLLM_ARCHITECTURES) <= {*PACKED_MODELS, *MODELS}
+    assert set(VLLM_ARCHITECTURES) >= set(PACKED_MODELS)
     names = {name for family in FAMILIES for name in family.architectures}
     assert set(PACKED_MODELS) <= names
     assert {name for name in names if "Ernie" not in name} == set(PACKED_MODELS)

@@ -12,17 +12,28 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import reporting
 from ..arguments import Arguments, count, number
 from ..command import run_command
-from ..engine_check import GIB, CheckResult, check_positive, check_utilization, print_result
+from ..engine_check import (
+    GIB,
+    CardMemory,
+    CheckResult,
+    check_positive,
+    check_utilization,
+    print_result,
+)
 from ..errors import CcqError
+from ..families.generic import GENERIC
 from ..ops import gpu_library
-from ..targets.fastdeploy.inspection import FastDeployInspection
-from . import releases
+from ..targets.huggingface.inspection import HuggingFaceInspection
+from ..targets.inspect import inspect
+from . import packed_memory, releases
 from .claims import Claim, Parallel, check_parallel
 from .memory import card_memory
+from .packed_claims import PackedClaim, architecture_problem, check_packed_parallel
 
 
 @dataclass(frozen=True)
@@ -50,24 +61,50 @@ def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
         CcqError: if `folder` is no quantized checkpoint, or the number of cards does not fit it.
     """
     _check_serve_config(serve)
-    inspection = FastDeployInspection(Path(folder))
+    inspection = inspect(Path(folder))
     inspection.check_structure()
-    config = inspection.config
-    claim = Claim.read(config.raw["quantization_config"])
-    claim.check_model(config)
-    check_parallel(config, claim, serve.parallel, inspection.plan.tensor_parallel_size)
-    result = CheckResult(str(folder), list(inspection.problems))
+    result = CheckResult(str(folder))
+    if isinstance(inspection, HuggingFaceInspection):
+        memory, positions = _judge_packed(inspection, serve, result)
+    else:
+        config: Any = inspection.config
+        claim = Claim.read(config.raw["quantization_config"])
+        claim.check_model(config)
+        check_parallel(config, claim, serve.parallel, inspection.plan.tensor_parallel_size)
+        memory, positions = card_memory(inspection.plan, serve), config.max_position_embeddings
+    result.problems += inspection.problems
     result.add_manifest(inspection.folder, False)
-    memory = card_memory(inspection.plan, serve)
-    result.judge_memory(memory, serve.max_model_len, serve.max_num_seqs)
-    if serve.max_model_len > config.max_position_embeddings:
+    if memory is not None:
+        result.judge_memory(memory, serve.max_model_len, serve.max_num_seqs)
+    if isinstance(positions, int) and serve.max_model_len > positions:
         result.warnings.append(
-            f"--max-model-len {serve.max_model_len}: the model was made for"
-            f" {config.max_position_embeddings} positions"
+            f"--max-model-len {serve.max_model_len}: the model was made for {positions} positions"
         )
     _judge_machine(result)
     result.command = command(folder, serve)
     return result
+
+
+def _judge_packed(
+    inspection: HuggingFaceInspection, serve: ServeConfig, result: CheckResult
+) -> tuple[CardMemory | None, Any]:
+    """The memory of a card, if it can be told, and the positions that the model was made for."""
+    config = inspection.config
+    PackedClaim.read(config.raw["quantization_config"])
+    inspection.check_config()
+    unserved = architecture_problem(config)
+    if unserved:
+        result.problems.append(unserved)
+        return None, None
+    if config.family is GENERIC:
+        result.warnings.append(
+            "memory: not judged; of --family generic only the routed experts are known"
+        )
+        return None, None
+    check_packed_parallel(config, serve.parallel)
+    stated = getattr(config, "values", config.raw)
+    positions = stated.get("max_position_embeddings")
+    return packed_memory.card_memory(inspection.plan, serve), positions
 
 
 def _check_serve_config(serve: ServeConfig) -> None:

@@ -12,6 +12,10 @@ from typing import Any
 
 from ..codec.row_order import ROW_ORDERS
 from ..errors import CcqError
+from ..families.config import ModelConfig
+from ..targets.huggingface.config import VLLM_ARCHITECTURES, is_served
+from ..targets.huggingface.layout import KERNEL_MULTIPLE
+from .claims import Parallel
 
 VERSION = 1
 WHERE = "config.json: quantization_config"
@@ -87,3 +91,54 @@ class PackedClaim:
         if not expert.isdecimal() or projection not in PROJECTIONS:
             return None
         return PackedTensor(module, int(expert), PROJECTIONS[projection], suffix)
+
+
+def architecture_problem(config: ModelConfig) -> str | None:
+    """Why vLLM can't serve a model of this architecture with packed experts; None if it can."""
+    if is_served(config):
+        return None
+    name = next(iter(config.architectures), "of no name")
+    return (
+        f"config.json: architectures {name}: packed experts are served in vLLM for"
+        f" {', '.join(VLLM_ARCHITECTURES)}; `python -m paddle_ccq.dequantize` makes a checkpoint of"
+        " floats"
+    )
+
+
+def check_packed_parallel(config: ModelConfig, parallel: Parallel) -> None:
+    """Refuse a number of cards that the model can't be cut for, naming those that work.
+
+    Raises:
+        CcqError: as said.
+    """
+    problem = _cut_problem(config, parallel.tensor, parallel.experts)
+    if problem is None:
+        return
+    sizes = [
+        str(size)
+        for size in range(1, config.num_attention_heads + 1)
+        if not _cut_problem(config, size, parallel.experts)
+    ]
+    if not sizes:
+        raise CcqError(problem)
+    raise CcqError(
+        f"--tensor-parallel-size {parallel.tensor} does not fit this model: {problem}; sizes that"
+        f" work: {', '.join(sizes)}"
+    )
+
+
+def _cut_problem(config: ModelConfig, size: int, whole_experts: bool) -> str | None:
+    """Why `size` cards can't share the model."""
+    if config.hidden_size % KERNEL_MULTIPLE:
+        return f"hidden size {config.hidden_size} is no multiple of {KERNEL_MULTIPLE}"
+    if config.num_attention_heads % size:
+        return f"{config.num_attention_heads} query heads can't be shared out evenly"
+    keys = config.num_key_value_heads
+    if keys % size and size % keys:
+        return f"{keys} key heads can't be shared out evenly"
+    if whole_experts and config.moe_num_experts % size:
+        return f"{config.moe_num_experts} experts can't be shared out evenly"
+    width = config.moe_intermediate_size
+    if width % ((1 if whole_experts else size) * KERNEL_MULTIPLE):
+        return f"the width {width} of an expert is cut in steps of {KERNEL_MULTIPLE} rows"
+    return None

@@ -11,6 +11,7 @@ from ...checkpoint.sources.scheme import SourceScheme
 from ...units import gigabytes
 from .. import card
 from ..recipe import Recipe
+from .config import is_served
 
 UNQUANTIZED = "Only the routed experts are packed; everything else is the source's, byte for byte."
 
@@ -26,13 +27,31 @@ def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) ->
     ]
     if any(planned.layer in plan.config.prediction_layers for planned in plan.tensors):
         own.append(("layers for multi-token prediction", "kept"))
+    served = is_served(plan.config)
+    library = "vllm" if served else "paddle-ccq"
     sections = [
-        card.metadata(recipe, "vllm", ["ccq", "quantization", *_tags(plan)]),
+        card.metadata(recipe, library, ["ccq", "quantization", *_tags(plan)]),
         card.summary(plan, recipe, own, UNQUANTIZED),
         card.errors(plan, records),
-        "\n".join(["## Check", "", "```", "python -m paddle_ccq.verify .", "```", "", *card.VLLM]),
+        "\n".join(["## Check", "", "```", "python -m paddle_ccq.verify .", "```"]),
+        "\n".join(card.VLLM if served else _floats(plan)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _floats(plan: Plan) -> list[str]:
+    """What to do with a model that no engine serves with packed experts."""
+    name = next(iter(plan.config.architectures), "this model")
+    return [
+        "## Use",
+        "",
+        f"No engine serves {name} with packed experts yet. To get floats again, which transformers"
+        " and others load:",
+        "",
+        "```",
+        "python -m paddle_ccq.dequantize . --output ../FLOAT",
+        "```",
+    ]
 
 
 def _tags(plan: Plan) -> list[str]:

@@ -8,15 +8,30 @@ from typing import Any
 from ...checkpoint.plan import Plan
 from ...checkpoint.reader import PROVENANCE_KEY
 from ...checkpoint.sources.scheme import KEYS, SOURCE_KEY, stated_entries, without_entries
-from ...families.config import CCQ
+from ...families.config import CCQ, ModelConfig
 from ...version import __version__
 from .layout import expert_modules
 
 QUANTIZATION = KEYS[0]
 # Of the entry's structure.
 VERSION = 1
+# Those that vLLM serves with our plugin (vllm/packed_models.py, vllm/plugin.py).
+VLLM_ARCHITECTURES = (
+    "DeepseekV3ForCausalLM",
+    "Ernie4_5_MoeForCausalLM",
+    "Glm4MoeForCausalLM",
+    "MiniMaxM2ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+)
 # They name code, which is not copied, or files of the source.
 _DROPPED = ("auto_map", "_name_or_path", PROVENANCE_KEY)
+
+
+def is_served(config: ModelConfig) -> bool:
+    """Whether vLLM serves a model's architecture with packed experts."""
+    return next(iter(config.architectures), "") in VLLM_ARCHITECTURES
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:

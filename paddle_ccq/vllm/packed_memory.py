@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A card's memory for checkpoints in Hugging Face's layout, of all families that vLLM serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoint.plan import Plan
+from ..checkpoint.planned import PlannedTensor
+from ..engine_check import CardMemory
+from ..families.tensor import DENSE_ROLES, Role
+from .memory import BLOCK_TOKENS, DECODED_BYTES, LIBRARY_BYTES, MOE_TOKENS
+
+_CUT_ROLES = DENSE_ROLES | {Role.EMBEDDING, Role.HEAD}
+# Latent attention's first matrices, which vLLM holds whole on every card.
+_WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")
+
+
+def _is_shared(planned: PlannedTensor) -> bool:
+    """Whether cards share a tensor, or the experts; those that vLLM may not cut count as whole."""
+    tensor = planned.tensor
+    if tensor.is_expert:
+        return True
+    return tensor.role in _CUT_ROLES and tensor.stem.rpartition(".")[2] not in _WHOLE
+
+
+def attention_layers(plan: Plan) -> int:
+    """Layers with a KV cache; those of linear attention have none."""
+    config = plan.config
+    found = {t.layer for t in config.tensors.values() if ".self_attn." in t.name}
+    return len({layer for layer in found if layer is not None and layer < config.num_hidden_layers})
+
+
+def _weights(plan: Plan, serve: Any) -> int:
+    """Of the fullest card."""
+    config, parallel = plan.config, serve.parallel
+    stages = [0] * parallel.pipeline
+    per_stage = -(-config.num_hidden_layers // parallel.pipeline)
+    for planned in plan.tensors:
+        if config.is_prediction(planned.tensor):
+            continue  # not loaded
+        size = planned.rank_bytes
+        if _is_shared(planned):
+            size = -(-size // parallel.tensor)
+        if planned.layer is None:
+            stages[-1 if planned.tensor.role is Role.HEAD else 0] += size
+        else:
+            stages[min(planned.layer // per_stage, parallel.pipeline - 1)] += size
+    return max(stages)
+
+
+def _activations(plan: Plan, serve: Any) -> int:
+    """Peak of one step: the expert block of its largest call beside the layer's own tensors."""
+    config: Any = plan.config
+    tokens, ranks, hidden = serve.max_num_batched_tokens, serve.parallel.tensor, config.hidden_size
+    width = config.moe_intermediate_size // (1 if serve.parallel.experts else ranks)
+    rows = min(tokens, MOE_TOKENS) * config.moe_k
+    experts = 2 * rows * (2 * hidden + 3 * width + hidden)
+    dense = 2 * tokens * 3 * config.intermediate_size // ranks
+    sizes = getattr(config, "sizes", {})
+    head = config.head_dim
+    if "kv_lora_rank" in sizes:
+        head = sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    beside = 2 * tokens * (4 * hidden + heads * head // ranks)
+    logits = 3 * 4 * serve.max_num_seqs * config.vocab_size
+    return max(experts, dense + DECODED_BYTES) + beside + logits
+
+
+def _token_cache(plan: Plan, serve: Any) -> int:
+    """Bytes of one token in the fullest card's KV cache."""
+    config: Any = plan.config
+    layers = -(-attention_layers(plan) // serve.parallel.pipeline)
+    sizes = getattr(config, "sizes", {})
+    if "kv_lora_rank" in sizes:  # one latent vector for all heads, on every card
+        return serve.cache_bytes * (sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"]) * layers
+    heads = max(1, config.num_key_value_heads // serve.parallel.tensor)
+    return 2 * serve.cache_bytes * heads * config.head_dim * layers
+
+
+def card_memory(plan: Plan, serve: Any) -> CardMemory:
+    """The memory of the fullest card; `serve` is a check.ServeConfig.
+
+    Weights are exact on one card; on several, what vLLM may hold whole counts as whole.
+    """
+    return CardMemory(
+        total=serve.card_bytes,
+        utilization=serve.gpu_memory_utilization,
+        weights=_weights(plan, serve),
+        activations=_activations(plan, serve),
+        libraries=LIBRARY_BYTES,
+        token_cache=_token_cache(plan, serve),
+        block_tokens=BLOCK_TOKENS,
+    )
