@@ -607,6 +607,14 @@ def _rename(old: str, new: str) -> Any:
             "'model.layers.1.mlp.experts.0.gate_proj.bias' lies in a module of experts",
         ),
         (
+            lambda t: t.update({E0.replace(".0.", ".x.") + "up_proj.weight": np.zeros((2, 2))}),
+            "'model.layers.1.mlp.experts.x.up_proj.weight' lies in a module of experts",
+        ),
+        (
+            lambda t: t.update({E0.replace("0.", "gate_up_proj_bias"): np.zeros((4, 256))}),
+            "'model.layers.1.mlp.experts.gate_up_proj_bias' lies in a module of experts",
+        ),
+        (
             lambda t: t.update({E0.replace(".0.", ".1.") + "up_proj.weight": np.zeros((2, 2))}),
             "experts.1 is not like the others",
         ),
@@ -624,6 +632,15 @@ def test_generic_guesses_nothing(change, problem, made, tmp_path):
     with pytest.raises(CcqError, match=problem):
         quantize(source, tmp_path / "output", family="generic", **OPTIONS)
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_generic_without_an_architecture(architectures, made, tmp_path):
+    source = unknown(made(by_name("qwen3-moe")), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"architectures": architectures}
+    (source / "config.json").write_text(json.dumps(config))
+    quantize(source, tmp_path / "output", family="generic", **OPTIONS)
+    assert not verify(tmp_path / "output", reference=source).problems
 
 
 def test_generic_needs_the_weights(made, tmp_path):

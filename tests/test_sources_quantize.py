@@ -191,8 +191,67 @@ def test_a_stack_that_is_missing(tmp_path, tensors):
 
 def test_experts_stored_twice_are_refused(tmp_path, tensors):
     stored, _ = to_stacks(tensors)
+    mixed = "the files of two checkpoints are mixed"
     write(tmp_path / "source", {**stored, **tensors}, None)
-    refused(tmp_path / "source", tmp_path / "out", "experts.down_proj' is not called for")
+    refused(tmp_path / "source", tmp_path / "out", mixed)
+    # A stack of which a single matrix is there besides, with other values.
+    write(tmp_path / "one", {**stored, EXPERT: -tensors[EXPERT]}, None)
+    refused(tmp_path / "one", tmp_path / "out", mixed)
+    packed = {EXPERT.replace("weight", f"{k}"): v for k, v in int4(tensors[EXPERT]).items()}
+    write(tmp_path / "packed", {**tensors, **packed}, int4_config())
+    refused(tmp_path / "packed", tmp_path / "out", mixed)
+
+
+KEPT = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 0, -1])
+def test_a_wrong_scale_of_what_is_kept_stops_the_run_too(tmp_path, tensors, scale):
+    stored, _ = to_fp8(tensors)
+    stored[KEPT + "_scale_inv"][0, 0] = scale
+    write(tmp_path / "source", stored, FP8_CONFIG)
+    for allow in (False, True):
+        problem = re.escape(f"{KEPT}_scale_inv: the scale {scale} of block [0, 0]")
+        out = tmp_path / f"out-{allow}"
+        options = {"target": "huggingface", "allow_nonfinite": allow}
+        refused(tmp_path / "source", out, problem, **options)
+
+
+def test_a_nan_code_of_what_is_kept(tmp_path, tensors):
+    stored, _ = to_fp8(tensors)
+    stored[KEPT].view(np.uint8)[7, 9] = 0x7F
+    write(tmp_path / "source", stored, FP8_CONFIG)
+    place = re.escape(f"block [0, 0] (rows 0 to 127, columns 0 to 127) of {KEPT}")
+    options = {"target": "huggingface"}
+    refused(tmp_path / "source", tmp_path / "out", f"{KEPT} holds 1 values.*{place}", **options)
+    options |= {"allow_nonfinite": True, "restart": True}
+    quantize(tmp_path / "source", tmp_path / "out", **OPTIONS, **options)
+    stored[KEPT].view(np.uint8)[7, 9] = 0
+    kept = open_checkpoint(tmp_path / "out").tensors.read(KEPT)
+    assert np.array_equal(kept.view(np.uint8), stored[KEPT].view(np.uint8))
+    assert not verify(tmp_path / "out").problems
+    assert not verify(tmp_path / "out", reference=tmp_path / "source").problems
+
+
+@pytest.mark.parametrize("layout", ["pt", "paddle"])
+def test_a_nan_of_a_kept_tensor_under_another_name(tmp_path, layout):
+    write_checkpoint(tmp_path / "source", tiny_config(), layout)
+    path = tmp_path / "source" / "model.safetensors"
+    stored = load_file(path)
+    name = next(name for name in stored if name.endswith(".norm.weight"))
+    stored[name][3] = np.nan
+    write_tensors(tmp_path / "source", stored)
+    options = {"target": "huggingface"}
+    refused(tmp_path / "source", tmp_path / "out", "norm.weight holds 1 values", **options)
+
+
+def test_a_nan_scale_of_inputs_that_is_kept(tmp_path, tensors):
+    stored, _ = to_fp8(tensors)
+    name = KEPT.replace("weight", "input_scale")
+    stored[name] = np.full(1, np.nan, np.float32)
+    write(tmp_path / "source", stored, FP8_CONFIG)
+    options = {"target": "huggingface"}
+    refused(tmp_path / "source", tmp_path / "out", f"{name} holds 1 values", **options)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4"])

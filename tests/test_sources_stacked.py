@@ -135,12 +135,15 @@ def test_wrong_stacks_are_refused_by_name(tmp_path, tensors, config, problem):
     assert "model.safetensors" in str(error.value) and GATE_UP in str(error.value)
 
 
-def test_the_experts_own_tensor_comes_before_the_stack(tmp_path):
+@pytest.mark.parametrize("form", ["weight", "weight_packed"])
+def test_a_matrix_beside_the_stack_that_holds_it_is_refused(tmp_path, form):
     source = gate_or_up(0, "gate")
-    own = random((INNER, HIDDEN))
+    name = source.name.removesuffix("weight") + form
     stack = np.zeros((EXPERTS, 2 * INNER, HIDDEN), np.float32)
-    save_file({source.name: own, GATE_UP: stack}, tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(find(tmp_path, source).read(), own)
+    save_file({name: random((INNER, HIDDEN)), GATE_UP: stack}, tmp_path / "model.safetensors")
+    with pytest.raises(CcqError, match="the files of two checkpoints are mixed") as error:
+        find(tmp_path, source)
+    assert name in str(error.value) and GATE_UP in str(error.value)
 
 
 def test_ernie_as_transformers_stacks_it(tmp_path):

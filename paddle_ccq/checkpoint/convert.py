@@ -19,6 +19,7 @@ from .plan import Plan
 from .planned import KEPT, PlannedTensor
 from .reader import Checkpoint
 from .safetensors_format import DTYPES, FLOAT_DTYPES
+from .sources.stored import StoredWeight
 from .tensor_parallel import take
 from .values import count_nonfinite, energy, finite, is_approximation
 
@@ -90,6 +91,9 @@ class Converter:
         """The tensors as the source has them; parts of another naming are put together anew."""
         start = time.perf_counter()
         tensors, zeroed = self.checkpoint.read_kept(planned.name, planned.specs), 0
+        for part in self.checkpoint.parts(planned.name):
+            if not part.is_float:
+                zeroed += self._finite_scaled(part, tensors)
         for name, dtype, _ in planned.specs:
             if dtype in FLOAT_DTYPES:
                 tensors[name], nonfinite = self._finite(tensors[name], name, dtype)
@@ -104,6 +108,26 @@ class Converter:
         if zeroed:
             stats["nonfinite_set_to_zero"] = zeroed
         return Converted([tensors], stats)
+
+    def _finite_scaled(self, part: StoredWeight, tensors: dict[str, np.ndarray]) -> int:
+        """Set to 0 what is not finite once scaled, if that is allowed, and count it.
+
+        A scale that no weight can have is refused as where the weight is encoded.
+        """
+        wrong = ~np.isfinite(part.read())
+        count = int(wrong.sum())
+        if not count:
+            return 0
+        name = part.values.name
+        codes = tensors.get(name)
+        if not self.allow_nonfinite or codes is None or codes.shape != wrong.shape:
+            raise CcqError(
+                f"{part.values.where} holds {count} values that are NaN or infinite, the first in"
+                f" {part.nonfinite_place()}; the file is damaged (--allow-nonfinite would set those"
+                " of FP8 to 0)"
+            )
+        tensors[name] = np.where(wrong, np.zeros((), codes.dtype), codes)
+        return count
 
     def _finite(self, weight: np.ndarray, name: str, stored_as: str) -> tuple[np.ndarray, int]:
         """The weight with 0 for values that cannot be stored, and their number.

@@ -189,7 +189,12 @@ class Checkpoint:
         return found
 
     def nonfinite_place(self, name: str) -> str | None:
-        """Where the first NaN or infinity of an FP8 or INT4 source lies, in words."""
+        """Where the first NaN or infinity of an FP8 or INT4 source lies, in words.
+
+        None for floats, and for a stored tensor that goes by another name than the model's.
+        """
+        if name not in self._entries:
+            return None
         places = (part.nonfinite_place() for part in self.parts(name))
         return next((place for place in places if place is not None), None)
 

@@ -10,7 +10,7 @@ module of experts that is not whole, or holds anything else, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ FOUND = "found"
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _EXPERT = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<expert>\d{1,5})\.(?P<rest>.+)")
 _STACK = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<rest>gate_up_proj|down_proj)")
+# Whatever is neither lies in the module without being understood: biases of stacks, for instance.
+_INSIDE = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?!\d{1,5}\.)(?P<rest>.+)")
+_STACK_PART = re.compile(r"(gate_up_proj|down_proj)(_scale_inv|_scale)?")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,4})\.")
 # Of an expert's matrix: itself, or its values in INT4 groups, of which a word holds eight.
 _MATRIX = re.compile(r"(?P<projection>\w+)\.(?P<what>weight|weight_packed)")
@@ -170,6 +173,7 @@ def discover(config: GenericConfig, shapes: Mapping[str, tuple[int, ...]]) -> Ge
             _take(experts.setdefault(int(single["expert"]), {}), name, single["rest"], shape)
         elif stack:
             stacks.setdefault(stack["module"], {})[stack["rest"]] = shape
+    _refuse_others(shapes, {*parts, *stacks})
     sizes = {module: _single(module, found) for module, found in parts.items()}
     sizes |= {module: _stacked(module, found) for module, found in stacks.items()}
     if not sizes:
@@ -199,6 +203,17 @@ def _take(found: dict[str, tuple[int, ...]], name: str, rest: str, shape: tuple[
             f"--family generic: {name!r} lies in a module of experts and is none of their matrices;"
             " such experts are not known here"
         )
+
+
+def _refuse_others(names: Iterable[str], modules: set[str]) -> None:
+    """Refuse what lies in a module of experts beside numbered experts, stacks and their scales."""
+    for name in names:
+        inside = _INSIDE.fullmatch(name)
+        if inside and inside["module"] in modules and not _STACK_PART.fullmatch(inside["rest"]):
+            raise CcqError(
+                f"--family generic: {name!r} lies in a module of experts and is none of their"
+                " matrices; such experts are not known here"
+            )
 
 
 def _single(module: str, found: dict[int, dict[str, tuple[int, ...]]]) -> _Sizes:

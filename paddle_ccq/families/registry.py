@@ -86,7 +86,9 @@ def _is_generic_output(values: Mapping[str, Any]) -> bool:
 
 def family_of(fields: Fields) -> Family:
     """The family of the first of config.json's architectures, and of its model_type."""
-    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    # Two families may share an architecture.
+    every = dict.fromkeys(name for family in FAMILIES for name in family.architectures)
+    supported = ", ".join(every)
     names = fields.get("architectures", None)
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise fields.fail("architectures", f"not a list of names; supported are {supported}")

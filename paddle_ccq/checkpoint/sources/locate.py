@@ -35,14 +35,29 @@ def locate(tensors: TensorFolder, scheme: SourceScheme, source: Source) -> Store
     """
     for name in (source.name, *source.aliases):
         if name in tensors:
+            _check_single(tensors, source, name)
             _check_shape(tensors, name, source.shape)
             return _plain_or_fp8(tensors, scheme, Region(tensors, name))
     stem = source.name.removesuffix(_WEIGHT)
     if f"{stem}.{PACKED}" in tensors:
+        _check_single(tensors, source, f"{stem}.{PACKED}")
         return _int4(tensors, scheme, stem, source.shape)
     if source.stacked is not None and source.stacked.name in tensors:
         return _stacked(tensors, scheme, source.stacked)
     return None
+
+
+def _check_single(tensors: TensorFolder, source: Source, found: str) -> None:
+    """Refuse a weight that is stored in a second form too: which one is right cannot be told."""
+    places = [f"{source.name.removesuffix(_WEIGHT)}.{PACKED}"]
+    if source.stacked is not None:
+        places.append(source.stacked.name)
+    for name in places:
+        if name != found and name in tensors:
+            raise CcqError(
+                f"{tensors.path_of(found)}: {found}: is there, and {name}, which holds the same"
+                " weight, is there as well; the files of two checkpoints are mixed"
+            )
 
 
 def expected(
