@@ -792,3 +792,46 @@ def test_verify_says_one_thing_of_one_fault(made, tmp_path):
     (tmp_path / "broken" / "model-00002-of-00003.safetensors").unlink()
     said = verify(tmp_path / "broken").problems
     assert not any("dtype" in line for line in said), said
+
+
+# --- what config.json says of a finished checkpoint -----------------------------------------------
+
+
+def _change(folder: Path, change: Any) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "ccq-manifest.json").unlink(missing_ok=True)
+
+
+def test_rows_are_in_the_order_of_the_entry_without_provenance(made, tmp_path):
+    packed = tmp_path / "packed"
+    quantize(made(by_name("qwen3-moe")).source, packed, **OPTIONS)
+    dequantize(packed, tmp_path / "wanted")
+    _change(packed, lambda content: content.pop("paddle_ccq"))
+    dequantize(packed, tmp_path / "found")
+    found, wanted = (stored(tmp_path / name) for name in ("found", "wanted"))
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    assert not verify(packed, reference=made(by_name("qwen3-moe")).source).problems
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c["paddle_ccq"].update(row_order="fastdeploy-2.1"), "row_order differ"),
+        (lambda c: c["quantization_config"].update(row_order="other"), "row_order: 'other'"),
+        (lambda c: c["quantization_config"].update(version=2), "version: 2 is not known"),
+        (lambda c: c["quantization_config"].update(version=True), "version: true is not known"),
+        (lambda c: c["quantization_config"].pop("version"), "version: None is not known"),
+    ],
+)
+def test_an_entry_that_cannot_be_trusted_is_not_decoded(change, problem, made, tmp_path):
+    packed = tmp_path / "packed"
+    quantize(made(by_name("qwen3-moe")).source, packed, **OPTIONS)
+    _change(packed, change)
+    with pytest.raises(CcqError, match=problem):
+        dequantize(packed, tmp_path / "found")
+    try:
+        assert any("row_order" in found for found in verify(packed).problems)
+    except CcqError as error:
+        assert "version" in str(error)

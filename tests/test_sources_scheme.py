@@ -20,7 +20,7 @@ def read(config) -> SourceScheme:
 
 def test_floats_say_nothing():
     fastdeploy = {"quantization": "wint2"}, {"is_quantized": False, "dense_quant_type": "wint8"}
-    ours = {"quant_method": "ccq"}
+    ours = {"quant_method": "ccq", "version": 1}
     for entry in (None, {}, *fastdeploy, ours):
         raw = {"quantization_config": entry}
         scheme = SourceScheme.read(raw, "config.json")
@@ -113,12 +113,18 @@ def test_what_is_not_read_is_refused(config, problem):
 
 
 def test_our_own_outputs_hold_the_scheme_of_their_source():
-    scheme = read({"quant_method": "ccq", "source_quantization_config": FP8_CONFIG})
+    scheme = read({"quant_method": "ccq", "version": 1, "source_quantization_config": FP8_CONFIG})
     assert scheme.method == "fp8" and scheme.blocks(Kind.FP8, (8, 8)) == {(128, 128)}
     with pytest.raises(
         CcqError, match=r"quantization_config.source_quantization_config: .*quant_method 'awq'"
     ):
-        read({"quant_method": "ccq", "source_quantization_config": {"quant_method": "awq"}})
+        read(
+            {
+                "quant_method": "ccq",
+                "version": 1,
+                "source_quantization_config": {"quant_method": "awq"},
+            }
+        )
 
 
 def test_two_names_of_the_entry_must_agree():
@@ -152,7 +158,7 @@ KEYS = st.sampled_from(
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.data(),
-    base=st.sampled_from([FP8_CONFIG, int4_config(), {"quant_method": "ccq"}, {}]),
+    base=st.sampled_from([FP8_CONFIG, int4_config(), {"quant_method": "ccq", "version": 1}, {}]),
 )
 def test_any_entry_is_read_or_refused_in_one_line(data, base):
     config = {**base, **data.draw(st.dictionaries(KEYS, JSON, max_size=3))}

@@ -16,7 +16,7 @@ import numpy as np
 from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
-from ..families.config import CONFIG_FILE, ModelConfig
+from ..families.config import CCQ, CONFIG_FILE, ModelConfig
 from ..families.registry import read_config
 from ..families.tensor import Source, Storage
 from . import source_tensors
@@ -25,6 +25,7 @@ from .safetensors_io import DTYPES, FLOAT_DTYPES, StoredSpec, TensorFolder, Tens
 from .source import snapshot_folder
 from .source_tensors import KEPT_NAMING
 from .sources.locate import locate
+from .sources.scheme import KEYS as ENTRY_KEYS
 from .sources.scheme import SourceScheme
 from .sources.stored import StoredWeight
 from .unexpected import pass_over, resolve_head, resolve_mtp
@@ -368,6 +369,13 @@ def _is_float_scale(suffix: str, stored: str, wanted: str) -> bool:
     return suffix == "weight_scale" and wanted == "BF16" and stored in FLOAT_DTYPES
 
 
+def stated_row_order(raw: Mapping[str, Any]) -> Any:
+    """What the quantization_config of Hugging Face's layout says; None in any other layout."""
+    entry = raw.get(ENTRY_KEYS[0])
+    ours = isinstance(entry, Mapping) and entry.get("quant_method") == CCQ
+    return entry.get("row_order") if ours and "quantization" not in entry else None
+
+
 def _row_order(checkpoint: Checkpoint, asked: str | None) -> str | None:
     """The row order of WINT2 matrices; None where there are none."""
     where = checkpoint.path / "config.json"
@@ -376,12 +384,22 @@ def _row_order(checkpoint: Checkpoint, asked: str | None) -> str | None:
     own = checkpoint.config.raw.get(PROVENANCE_KEY)
     if own is not None and not isinstance(own, dict):
         raise CcqError(f"{where}: {PROVENANCE_KEY}: not an object")
-    recorded = (own or {}).get("row_order")
-    if recorded is not None and recorded not in rows.ROW_ORDERS:
+    places = {
+        f"{PROVENANCE_KEY}.row_order": (own or {}).get("row_order"),
+        f"{ENTRY_KEYS[0]}.row_order": stated_row_order(checkpoint.config.raw),
+    }
+    stated = {place: order for place, order in places.items() if order is not None}
+    for place, order in stated.items():
+        if order not in rows.ROW_ORDERS:
+            raise CcqError(
+                f"{where}: {place}: {order!r} is not one of {', '.join(rows.ROW_ORDERS)}"
+            )
+    if len(set(stated.values())) > 1:
         raise CcqError(
-            f"{where}: {PROVENANCE_KEY}.row_order: {recorded!r} is not one of"
-            f" {', '.join(rows.ROW_ORDERS)}"
+            f"{where}: {' and '.join(stated)} differ ({' and '.join(stated.values())}); only the"
+            " one that quantize wrote gives this model"
         )
+    recorded = next(iter(stated.values()), None)
     used = {checkpoint.format_of(name) for name in checkpoint.names()} - {"f32"}
     if not any(formats.get(format).row_ordered for format in used):
         return None

@@ -17,6 +17,8 @@ FLOAT_TYPES = ("bfloat16", "float16", "float32")
 # quant_method of sources whose values are read (checkpoint/sources/scheme.py), and of checkpoints
 # that this package writes for other loaders than FastDeploy.
 FP8, COMPRESSED_TENSORS, CCQ = "fp8", "compressed-tensors", "ccq"
+# Of the structure of the last one's quantization_config.
+CCQ_VERSION = 1
 QUANT_METHODS = (FP8, COMPRESSED_TENSORS, CCQ)
 
 # Far above any published model; they bound the work that a hostile file can ask for.

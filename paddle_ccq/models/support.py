@@ -20,5 +20,6 @@ def require_computed(config: ModelConfig, what: str) -> None:
     if config.family is not ERNIE45:
         raise CcqError(
             f"{what}: computes the model, which this package does for {ERNIE45.name} alone, not for"
-            f" {config.family.name}; quantize, verify and dequantize take it, and vLLM serves it"
+            f" {config.family.name}; quantize, verify and dequantize take it, and"
+            " docs/reference/serving-vllm.md says which families vLLM serves"
         )

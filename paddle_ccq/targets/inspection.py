@@ -13,7 +13,7 @@ from ..checkpoint.companions import check_file
 from ..checkpoint.manifest import is_foreign
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
-from ..checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY
+from ..checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY, stated_row_order
 from ..checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from ..checkpoint.safetensors_io import SafetensorsFile, load_json
 from ..checkpoint.source import snapshot_folder
@@ -272,6 +272,7 @@ def _row_order(config: ModelConfig) -> str | None:
     """What config.json records; None if it records nothing."""
     own = config.raw.get(PROVENANCE_KEY)
     recorded = own.get("row_order") if isinstance(own, dict) else None
+    recorded = stated_row_order(config.raw) or recorded
     return recorded if isinstance(recorded, str) else None
 
 

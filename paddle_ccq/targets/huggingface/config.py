@@ -8,13 +8,13 @@ from typing import Any
 from ...checkpoint.plan import Plan
 from ...checkpoint.reader import PROVENANCE_KEY
 from ...checkpoint.sources.scheme import KEYS, SOURCE_KEY, stated_entries, without_entries
-from ...families.config import CCQ, ModelConfig
+from ...families.config import CCQ, CCQ_VERSION, ModelConfig
 from ...version import __version__
 from .layout import expert_modules
 
 QUANTIZATION = KEYS[0]
 # Of the entry's structure.
-VERSION = 1
+VERSION = CCQ_VERSION
 # Those that vLLM serves with our plugin (vllm/packed_models.py, vllm/plugin.py).
 VLLM_ARCHITECTURES = (
     "DeepseekV3ForCausalLM",

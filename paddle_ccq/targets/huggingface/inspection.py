@@ -8,7 +8,7 @@ from typing import Any
 
 from ...checkpoint.plan import LayerFormats, Plan, PlanOptions, make_plan
 from ...checkpoint.planned import KEPT, PlannedTensor
-from ...checkpoint.reader import packed_tensors
+from ...checkpoint.reader import PROVENANCE_KEY, packed_tensors
 from ...checkpoint.safetensors_io import DTYPES, TensorFolder
 from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
 from ...checkpoint.sources.locate import locate
@@ -62,10 +62,15 @@ class HuggingFaceInspection(Inspection):
         return tuple(DTYPES) if planned.format == KEPT and self.source is None else (dtype,)
 
     def config_problems(self) -> list[str]:
-        own = self.config.raw[QUANTIZATION].get("row_order")
-        if own != PLAIN:
-            return [f"{CONFIG_FILE}: {QUANTIZATION}.row_order is {own!r}, must be {PLAIN!r}"]
-        return []
+        recorded = self.config.raw.get(PROVENANCE_KEY)
+        found = {QUANTIZATION: self.config.raw[QUANTIZATION].get("row_order")}
+        if isinstance(recorded, dict) and recorded.get("row_order") is not None:
+            found[PROVENANCE_KEY] = recorded["row_order"]
+        return [
+            f"{CONFIG_FILE}: {key}.row_order is {order!r}, must be {PLAIN!r}"
+            for key, order in found.items()
+            if order != PLAIN
+        ]
 
     def value_problems(self, planned: PlannedTensor, rank: int) -> Iterator[str]:
         yield from super().value_problems(planned, rank)
