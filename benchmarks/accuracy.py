@@ -2,6 +2,7 @@
 """What each method costs a real model: the table of docs/notes/accuracy.md.
 
     python benchmarks/accuracy.py --model DIR --text FILE.jsonl --tasks FILE.jsonl ...
+    python benchmarks/accuracy.py ... --only "CCQ-2T 2.06, default"    # one row; others stay
 
 Rows with a file format are written by `quantize` and read back; the others replace the expert
 weights of the wint8 checkpoint by what their decoder would return. Dense linears are wint8 in every
@@ -11,15 +12,16 @@ row but bf16, so that rows differ in the experts alone.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 from baselines import RTN_BITS, SYMMETRIC_BITS, rtn_int2, symmetric_int2
-from common import markdown, put_into_doc, save_result, with_error
+from common import RESULTS, markdown, put_into_doc, save_result, with_error
 from scoring import Scoring, add_arguments
 
 from paddle_ccq.checkpoint.reader import Checkpoint, open_checkpoint
@@ -34,6 +36,7 @@ from paddle_ccq.quantize import quantize
 WRITTEN = [
     ("CCQ 2.06, paper's encoder", "wint2", "paper"),
     ("**CCQ 2.06, default**", "wint2", "search"),
+    ("**CCQ-2T 2.06, default**", "ccq-2t", "search"),
     ("**CCQ 2.5, default**", "ccq-2.5", "search"),
     ("**CCQ 2.75, default**", "ccq-2.75", "search"),
 ]
@@ -43,6 +46,9 @@ REPLACED = [
     ("plain int2, symmetric, searched scales", SYMMETRIC_BITS, symmetric_int2),
 ]
 PAPER, OURS, PLAIN = "CCQ 2.06, paper's encoder", "CCQ 2.06, default", REPLACED[1][0]
+MEMORY = "CCQ-2T 2.06, default"
+# Every table has each row with all MoE layers quantized, and with the first one in wint4.
+SUFFIXES = ("", ", first MoE layer wint4")
 
 
 def wint8(weight: np.ndarray) -> np.ndarray:
@@ -119,22 +125,30 @@ class Rows:
         self.nominal_bits[label] = nominal
 
 
-def build(rows: Rows) -> None:
-    """All models of the table."""
+def labels() -> list[str]:
+    """The table's rows, most bits first."""
+    rows = [*(label for label, *_ in REPLACED), *(label.strip("*") for label, *_ in WRITTEN)]
+    return ["bf16", "wint8", "wint4", *(label + suffix for suffix in SUFFIXES for label in rows)]
+
+
+def build(rows: Rows, chosen: Collection[str]) -> None:
+    """The chosen models of the table, and bf16, which all are compared with."""
     last = rows.source.config.num_hidden_layers - 1
     rows.add_source()
-    wint4 = rows.write("wint4", "wint2", "search", last)
-    rows.add_written("wint4", wint4)
-    rows.add_replaced("wint8", wint4, 8.0, wint8)
-    # Most bits first.
-    rows.models["wint4"] = rows.models.pop("wint4")
-    for suffix, end in (("", -1), (", first MoE layer wint4", rows.first_moe)):
+    replaced = [label for label in chosen if label.startswith(tuple(r[0] for r in REPLACED))]
+    if replaced or {"wint4", "wint8"} & set(chosen):
+        wint4 = rows.write("wint4", "wint2", "search", last)
+        rows.add_written("wint4", wint4)
+        rows.add_replaced("wint8", wint4, 8.0, wint8)
+    for suffix, end in zip(SUFFIXES, (-1, rows.first_moe), strict=True):
         keep = rows.first_moe if suffix else None
         for label, bits, function in REPLACED:
-            rows.add_replaced(label + suffix, wint4, bits, function, keep)
+            if label + suffix in chosen:
+                rows.add_replaced(label + suffix, wint4, bits, function, keep)
         for label, format, encoder in WRITTEN:
             label = label.strip("*") + suffix
-            rows.add_written(label, rows.write(label, format, encoder, end))
+            if label in chosen:
+                rows.add_written(label, rows.write(label, format, encoder, end))
 
 
 def main() -> None:
@@ -143,6 +157,9 @@ def main() -> None:
     add_arguments(parser, max_tokens=102_400)
     parser.add_argument(
         "--marker", default="accuracy", help="table of docs/notes/accuracy.md to write"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=labels(), metavar="ROW", help="rows to measure anew"
     )
     args = parser.parse_args()
 
@@ -153,36 +170,70 @@ def main() -> None:
     try:
         rows = Rows(source, folder)
         start = time.perf_counter()
-        build(rows)
+        build(rows, args.only or labels())
         print(f"{len(rows.models)} models built in {time.perf_counter() - start:.0f} s", flush=True)
         text, summary = scoring(rows.models)
     finally:
         shutil.rmtree(folder)
-    report(args.marker, rows, text, summary)
+    numbers = measured(rows, text, summary)
+    if args.only:
+        numbers = beside_stored(numbers, rows.source.path.name)
+    report(args.marker, rows, numbers)
 
 
-def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
-    """Print, save and put into the docs."""
-    task_names = list(next(iter(summary.values()))["tasks"])
-    table, numbers = [], {}
-    for label, row in summary.items():
-        t = row["text"]
-        accuracies = [row["tasks"][task]["accuracy"] for task in task_names]
-        numbers[label] = {
+def measured(rows: Rows, text: dict, summary: dict) -> dict:
+    """The numbers of each row, and how pairs of them differ on the same windows."""
+    numbers = {
+        label: {
             "nominal_bits": rows.nominal_bits[label],
             "expert_bits": rows.expert_bits[label],
             "model_bits": rows.size[label] * 8 / rows.weights,
             "megabytes": rows.size[label] / 1e6,
-            **row,
+            **summary[label],
         }
-        bold = "**" if label.startswith(OURS) else ""
+        for label in labels()
+        if label in summary
+    }
+    for a, b in pairs_of(numbers):
+        for quantity in ("nll", "kl"):
+            d = paired_difference(text[a], text[b], quantity)
+            numbers[a].setdefault("paired", {}).setdefault(b, {})[quantity] = [d.mean, d.error]
+    return numbers
+
+
+def pairs_of(numbers: Collection[str]) -> list[tuple[str, str]]:
+    """Rows that are compared window by window."""
+    pairs = [(OURS + s, other + s) for s in SUFFIXES for other in (PLAIN, PAPER)]
+    return [(a, b) for a, b in pairs if a in numbers and b in numbers]
+
+
+def beside_stored(numbers: dict, name: str) -> dict:
+    """New rows among those that are stored, in the table's order."""
+    path = RESULTS / f"accuracy_{name}.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    same = ("windows", "predicted_tokens", "nll")
+    new, old = (d["bf16"]["text"] for d in (numbers, stored))
+    if any(abs(new[key] - old[key]) > 1e-4 for key in same):
+        raise SystemExit(f"{path}: was measured on another text, or with other windows")
+    both = stored | {label: row for label, row in numbers.items() if label != "bf16"}
+    return {label: both[label] for label in labels() if label in both}
+
+
+def report(marker: str, rows: Rows, numbers: dict) -> None:
+    """Print, save and put into the docs."""
+    task_names = list(next(iter(numbers.values()))["tasks"])
+    table = []
+    for label, row in numbers.items():
+        t = row["text"]
+        accuracies = [row["tasks"][task]["accuracy"] for task in task_names]
+        bold = "**" if label.startswith((OURS, MEMORY)) else ""
         table.append(
             [
                 f"{bold}{label}{bold}",
-                f"{rows.nominal_bits[label]:.2f}",
-                f"{rows.expert_bits[label]:.2f}",
-                f"{rows.size[label] * 8 / rows.weights:.2f}",
-                f"{rows.size[label] / 1e6:.1f}",
+                f"{row['nominal_bits']:.2f}",
+                f"{row['expert_bits']:.2f}",
+                f"{row['model_bits']:.2f}",
+                f"{row['megabytes']:.1f}",
                 f"{t['perplexity']:.3f}",
                 with_error(t, "nll_over_reference", "+.4f"),
                 with_error(t, "kl_mean", ".4f"),
@@ -204,18 +255,13 @@ def report(marker: str, rows: Rows, text: dict, summary: dict) -> None:
     ]
     body = markdown([*header, *task_names, "mean"], table)
 
-    pairs = []
-    for suffix in ("", ", first MoE layer wint4"):
-        for other in (PLAIN, PAPER):
-            a, b = OURS + suffix, other + suffix
-            pairs.append([f"{a} - {b}"])
-            for quantity in ("nll", "kl"):
-                d = paired_difference(text[a], text[b], quantity)
-                pairs[-1].append(f"{d.mean:+.4f} ({d.error:.4f})")
-                numbers[a].setdefault("paired", {}).setdefault(b, {})[quantity] = [d.mean, d.error]
+    pairs = [
+        [f"{a} - {b}", *(f"{d[0]:+.4f} ({d[1]:.4f})" for d in numbers[a]["paired"][b].values())]
+        for a, b in pairs_of(numbers)
+    ]
     paired = markdown(["same windows; negative: the first is better", "nll", "KL"], pairs)
 
-    first = next(iter(summary.values()))
+    first = next(iter(numbers.values()))
     note = (
         "Bits of codes and group scales; of experts with what is stored once a column; of the "
         f"whole model. `{rows.source.path.name}`, {rows.weights / 1e6:.1f}M weights of which "
@@ -238,6 +284,7 @@ SUMMARY = [
     (PLAIN, "plain int2, searched scales", "普通 int2,搜索缩放"),
     (PAPER, "CCQ, the paper's encoder", "CCQ,论文的编码器"),
     (OURS, "**CCQ, paddle-ccq**", "**CCQ,paddle-ccq**"),
+    (MEMORY, "**CCQ-2T, paddle-ccq**", "**CCQ-2T,paddle-ccq**"),
     ("CCQ 2.5, default", "CCQ 2.5, paddle-ccq", "CCQ 2.5,paddle-ccq"),
     ("CCQ 2.75, default", "CCQ 2.75, paddle-ccq", "CCQ 2.75,paddle-ccq"),
 ]
