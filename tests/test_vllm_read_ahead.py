@@ -94,10 +94,18 @@ def test_what_is_no_folder_is_left_alone(place: str) -> None:
     assert list(read_ahead.ahead(place, iter(weights))) == weights
 
 
-def test_a_file_that_goes_away_is_the_loaders_to_report(folder: Path) -> None:
+@pytest.mark.parametrize("before", [True, False])
+def test_a_file_that_goes_away_is_the_loaders_to_report(
+    before: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
     files = [folder / "model-0.safetensors", folder / "model-1.safetensors"]
+    if before:
+        files[1].unlink()
     reader = read_ahead.ReadAhead(files, threads=1)
     for path in files:
         path.unlink(missing_ok=True)
     reader.stop()
     assert not any(thread.is_alive() for thread in reader._threads)
+    assert not raised

@@ -7,6 +7,7 @@ read a few GiB ahead keep the disk busy; what they read stays in the page cache 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,11 @@ class ReadAhead:
             before += size
 
     def _run(self) -> None:
+        # Whoever loads a file says what is wrong with it.
+        with contextlib.suppress(OSError):
+            self._read_pieces()
+
+    def _read_pieces(self) -> None:
         buffer = bytearray(PIECE)
         while True:
             with self._changed:
@@ -58,12 +64,9 @@ class ReadAhead:
                 )
                 if self._stopped:
                     return
-            try:
-                with open(path, "rb", buffering=0) as file:
-                    file.seek(offset)
-                    file.readinto(buffer)
-            except OSError:
-                return  # whoever loads the file says what is wrong with it
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset)
+                file.readinto(buffer)
 
     def take(self, size: int) -> None:
         """So many bytes more have been placed."""
