@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .convolution import GROUP
-from .floats import BFLOAT16, round_to
-from .wint2 import ROW_MULTIPLE, ROWS_PER_BYTE, unpack_scales
+from .floats import round_to
+from .wint2 import ROWS_PER_BYTE, ByteTensors, unpack_scales
 
 NAME = "ccq-2t"
 # The same numbers stand in custom_ops/gpu/common/trellis_code.h; tests compare both.
@@ -37,36 +37,12 @@ LARGEST = 255
 
 
 @dataclass(frozen=True)
-class TrellisTensors:
+class TrellisTensors(ByteTensors):
     """The three stored tensors of one [K, N] matrix.
 
     quant_weight uint8 [K/4, N], rows in plain order; weight_scale uint8 [K/128, N], groups 2j in
     the high and 2j+1 in the low nibble; super_scales bfloat16 [N].
     """
-
-    quant_weight: np.ndarray
-    weight_scale: np.ndarray
-    super_scales: np.ndarray
-
-    def __post_init__(self) -> None:
-        q, n = self.quant_weight, self.quant_weight.shape[-1]
-        if q.ndim != 2 or q.dtype != np.uint8 or (q.shape[0] * ROWS_PER_BYTE) % ROW_MULTIPLE:
-            raise ValueError(
-                f"{NAME} quant_weight must be uint8 [K/4, N] with 128 | K, got {q.dtype}{q.shape}"
-            )
-        expected = {
-            "weight_scale": ((q.shape[0] * ROWS_PER_BYTE // ROW_MULTIPLE, n), np.dtype(np.uint8)),
-            "super_scales": ((n,), BFLOAT16),
-        }
-        for field, (shape, dtype) in expected.items():
-            array = getattr(self, field)
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{field} must be {dtype}{shape}, got {array.dtype}{array.shape}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N) of the matrix."""
-        return self.quant_weight.shape[0] * ROWS_PER_BYTE, self.quant_weight.shape[1]
 
 
 def decode_words(words: np.ndarray) -> np.ndarray:

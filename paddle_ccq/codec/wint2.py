@@ -31,18 +31,23 @@ SCALE_MAX = 15
 
 
 @dataclass(frozen=True)
-class Wint2Tensors:
-    """The five stored tensors of one [K, N] matrix (FastDeploy's names).
+class ByteTensors:
+    """What WINT2 and other codes of one byte for four weights store of a [K, N] matrix.
 
     quant_weight uint8 [K/4, N]; weight_scale uint8 [K/128, N], groups 2j in the high and 2j+1 in
-    the low nibble; super_scales bfloat16 [N]; code_scale, code_zp float32 [N].
+    the low nibble; super_scales bfloat16 [N].
     """
 
     quant_weight: np.ndarray
     weight_scale: np.ndarray
     super_scales: np.ndarray
-    code_scale: np.ndarray
-    code_zp: np.ndarray
+
+    def _expected(self, rows: int, n: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of each other tensor, for that many rows of bytes."""
+        return {
+            "weight_scale": ((rows * ROWS_PER_BYTE // ROW_MULTIPLE, n), np.dtype(np.uint8)),
+            "super_scales": ((n,), BFLOAT16),
+        }
 
     def __post_init__(self) -> None:
         q, n = self.quant_weight, self.quant_weight.shape[-1]
@@ -50,13 +55,7 @@ class Wint2Tensors:
             raise ValueError(
                 f"quant_weight must be uint8 [K/4, N] with 128 | K, got {q.dtype}{q.shape}"
             )
-        expected = {
-            "weight_scale": ((q.shape[0] * ROWS_PER_BYTE // ROW_MULTIPLE, n), np.dtype(np.uint8)),
-            "super_scales": ((n,), BFLOAT16),
-            "code_scale": ((n,), np.dtype(np.float32)),
-            "code_zp": ((n,), np.dtype(np.float32)),
-        }
-        for field, (shape, dtype) in expected.items():
+        for field, (shape, dtype) in self._expected(q.shape[0], n).items():
             array = getattr(self, field)
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{field} must be {dtype}{shape}, got {array.dtype}{array.shape}")
@@ -65,6 +64,22 @@ class Wint2Tensors:
     def shape(self) -> tuple[int, int]:
         """(K, N) of the matrix."""
         return self.quant_weight.shape[0] * ROWS_PER_BYTE, self.quant_weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Wint2Tensors(ByteTensors):
+    """The five stored tensors of one [K, N] matrix (FastDeploy's names).
+
+    quant_weight uint8 [K/4, N]; weight_scale uint8 [K/128, N], groups 2j in the high and 2j+1 in
+    the low nibble; super_scales bfloat16 [N]; code_scale, code_zp float32 [N].
+    """
+
+    code_scale: np.ndarray
+    code_zp: np.ndarray
+
+    def _expected(self, rows: int, n: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        column = ((n,), np.dtype(np.float32))
+        return super()._expected(rows, n) | {"code_scale": column, "code_zp": column}
 
 
 def decode_codes(q: np.ndarray, code_scale: np.ndarray, code_zp: np.ndarray) -> np.ndarray:

@@ -89,15 +89,20 @@ def prepare(weight: np.ndarray, recipe: LdlqRecipe) -> Prepared:
     return Prepared(np.ascontiguousarray(scaled), supers, exponents, dead)
 
 
-def pack(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
-    """The stored tensors of the result of the core or of the reference."""
-    n = prepared.dead.size
+def unscaled(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
+    """Words, scales and supers for the weights as they came: channels of zeros are 0."""
     words, scales = found["words"].copy(), found["scales"].copy()
     words[prepared.dead], scales[prepared.dead] = 0, 0
     supers = np.where(prepared.dead, 0, np.ldexp(found["supers"], prepared.exponents))
-    return layouts.pack_wint2(
-        words.reshape(n, -1, 16), scales, supers.astype(np.float32), found["pairs"]
-    )
+    return {"words": words, "scales": scales, "supers": supers}
+
+
+def pack(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
+    """The stored tensors of the result of the core or of the reference."""
+    values = unscaled(found, prepared)
+    words = values["words"].reshape(prepared.dead.size, -1, 16)
+    supers = values["supers"].astype(np.float32)
+    return layouts.pack_wint2(words, values["scales"], supers, found["pairs"])
 
 
 def books(count: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from ..codec import trellis
 from . import trellis as data_free
 from .base import MatrixEncoder
-from .ldlq import Hessians, LdlqEncoder, Prepared, prepare
+from .ldlq import Hessians, LdlqEncoder, Prepared, prepare, unscaled
 from .trellis_metric import TrellisMetric, make_trellis_metric
 
 
@@ -57,10 +57,7 @@ TRELLIS_LDLQ_RECIPES: dict[str, TrellisLdlqRecipe] = {
 
 def pack(found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
     """The stored tensors of the result of the core or of the reference."""
-    words, scales = found["words"].copy(), found["scales"].copy()
-    words[prepared.dead], scales[prepared.dead] = 0, 0
-    supers = np.where(prepared.dead, 0, np.ldexp(found["supers"], prepared.exponents))
-    return data_free.pack({"words": words, "scales": scales, "supers": supers})
+    return data_free.pack(unscaled(found, prepared))
 
 
 class TrellisLdlqEncoder(LdlqEncoder):

@@ -17,6 +17,7 @@ from ..codec.row_order import FASTDEPLOY_2_1
 from ..families.ernie45 import ErnieConfig
 from ..families.registry import read_config
 from . import names
+from .base_config import CcqBaseConfig
 from .claims import (
     METHOD,
     Claim,
@@ -31,7 +32,7 @@ from .methods import experts_method
 from .packed_claims import is_packed
 
 
-class CcqConfig(QuantizationConfig):
+class CcqConfig(CcqBaseConfig):
     """The formats of one checkpoint's layers, and the methods that run them."""
 
     def __init__(self, claim: Claim) -> None:
@@ -50,21 +51,6 @@ class CcqConfig(QuantizationConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         raw = state["model"]
         self.__dict__.update(state, model=None if raw is None else read_config(raw))
-
-    @classmethod
-    def get_name(cls) -> str:
-        return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:

@@ -21,12 +21,12 @@ from vllm.platforms import current_platform
 
 from ..errors import CcqError
 from . import packed_models
-from .claims import METHOD
+from .base_config import CcqBaseConfig
 from .methods import experts_method
 from .packed_claims import WHERE, PackedClaim
 
 
-class PackedConfig(QuantizationConfig):
+class PackedConfig(CcqBaseConfig):
     """Formats of one checkpoint's experts, by the names of vLLM's modules."""
 
     def __init__(self, claim: PackedClaim) -> None:
@@ -42,21 +42,6 @@ class PackedConfig(QuantizationConfig):
         """In another of vLLM's processes."""
         self.__dict__.update(state)
         packed_models.register()
-
-    @classmethod
-    def get_name(cls) -> str:
-        return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
