@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.family_models import Case
+from helpers.family_runs import Made, maker
 from helpers.synthetic import write_checkpoint
 
 
@@ -51,3 +53,9 @@ def experts() -> dict[str, np.ndarray]:
     from helpers import fastdeploy_case
 
     return fastdeploy_case.expert_tensors()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Made]:
+    """Quantizes a case of another family, once for each; a test that changes a folder copies it."""
+    return maker(tmp_path_factory)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +14,27 @@ import pytest
 
 from helpers.family_models import (
     CASES,
-    Case,
     Tensors,
     by_name,
-    random_tensors,
     stacked_tensors,
     write_source,
 )
+from helpers.family_runs import OPTIONS, Made, changed_source, entry_of, stored
 from helpers.published import FP8_CONFIG, fp8, from_fp8, from_int4, int4, int4_config
 from helpers.runs import contents, stop_after
 from helpers.synthetic import tiny_config, write_checkpoint, write_tensors
 from paddle_ccq.checkpoint.reader import open_checkpoint
-from paddle_ccq.checkpoint.safetensors_io import TensorFolder
 from paddle_ccq.codec import formats
 from paddle_ccq.dequantize import dequantize
 from paddle_ccq.dequantize import main as dequantize_main
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluate import main as evaluate_main
 from paddle_ccq.families.tensor import EXACT_ROLES
-from paddle_ccq.fastdeploy.check import main as fastdeploy_main
 from paddle_ccq.quantize import QuantizeOptions, main, quantize
 from paddle_ccq.sample import main as sample_main
 from paddle_ccq.sensitivity import main as sensitivity_main
 from paddle_ccq.tune import main as tune_main
 from paddle_ccq.verify import verify
-
-OPTIONS = {"preset": "fast", "quiet": True}
-
-
-@dataclass(frozen=True)
-class Made:
-    """A case, its source folder, and the quantized folder."""
-
-    case: Case
-    source: Path
-    output: Path
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Quantizes a case, once for each."""
-    known: dict[str, Made] = {}
-
-    def make(case: Case) -> Made:
-        if case.name not in known:
-            folder = tmp_path_factory.mktemp(case.name)
-            write_source(folder / "source", case.config, random_tensors(case))
-            quantize(folder / "source", folder / "output", **OPTIONS)
-            known[case.name] = Made(case, folder / "source", folder / "output")
-        return known[case.name]
-
-    return make
-
-
-def stored(folder: Path) -> Tensors:
-    """All tensors of a folder; the safetensors library has no FP8 in NumPy."""
-    tensors = TensorFolder(folder)
-    return {name: tensors.read(name) for name in tensors.names()}
-
-
-def entry_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -253,18 +212,6 @@ def test_kimi_from_int4(made, tmp_path):
 # --- what else a source may hold, and what is refused ---------------------------------------------
 
 
-def changed_source(plain: Made, folder: Path, **changes: np.ndarray | None) -> Path:
-    """The source with tensors added, replaced or (None) taken away."""
-    tensors = stored(plain.source)
-    for name, value in changes.items():
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value
-    write_source(folder, json.loads((plain.source / "config.json").read_text()), tensors)
-    return folder
-
-
 def test_tensors_that_the_family_does_not_name_are_kept(made, tmp_path):
     plain = made(by_name("qwen3-moe"))
     more = {
@@ -391,88 +338,6 @@ def test_dequantize_knows_the_families_namings(made, tmp_path, capsys):
     assert "--naming paddle: Qwen3-MoE checkpoints have pt" in capsys.readouterr().err
 
 
-# --- broken outputs -------------------------------------------------------------------------------
-
-
-def broken(found: Made, folder: Path, change: Any) -> list[str]:
-    """The problems that verify finds once `change` has been made to a copy of the output."""
-    shutil.copytree(found.output, folder)
-    tensors = stored(folder)
-    config = json.loads((folder / "config.json").read_text())
-    change(tensors, config)
-    for path in folder.glob("model*"):
-        path.unlink()
-    (folder / "ccq-manifest.json").unlink()
-    write_tensors(folder, tensors, 1)
-    (folder / "config.json").write_text(json.dumps(config))
-    return verify(folder, found.source).problems
-
-
-PACKED = "model.layers.1.mlp.experts.2.gate_up_proj"
-
-
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda t, c: t.pop(f"{PACKED}.super_scales"), f"{PACKED}.super_scales: missing"),
-        (lambda t, c: t.pop("model.norm.weight"), "model.norm.weight: missing"),
-        (
-            lambda t, c: t.update({"model.norm.weight": 2 * t["model.norm.weight"]}),
-            "model.norm.weight: not the reference's bytes",
-        ),
-        (
-            lambda t, c: t.update({f"{PACKED}.quant_weight": t[f"{PACKED}.quant_weight"][::-1]}),
-            "these are other weights",
-        ),
-        (
-            lambda t, c: t.update({f"{PACKED}.code_zp": t[f"{PACKED}.code_zp"] * np.nan}),
-            "NaN or infinite",
-        ),
-        (
-            lambda t, c: c["quantization_config"].update(row_order="fastdeploy-2.1"),
-            "row_order",
-        ),
-        (
-            lambda t, c: c["quantization_config"]["experts"].update({"model.x": "wint2"}),
-            "model.x: the model has no such experts",
-        ),
-    ],
-)
-def test_verify_finds_what_is_wrong(change, problem, made, tmp_path):
-    problems = broken(made(by_name("qwen3-moe")), tmp_path / "broken", change)
-    assert any(problem in found for found in problems), problems
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"version": 2}, "version: 2 is not known here"),
-        ({"format": "wint3"}, "format: 'wint3' is not one of"),
-        ({"experts": None}, "experts: must map"),
-        ({"experts": {"model.layers.1.mlp.experts": "wint8"}}, "'wint8' is not one of"),
-    ],
-)
-def test_entries_of_config_json_that_are_none(change, problem, made, tmp_path):
-    with pytest.raises(CcqError, match=problem):
-        broken(
-            made(by_name("qwen3-moe")),
-            tmp_path / "broken",
-            lambda t, c: c["quantization_config"].update(change),
-        )
-
-
-def test_fastdeploys_check_says_whose_layout_it_is(made, capsys):
-    flags = [str(made(by_name("qwen3-moe")).output), "--gpu-memory", "80"]
-    assert fastdeploy_main(flags) == 2
-    assert "in Hugging Face's layout, which FastDeploy does not read" in capsys.readouterr().err
-
-
-def test_a_packed_checkpoint_is_not_quantized_again(made, tmp_path):
-    with pytest.raises(CcqError, match="quantized already"):
-        quantize(made(by_name("qwen3-moe")).output, tmp_path / "again", **OPTIONS)
-
-
 # --- ERNIE-4.5 in this layout ---------------------------------------------------------------------
 
 
@@ -516,140 +381,6 @@ def test_hugging_faces_layout_has_no_rule_on_which_layers_are_wint4(tmp_path):
     asked = {"allocate": "2.3bpw", "calibration": "text.jsonl"}
     assert QuantizeOptions(target="huggingface", **asked).allocation_request().plugin_layout
     assert not QuantizeOptions(**asked).allocation_request().plugin_layout
-
-
-# --- models of no known family --------------------------------------------------------------------
-
-
-def unknown(found: Made, folder: Path, change: Any = None) -> Path:
-    """The model under an architecture that nobody knows."""
-    tensors = stored(found.source)
-    config = json.loads((found.source / "config.json").read_text())
-    config |= {"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard_of"}
-    if change is not None:
-        change(tensors)
-    write_source(folder, config, tensors)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["qwen3-moe", "minimax-m2", "qwen3.5-moe-vision"])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_generic_packs_what_the_family_would_pack(name, stacked, made, tmp_path, capsys):
-    found = made(by_name(name))
-    if stacked:
-        stacks = stacked_tensors(stored(found.source))
-        source = write_source(tmp_path / "stacked", found.case.config, stacks)
-        found = Made(found.case, source, found.output)
-    source = unknown(found, tmp_path / "source")
-    with pytest.raises(CcqError, match=r"'UnheardOfForCausalLM' is not supported; .*--family gen"):
-        quantize(source, tmp_path / "output", **OPTIONS)
-    quantize(source, tmp_path / "output", family="generic", preset="fast")
-    said = capsys.readouterr().err
-    assert "found and quantized:" in said
-    assert "experts.0-3.gate_up_proj" in said
-    expected, output = stored(found.output), stored(tmp_path / "output")
-    if name == "minimax-m2" and stacked:
-        expected = {n.replace("block_sparse_moe", "mlp"): v for n, v in expected.items()}
-    assert output.keys() == expected.keys()
-    assert all(output[name].tobytes() == expected[name].tobytes() for name in output)
-    assert entry_of(tmp_path / "output")["family"] == "generic"
-    report = verify(tmp_path / "output", source)
-    assert report.sound, report.problems
-    assert report.matrices
-    dequantize(tmp_path / "output", tmp_path / "float", log=lambda _: None)
-    dequantize(found.output, tmp_path / "expected", log=lambda _: None)
-    again, wanted = stored(tmp_path / "float"), stored(tmp_path / "expected")
-    if not (name == "minimax-m2" and stacked):
-        assert again.keys() == wanted.keys()
-        assert all(again[name].tobytes() == wanted[name].tobytes() for name in again)
-
-
-def test_generic_from_int4_and_fp8(made, tmp_path):
-    plain = made(by_name("deepseek-v3"))
-    tensors, exact = stored(plain.source), {}
-    for index, name in enumerate([n for n in tensors if ".experts." in n]):
-        weight = tensors.pop(name)
-        stem = name.removesuffix(".weight")
-        if index % 2:
-            tensors[name], tensors[f"{stem}.weight_scale_inv"] = fp8(weight.astype(np.float32))
-        else:
-            packed = int4(weight.astype(np.float32))
-            tensors |= {f"{stem}.{suffix}": value for suffix, value in packed.items()}
-            exact[name] = from_int4(packed, weight.shape[1])
-    config = json.loads((plain.source / "config.json").read_text())
-    config |= {"architectures": ["X"], "quantization_config": FP8_CONFIG}
-    write_source(tmp_path / "mixed", config, tensors)
-    # INT4 of which config.json says nothing is refused by name.
-    with pytest.raises(CcqError, match="weight_packed is stored as INT4, of which"):
-        quantize(tmp_path / "mixed", tmp_path / "output", family="generic", **OPTIONS)
-
-
-E0 = "model.layers.1.mlp.experts.0."
-
-
-def _rename(old: str, new: str) -> Any:
-    def change(tensors: Tensors) -> None:
-        for name in [n for n in tensors if old in n]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (_rename(".experts.", ".specialists."), "no stored tensor is named like a routed expert"),
-        (_rename("up_proj", "upper"), "experts.0 has down_proj, gate_proj, upper; known are"),
-        (lambda t: t.pop(E0 + "down_proj.weight"), "experts.0 has gate_proj, up_proj; known"),
-        (_rename(".experts.2.", ".experts.7."), "experts.2 is not like the others: None"),
-        (
-            lambda t: t.update({E0 + "gate_proj.bias": np.zeros(128, np.float32)}),
-            "'model.layers.1.mlp.experts.0.gate_proj.bias' lies in a module of experts",
-        ),
-        (
-            lambda t: t.update({E0.replace(".0.", ".x.") + "up_proj.weight": np.zeros((2, 2))}),
-            "'model.layers.1.mlp.experts.x.up_proj.weight' lies in a module of experts",
-        ),
-        (
-            lambda t: t.update({E0.replace("0.", "gate_up_proj_bias"): np.zeros((4, 256))}),
-            "'model.layers.1.mlp.experts.gate_up_proj_bias' lies in a module of experts",
-        ),
-        (
-            lambda t: t.update({E0.replace(".0.", ".1.") + "up_proj.weight": np.zeros((2, 2))}),
-            "experts.1 is not like the others",
-        ),
-        (
-            lambda t: (
-                t.update({"a.experts.gate_up_proj": np.zeros((2, 128, 256), np.float32)}),
-                t.update({"a.experts.down_proj": np.zeros((2, 128, 128), np.float32)}),
-            ),
-            r"a.experts: gate_up_proj \[2, 128, 256\] and down_proj \[2, 128, 128\] are not",
-        ),
-    ],
-)
-def test_generic_guesses_nothing(change, problem, made, tmp_path):
-    source = unknown(made(by_name("qwen3-moe")), tmp_path / "source", change)
-    with pytest.raises(CcqError, match=problem):
-        quantize(source, tmp_path / "output", family="generic", **OPTIONS)
-    assert not (tmp_path / "output").exists()
-
-
-@pytest.mark.parametrize("architectures", [None, []])
-def test_generic_without_an_architecture(architectures, made, tmp_path):
-    source = unknown(made(by_name("qwen3-moe")), tmp_path / "source")
-    config = json.loads((source / "config.json").read_text()) | {"architectures": architectures}
-    (source / "config.json").write_text(json.dumps(config))
-    quantize(source, tmp_path / "output", family="generic", **OPTIONS)
-    assert not verify(tmp_path / "output", reference=source).problems
-
-
-def test_generic_needs_the_weights(made, tmp_path):
-    (tmp_path / "alone").mkdir()
-    shutil.copy(made(by_name("qwen3-moe")).source / "config.json", tmp_path / "alone")
-    with pytest.raises(CcqError, match=r"neither model\.safetensors nor"):
-        quantize(tmp_path / "alone", dry_run=True, family="generic", **OPTIONS)
-    with pytest.raises(CcqError, match="--family x: not one of generic"):
-        quantize(tmp_path / "alone", dry_run=True, family="x", **OPTIONS)
 
 
 # --- runs that stop -------------------------------------------------------------------------------
@@ -792,46 +523,3 @@ def test_verify_says_one_thing_of_one_fault(made, tmp_path):
     (tmp_path / "broken" / "model-00002-of-00003.safetensors").unlink()
     said = verify(tmp_path / "broken").problems
     assert not any("dtype" in line for line in said), said
-
-
-# --- what config.json says of a finished checkpoint -----------------------------------------------
-
-
-def _change(folder: Path, change: Any) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    change(content)
-    (folder / "config.json").write_text(json.dumps(content))
-    (folder / "ccq-manifest.json").unlink(missing_ok=True)
-
-
-def test_rows_are_in_the_order_of_the_entry_without_provenance(made, tmp_path):
-    packed = tmp_path / "packed"
-    quantize(made(by_name("qwen3-moe")).source, packed, **OPTIONS)
-    dequantize(packed, tmp_path / "wanted")
-    _change(packed, lambda content: content.pop("paddle_ccq"))
-    dequantize(packed, tmp_path / "found")
-    found, wanted = (stored(tmp_path / name) for name in ("found", "wanted"))
-    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
-    assert not verify(packed, reference=made(by_name("qwen3-moe")).source).problems
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda c: c["paddle_ccq"].update(row_order="fastdeploy-2.1"), "row_order differ"),
-        (lambda c: c["quantization_config"].update(row_order="other"), "row_order: 'other'"),
-        (lambda c: c["quantization_config"].update(version=2), "version: 2 is not known"),
-        (lambda c: c["quantization_config"].update(version=True), "version: true is not known"),
-        (lambda c: c["quantization_config"].pop("version"), "version: None is not known"),
-    ],
-)
-def test_an_entry_that_cannot_be_trusted_is_not_decoded(change, problem, made, tmp_path):
-    packed = tmp_path / "packed"
-    quantize(made(by_name("qwen3-moe")).source, packed, **OPTIONS)
-    _change(packed, change)
-    with pytest.raises(CcqError, match=problem):
-        dequantize(packed, tmp_path / "found")
-    try:
-        assert any("row_order" in found for found in verify(packed).problems)
-    except CcqError as error:
-        assert "version" in str(error)
