@@ -310,6 +310,11 @@ inline int atomicMin(int* at, int value) {
   if (value < before) *at = value;
   return before;
 }
+inline int atomicOr(int* at, int bits) {
+  const int before = *at;
+  *at = before | bits;
+  return before;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
