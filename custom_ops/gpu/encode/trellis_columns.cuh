@@ -63,7 +63,8 @@ struct Span {
 
 struct Shared {
   // Between sweep() and settle(): keys [column][kKeyRow]. Before the first position: what begin_rows() needs.
-  alignas(16) uint32_t operands[kStates * kOperands];
+  alignas(128) uint32_t operands[kStates * kOperands];
+  alignas(128) uint32_t constants[kConstants];
   int kept[kWarps][kStates];                     // a warp's survivors of one column: cost << 8 | previous state
   uint8_t states[kWarps][kStates];
   alignas(16) float factor[kGroup][4];           // rows of M before the next position, its four columns
@@ -115,8 +116,6 @@ __device__ inline void errors_of(uint32_t word, const float* w, float scale, flo
   for (int i = 0; i < 4; ++i) e[i] = sub(w[i], mul(scale, v[i]));
 }
 
-__device__ inline uint32_t byte_of(const uint8_t* bytes, int position) { return bytes[position]; }
-
 class Columns {
  public:
   __device__ Columns(const Plan& plan, Shared& shared, int tries)
@@ -141,6 +140,7 @@ class Columns {
   __device__ void search(const Span& span) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < kStates; i += kThreads) sh_.tiles[i] = 0;
+    for (int i = threadIdx.x; i < kConstants; i += kThreads) sh_.constants[i] = kDigitFactors;
     __syncthreads();
     for (int i = 0; i < kEach; ++i)
       if (sh_.local[kEach * warp + i]) begin_column(span, kEach * warp + i);
@@ -154,7 +154,7 @@ class Columns {
       int keys[kEach][kStates / 32];
       {
         Keys best;
-        sweep(p_.tables + static_cast<int64_t>(b) * kTable, sh_.operands, sh_.entries, sh_.entry_count, p_.step, best);
+        sweep(p_.tables + static_cast<int64_t>(b) * kTable, sh_.operands, sh_.constants, sh_.entries, sh_.entry_count, p_.step, best);
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
@@ -217,7 +217,7 @@ class Columns {
 
   // No state of the column is alive.
   __device__ void forget(int column) {
-    const uint32_t dropped = cost_digits(kDropped);
+    const uint32_t dropped = cost_digits(kCostOffset + kDropped);
     for (int state = threadIdx.x % 32; state < kStates; state += 32)
       for (int part = 0; part < 3; ++part) sh_.operands[operand_place(state, column, part)] = part == 2 ? dropped : 0;
   }
@@ -339,7 +339,7 @@ class Columns {
     }
     sh_.operands[operand_place(state, column, 0)] = half_pair(-2 * u[0], -2 * u[1]);
     sh_.operands[operand_place(state, column, 1)] = half_pair(-2 * u[2], -2 * u[3]);
-    sh_.operands[operand_place(state, column, 2)] = cost_digits(cost + square);
+    sh_.operands[operand_place(state, column, 2)] = cost_digits(kCostOffset + cost + square);
     atomicOr(&sh_.tiles[state], 1 << column / 8);
   }
 };

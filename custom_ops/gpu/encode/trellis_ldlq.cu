@@ -21,7 +21,7 @@ __global__ void make_tables(Sixteen* tables, const float* roots) {
 }
 
 __device__ inline Shared& shared_memory() {
-  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
   return *reinterpret_cast<Shared*>(dynamic_shared);
 }
 

@@ -5,12 +5,13 @@
 // A column is one local scale of one channel. Every survivor has four targets u of its own, and y are the four values
 // of a word in the block's metric, the same for all columns:
 //
-//     J + |u - y|^2 = (-2u) . y  +  (J + |u|^2)  +  |y|^2
+//     J + |u - y|^2 = (-2u) . y  +  |y|^2  +  (J + |u|^2)
 //
-// The first two are an inner product of six terms (J + |u|^2 in two digits, times 4096 and 1), and |y|^2 is where the
-// sums begin. Tensor cores compute 16 states by 8 columns for one previous state, in fp16 with float32 sums, exactly: all
-// factors are integers that fp16 holds. Sums begin at 2^23, so that the bits of a float are a constant and the cost:
-// times 256 they leave room for the previous state, and a minimum of integers finds both.
+// which is an inner product of eight terms, as in trellis_step.cuh: the last two in two digits each, times 4096 and 1.
+// Tensor cores compute 16 states by 8 columns for one previous state, in fp16 with float32 sums, exactly: all factors are
+// integers that fp16 holds, every partial sum is below 2^24. The digits stand for 2^23 more than the cost is, so that the
+// bits of a sum are a constant and the cost: times 256 they leave room for the previous state, and a minimum of integers
+// finds both.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +22,7 @@
 
 namespace ccq_calibrated_trellis {
 
-using ccq_trellis_kernel::cost_digits;
+using ccq_trellis_kernel::cost_digits;  // times 4096 and 1
 using ccq_trellis_kernel::half_pair;
 using ccq_trellis_kernel::kStates;
 using ccq_trellis_kernel::word_values;
@@ -41,18 +42,23 @@ constexpr int kAllTiles = (1 << kTiles) - 1;
 // most 2 * 255, so the least cost is below 2.4 million. With targets of any survivor, a dropped state's is above
 // 5,000,000 - 2 * 1022 * 510, and a kept one's below 2^22 + 2.4 million: all fit 23 bits.
 constexpr int kDropped = 5000000;
+// Of 2^23, what |y|^2 brings and what J + |u|^2 does: no digit is above 2048.
+constexpr int kWordOffset = 3 << 21, kCostOffset = 1 << 21;
+static_assert(kWordOffset + kCostOffset == 1 << 23);
 
-// Sixteen words with one previous state, as the tensor cores want them: [row][half of the values] for rows 0 and 8
-// apart, and 2^23 + |y|^2 of both rows as floats.
+// Sixteen words with one previous state, as the tensor cores want them: of row and row + 8 their first two values, the
+// last two, and the digits of |y|^2.
 struct Sixteen {
-  uint2 values[16];
-  uint2 start[8];
+  uint2 rows[8][3];
 };
 constexpr int kTable = kStates * kStates / 16;  // of one position: [previous state][16 states]
 
 // Operands in shared memory: for each previous state, chunks of 4 columns that a lane loads at once, with their -2u of
-// the first two weights, of the last two, and the digits. Four words more keep states apart in the banks.
+// the first two weights, of the last two, and the digits of J + |u|^2. Four words more keep states apart in the banks.
 constexpr int kChunk = 12, kHalf = 8 * kChunk, kOperands = 2 * kHalf + 4;
+// What the digits of |y|^2 are multiplied by, as often as a lane of each half can take it from the banks that the others leave.
+constexpr int kConstants = 32 + kHalf;
+constexpr uint32_t kDigitFactors = 0x3C006C00;  // 4096 and 1 in fp16
 
 __device__ inline int operand_place(int state, int column, int part) {
   const int tile = column / 8;
@@ -91,29 +97,20 @@ __device__ inline void make_words(int previous, int tile, int row, const float* 
     float x[4], sum[4];
     for (int i = 0; i < 4; ++i) x[i] = static_cast<float>(v[i]);
     in_metric(x, root, sum);
-    int norm = 1 << 23;
+    int norm = kWordOffset;
     for (int i = 0; i < 4; ++i) y[i] = static_cast<int>(whole(sum[i])), norm += y[i] * y[i];
-    uint32_t* values = reinterpret_cast<uint32_t*>(out.values + 2 * row) + half;
+    uint32_t* values = reinterpret_cast<uint32_t*>(out.rows[row]) + half;
     values[0] = half_pair(y[0], y[1]);
     values[2] = half_pair(y[2], y[3]);
-    reinterpret_cast<uint32_t*>(out.start + row)[half] = __float_as_uint(static_cast<float>(norm));
+    values[4] = cost_digits(norm);
   }
 }
 
 // Costs of 16 states and 8 columns, 2^23 more than they are, as bits of floats.
-__device__ inline void multiply(int* cost, uint2 rows, uint32_t columns, uint2 start) {
-  const float low = __uint_as_float(start.x), high = __uint_as_float(start.y);
-  float d[4];
-#ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%8,%8};\n"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(rows.x), "r"(rows.y), "r"(columns), "f"(low), "f"(high));
-#else
-  emulated::multiply_16x8x8(d, rows.x, rows.y, columns);
-  d[0] += low, d[1] += low, d[2] += high, d[3] += high;
-#endif
+__device__ inline void multiply(int* cost, uint2 rows, uint32_t columns) {
+  const ccq_trellis_kernel::Tile tile = ccq_trellis_kernel::multiply(rows.x, rows.y, columns);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) cost[i] = __float_as_int(d[i]);
+  for (int i = 0; i < 4; ++i) cost[i] = tile.cost[i];
 }
 
 // Least cost << 8 | previous state of the 4 pairs of state and column that a thread keeps of each tile.
@@ -126,18 +123,17 @@ __device__ inline int column_of(int tile, int i) { return 8 * tile + static_cast
 
 // What a warp needs of one previous state.
 struct Previous {
-  uint2 rows, start;
+  uint2 rows;
   int entry;  // state | tiles in which it is alive << 8
 };
 
 __device__ inline Previous previous_of(int entry, const Sixteen* table) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const Sixteen* sixteen = table + (entry & 255) * 16;
+  const uint32_t at = (entry & 255) * uint32_t{16 * sizeof(Sixteen)} + (3 * g + (t < 2 ? t : 2)) * uint32_t{sizeof(uint2)};
   Previous found;
   found.entry = entry;
-  found.rows.x = found.rows.y = t == 2 ? half_pair(4096, 1) : 0;
-  if (t < 2) found.rows = __ldg(sixteen->values + 2 * g + t);
-  found.start = __ldg(sixteen->start + g);
+  found.rows.x = found.rows.y = kDigitFactors;
+  if (t != 2) found.rows = __ldg(reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(table) + at));
   return found;
 }
 
@@ -145,8 +141,8 @@ __device__ inline Previous previous_of(int entry, const Sixteen* table) {
 __device__ inline void take_tile(int* best, const Previous& a, const Previous& b, uint32_t columns_a, uint32_t columns_b,
                                  int step) {
   int one[4], two[4];
-  multiply(one, a.rows, columns_a, a.start);
-  multiply(two, b.rows, columns_b, b.start);
+  multiply(one, a.rows, columns_a);
+  multiply(two, b.rows, columns_b);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int first = static_cast<int>(static_cast<uint32_t>(one[i]) * step + (a.entry & 255));
@@ -155,12 +151,28 @@ __device__ inline void take_tile(int* best, const Previous& a, const Previous& b
   }
 }
 
-// entries [count]: previous states that are alive in any column.
-__device__ inline void sweep(const Sixteen* table, const uint32_t* operands, const int* entries, int count, int step,
-                             Keys& best) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// Where a lane finds its operands of a previous state. Three of four lanes take the state's; the fourth takes constants
+// from the eight banks that those of its quarter of a warp leave free.
+struct Lane {
+  const uint32_t *operands, *constants;
+  bool constant;
+  int shift;
+
+  __device__ Lane(const uint32_t* all, const uint32_t* all_constants) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    operands = all + g * kChunk + (t < 3 ? t : 0) * 4, constants = all_constants;
+    constant = t == 3, shift = g / 2 * 2 * kChunk + 2 * kChunk + g % 2 * 4;
+  }
+  __device__ const uint32_t* of(int state) const {
+    return constant ? constants + (state * kOperands + shift) % 32 : operands + state * kOperands;
+  }
+};
+
+// entries [count]: previous states that are alive in any column. constants [kConstants]: kDigitFactors.
+__device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands, const uint32_t* constants,
+                             const int* entries, int count, int step, Keys& best) {
+  const Lane operands(all_operands, constants);
   table += threadIdx.x / 32;
-  operands += g * kChunk + (t < 3 ? t : 2) * 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -175,7 +187,7 @@ __device__ inline void sweep(const Sixteen* table, const uint32_t* operands, con
       next1 = previous_of(entries[at + 3 < count ? at + 3 : at + 2], table);
     }
     const int tiles = (a.entry | b.entry) >> 8;
-    const uint32_t *columns_a = operands + (a.entry & 255) * kOperands, *columns_b = operands + (b.entry & 255) * kOperands;
+    const uint32_t *columns_a = operands.of(a.entry & 255), *columns_b = operands.of(b.entry & 255);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 first = *reinterpret_cast<const uint4*>(columns_a + half * kHalf);
