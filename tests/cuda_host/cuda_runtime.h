@@ -310,8 +310,9 @@ inline int atomicMin(int* at, int value) {
   if (value < before) *at = value;
   return before;
 }
-inline int atomicOr(int* at, int bits) {
-  const int before = *at;
+template <typename T>
+T atomicOr(T* at, T bits) {
+  const T before = *at;
   *at = before | bits;
   return before;
 }

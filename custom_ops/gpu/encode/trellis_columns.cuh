@@ -16,11 +16,11 @@ constexpr int kWindowRow = 72;                   // of a window's rows in memory
 
 __host__ __device__ inline int slots_of(int tries) { return kColumns / tries; }
 
-// A block's own device memory.
+// A block's own device memory: survivors in the order of their states.
 struct BlockMemory {
-  uint4 bytes[2][kColumns][kStates];             // of a survivor, by its state: its bytes of the group
+  uint4 bytes[2][kColumns][kStates];             // a survivor's bytes of the group
   uint8_t origin[2][kColumns][kStates];          // which survivor of the group's start it comes from
-  uint8_t state[kColumns][kStates];              // the last position's survivors in the order of their states
+  uint8_t state[kColumns][kStates];              // of the last position
   int cost[kColumns][kStates];
 };
 static_assert(sizeof(BlockMemory) % 256 == 0);
@@ -68,6 +68,8 @@ struct Shared {
   int kept[kWarps][kStates];                     // a warp's survivors of one column: cost << 8 | previous state
   uint8_t states[kWarps][kStates];
   alignas(16) float factor[kGroup][4];           // rows of M before the next position, its four columns
+  unsigned alive[kColumns][kStates / 32];        // a column's survivors: a bit for each state,
+  uint8_t before[kColumns][kStates / 32];        // and how many have lower words
   int tiles[kStates], entries[kStates];
   int entry_count;
   double value[kColumns];
@@ -169,9 +171,15 @@ class Columns {
         for (int j = 0; j < kStates / 32; ++j)
           keys[i][j] = static_cast<int>(sh_.operands[(kEach * warp + i) * kKeyRow + 32 * j + lane]);
       __syncthreads();
+      // One copy of the code: the next column's keys move up.
+#pragma unroll 1
+      for (int i = 0; i < kEach; ++i) {
+        if (sh_.local[kEach * warp + i]) settle(span, b, kEach * warp + i, keys[0]);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        if (sh_.local[kEach * warp + i]) settle(span, b, kEach * warp + i, keys[i]);
+        for (int j = 0; j + 1 < kEach; ++j)
+#pragma unroll
+          for (int s = 0; s < kStates / 32; ++s) keys[j][s] = keys[j + 1][s];
+      }
       __syncthreads();
     }
   }
@@ -196,10 +204,12 @@ class Columns {
   __device__ void begin_column(const Span& span, int column) {
     const int slot = column / tries_, local = sh_.local[column];
     const int64_t channel = channel_of(slot);
+    const int lane = threadIdx.x % 32;
     forget(column);
+    if (lane < kStates / 32) sh_.alive[column][lane] = 0;
     __syncwarp();
     const float inverse = __fdiv_rn(1.0f, scale_at(0, column));
-    for (int i = threadIdx.x % 32; i < sh_.start_count[slot]; i += 32) {
+    for (int i = lane; i < sh_.start_count[slot]; i += 32) {
       int state = sh_.entry[slot], cost = 0;
       if (!window_) {
         const int before = sh_.behind[slot];  // the last group's local scale
@@ -209,10 +219,21 @@ class Columns {
           cost = rescaled(cost, mul(__fdiv_rn(static_cast<float>(before * before), static_cast<float>(local * local)),
                                     span.ratio[0]));
       }
-      mine_.origin[0][column][state] = static_cast<uint8_t>(i);
+      atomicOr(&sh_.alive[column][state / 32], 1u << state % 32);
       const uint32_t none[4] = {0, 0, 0, 0};
       place(span, 0, column, state, cost, none, i, 0.0f, inverse);
     }
+    __syncwarp();
+    if (lane < kStates / 32) {
+      int count = 0;
+      for (int j = 0; j < lane; ++j) count += __popc(sh_.alive[column][j]);
+      sh_.before[column][lane] = static_cast<uint8_t>(count);
+    }
+  }
+
+  // Which survivor of a column has a state.
+  __device__ int survivor(int column, int state) const {
+    return sh_.before[column][state / 32] + __popc(sh_.alive[column][state / 32] & ((1u << state % 32) - 1));
   }
 
   // No state of the column is alive.
@@ -252,7 +273,8 @@ class Columns {
     int* kept = sh_.kept[warp];
     uint8_t* states = sh_.states[warp];
     __syncwarp();  // the column before is done with both
-    int count = 0;
+    int count = 0, own_before = 0;
+    unsigned own_alive = 0;  // of lane j: word j of the survivors
 #pragma unroll
     for (int j = 0; j < kStates / 32; ++j) {
       const int cost = (keys[j] >> 8) - least;
@@ -260,6 +282,7 @@ class Columns {
       const unsigned all = __ballot_sync(0xFFFFFFFFu, lives);
       const int at = count + __popc(all & ((1u << lane) - 1));
       if (lives) kept[at] = cost << 8 | (keys[j] & 255), states[at] = static_cast<uint8_t>(32 * j + lane);
+      if (lane == j) own_alive = all, own_before = count;
       count += __popc(all);
     }
     const bool last = b + 1 == span.positions;
@@ -275,7 +298,7 @@ class Columns {
     }
     const float scale = scale_at(0, column), inverse = last ? 0.0f : __fdiv_rn(1.0f, scale_at(b + 1, column));
     for (int i = lane; i < count; i += 32) {
-      const int from = kept[i] & 255, cost = kept[i] >> 8, state = states[i];
+      const int from = survivor(column, kept[i] & 255), cost = kept[i] >> 8, state = states[i];
       uint32_t bytes[4] = {0, 0, 0, 0};
       if (b) {
         const uint4 before = old[from];
@@ -284,9 +307,9 @@ class Columns {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (b / 4 == j) bytes[j] |= static_cast<uint32_t>(state) << (8 * (b % 4));
-      const int origin = mine_.origin[b & 1][column][from];
-      next[state] = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
-      mine_.origin[(b + 1) & 1][column][state] = static_cast<uint8_t>(origin);
+      const int origin = b ? mine_.origin[b & 1][column][from] : from;
+      next[i] = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+      mine_.origin[(b + 1) & 1][column][i] = static_cast<uint8_t>(origin);
       if (last) {
         mine_.cost[column][i] = cost;
         mine_.state[column][i] = static_cast<uint8_t>(state);
@@ -295,6 +318,8 @@ class Columns {
       }
     }
     if (last && lane == 0) sh_.count[column] = count;
+    __syncwarp();
+    if (lane < kStates / 32) sh_.alive[column][lane] = own_alive, sh_.before[column][lane] = static_cast<uint8_t>(own_before);
   }
 
   // Operands of one survivor at position b: its four targets after the errors of its bytes before b.

@@ -92,7 +92,7 @@ class Descent : public Columns {
     const int end = rows_count_ / 4 & 1, count = sh_.count[best];
     int cheapest = 0x7FFFFFFF;
     for (int i = lane; i < count; i += 32) cheapest = min(cheapest, mine_.cost[best][i] << 8 | i);
-    cheapest = mine_.state[best][warp_least(cheapest) & 255];
+    cheapest = warp_least(cheapest) & 255;
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&mine_.bytes[end][best][cheapest]);
     // Errors counted from the wanted weights, back to errors of the weights.
     float *now = room(), *move = now + kWindowRow, *moved = move + kWindowRow;

@@ -148,18 +148,18 @@ class FeedBack : public Columns {
     const int end = kPositions & 1, count = sh_.count[best];
     int cheapest = 0x7FFFFFFF;
     for (int i = lane; i < count; i += 32) cheapest = min(cheapest, mine_.cost[best][i] << 8 | i);
-    cheapest = mine_.state[best][warp_least(cheapest) & 255];
+    cheapest = warp_least(cheapest) & 255;
     const int origin = mine_.origin[end][best][cheapest];
     if (pending(slot)) decide_before(slot, origin);
     if (lane == 0) p_.entry[channel] = state[origin], p_.loss[channel] = __dadd_rn(p_.loss[channel], sh_.value[best]);
     __syncwarp();
     int kept = 0;
     for (int first = 0; first < count; first += 32) {
-      const int i = first + lane, own = i < count ? mine_.state[best][i] : 0;
-      const bool holds = i < count && mine_.origin[end][best][own] == origin;
+      const int i = first + lane;
+      const bool holds = i < count && mine_.origin[end][best][i] == origin;
       const unsigned all = __ballot_sync(0xFFFFFFFFu, holds);
       const int at = kept + __popc(all & ((1u << lane) - 1));
-      if (holds) cost[at] = mine_.cost[best][i], state[at] = static_cast<uint8_t>(own), bytes[at] = mine_.bytes[end][best][own];
+      if (holds) cost[at] = mine_.cost[best][i], state[at] = mine_.state[best][i], bytes[at] = mine_.bytes[end][best][i];
       kept += __popc(all);
     }
     if (lane == 0) p_.kept_count[channel] = kept;

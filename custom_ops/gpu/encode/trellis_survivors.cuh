@@ -178,14 +178,14 @@ __device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands,
 #pragma unroll
     for (int i = 0; i < 4; ++i) best[n][i] = 0x7FFFFFFF;
   if (count == 0) return;
-  Previous next0 = previous_of(entries[0], table), next1 = previous_of(entries[1 < count ? 1 : 0], table);
+  // Two pairs ahead: the second-level cache is slow to answer. Behind the end the last entry is taken again.
+  auto load = [&](int at) { return previous_of(entries[at < count ? at : count - 1], table); };
+  Previous next0 = load(0), next1 = load(1), later0 = load(2), later1 = load(3);
 #pragma unroll 1
   for (int at = 0; at < count; at += 2) {
     const Previous a = next0, b = next1;
-    if (at + 2 < count) {
-      next0 = previous_of(entries[at + 2], table);
-      next1 = previous_of(entries[at + 3 < count ? at + 3 : at + 2], table);
-    }
+    next0 = later0, next1 = later1;
+    if (at + 4 < count) later0 = load(at + 4), later1 = load(at + 5);
     const int tiles = (a.entry | b.entry) >> 8;
     const uint32_t *columns_a = operands.of(a.entry & 255), *columns_b = operands.of(b.entry & 255);
 #pragma unroll
