@@ -36,9 +36,11 @@ class HuggingFaceInspection(Inspection):
         try:
             self.source = TensorFolder(self.folder)
             packed = packed_tensors(self.source)
-            self.config = of_folder(self.config, self.scheme, self.source, packed, self.problems)
+            found: list[str] = []
+            self.config = of_folder(self.config, self.scheme, self.source, packed, found)
+            self.problems += map(self.without_folder, found)
         except CcqError as error:
-            self.problems.append(str(error))
+            self.problems.append(self.without_folder(error))
             self.config = expect(self.config, self.scheme)
         layers = self._layers(formats, format)
         options = PlanOptions(
@@ -82,8 +84,9 @@ class HuggingFaceInspection(Inspection):
                     continue
                 wrong = weight.nonfinite()
             except CcqError as error:
-                if str(error) not in self.problems:  # opening has said it
-                    yield str(error)
+                problem = self.without_folder(error)
+                if problem not in self.problems:  # opening has said it
+                    yield problem
                 continue
             if wrong is not None:
                 yield f"{part.name}: {wrong.sum()} values are NaN or infinite once scaled"
