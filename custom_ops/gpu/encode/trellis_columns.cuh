@@ -32,7 +32,9 @@ struct Plan {
   ccq_trellis_factors all, windows;
   float nominal;
   int low, high, beam, blocks, step;
-  Sixteen* tables;          // [kWindowBlocks, kTable]: of the group or window at work
+  // Of the group or window at work, by position: words in the metric, and rows of M before it with its four columns.
+  Sixteen* tables;          // [kWindowBlocks, kTable]
+  float4* factors;          // [kWindowBlocks, 64]
   BlockMemory* memory;      // [blocks]
   float* begin;             // [blocks, slots, 256, 64]: rows at the group's start
   // Survivors between groups: their costs, states, and bytes of the last group behind the byte `entry`.
@@ -55,8 +57,6 @@ struct Plan {
 
 // Rows of a group or a window, and what belongs to its positions.
 struct Span {
-  const float* m;           // `stride` apart
-  int64_t stride;
   const float *root, *unit, *ratio, *spread;
   int positions;
 };
@@ -67,18 +67,21 @@ struct Shared {
   alignas(128) uint32_t constants[kConstants];
   int kept[kWarps][kStates];                     // a warp's survivors of one column: cost << 8 | previous state
   uint8_t states[kWarps][kStates];
-  alignas(16) float factor[kGroup][4];           // rows of M before the next position, its four columns
   unsigned alive[kColumns][kStates / 32];        // a column's survivors: a bit for each state,
   uint8_t before[kColumns][kStates / 32];        // and how many have lower words
-  int tiles[kStates], entries[kStates];
+  unsigned tiles[kStates / 4];                   // a byte for each state: tiles in which it is alive
+  uint16_t entries[kStates];                     // state | tiles << 8 where there are any
   int entry_count;
   double value[kColumns];
-  int local[kColumns], count[kColumns];          // local scale, 0: nothing to do; survivors in the end
+  uint8_t local[kColumns];                       // 0: nothing to do
+  uint16_t count[kColumns];                      // survivors in the end
   // Of a slot, which is a channel of the block:
   float super[kColumns];
-  int start_count[kColumns], middle[kColumns], cheapest[kColumns];
-  int entry[kColumns], behind[kColumns], fixed[kColumns];  // of a window: byte before, scale and byte behind it
+  uint16_t start_count[kColumns];
+  uint8_t middle[kColumns], cheapest[kColumns];
+  uint8_t entry[kColumns], behind[kColumns], fixed[kColumns];  // of a window: byte before, scale and byte behind it
 };
+static_assert(kTiles <= 8 && kBlocksEach * (sizeof(Shared) + 1024) <= 228 * 1024);
 
 __device__ inline int warp_least(int value) {
   for (int step = 1; step < 32; step *= 2) {
@@ -141,7 +144,7 @@ class Columns {
   // weights, rows: of a slot; survivors' rows are kGroup apart. factors: of a column's costs at the start.
   __device__ void search(const Span& span) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int i = threadIdx.x; i < kStates; i += kThreads) sh_.tiles[i] = 0;
+    for (int i = threadIdx.x; i < kStates / 4; i += kThreads) sh_.tiles[i] = 0;
     for (int i = threadIdx.x; i < kConstants; i += kThreads) sh_.constants[i] = kDigitFactors;
     __syncthreads();
     for (int i = 0; i < kEach; ++i)
@@ -149,20 +152,18 @@ class Columns {
     __syncthreads();
     for (int b = 0; b < span.positions; ++b) {
       list_entries();
-      for (int i = threadIdx.x; i < 4 * b + 4 && b + 1 < span.positions; i += kThreads)
-        *reinterpret_cast<float4*>(sh_.factor[i]) =
-            *reinterpret_cast<const float4*>(span.m + i * span.stride + 4 * (b + 1));
-      __syncthreads();
       int keys[kEach][kStates / 32];
       {
         Keys best;
         sweep(p_.tables + static_cast<int64_t>(b) * kTable, sh_.operands, sh_.constants, sh_.entries, sh_.entry_count, p_.step, best);
         __syncthreads();
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
+        for (int part = 0; part < kParts; ++part)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            sh_.operands[column_of(n, i) * kKeyRow + state_of(i)] = static_cast<uint32_t>(best[n][i]);
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              sh_.operands[column_of(n, i) * kKeyRow + state_of(part, i)] = static_cast<uint32_t>(best[part][n][i]);
       }
       __syncthreads();
 #pragma unroll
@@ -248,12 +249,15 @@ class Columns {
     if (threadIdx.x < 32) {
       int count = 0;
       for (int first = 0; first < kStates; first += 32) {
-        const int state = first + static_cast<int>(threadIdx.x), tiles = sh_.tiles[state];
+        const int state = first + static_cast<int>(threadIdx.x);
+        const unsigned tiles = sh_.tiles[state / 4] >> 8 * (state % 4) & 255u;
         const unsigned alive = __ballot_sync(0xFFFFFFFFu, tiles != 0);
-        if (tiles) sh_.entries[count + __popc(alive & ((1u << threadIdx.x) - 1))] = state | tiles << 8;
+        if (tiles)
+          sh_.entries[count + __popc(alive & ((1u << threadIdx.x) - 1))] = static_cast<uint16_t>(state | tiles << 8);
         count += __popc(alive);
-        sh_.tiles[state] = 0;
       }
+      __syncwarp();
+      for (int i = threadIdx.x; i < kStates / 4; i += 32) sh_.tiles[i] = 0;
       if (threadIdx.x == 0) sh_.entry_count = count;
     }
     __syncthreads();
@@ -317,7 +321,7 @@ class Columns {
         place(span, b + 1, column, state, rescaled(cost, ratio), bytes, origin, scale, inverse);
       }
     }
-    if (last && lane == 0) sh_.count[column] = count;
+    if (last && lane == 0) sh_.count[column] = static_cast<uint16_t>(count);
     __syncwarp();
     if (lane < kStates / 32) sh_.alive[column][lane] = own_alive, sh_.before[column][lane] = static_cast<uint8_t>(own_before);
   }
@@ -329,6 +333,7 @@ class Columns {
     const float* w = weights_ + slot * weight_stride_;
     const float4 begin = *reinterpret_cast<const float4*>(rows_ + slot * row_stride_ + origin * kGroup + 4 * b);
     float x[4] = {begin.x, begin.y, begin.z, begin.w};
+    const float4* factors = p_.factors + b * kGroup;
     uint32_t before = window_ ? sh_.entry[slot] : p_.kept_state[channel_of(slot) * kStates + origin];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -344,7 +349,7 @@ class Columns {
         before = byte;
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
-          const float4 m = *reinterpret_cast<const float4*>(sh_.factor[4 * position + d]);
+          const float4 m = __ldg(factors + 4 * position + d);
           x[0] = add(x[0], mul(e[d], m.x));
           x[1] = add(x[1], mul(e[d], m.y));
           x[2] = add(x[2], mul(e[d], m.z));
@@ -365,7 +370,7 @@ class Columns {
     sh_.operands[operand_place(state, column, 0)] = half_pair(-2 * u[0], -2 * u[1]);
     sh_.operands[operand_place(state, column, 1)] = half_pair(-2 * u[2], -2 * u[3]);
     sh_.operands[operand_place(state, column, 2)] = cost_digits(kCostOffset + cost + square);
-    atomicOr(&sh_.tiles[state], 1 << column / 8);
+    atomicOr(&sh_.tiles[state / 4], 1u << (8 * (state % 4) + column / 8));
   }
 };
 

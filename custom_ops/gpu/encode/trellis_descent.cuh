@@ -41,14 +41,13 @@ class Descent : public Columns {
     if (self < kColumns) {
       const int slot = self / tries_, middle = slot < slots_ ? sh_.middle[slot] : 0, trial = self % tries_;
       const int local = middle + (trial == 0 ? 0 : trial == 1 ? -1 : 1);
-      sh_.local[self] = middle && local >= 1 && local <= kScaleMax ? local : 0;
+      sh_.local[self] = static_cast<uint8_t>(middle && local >= 1 && local <= kScaleMax ? local : 0);
       sh_.value[self] = 0;
     }
     __syncthreads();
     const ccq_trellis_factors& f = p_.windows;
     const int64_t at = static_cast<int64_t>(g_) * kWindowBlocks;
-    search({f.m + at * 4 * kWindowRows, kWindowRows, f.root + 16 * at, f.unit + at, f.ratio + at, f.spread + at,
-            rows_count_ / 4});
+    search({f.root + 16 * at, f.unit + at, f.ratio + at, f.spread + at, rows_count_ / 4});
     for (int slot = self / 32; here(slot); slot += kWarps)
       if (sh_.middle[slot]) decide(slot);
     __syncthreads();

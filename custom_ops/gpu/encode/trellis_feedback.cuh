@@ -25,7 +25,7 @@ class FeedBack : public Columns {
       const int64_t channel = channel_of(self);
       const bool valid = here(self);
       sh_.super[self] = valid ? p_.super[channel] : 0.0f;
-      sh_.start_count[self] = valid ? p_.kept_count[channel] : 0;
+      sh_.start_count[self] = static_cast<uint16_t>(valid ? p_.kept_count[channel] : 0);
       sh_.behind[self] = valid && g_ ? p_.scales[channel * groups_ + g_ - 1] : 0;
       sh_.middle[self] = 0;
     }
@@ -36,13 +36,12 @@ class FeedBack : public Columns {
     if (self < kColumns) {
       const int slot = self / tries_, middle = slot < slots_ ? sh_.middle[slot] : 0;
       const int local = middle + p_.low + self % tries_;
-      sh_.local[self] = middle && local >= 1 && local <= kScaleMax ? local : 0;
+      sh_.local[self] = static_cast<uint8_t>(middle && local >= 1 && local <= kScaleMax ? local : 0);
       sh_.value[self] = 0;
     }
     __syncthreads();
     const int64_t block = first_ / 4;
-    search({p_.all.m + first_ * p_.k + first_, p_.k, p_.all.root + 16 * block, p_.all.unit + block, p_.all.ratio + block,
-            p_.all.spread + block, kPositions});
+    search({p_.all.root + 16 * block, p_.all.unit + block, p_.all.ratio + block, p_.all.spread + block, kPositions});
     for (int slot = self / 32; here(slot); slot += kWarps) decide(slot);
     __syncthreads();
   }
@@ -104,10 +103,10 @@ class FeedBack : public Columns {
     const float rms = __fsqrt_rn(mul(energy, 1.0f / kGroup));
     const float ratio = __fdiv_rn(mul(rms, p_.nominal), sh_.super[slot]);
     if (lane != 0) return;
-    sh_.cheapest[slot] = best;
+    sh_.cheapest[slot] = static_cast<uint8_t>(best);
     if (ratio >= kLeastRms)
       sh_.middle[slot] =
-          static_cast<int>(fminf(fmaxf(whole(fminf(ratio, 100.0f)), 1.0f), static_cast<float>(kScaleMax)));
+          static_cast<uint8_t>(fminf(fmaxf(whole(fminf(ratio, 100.0f)), 1.0f), static_cast<float>(kScaleMax)));
   }
 
   // Errors and bytes of the last group, which were its survivor's.

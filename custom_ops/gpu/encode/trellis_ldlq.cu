@@ -25,8 +25,15 @@ __device__ inline Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(dynamic_shared);
 }
 
+// m: rows of M of a group or window, `stride` apart. grid (positions).
+__global__ void pack_factors(float4* factors, const float* m, int64_t stride) {
+  const int row = threadIdx.x, position = blockIdx.x;
+  if (row < 4 * position)
+    factors[position * kGroup + row] = *reinterpret_cast<const float4*>(m + row * stride + 4 * position);
+}
+
 template <typename Search>
-__global__ void __launch_bounds__(kThreads, 1) search(const __grid_constant__ Plan plan, int group) {
+__global__ void __launch_bounds__(kThreads, kBlocksEach) search(const __grid_constant__ Plan plan, int group) {
   Search work(plan, shared_memory(), group);
   for (int64_t batch = blockIdx.x; batch < work.batches(); batch += gridDim.x) work.run(batch);
 }
@@ -178,13 +185,14 @@ Plan make_plan(const ccq_trellis_ldlq_args& a, void* workspace, size_t* bytes) {
   p.low = a.window_low > 1 - kScaleMax ? a.window_low : 1 - kScaleMax;
   p.high = a.window_high < kScaleMax - 1 ? a.window_high : kScaleMax - 1;
   const int slots = slots_of(p.high - p.low + 1), fewest = slots < slots_of(kSweepTries) ? slots : slots_of(kSweepTries);
-  const int64_t batches = (a.n + fewest - 1) / fewest, blocks = processors();
+  const int64_t batches = (a.n + fewest - 1) / fewest, blocks = processors() * kBlocksEach;
   p.blocks = static_cast<int>(batches < blocks ? batches : blocks);
   auto take = [&](auto*& pointer, int64_t count) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(workspace) + *bytes);
     *bytes += (count * sizeof(*pointer) + 255) / 256 * 256;
   };
   take(p.tables, kWindowBlocks * int64_t{kTable});
+  take(p.factors, kWindowBlocks * kGroup);
   take(p.memory, p.blocks);
   take(p.begin, p.blocks * int64_t{slots} * kStates * kGroup);
   take(p.kept_count, a.n);
@@ -229,8 +237,9 @@ class Queue {
   void product(const Plan& p, const float* in, float* out) {
     launch(times_h, dim3(pieces(p.k, kWide), pieces(p.n, kTile)), kWide, in, p.h, p.n, p.k, out);
   }
-  void tables(const Plan& p, const float* roots, int positions) {
+  void tables(const Plan& p, const float* roots, const float* m, int64_t stride, int positions) {
     launch(make_tables, dim3(kStates / 2, positions), 256, p.tables, roots);
+    launch(pack_factors, positions, static_cast<int>(kGroup), p.factors, m, stride);
   }
   template <typename Search>
   void search_group(const Plan& p, int group) {
@@ -252,7 +261,7 @@ class Queue {
     launch(begin, pieces(p.n * 32, kPlain), kPlain, p);
     for (int64_t g = 0; g < p.k / kGroup; ++g) {
       const int64_t first = g * kGroup;
-      tables(p, p.all.root + 16 * (first / 4), kPositions);
+      tables(p, p.all.root + 16 * (first / 4), p.all.m + first * p.k + first, p.k, kPositions);
       search_group<FeedBack>(p, static_cast<int>(g));
       // What the next group is asked its survivors know already.
       if (g) add(p, p.x, p.changes, kWindowRow, p.decides, p.all.m + (first - kGroup) * p.k, kGroup, first + kGroup);
@@ -263,7 +272,8 @@ class Queue {
   void descend(const Plan& p) {
     for (int64_t g = 0; g < p.k / kGroup; ++g) {
       const int rows = g + 1 == p.k / kGroup ? kGroup : kWindowRows;
-      tables(p, p.windows.root + 16 * kWindowBlocks * g, rows / 4);
+      tables(p, p.windows.root + 16 * kWindowBlocks * g, p.windows.m + g * kWindowRows * kWindowRows, kWindowRows,
+             rows / 4);
       search_group<Descent>(p, static_cast<int>(g));
       add(p, p.gradient, p.changes, kWindowRow, p.decides, p.h + g * kGroup * p.k, rows, 0);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One position of the calibrated search of ccq-2t for 64 columns of a block: least cost over 256 previous states, for
+// One position of the calibrated search of ccq-2t for the columns of a block: least cost over 256 previous states, for
 // each of 256 states.
 //
 // A column is one local scale of one channel. Every survivor has four targets u of its own, and y are the four values
@@ -33,9 +33,10 @@ constexpr int kCostLimit = (1 << 22) - 1;
 constexpr int kCostClip = 511;
 constexpr float kLeastRms = 3.0f / 16.0f;
 
-// A warp takes 16 states of all columns in a position's sums, and all states of kEach columns behind them.
-constexpr int kColumns = 64, kTiles = kColumns / 8, kWarps = 16, kThreads = 32 * kWarps, kEach = kColumns / kWarps;
-static_assert(kWarps * 16 == kStates);
+// A warp takes kParts times 16 states of all columns in a position's sums, and all states of kEach columns behind them.
+// Two blocks a multiprocessor: while one has its sums made, the other finds the targets of its survivors.
+constexpr int kColumns = 32, kTiles = kColumns / 8, kWarps = 8, kThreads = 32 * kWarps, kEach = kColumns / kWarps;
+constexpr int kParts = kStates / 16 / kWarps, kBlocksEach = 64 / kColumns;
 constexpr int kAllTiles = (1 << kTiles) - 1;
 
 // The cost of a state that no sequence may come from. The cheapest survivor has no cost, |u| is at most 2 * 511 and |y| at
@@ -55,14 +56,14 @@ constexpr int kTable = kStates * kStates / 16;  // of one position: [previous st
 
 // Operands in shared memory: for each previous state, chunks of 4 columns that a lane loads at once, with their -2u of
 // the first two weights, of the last two, and the digits of J + |u|^2. Four words more keep states apart in the banks.
-constexpr int kChunk = 12, kHalf = 8 * kChunk, kOperands = 2 * kHalf + 4;
+constexpr int kChunk = 12, kQuad = 8 * kChunk, kQuads = kTiles / 4, kOperands = kQuads * kQuad + 4;
 // What the digits of |y|^2 are multiplied by, as often as a lane of each half can take it from the banks that the others leave.
-constexpr int kConstants = 32 + kHalf;
+constexpr int kConstants = 32 + (kQuads - 1) * kQuad;
 constexpr uint32_t kDigitFactors = 0x3C006C00;  // 4096 and 1 in fp16
 
 __device__ inline int operand_place(int state, int column, int part) {
   const int tile = column / 8;
-  return state * kOperands + tile / 4 * kHalf + column % 8 * kChunk + part * 4 + tile % 4;
+  return state * kOperands + tile / 4 * kQuad + column % 8 * kChunk + part * 4 + tile % 4;
 }
 
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
@@ -114,16 +115,17 @@ __device__ inline void multiply(int* cost, uint2 rows, uint32_t columns) {
 }
 
 // Least cost << 8 | previous state of the 4 pairs of state and column that a thread keeps of each tile.
-using Keys = int[kTiles][4];
+using Keys = int[kParts][kTiles][4];
 
-__device__ inline int state_of(int i) {
-  return static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * (i / 2);
+__device__ inline int state_of(int part, int i) {
+  const int thread = threadIdx.x;
+  return (thread / 32 * kParts + part) * 16 + thread % 32 / 4 + 8 * (i / 2);
 }
 __device__ inline int column_of(int tile, int i) { return 8 * tile + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
 
 // What a warp needs of one previous state.
 struct Previous {
-  uint2 rows;
+  uint2 rows[kParts];
   int entry;  // state | tiles in which it is alive << 8
 };
 
@@ -132,22 +134,28 @@ __device__ inline Previous previous_of(int entry, const Sixteen* table) {
   const uint32_t at = (entry & 255) * uint32_t{16 * sizeof(Sixteen)} + (3 * g + (t < 2 ? t : 2)) * uint32_t{sizeof(uint2)};
   Previous found;
   found.entry = entry;
-  found.rows.x = found.rows.y = kDigitFactors;
-  if (t != 2) found.rows = __ldg(reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(table) + at));
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    found.rows[i].x = found.rows[i].y = kDigitFactors;
+    if (t != 2) found.rows[i] = __ldg(reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(table + i) + at));
+  }
   return found;
 }
 
 // step: 256, which the compiler must not know: as a multiplication it is done beside the minima, not in their place.
-__device__ inline void take_tile(int* best, const Previous& a, const Previous& b, uint32_t columns_a, uint32_t columns_b,
-                                 int step) {
-  int one[4], two[4];
-  multiply(one, a.rows, columns_a);
-  multiply(two, b.rows, columns_b);
+__device__ inline void take_tile(Keys& best, int tile, const Previous& a, const Previous& b, uint32_t columns_a,
+                                 uint32_t columns_b, int step) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int first = static_cast<int>(static_cast<uint32_t>(one[i]) * step + (a.entry & 255));
-    const int second = static_cast<int>(static_cast<uint32_t>(two[i]) * step + (b.entry & 255));
-    best[i] = __vimin3_s32(best[i], first, second);
+  for (int part = 0; part < kParts; ++part) {
+    int one[4], two[4];
+    multiply(one, a.rows[part], columns_a);
+    multiply(two, b.rows[part], columns_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int first = static_cast<int>(static_cast<uint32_t>(one[i]) * step + (a.entry & 255));
+      const int second = static_cast<int>(static_cast<uint32_t>(two[i]) * step + (b.entry & 255));
+      best[part][tile][i] = __vimin3_s32(best[part][tile][i], first, second);
+    }
   }
 }
 
@@ -170,13 +178,15 @@ struct Lane {
 
 // entries [count]: previous states that are alive in any column. constants [kConstants]: kDigitFactors.
 __device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands, const uint32_t* constants,
-                             const int* entries, int count, int step, Keys& best) {
+                             const uint16_t* entries, int count, int step, Keys& best) {
   const Lane operands(all_operands, constants);
-  table += threadIdx.x / 32;
+  table += threadIdx.x / 32 * kParts;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n)
+  for (int part = 0; part < kParts; ++part)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) best[n][i] = 0x7FFFFFFF;
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) best[part][n][i] = 0x7FFFFFFF;
   if (count == 0) return;
   // Two pairs ahead: the second-level cache is slow to answer. Behind the end the last entry is taken again.
   auto load = [&](int at) { return previous_of(entries[at < count ? at : count - 1], table); };
@@ -189,17 +199,17 @@ __device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands,
     const int tiles = (a.entry | b.entry) >> 8;
     const uint32_t *columns_a = operands.of(a.entry & 255), *columns_b = operands.of(b.entry & 255);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 first = *reinterpret_cast<const uint4*>(columns_a + half * kHalf);
-      const uint4 second = *reinterpret_cast<const uint4*>(columns_b + half * kHalf);
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const uint4 first = *reinterpret_cast<const uint4*>(columns_a + quad * kQuad);
+      const uint4 second = *reinterpret_cast<const uint4*>(columns_b + quad * kQuad);
       const uint32_t x[4] = {first.x, first.y, first.z, first.w}, y[4] = {second.x, second.y, second.z, second.w};
       if (tiles == kAllTiles) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) take_tile(best[4 * half + n], a, b, x[n], y[n], step);
+        for (int n = 0; n < 4; ++n) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
       } else {
 #pragma unroll
         for (int n = 0; n < 4; ++n)
-          if (tiles >> (4 * half + n) & 1) take_tile(best[4 * half + n], a, b, x[n], y[n], step);
+          if (tiles >> (4 * quad + n) & 1) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
       }
     }
   }
