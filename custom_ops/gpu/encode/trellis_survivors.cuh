@@ -37,7 +37,6 @@ constexpr float kLeastRms = 3.0f / 16.0f;
 // Two blocks a multiprocessor: while one has its sums made, the other finds the targets of its survivors.
 constexpr int kColumns = 32, kTiles = kColumns / 8, kWarps = 8, kThreads = 32 * kWarps, kEach = kColumns / kWarps;
 constexpr int kParts = kStates / 16 / kWarps, kBlocksEach = 64 / kColumns;
-constexpr int kAllTiles = (1 << kTiles) - 1;
 
 // The cost of a state that no sequence may come from. The cheapest survivor has no cost, |u| is at most 2 * 511 and |y| at
 // most 2 * 255, so the least cost is below 2.4 million. With targets of any survivor, a dropped state's is above
@@ -142,7 +141,12 @@ __device__ inline Previous previous_of(int entry, const Sixteen* table) {
   return found;
 }
 
-// step: 256, which the compiler must not know: as a multiplication it is done beside the minima, not in their place.
+// Cost << 8 | previous state. Three of four are multiplied by step = 256, which the compiler must not know, and the fourth is
+// put together from bytes: so multipliers and the units that find minima have the same to do.
+__device__ inline int key_of(int cost, int state, int step, int i) {
+  return static_cast<int>(i < 3 ? static_cast<uint32_t>(cost) * step + state : __byte_perm(cost, state, 0x2104));
+}
+
 __device__ inline void take_tile(Keys& best, int tile, const Previous& a, const Previous& b, uint32_t columns_a,
                                  uint32_t columns_b, int step) {
 #pragma unroll
@@ -152,9 +156,8 @@ __device__ inline void take_tile(Keys& best, int tile, const Previous& a, const 
     multiply(two, b.rows[part], columns_b);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int first = static_cast<int>(static_cast<uint32_t>(one[i]) * step + (a.entry & 255));
-      const int second = static_cast<int>(static_cast<uint32_t>(two[i]) * step + (b.entry & 255));
-      best[part][tile][i] = __vimin3_s32(best[part][tile][i], first, second);
+      best[part][tile][i] = __vimin3_s32(best[part][tile][i], key_of(one[i], a.entry & 255, step, i),
+                                         key_of(two[i], b.entry & 255, step, i));
     }
   }
 }
@@ -203,7 +206,8 @@ __device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands,
       const uint4 first = *reinterpret_cast<const uint4*>(columns_a + quad * kQuad);
       const uint4 second = *reinterpret_cast<const uint4*>(columns_b + quad * kQuad);
       const uint32_t x[4] = {first.x, first.y, first.z, first.w}, y[4] = {second.x, second.y, second.z, second.w};
-      if (tiles == kAllTiles) {
+      // Branches keep products of different tiles apart from each other: few tiles left out are not worth them.
+      if (__popc(tiles) >= kTiles * 3 / 4) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
       } else {
