@@ -63,26 +63,25 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
         return lambda: (None, lab.tuned(lab.codes[label], way))
 
     return {
+        "EXL3, 2 bits, router": lambda: (None, lab.exl3(router, mul1=True)),
         BASE: codes(Choice("a", "router")),
         "router, default": codes(router),
-        "EXL3, 2 bits, router": lambda: (None, lab.exl3(router, mul1=True)),
         plain: codes(Choice()),
-        "EXL3, 2 bits, gradient": lambda: (None, lab.exl3(Choice(), mul1=True)),
         "gradient, gain in down": gain(plain, "gradient"),
-        "gradient, super scales by layer": relaxed(plain, Relaxation(count=1)),
-        "gradient, relaxed, 4 bytes": relaxed(plain, Relaxation()),
-        "gradient, default, tuned on all": tuned(plain, Way(ALL)),
-        "gradient, relaxed, tuned on all": tuned("gradient, relaxed, 4 bytes", Way(ALL)),
-        "gradient, 3 sweeps": codes(Choice(recipe=replace(default, sweeps=3))),
         "gradient, best": codes(Choice(recipe=best)),
-        "gradient, best, relaxed, 4 bytes": relaxed("gradient, best", Relaxation()),
+        "gradient, default, tuned on all": tuned(plain, Way(ALL)),
         "gradient, best, tuned on all": tuned("gradient, best", Way(ALL)),
-        "gradient, relaxed, 8 bytes": relaxed(plain, Relaxation(count=8, steps=1200)),
-        "router, relaxed, 4 bytes": relaxed("router, default", Relaxation(weights="router")),
-        "gradient, relaxed, rate 0.1": relaxed(plain, Relaxation(rate=0.1)),
-        "gradient, relaxed, rate 0.01": relaxed(plain, Relaxation(rate=0.01)),
-        "gradient, window -2 .. 3": codes(Choice(recipe=replace(default, window=(-2, 3)))),
+        "gradient, super scales by layer": relaxed(plain, Relaxation(count=1, moved=1, steps=600)),
+        "gradient, relaxed": relaxed(plain, Relaxation()),
+        "gradient, relaxed, single bytes": relaxed(plain, Relaxation(moved=1)),
+        "gradient, 3 sweeps": codes(Choice(recipe=replace(default, sweeps=3))),
+        "EXL3, 2 bits, gradient": lambda: (None, lab.exl3(Choice(), mul1=True)),
+        "gradient, relaxed, tuned on all": tuned("gradient, relaxed", Way(ALL)),
         "gradient, two super scales": codes(Choice(recipe=replace(default, kappas=(11.0, 9.0)))),
+        "gradient, window -2 .. 3": codes(Choice(recipe=replace(default, window=(-2, 3)))),
+        "gradient, relaxed, three rounds": relaxed(plain, Relaxation(phases=(0, 1, 2))),
+        "gradient, relaxed, rate 0.1": relaxed(plain, Relaxation(rate=0.1)),
+        "gradient, best, relaxed": relaxed("gradient, best", Relaxation()),
     }
 
 
@@ -136,7 +135,8 @@ def write(result: dict[str, Any]) -> None:
     measured = result["rows"]
     base = measured[BASE]
     table = []
-    for label, found in measured.items():
+    for label in [BASE, *(label for label in measured if label != BASE)]:
+        found = measured[label]
         held = found[HELD]
         table.append(
             [

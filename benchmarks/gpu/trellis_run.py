@@ -41,21 +41,25 @@ class Relaxation:
     """One way to move codes by gradients of a layer's output.
 
     Attributes:
-        count: candidates of a position; 1: codes stay, super scales alone are moved.
+        count: candidates of a segment; 1: codes stay, super scales alone are moved.
+        phases: a round for each, with segments of `moved` + 1 bytes from there on.
         steps, tokens: of descent, and tokens of each.
         rate, scale_rate: Adam's, of logits and of logarithms of super scales.
         warm, cold: temperature of the first and the last step.
+        sharpness: logits at the start are -sharpness times what a change costs (Candidates.rise).
         weights: of tokens: "router", all alike at the layer's output, or "gradient".
     """
 
-    count: int = 4
-    steps: int = 600
+    count: int = 8
+    moved: int = 2
+    phases: tuple[int, ...] = (0,)
+    steps: int = 200
     tokens: int = 8192
     rate: float = 0.03
     scale_rate: float = 1e-3
     warm: float = 1.0
     cold: float = 0.03
-    sharpness: float = 4.0
+    sharpness: float = 1.0
     weights: str = "gradient"
 
 
@@ -177,12 +181,13 @@ class TrellisLab:
 
     def relaxed(self, codes: Layers, way: Relaxation) -> Layers:
         """Codes, and super scales, moved by gradients of the outputs layer by layer."""
-        changed = {}
+        changed = dict(codes)
         for layer in self.net.config.moe_layers():
-            changed |= self._relaxed_layer(layer, codes, way)
+            for phase in way.phases if way.count > 1 else (0,):
+                changed |= self._relaxed_layer(layer, changed, way, phase)
         return changed
 
-    def _relaxed_layer(self, layer: int, codes: Layers, way: Relaxation) -> Layers:
+    def _relaxed_layer(self, layer: int, codes: Layers, way: Relaxation, phase: int) -> Layers:
         x, routed, sensitivity = self.hessians.inputs_of(layer)
         if way.weights == "router":
             sensitivity = torch.ones_like(sensitivity)
@@ -194,7 +199,7 @@ class TrellisLab:
             hessian = torch.from_numpy(
                 self.hessian(Choice(weights=way.weights), layer, projection)
             ).to(weight.device)
-            found = candidates(codes[key], weight, hessian.float(), way.count)
+            found = candidates(codes[key], weight, hessian.float(), way.count, way.moved, phase)
             soft.append(Soft(codes[key], found))
             start = (-way.sharpness * found.rise).clamp(-20, 20)
             logits.append(start.clone().requires_grad_())
