@@ -182,6 +182,7 @@ def measured(rows: Rows, scores: dict, summary: dict, seconds: dict) -> dict:
             "nominal_bits": rows.nominal_bits[label],
             "expert_bits": rows.expert_bits[label],
             "seconds": seconds.get(label),
+            "machine": f"{default_threads()} cores ({processor()})",
             **row,
         }
         for label, row in summary.items()
@@ -226,8 +227,8 @@ def report(name: str, numbers: dict, tokens: int) -> None:
         f" in {first['text']['windows']} windows; {first['tasks'][tasks[0]]['items']} items a task"
         " (a task accuracy of 0.9 on 200 items has a standard error of 0.021). Standard errors over"
         f" windows in brackets. `quantize --calibration` took {seconds[PRODUCT] / 60:.1f} minutes"
-        f" for wint2, `quantize` {seconds[UNCALIBRATED] / 60:.1f}, on {default_threads()} cores"
-        f" ({processor()})."
+        f" for wint2, `quantize` {seconds[UNCALIBRATED] / 60:.1f}, on"
+        f" {numbers[PRODUCT]['machine']}."
     )
     paired = markdown(["same windows; negative: calibrated wint2 is better", "nll", "KL"], pairs)
     save_result(f"calibrated_{name}", numbers)
