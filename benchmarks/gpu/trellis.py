@@ -33,6 +33,7 @@ BASE = "router, 256k tokens, default"
 
 def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
     """Label -> what makes (codes or None, weights); a row may need one before it."""
+    import trellis_store
     from choices_list import ALL, Way
     from trellis_run import TRELLIS_LDLQ_RECIPES, Choice, Relaxation
 
@@ -59,8 +60,14 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
     def gain(label: str, weights: str):
         return from_codes(label, lambda found: lab.gain_in_down(found, weights))
 
-    def tuned(label: str, way: Way):
-        return lambda: (None, lab.tuned(lab.codes[label], way))
+    def tuned(label: str, way: Way, store: bool = False):
+        def make():
+            weights = lab.tuned(lab.codes[label], way)
+            if store and lab.folder:
+                trellis_store.save(lab.folder, lab, lab.codes[label], weights)
+            return None, weights
+
+        return make
 
     return {
         "EXL3, 2 bits, router": lambda: (None, lab.exl3(router, mul1=True)),
@@ -77,7 +84,7 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
         "gradient, 3 sweeps": codes(Choice(recipe=replace(default, sweeps=3))),
         "EXL3, 2 bits, gradient": lambda: (None, lab.exl3(Choice(), mul1=True)),
         "gradient, relaxed, tuned on all": tuned("gradient, relaxed", Way(ALL)),
-        "gradient, best, tuned on all, twice": tuned("gradient, best", Way(ALL, passes=2)),
+        "gradient, best, tuned on all, twice": tuned("gradient, best", Way(ALL, passes=2), True),
         "gradient, default, tuned on all, twice": tuned(plain, Way(ALL, passes=2)),
         "gradient, gain in down, tuned on all": tuned("gradient, gain in down", Way(ALL)),
         "gradient, two super scales": codes(Choice(recipe=replace(default, kappas=(11.0, 9.0)))),
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="put the table of a run into the docs")
     parser.add_argument("--rows", nargs="+", metavar="LABEL")
+    parser.add_argument("--store", type=Path, help="folder for the best model (trellis_store.py)")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
     args = parser.parse_args()
     if args.write:
@@ -193,7 +201,9 @@ def main() -> None:
         list(read_documents(args.text)), Tokenizer(source.path, source.config.raw)
     )
     windows[VALIDATION] = np.stack(cut_windows(np.asarray(stream, np.int64), 1024, 61_440))
-    measure(TrellisLab(source, windows), args, start)
+    lab = TrellisLab(source, windows)
+    lab.folder = args.store
+    measure(lab, args, start)
 
 
 if __name__ == "__main__":
