@@ -38,8 +38,8 @@ PRESETS = ("fast", "default", "best")
 # Output channels and inputs; the second is down_proj of ERNIE-4.5-300B.
 SHAPES = ((7168, 2048), (8192, 3584))
 CHECKED = 8  # channels at each end
-# 54 MoE layers of 64 experts of 3 x 8192 x 3584.
-ERNIE_300B = 54 * 64 * 3 * 8192 * 3584
+# 51 MoE layers of 64 experts of 3 x 8192 x 3584 weights.
+ERNIE_300B = 51 * 64 * 3 * 8192 * 3584
 
 
 def gaussian(n: int, k: int) -> np.ndarray:
@@ -235,8 +235,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     )
     checked = all(r["same"] for r in found + calibrated)
     note += (
-        f" Million weights a second; hours: of the 304 thousand million weights of its experts at"
-        f" the rate of the column before `wint2`'s. {result['checked']} channels of every row were"
+        f" Million weights a second; hours: of the {ERNIE_300B / 1e9:.0f} thousand million weights"
+        f" of its experts at the rate of the column before `wint2`'s. {result['checked']} channels of every row were"
         f" compared with the CPU core: {'the same bytes' if checked else 'OTHER BYTES'}."
     )
     return {"gpu-free": f"{free}\n\n{note}", "gpu-calibrated": data}

@@ -90,6 +90,15 @@ def test_local_scales_at_their_ends() -> None:
     assert_same(arguments(weights("far apart", 3, 192, seed=3), hessian(192), recipe))
 
 
+# As on devices of 99 KB a block.
+@pytest.mark.parametrize("order", ["0", "1"])
+def test_little_shared_memory(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCQ_EMULATE_REVERSED", order)
+    monkeypatch.setenv("CCQ_EMULATE_SHARED", str(99 << 10))
+    recipe = replace(SMALL, window=(-1, 2), beam=20000)
+    assert_same(arguments(weights("awkward", 8, 192, seed=7), hessian(192, "few"), recipe))
+
+
 def test_of_equal_costs_the_first_is_taken() -> None:
     assert_same(arguments(weights("steps", 3, 128, seed=4), np.eye(128), SMALL))
 

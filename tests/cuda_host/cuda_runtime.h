@@ -34,7 +34,7 @@
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 typedef void* cudaStream_t;
@@ -110,6 +110,12 @@ extern Machine machine;
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulated GPU: %s\n", what);
   abort();
+}
+
+// Of a block; CCQ_EMULATE_SHARED sets less.
+inline size_t most_shared() {
+  const char* set = getenv("CCQ_EMULATE_SHARED");
+  return set ? strtoull(set, nullptr, 10) : kMostShared;
 }
 
 inline bool reversed() {
@@ -332,7 +338,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 template <typename... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int bytes) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (static_cast<size_t>(bytes) > emulated::kMostShared) return cudaErrorInvalidValue;
+  if (static_cast<size_t>(bytes) > emulated::most_shared()) return cudaErrorInvalidValue;
   emulated::machine.shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
@@ -355,8 +361,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : static_cast<int>(emulated::most_shared());
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

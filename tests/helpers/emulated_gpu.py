@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     *("common/library.cu", "encode/trellis.cu", "encode/host_trellis.cu"),
-    *("encode/trellis_ldlq.cu", "encode/host_trellis_ldlq.cu"),
+    *("encode/trellis_ldlq.cu", "encode/trellis_ldlq_narrow.cu", "encode/host_trellis_ldlq.cu"),
     *("ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
 )
 # As setup.py compiles the CPU's core: no fused operations. Contexts are switched by longjmp, which

@@ -14,6 +14,8 @@ constexpr int kSweepTries = 3;                   // local scales that a sweep tr
 constexpr int kKeyRow = kStates + 4;             // of a column's keys in shared memory, in words
 constexpr int kWindowRow = 72;                   // of a window's rows in memory
 
+static_assert(kLoad == 4 || kLoad == 2);
+
 __host__ __device__ inline int slots_of(int tries) { return kColumns / tries; }
 
 // A block's own device memory: survivors in the order of their states.

@@ -63,29 +63,32 @@ class FeedBack : public Columns {
   __device__ void begin_rows() {
     const int self = threadIdx.x;
     float* m = reinterpret_cast<float*>(sh_.operands);  // [64, 64]
-    float* errors = m + kGroup * kGroup;                // [256, 64]
+    float* errors = m + kGroup * kGroup;                // [kAtOnce, 64]
+    constexpr int kAtOnce = (kStates * kOperands - kGroup * kGroup) / kGroup;
     if (g_)
       for (int i = self; i < kGroup * kGroup; i += kThreads)
         m[i] = p_.all.m[(first_ - kGroup + i / kGroup) * p_.k + first_ + i % kGroup];
     for (int slot = 0; here(slot); ++slot) {
-      const int count = sh_.start_count[slot];
-      if (pending(slot))
-        for (int i = self; i < count * kPositions; i += kThreads)
-          errors_before(slot, i / kPositions, i % kPositions, errors + 4 * i);
-      __syncthreads();
       const float* x = p_.x + channel_of(slot) * p_.k + first_;
-      float* out = begin_ + slot * row_stride_;
       const int r = self % kGroup;
-      for (int s = self / kGroup; s < count; s += kThreads / kGroup) {
-        float sum = x[r];
-        if (pending(slot)) {
-          const float* e = errors + s * kGroup;
+      for (int done = 0; done < sh_.start_count[slot]; done += kAtOnce) {
+        const int count = min(sh_.start_count[slot] - done, kAtOnce);
+        float* out = begin_ + slot * row_stride_ + done * kGroup;
+        if (pending(slot))
+          for (int i = self; i < count * kPositions; i += kThreads)
+            errors_before(slot, done + i / kPositions, i % kPositions, errors + 4 * i);
+        __syncthreads();
+        for (int s = self / kGroup; s < count; s += kThreads / kGroup) {
+          float sum = x[r];
+          if (pending(slot)) {
+            const float* e = errors + s * kGroup;
 #pragma unroll 16
-          for (int i = 0; i < kGroup; ++i) sum = add(sum, mul(e[i], m[i * kGroup + r]));
+            for (int i = 0; i < kGroup; ++i) sum = add(sum, mul(e[i], m[i * kGroup + r]));
+          }
+          out[s * kGroup + r] = sum;
         }
-        out[s * kGroup + r] = sum;
+        __syncthreads();
       }
-      __syncthreads();
     }
   }
 

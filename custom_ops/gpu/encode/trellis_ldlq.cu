@@ -184,6 +184,7 @@ Plan make_plan(const ccq_trellis_ldlq_args& a, void* workspace, size_t* bytes) {
   // A scale outside 1 to 15 is never tried.
   p.low = a.window_low > 1 - kScaleMax ? a.window_low : 1 - kScaleMax;
   p.high = a.window_high < kScaleMax - 1 ? a.window_high : kScaleMax - 1;
+  if (p.high - p.low + 1 > kColumns) return p;
   const int slots = slots_of(p.high - p.low + 1), fewest = slots < slots_of(kSweepTries) ? slots : slots_of(kSweepTries);
   const int64_t batches = (a.n + fewest - 1) / fewest, blocks = processors() * kBlocksEach;
   p.blocks = static_cast<int>(batches < blocks ? batches : blocks);
@@ -289,18 +290,14 @@ class Queue {
   cudaError_t error_ = cudaSuccess;
 };
 
-}  // namespace ccq_calibrated_trellis
-
-using namespace ccq_calibrated_trellis;
-
-extern "C" size_t ccq_trellis_ldlq_workspace(const ccq_trellis_ldlq_args* args) {
+// 0 where the arguments are out of range.
+size_t workspace_of(const ccq_trellis_ldlq_args& a) {
   size_t bytes;
-  const Plan plan = make_plan(*args, nullptr, &bytes);
+  const Plan plan = make_plan(a, nullptr, &bytes);
   return plan.blocks ? bytes : 0;
 }
 
-extern "C" cudaError_t ccq_trellis_ldlq(const ccq_trellis_ldlq_args* args, cudaStream_t stream) {
-  const ccq_trellis_ldlq_args& a = *args;
+cudaError_t encode(const ccq_trellis_ldlq_args& a, cudaStream_t stream) {
   size_t bytes;
   const Plan p = make_plan(a, a.workspace, &bytes);
   if (p.blocks == 0) return cudaErrorInvalidValue;
@@ -324,3 +321,32 @@ extern "C" cudaError_t ccq_trellis_ldlq(const ccq_trellis_ldlq_args* args, cudaS
   }
   return queue.error();
 }
+
+}  // namespace ccq_calibrated_trellis
+
+#ifndef CCQ_TRELLIS_NARROW
+namespace ccq_narrow_trellis {
+size_t workspace_of(const ccq_trellis_ldlq_args& a);
+cudaError_t encode(const ccq_trellis_ldlq_args& a, cudaStream_t stream);
+}  // namespace ccq_narrow_trellis
+
+namespace {
+
+// The device in use has not enough shared memory for a block of 32 columns.
+bool narrow() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
+  return static_cast<size_t>(bytes) < sizeof(ccq_calibrated_trellis::Shared);
+}
+
+}  // namespace
+
+extern "C" size_t ccq_trellis_ldlq_workspace(const ccq_trellis_ldlq_args* args) {
+  return narrow() ? ccq_narrow_trellis::workspace_of(*args) : ccq_calibrated_trellis::workspace_of(*args);
+}
+
+extern "C" cudaError_t ccq_trellis_ldlq(const ccq_trellis_ldlq_args* args, cudaStream_t stream) {
+  return narrow() ? ccq_narrow_trellis::encode(*args, stream) : ccq_calibrated_trellis::encode(*args, stream);
+}
+#endif

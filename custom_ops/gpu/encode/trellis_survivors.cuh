@@ -35,9 +35,13 @@ constexpr float kLeastRms = 3.0f / 16.0f;
 
 // A warp takes kParts times 16 states of all columns in a position's sums, and all states of kEach columns behind them.
 // Two blocks a multiprocessor: while one has its sums made, the other finds the targets of its survivors.
-constexpr int kColumns = 32, kTiles = kColumns / 8, kWarps = 8, kThreads = 32 * kWarps, kEach = kColumns / kWarps;
+#ifndef CCQ_TRELLIS_COLUMNS
+#define CCQ_TRELLIS_COLUMNS 32
+#endif
+constexpr int kColumns = CCQ_TRELLIS_COLUMNS, kTiles = kColumns / 8, kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kEach = kColumns / kWarps, kBlocksEach = kColumns == 32 ? 2 : 1;
 constexpr int kAllTiles = (1 << kTiles) - 1;
-constexpr int kParts = kStates / 16 / kWarps, kBlocksEach = 64 / kColumns;
+constexpr int kParts = kStates / 16 / kWarps;
 
 // The cost of a state that no sequence may come from. The cheapest survivor has no cost, |u| is at most 2 * 511 and |y| at
 // most 2 * 255, so the least cost is below 2.4 million. With targets of any survivor, a dropped state's is above
@@ -54,16 +58,17 @@ struct Sixteen {
 };
 constexpr int kTable = kStates * kStates / 16;  // of one position: [previous state][16 states]
 
-// Operands in shared memory: for each previous state, chunks of 4 columns that a lane loads at once, with their -2u of
+// Operands in shared memory: for each previous state, chunks of kLoad columns that a lane loads at once, with their -2u of
 // the first two weights, of the last two, and the digits of J + |u|^2. Four words more keep states apart in the banks.
-constexpr int kChunk = 12, kQuad = 8 * kChunk, kQuads = kTiles / 4, kOperands = kQuads * kQuad + 4;
+constexpr int kLoad = kTiles < 4 ? kTiles : 4, kChunk = 3 * kLoad;
+constexpr int kQuad = 8 * kChunk, kQuads = kTiles / kLoad, kOperands = kQuads * kQuad + 4;
 // What the digits of |y|^2 are multiplied by, as often as a lane of each half can take it from the banks that the others leave.
 constexpr int kConstants = 32 + (kQuads - 1) * kQuad;
 constexpr uint32_t kDigitFactors = 0x3C006C00;  // 4096 and 1 in fp16
 
 __device__ inline int operand_place(int state, int column, int part) {
   const int tile = column / 8;
-  return state * kOperands + tile / 4 * kQuad + column % 8 * kChunk + part * 4 + tile % 4;
+  return state * kOperands + tile / kLoad * kQuad + column % 8 * kChunk + part * kLoad + tile % kLoad;
 }
 
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
@@ -164,7 +169,7 @@ __device__ inline void take_tile(Keys& best, int tile, const Previous& a, const 
 }
 
 // Where a lane finds its operands of a previous state. Three of four lanes take the state's; the fourth takes constants
-// from the eight banks that those of its quarter of a warp leave free.
+// from the eight banks that those beside it leave free.
 struct Lane {
   const uint32_t *operands, *constants;
   bool constant;
@@ -172,13 +177,24 @@ struct Lane {
 
   __device__ Lane(const uint32_t* all, const uint32_t* all_constants) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    operands = all + g * kChunk + (t < 3 ? t : 0) * 4, constants = all_constants;
-    constant = t == 3, shift = g / 2 * 2 * kChunk + 2 * kChunk + g % 2 * 4;
+    constexpr int kAtOnce = 8 / kLoad;  // rows whose lanes load at once, from 24 banks
+    operands = all + g * kChunk + (t < 3 ? t : 0) * kLoad, constants = all_constants;
+    constant = t == 3, shift = (g / kAtOnce + 1) * kAtOnce * kChunk + g % kAtOnce * kLoad;
   }
   __device__ const uint32_t* of(int state) const {
     return constant ? constants + (state * kOperands + shift) % 32 : operands + state * kOperands;
   }
 };
+
+__device__ inline void load_columns(const uint32_t* from, uint32_t (&x)[kLoad]) {
+  if constexpr (kLoad == 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(from);
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+  } else {
+    const uint2 two = *reinterpret_cast<const uint2*>(from);
+    x[0] = two.x, x[1] = two.y;
+  }
+}
 
 // Least costs over two previous states.
 __device__ inline void take_pair(Keys& best, const Lane& operands, const Previous& a, const Previous& b, int step) {
@@ -186,17 +202,17 @@ __device__ inline void take_pair(Keys& best, const Lane& operands, const Previou
   const uint32_t *columns_a = operands.of(a.entry & 255), *columns_b = operands.of(b.entry & 255);
 #pragma unroll
   for (int quad = 0; quad < kQuads; ++quad) {
-    const uint4 first = *reinterpret_cast<const uint4*>(columns_a + quad * kQuad);
-    const uint4 second = *reinterpret_cast<const uint4*>(columns_b + quad * kQuad);
-    const uint32_t x[4] = {first.x, first.y, first.z, first.w}, y[4] = {second.x, second.y, second.z, second.w};
+    uint32_t x[kLoad], y[kLoad];
+    load_columns(columns_a + quad * kQuad, x);
+    load_columns(columns_b + quad * kQuad, y);
     // Branches keep products of different tiles apart from each other: one tile left out is not worth them.
     if ((missing & (missing - 1)) == 0) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
+      for (int n = 0; n < kLoad; ++n) take_tile(best, kLoad * quad + n, a, b, x[n], y[n], step);
     } else {
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
-        if (tiles >> (4 * quad + n) & 1) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
+      for (int n = 0; n < kLoad; ++n)
+        if (tiles >> (kLoad * quad + n) & 1) take_tile(best, kLoad * quad + n, a, b, x[n], y[n], step);
     }
   }
 }
