@@ -162,12 +162,7 @@ int main() {
   int major;
   while (std::scanf("%d %d %d %d %d", &major, &call.rows, &call.k, &call.n, &call.experts) == 5) {
     gpu.major = major;
-    auto fits = [&](int v) {
-      if (v == 42) return call.k > 1536 && call.k <= 4096;
-      if (v == 45) return call.k > 3072 && call.k <= 8192;
-      if (v == 46) return call.k <= 3584;
-      return v < 20 || call.k <= 9216;
-    };
+    auto fits = [&](int v) { return v < 20 || v == 44 || call.k <= 11264; };
     std::printf("%d\n", ccq::trellis_choice(gpu, call, major == 9, fits));
   }
 }
@@ -183,15 +178,15 @@ def test_trellis_choice_follows_rows_and_shared_memory(tmp_path: Path) -> None:
     # Compute capability, rows, k, n, experts: kernel.
     cases = {
         (9, 8, 8192, 7168, 64): 40,  # one token
-        (9, 128, 8192, 7168, 64): 41,
-        (9, 512, 8192, 7168, 64): 45,  # eight rows of long K
-        (9, 512, 3584, 8192, 64): 42,
-        (9, 512, 1536, 2560, 64): 46,
-        (9, 256, 1536, 2560, 64): 41,
+        (9, 32, 8192, 7168, 64): 41,
+        (9, 128, 8192, 7168, 64): 42,
+        (9, 512, 8192, 7168, 64): 44,  # eight rows an expert
+        (9, 512, 1536, 2560, 64): 44,
+        (9, 128, 1536, 2560, 64): 42,
         (9, 2048, 8192, 7168, 64): 11,  # many rows
-        (9, 4, 14336, 4096, 8): 11,  # K that only the kernel for many rows takes
+        (9, 4, 14336, 4096, 8): 44,  # K that only the kernels of streamed activations take
         (8, 8, 8192, 7168, 64): 43,
-        (8, 4096, 8192, 7168, 64): 44,
+        (8, 4096, 8192, 7168, 64): 42,
         (8, 4, 14336, 4096, 8): -1,
     }
     lines = "\n".join(" ".join(map(str, case)) for case in cases)

@@ -11,11 +11,14 @@ import pytest
 pytest.importorskip("torch")
 from gpu_library import ccqlib, library, torch
 
-# Kernels for many rows round weights to bfloat16 (2.4e-3 in all, more where outputs are few).
-TOLERANCE = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
+# Relative errors for many outputs. Rounding outputs to bfloat16 gives 1.66e-3; kernels for many rows
+# round weights to 8 bits as well, 2.36e-3 in all.
+TOLERANCE = {torch.bfloat16: 1.75e-3, torch.float16: 3e-4}
+MANY_ROWS_TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
+FIRST_FOR_FEW_ROWS = 40
 DTYPES = [torch.bfloat16, torch.float16]
 # Kernels by number (custom_ops/gpu/moe/choice.h): many rows, then few.
-KERNELS = [*range(10, 16), *range(40, 47)]
+KERNELS = [*range(10, 16), *range(40, 45)]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,14 @@ def lib(tmp_path_factory):
 
 def decoded(weights, expert=0):
     return ccqlib.decode_trellis(torch, *(t[expert] for t in weights))
+
+
+def tolerance(lib, dtype, outputs):
+    """Of the kernel that ran last. Both norms are sums over the outputs, so with few of them their
+    ratio spreads: in 4,000 draws of 16 outputs, rounded weights gave 6.2e-3 at most, rounded
+    outputs alone 3.2e-3; in 500 draws of 304 outputs 2.9e-3 and 2.0e-3."""
+    table = TOLERANCE if lib.variant >= FIRST_FOR_FEW_ROWS else MANY_ROWS_TOLERANCE
+    return table[dtype] * (1 + 7 / outputs**0.5)
 
 
 def multiply(lib, packed, x, offsets, row_scale=None):
@@ -63,8 +74,8 @@ def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, sprea
         want *= scale.double()[:, None]
     error = ((out.double() - want).norm() / want.norm()).item()
     worst = ((out.double() - want).abs().amax(1) / want.abs().amax(1)).max().item()
-    assert error <= TOLERANCE[dtype], (error, worst)
-    assert worst <= 8 * TOLERANCE[dtype], (error, worst)
+    assert error <= tolerance(lib, dtype, out.numel()), (error, worst)
+    assert worst <= 8 * MANY_ROWS_TOLERANCE[dtype], (error, worst)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +150,7 @@ def test_rows_from_the_middle_of_a_column(lib):
         [x[2 * e : 2 * e + 2].double() @ decoded((q, ws, ss), e)[384:] for e in (0, 1)]
     )
     out = multiply(lib, packed, x, offsets).double()
-    assert ((out - want).norm() / want.norm()).item() <= TOLERANCE[torch.bfloat16]
+    assert ((out - want).norm() / want.norm()).item() <= tolerance(lib, torch.bfloat16, out.numel())
 
 
 def test_rows_of_nobody_stay(lib):

@@ -190,9 +190,8 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   return 3;
 }
 
-// CCQ-2T: trellis_few.cuh by `wgmma` with one, four or eight rows a tile, by mma.sync (+ 3, + 4) with one or four, with eight and K
-// in two launches (+ 5), with eight and K below 2048 (+ 6); or moe_wide.cuh.
-constexpr int kTrellisFew = 40;
+// CCQ-2T: trellis_few.cuh with one, two or four rows a tile (+ 3: one, with less shared memory); trellis_some.cuh; or moe_wide.cuh.
+constexpr int kTrellisFew = 40, kTrellisSome = 44;
 
 // -1: K is longer than any kernel for this GPU takes.
 template <typename F>
@@ -201,18 +200,15 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   const double mean = call.mean();
   const bool one = call.experts == 1 ? call.rows == 1 : mean <= 0.3;
   if (!hopper) {
-    for (int variant : {one ? kTrellisFew + 3 : kTrellisFew + 4, kTrellisFew + 3})
+    for (int variant : {one ? kTrellisFew + 3 : kTrellisFew + 2, kTrellisFew + 3})
       if (fits(variant)) return variant;
     return -1;
   }
-  // Borders measured on an H200. Eight rows decode once what four decode twice, but a step of theirs takes longer.
   if (one && fits(kTrellisFew)) return kTrellisFew;
-  if (mean > 12) return wide_choice(gpu, call, fits);
-  if (mean >= 4 && fits(kTrellisFew + 2)) return kTrellisFew + 2;
-  if (mean >= 5)
-    for (int variant : {kTrellisFew + 6, kTrellisFew + 5})
-      if (fits(variant)) return variant;
-  if (mean <= 6 && fits(kTrellisFew + 1)) return kTrellisFew + 1;
+  if (mean > 16) return wide_choice(gpu, call, fits);
+  if (mean > 3 && fits(kTrellisSome)) return kTrellisSome;
+  for (int variant : {mean < 0.75 ? kTrellisFew + 1 : kTrellisFew + 2, kTrellisFew + 2, kTrellisSome})
+    if (fits(variant)) return variant;
   return wide_choice(gpu, call, fits);
 }
 

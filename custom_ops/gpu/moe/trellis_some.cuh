@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped GEMM with CCQ-2T weights for some rows an expert (tiles of 16 rows or 8), on Hopper (sm_90a), in integers.
+//
+// A tile has 512 columns and up to 16 rows, and its weights, decoded once, meet all of them: `wgmma` takes the hash words of the code
+// bytes as they stand (trellis.cuh) from registers, and from shared memory activations as signed digits, which a kernel before this
+// one has made. A group's sums are integers, exact; they meet the group's scale and are added up as integers, for 64 groups at most.
+//
+// Work and warps are moe_wide.cuh's: tiles in waves, the remaining ones cut along K; eight warps multiply, four request. A stage is 256
+// input rows: of each 64 columns one copy of 4 KB, and one of 8 KB for each 8 rows of activations.
+#pragma once
+
+#include "gemm_launch.cuh"
+#include "moe_wide.cuh"
+#include "trellis_few.cuh"
+#include "wide_trellis.cuh"
+
+namespace ccq {
+
+// What kTrellisRowsBytes (gemm_launch.cuh) are: [upper digits, lower digits][4 groups][4 code bytes of a lane][2 hash words][8 rows][4 lanes][4 bytes].
+constexpr int kTrellisDigitBytes = kTrellisRowsBytes / 2;
+
+struct IntegerTrellisWeights : TrellisWeights {
+  template <bool kBf16>
+  __device__ static float2 supers(const char* columns, int tile, int g) {
+    const float* const own = reinterpret_cast<const float*>(columns) + tile * 16 + g;
+    return make_float2(own[0], own[8]);
+  }
+};
+
+template <bool kBf16_, int kStages_>
+struct TrellisSomeConfig {
+  using Weights = IntegerTrellisWeights;
+  static constexpr bool kBf16 = kBf16_;  // the outputs' type
+  static constexpr int kR = 4, kN = 16, kNT = kN / 8, kClasses = 2, kStages = kStages_, kMinBlocks = 1, kUnits = 2;
+  static constexpr int kWarps = 8, kProducers = 4, kThreads = (kWarps + kProducers) * 32, kTiles = kR * kWarps;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kMostGroups = 64;  // whose sums a 32-bit integer holds: 64 * 15 * 64 * 255 * 128 < 2^31
+  // A stage: the activations of 8 rows, of the next 8 rows; of each 64 columns two units of weights.
+  static constexpr int kRowsBytes = kNT * kTrellisRowsBytes;
+  static constexpr int kFour = kUnits * kTrellisUnitBytes, kStageBytes = kRowsBytes + kTiles / 4 * kFour;
+  static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + Weights::columns_bytes(kTiles);
+  static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
+  static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
+  static constexpr size_t shared_bytes(int experts) { return 1024 + kScheduleAt + WaveSchedule<TrellisSomeConfig>::shared_bytes(experts); }
+};
+
+// A row's values become digits of integers with one scale, at their place in blocks of 8 rows (prepare.cuh, first_prepared_block).
+static __global__ void __launch_bounds__(kPrepareThreads)
+trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, const float* row_scale, int counters, Prepared out) {
+  wait_for_prerequisites();
+  dependents_may_start();
+  __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
+  const int row = blockIdx.x, chunks = k / 16;
+  if (row == 0)
+    for (int i = threadIdx.x; i < counters; i += kPrepareThreads) out.counters[i] = 0;
+  const char* const from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
+  Chunk chunk{};
+  if (static_cast<int>(threadIdx.x) < chunks) chunk.load(from, threadIdx.x);
+  int expert = 0;  // experts that end at or before this row
+  for (int base = 0; offsets && base < experts; base += kPrepareThreads) {
+    const int e = base + threadIdx.x;
+    expert += __syncthreads_count(e < experts && offsets[e] <= row);
+  }
+  if (expert >= experts) return;  // a row behind the last expert's
+  const int start = expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0;
+  const int place = first_prepared_block(start, expert) * 8 + (row - start);
+  uint32_t largest = chunk.largest(dtype);
+  for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
+    Chunk other;
+    other.load(from, c);
+    largest = max(largest, other.largest(dtype));
+  }
+  largest = __reduce_max_sync(~0u, largest);
+  if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
+  __syncthreads();
+  largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
+  const IntegerScale own(largest);
+  if (threadIdx.x == 0) out.row_scale[row] = row_scale ? own.back * row_scale[row] : own.back;
+  char* const to = out.x + static_cast<size_t>(place / 8) * ((k + 255) / 256) * kTrellisRowsBytes + place % 8 * 16;
+  for (int c = threadIdx.x; c < chunks; c += kPrepareThreads) {
+    if (c >= kPrepareThreads) chunk.load(from, c);
+    float v[16];
+    chunk.values(dtype, v);
+    char* const at = to + static_cast<size_t>(c / 16) * kTrellisRowsBytes + c / 4 % 4 * 1024 + c % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const TrellisDigits d(v[2 * j], v[2 * j + 1], own.scale);
+      *reinterpret_cast<uint32_t*>(at + j * 128) = d.upper;
+      *reinterpret_cast<uint32_t*>(at + j * 128 + kTrellisDigitBytes) = d.lower;
+    }
+  }
+}
+
+#define CCQ_D4(d, j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
+// d[64 x 8 * blocks] = a[64 x 32] * b[32 x 8 * blocks], or added to d; unsigned bytes by signed bytes. Of the 64 rows a warp has 16.
+template <bool kAdd>
+__device__ inline void wgmma_trellis(int (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p; }\n"
+      : CCQ_D4(d, 0), CCQ_D4(d, 1)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
+      : "memory");
+#endif
+}
+template <bool kAdd>
+__device__ inline void wgmma_trellis(int (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+      "{%16,%17,%18,%19}, %20, p; }\n"
+      : CCQ_D4(d, 0), CCQ_D4(d, 1), CCQ_D4(d, 2), CCQ_D4(d, 3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
+      : "memory");
+#endif
+}
+// Until at most kPending groups are under way; then d may be read.
+template <int kPending, int kBlocks>
+__device__ inline void wgmma_wait_for(int (&d)[kBlocks][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %4;\n" : CCQ_D4(d, 0) : "n"(kPending) : "memory");
+#pragma unroll
+  for (int j = 1; j < kBlocks; ++j) asm volatile("" : CCQ_D4(d, j)::"memory");
+#endif
+}
+#undef CCQ_D4
+
+template <typename C>
+struct SomeShared : WideShared<C> {
+  // K in stages.
+  __device__ static WaveSchedule<C> schedule(const GemmParams& p) {
+    return {WideShared<C>::memory() + C::kScheduleAt, p.experts, p.column_tiles, (p.k / 128 + C::kUnits - 1) / C::kUnits};
+  }
+};
+
+// The warps that request.
+template <typename C>
+__device__ void produce_some(const GemmParams& p, int own) {
+  using S = SomeShared<C>;
+  const WaveSchedule<C> schedule = S::schedule(p);
+  const int lane = threadIdx.x % 32, tiles_n = p.n / 16, blocks_k = p.k / 128;
+  int stage = 0, slot = 0, last_tile = -1;
+  uint32_t parity = 1;  // of the round before: passed at once in the first
+  for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
+    const WideWorkTile work = at.work_tile(schedule);
+    const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first), fours = (there + 3) / 4;
+    const int kb = work.kb * C::kUnits, units = min(C::kUnits, blocks_k - kb);
+    const bool new_tile = at.tile != last_tile;
+    last_tile = at.tile;
+    S::free()[stage].wait(parity);
+    Barrier* const full = S::full() + stage;
+    char* const to = S::stage(stage);
+    if (own == 0 && lane == 0) {
+      const int blocks = (work.rows + 7) / 8;
+      if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
+      full->arrive_and_expect(blocks * kTrellisRowsBytes + units * fours * kTrellisUnitBytes +
+                              (new_tile ? C::Weights::columns_bytes(there) : 0));
+      const int prepared = first_prepared_block(work.row - work.block * C::kN, work.expert) + work.block * C::kNT;
+      for (int i = 0; i < blocks; ++i)
+        bulk_copy(to + i * kTrellisRowsBytes, p.prepared.x + (static_cast<size_t>(prepared + i) * schedule.blocks_k + work.kb) * kTrellisRowsBytes,
+                  kTrellisRowsBytes, full);
+    }
+    if (new_tile) {
+      if (own == 0) C::Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
+      if (++slot == C::kSlots) slot = 0;
+    }
+    const int four = own + lane * C::kProducers;
+    if (four < fours) {
+      const size_t unit = (static_cast<size_t>(work.expert) * ((tiles_n + 3) / 4) + first / 4 + four) * blocks_k + kb;
+      bulk_copy(to + C::kRowsBytes + four * C::kFour, p.quant + unit * kTrellisUnitBytes, units * kTrellisUnitBytes, full);
+    }
+    __syncwarp();
+    if (++stage == C::kStages) stage = 0, parity ^= 1;
+  }
+}
+
+template <typename C>
+struct SomeWarp : ConsumerWarp<C> {
+  __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(SomeShared<C>::schedule(this->p), work, kb); }
+  __device__ int blocks_k() const { return (this->p.k / 128 + C::kUnits - 1) / C::kUnits; }
+};
+
+// Main loop: `units` units (128 input rows) of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
+template <typename C, int kNT>
+__device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& acc) {
+  using S = SomeShared<C>;
+  constexpr int kR = C::kR;
+  const int lane = w.lane, g = lane / 4, own = C::kRowsBytes + w.warp * C::kFour;
+  const uint32_t selector = TrellisBefore::selector();
+  uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
+  asm volatile("" : "+r"(addend0), "+r"(addend1));
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
+  int of_stage = 0;
+  S::full()[w.stage].wait(w.parity);
+  for (int done = 0; done < units; done += C::kMostGroups / 2) {
+    const int to_do = min(units - done, C::kMostGroups / 2);
+    int o[kR][2 * kNT][4], d[2][2 * kNT][4];
+    uint32_t a[2][4][4], scales = 0;  // of the tile before
+#pragma unroll
+    for (int j = 0; j < 2 * kNT; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int r = 0; r < kR; ++r) o[r][j][i] = 0;
+      }
+    auto scaled = [&](int (&to)[2 * kNT][4], const int (&from)[2 * kNT][4], int half, uint32_t side) {
+      const int f0 = side >> 4 * half & 15, f1 = side >> (8 + 4 * half) & 15;
+#pragma unroll
+      for (int j = 0; j < 2 * kNT; ++j) {
+        to[j][0] += f0 * from[j][0], to[j][1] += f0 * from[j][1];
+        to[j][2] += f1 * from[j][2], to[j][3] += f1 * from[j][3];
+      }
+    };
+    for (int i = 0; i < to_do; ++i) {
+      const char* const stage = S::stage(w.stage);
+      // 8 rows x 16 bytes; the other hash word's after them; the other digits, and the next 8 rows, in steps of one digit's bytes.
+      const uint64_t b = static_cast<uint64_t>(((shared_address(stage) + of_stage * 2048) & 0x3FFFF) >> 4) | 8ull << 16 |
+                         static_cast<uint64_t>(kTrellisDigitBytes / 16) << 32;
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const char* const unit = stage + own + of_stage * kTrellisUnitBytes;
+        auto word = [&](int j) { return *reinterpret_cast<const uint32_t*>(unit + r * 512 + lane * 4 + j * 128); };
+        const uint4 q = make_uint4(word(0), word(1), word(2), word(3));
+        const uint32_t side = *reinterpret_cast<const uint32_t*>(unit + 2048 + r * 32 + g * 4);
+        const uint32_t before = TrellisBefore(q, side, selector).bytes;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (half == 0) trellis_decode<0>(q.x, q.y, before, addend0, addend1, a[0]);
+          else trellis_decode<1>(q.z, q.w, before, addend0, addend1, a[1]);
+          wgmma_fence();
+          wgmma_trellis<false>(d[half], a[half][0], b + half * 64);
+#pragma unroll
+          for (int j = 1; j < 4; ++j) wgmma_trellis<true>(d[half], a[half][j], b + half * 64 + j * 16);
+          wgmma_commit();
+          if (r == 0 && half == 0) continue;
+          wgmma_wait_for<1>(d[half ^ 1]);
+          scaled(o[half ? r : r - 1], d[half ^ 1], half ^ 1, half ? side : scales);
+        }
+        scales = side;
+        if (r == 0) {  // all of the unit before has been read
+          const int last = w.stage == 0 ? C::kStages - 1 : w.stage - 1;
+          w.release_if(of_stage == 0 && done + i > 0, last);
+        }
+      }
+      // None is under way from one unit to the next, or the compiler would run them one after another.
+      wgmma_wait_for<0>(d[1]);
+      scaled(o[kR - 1], d[1], 1, scales);
+      if (++of_stage == C::kUnits && done + i + 1 < units) {
+        of_stage = 0;
+        if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
+        S::full()[w.stage].wait(w.parity);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kR; ++r)
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          acc.o[r][nt][j] += fmaf(static_cast<float>(o[r][2 * nt][j]), 256.f, static_cast<float>(o[r][2 * nt + 1][j]));
+  }
+  w.release(w.stage);
+  if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
+}
+
+template <typename C, int kNT>
+__device__ void run_some_work_tile(SomeWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
+  const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
+  Accumulator<C, kNT> acc;
+  some_main_loop<C, kNT>(w, min(work.kb_end * C::kUnits, w.p.k / 128) - work.kb * C::kUnits, acc);
+  epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, 1) trellis_some_kernel(const GemmParams p) {
+  using S = SomeShared<C>;
+  dependents_may_start();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (lane == 0) {
+    if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps * kWarpArrivals);
+    if (warp == C::kWarps) S::partials_stored()->init(C::kWarps * kWarpArrivals);
+    publish_barriers();
+  }
+  const WaveSchedule<C> schedule = S::schedule(p);
+  schedule.prepare(p.offsets, p.rows);
+  wait_for_prerequisites();
+  if (warp >= C::kWarps) {
+    deallocate_registers<C::kProducerRegisters>();
+    produce_some<C>(p, warp - C::kWarps);
+  } else {
+    allocate_registers<C::kConsumerRegisters>();
+    SomeWarp<C> w{{p, lane, warp}};
+    PartialSignal<C> signal{S::partials_stored()};
+    int left = WaveIterator<C>(schedule).left, slot = 0;
+    while (left > 0) {
+      S::full()[w.stage].wait(w.parity);  // the description of the work tile comes with its first stage
+      const char* const at = S::slot(slot);
+      const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(at);
+      left -= work.kb_end - work.kb;
+      if (WaveSchedule<C>::class_of(work.rows) == 0) run_some_work_tile<C, C::kNT>(w, at, signal);
+      else run_some_work_tile<C, C::kNT / 2>(w, at, signal);
+      if (++slot == C::kSlots) slot = 0;
+    }
+    signal.publish(w);
+  }
+}
+
+}  // namespace ccq
