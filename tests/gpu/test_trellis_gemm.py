@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("torch")
 from gpu_library import ccqlib, library, torch
 
-# Relative errors for many outputs. Rounding outputs to bfloat16 gives 1.66e-3; kernels for many rows
-# round weights to 8 bits as well, 2.36e-3 in all.
+# Relative errors for many outputs. Rounding outputs to bfloat16 gives 1.66e-3; kernels for many
+# rows round weights to 8 bits as well, 2.36e-3 in all.
 TOLERANCE = {torch.bfloat16: 1.75e-3, torch.float16: 3e-4}
 MANY_ROWS_TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
 FIRST_FOR_FEW_ROWS = 40
