@@ -68,11 +68,14 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
   });
 }
 
-constexpr int kSomeStages = 4;
+// The most rows of a tile, stages.
+template <bool kBf16, typename F>
+auto with_trellis_some(int variant, F&& use) {
+  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 8, 4>{}) : use(TrellisSomeConfig<kBf16, 16, 4>{});
+}
 
 template <bool kBf16>
-cudaError_t launch_some(const Device& device, const ccq_moe_gemm_args& a, cudaStream_t stream) {
-  using C = TrellisSomeConfig<kBf16, kSomeStages>;
+cudaError_t launch_some(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
   Arena arena(a.workspace);
   const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
   GemmParams p{};
@@ -81,14 +84,20 @@ cudaError_t launch_some(const Device& device, const ccq_moe_gemm_args& a, cudaSt
   p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
   const cudaError_t error = launch_early(trellis_prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k,
                                          a.dtype, a.row_scale, kWarpsPerSm * device.sms, w.prepared);
-  return error != cudaSuccess ? error : launch_gemm<C>(device, trellis_some_kernel<C>, p, w.partial_float4, stream);
+  if (error != cudaSuccess) return error;
+  return with_trellis_some<kBf16>(variant, [&](auto config) {
+    using C = decltype(config);
+    return launch_gemm<C>(device, trellis_some_kernel<C>, p, w.partial_float4, stream);
+  });
 }
 #endif
 
 bool fits(const Gpu& gpu, int variant, const Call& call) {
 #ifdef CCQ_SM90A
-  if (variant == kTrellisSome)
-    return call.mean() <= kMostSome && TrellisSomeConfig<true, kSomeStages>::shared_bytes(kMaxExperts) <= static_cast<size_t>(gpu.shared);
+  if (variant >= kTrellisSome)
+    return call.mean() <= kMostSome && with_trellis_some<true>(variant, [&](auto c) {
+      return decltype(c)::shared_bytes(kMaxExperts) <= static_cast<size_t>(gpu.shared);
+    });
 #endif
   if (variant >= kTrellisFew)
     return with_trellis_few(variant, [&](auto c) { return few_stages<decltype(c)>(gpu.shared, call.k, call.experts) > 0; });
@@ -116,8 +125,8 @@ int trellis_variant(const Gpu& gpu, const Call& call) {
 cudaError_t trellis_gemm(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
   if (variant < 0) return cudaErrorInvalidConfiguration;
 #ifdef CCQ_SM90A
-  if (variant == kTrellisSome)
-    return a.dtype == CCQ_BF16 ? launch_some<true>(device, a, stream) : launch_some<false>(device, a, stream);
+  if (variant >= kTrellisSome)
+    return a.dtype == CCQ_BF16 ? launch_some<true>(device, a, variant, stream) : launch_some<false>(device, a, variant, stream);
   if (variant < kTrellisFew)
     return a.dtype == CCQ_BF16 ? launch_wide<true>(device, a, variant, stream) : launch_wide<false>(device, a, variant, stream);
 #endif

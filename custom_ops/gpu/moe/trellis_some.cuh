@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped GEMM with CCQ-2T weights for some rows an expert (tiles of 16 rows or 8), on Hopper (sm_90a), in integers.
+// The grouped GEMM with CCQ-2T weights for some rows an expert, on Hopper (sm_90a), in integers.
 //
 // A tile has 512 columns and up to 16 rows, and its weights, decoded once, meet all of them: `wgmma` takes the hash words of the code
 // bytes as they stand (trellis.cuh) from registers, and from shared memory activations as signed digits, which a kernel before this
 // one has made. A group's sums are integers, exact; they meet the group's scale and are added up as integers, for 64 groups at most.
 //
 // Work and warps are moe_wide.cuh's: tiles in waves, the remaining ones cut along K; eight warps multiply, four request. A stage is 256
-// input rows: of each 64 columns one copy of 4 KB, and one of 8 KB for each 8 rows of activations.
+// input rows: of each 64 columns one copy of 4 KB, and 4 KB of activations for each 4 rows.
 #pragma once
 
 #include "gemm_launch.cuh"
@@ -16,8 +16,8 @@
 
 namespace ccq {
 
-// What kTrellisRowsBytes (gemm_launch.cuh) are: [upper digits, lower digits][4 groups][4 code bytes of a lane][2 hash words][8 rows][4 lanes][4 bytes].
-constexpr int kTrellisDigitBytes = kTrellisRowsBytes / 2;
+// Of 4 rows and 256 input rows: [4 groups][4 code bytes of a lane][2 hash words][upper digits of 4 rows, lower digits][4 lanes][4 bytes].
+constexpr int kTrellisFourRows = kTrellisRowsBytes / 2;
 
 struct IntegerTrellisWeights : TrellisWeights {
   template <bool kBf16>
@@ -27,15 +27,16 @@ struct IntegerTrellisWeights : TrellisWeights {
   }
 };
 
-template <bool kBf16_, int kStages_>
+// kN: the most rows of a tile; one with half of them or less has code of its own.
+template <bool kBf16_, int kN_, int kStages_>
 struct TrellisSomeConfig {
   using Weights = IntegerTrellisWeights;
   static constexpr bool kBf16 = kBf16_;  // the outputs' type
-  static constexpr int kR = 4, kN = 16, kNT = kN / 8, kClasses = 2, kStages = kStages_, kMinBlocks = 1, kUnits = 2;
+  static constexpr int kR = 4, kN = kN_, kNT = kN / 8, kClasses = 2, kStages = kStages_, kMinBlocks = 1, kUnits = 2;
   static constexpr int kWarps = 8, kProducers = 4, kThreads = (kWarps + kProducers) * 32, kTiles = kR * kWarps;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kMostGroups = 64;  // whose sums a 32-bit integer holds: 64 * 15 * 64 * 255 * 128 < 2^31
-  // A stage: the activations of 8 rows, of the next 8 rows; of each 64 columns two units of weights.
+  // A stage: the activations, four rows after four rows; of each 64 columns two units of weights.
   static constexpr int kRowsBytes = kNT * kTrellisRowsBytes;
   static constexpr int kFour = kUnits * kTrellisUnitBytes, kStageBytes = kRowsBytes + kTiles / 4 * kFour;
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + Weights::columns_bytes(kTiles);
@@ -79,7 +80,7 @@ trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k
   for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
   const IntegerScale own(largest);
   if (threadIdx.x == 0) out.row_scale[row] = row_scale ? own.back * row_scale[row] : own.back;
-  char* const to = out.x + static_cast<size_t>(place / 8) * ((k + 255) / 256) * kTrellisRowsBytes + place % 8 * 16;
+  char* const to = out.x + static_cast<size_t>(place / 8) * ((k + 255) / 256) * kTrellisRowsBytes + place % 8 / 4 * kTrellisFourRows + place % 4 * 16;
   for (int c = threadIdx.x; c < chunks; c += kPrepareThreads) {
     if (c >= kPrepareThreads) chunk.load(from, c);
     float v[16];
@@ -89,13 +90,24 @@ trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k
     for (int j = 0; j < 8; ++j) {
       const TrellisDigits d(v[2 * j], v[2 * j + 1], own.scale);
       *reinterpret_cast<uint32_t*>(at + j * 128) = d.upper;
-      *reinterpret_cast<uint32_t*>(at + j * 128 + kTrellisDigitBytes) = d.lower;
+      *reinterpret_cast<uint32_t*>(at + j * 128 + 64) = d.lower;
     }
   }
 }
 
 #define CCQ_D4(d, j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
 // d[64 x 8 * blocks] = a[64 x 32] * b[32 x 8 * blocks], or added to d; unsigned bytes by signed bytes. Of the 64 rows a warp has 16.
+template <bool kAdd>
+__device__ inline void wgmma_trellis(int (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k32.s32.u8.s8 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p; }\n"
+      : CCQ_D4(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
+      : "memory");
+#endif
+}
 template <bool kAdd>
 __device__ inline void wgmma_trellis(int (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -156,14 +168,14 @@ __device__ void produce_some(const GemmParams& p, int own) {
     Barrier* const full = S::full() + stage;
     char* const to = S::stage(stage);
     if (own == 0 && lane == 0) {
-      const int blocks = (work.rows + 7) / 8;
+      const int bytes = (work.rows + 3) / 4 * kTrellisFourRows;
       if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
-      full->arrive_and_expect(blocks * kTrellisRowsBytes + units * fours * kTrellisUnitBytes +
-                              (new_tile ? C::Weights::columns_bytes(there) : 0));
-      const int prepared = first_prepared_block(work.row - work.block * C::kN, work.expert) + work.block * C::kNT;
-      for (int i = 0; i < blocks; ++i)
-        bulk_copy(to + i * kTrellisRowsBytes, p.prepared.x + (static_cast<size_t>(prepared + i) * schedule.blocks_k + work.kb) * kTrellisRowsBytes,
-                  kTrellisRowsBytes, full);
+      full->arrive_and_expect(bytes + units * fours * kTrellisUnitBytes + (new_tile ? C::Weights::columns_bytes(there) : 0));
+      const size_t next = static_cast<size_t>(schedule.blocks_k) * kTrellisRowsBytes;
+      const char* const from = p.prepared.x + (first_prepared_block(work.row - work.block * C::kN, work.expert) + work.block * C::kNT) * next +
+                               static_cast<size_t>(work.kb) * kTrellisRowsBytes;
+      for (int i = 0; i * kTrellisRowsBytes < bytes; ++i)
+        bulk_copy(to + i * kTrellisRowsBytes, from + i * next, min(kTrellisRowsBytes, bytes - i * kTrellisRowsBytes), full);
     }
     if (new_tile) {
       if (own == 0) C::Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
@@ -185,8 +197,8 @@ struct SomeWarp : ConsumerWarp<C> {
   __device__ int blocks_k() const { return (this->p.k / 128 + C::kUnits - 1) / C::kUnits; }
 };
 
-// Main loop: `units` units (128 input rows) of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
-template <typename C, int kNT>
+// Main loop: `units` units (128 input rows) of one tile into `acc`; kFours: blocks of 4 rows that are multiplied.
+template <typename C, int kFours, int kNT = (kFours + 1) / 2>
 __device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& acc) {
   using S = SomeShared<C>;
   constexpr int kR = C::kR;
@@ -200,32 +212,33 @@ __device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& a
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
+  const bool lower = lane & 2;
   int of_stage = 0;
   S::full()[w.stage].wait(w.parity);
   for (int done = 0; done < units; done += C::kMostGroups / 2) {
     const int to_do = min(units - done, C::kMostGroups / 2);
-    int o[kR][2 * kNT][4], d[2][2 * kNT][4];
+    int o[kR][kFours][4], d[2][kFours][4];
     uint32_t a[2][4][4], scales = 0;  // of the tile before
 #pragma unroll
-    for (int j = 0; j < 2 * kNT; ++j)
+    for (int j = 0; j < kFours; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int r = 0; r < kR; ++r) o[r][j][i] = 0;
       }
-    auto scaled = [&](int (&to)[2 * kNT][4], const int (&from)[2 * kNT][4], int half, uint32_t side) {
+    auto scaled = [&](int (&to)[kFours][4], const int (&from)[kFours][4], int half, uint32_t side) {
       const int f0 = side >> 4 * half & 15, f1 = side >> (8 + 4 * half) & 15;
 #pragma unroll
-      for (int j = 0; j < 2 * kNT; ++j) {
+      for (int j = 0; j < kFours; ++j) {
         to[j][0] += f0 * from[j][0], to[j][1] += f0 * from[j][1];
         to[j][2] += f1 * from[j][2], to[j][3] += f1 * from[j][3];
       }
     };
     for (int i = 0; i < to_do; ++i) {
       const char* const stage = S::stage(w.stage);
-      // 8 rows x 16 bytes; the other hash word's after them; the other digits, and the next 8 rows, in steps of one digit's bytes.
+      // 8 columns x 16 bytes; the other hash word's after them.
       const uint64_t b = static_cast<uint64_t>(((shared_address(stage) + of_stage * 2048) & 0x3FFFF) >> 4) | 8ull << 16 |
-                         static_cast<uint64_t>(kTrellisDigitBytes / 16) << 32;
+                         static_cast<uint64_t>(kTrellisFourRows / 16) << 32;
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const char* const unit = stage + own + of_stage * kTrellisUnitBytes;
@@ -266,18 +279,23 @@ __device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& a
 #pragma unroll
       for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          acc.o[r][nt][j] += fmaf(static_cast<float>(o[r][2 * nt][j]), 256.f, static_cast<float>(o[r][2 * nt + 1][j]));
+        for (int j = 0; j < 4; ++j) {
+          // Of 4 rows lanes t = 0 and 1 have upper digits, t = 2 and 3 lower ones. After an exchange lane t has rows 2t and 2t + 1 of 8.
+          const int left = o[r][2 * nt][j], right = 2 * nt + 1 < kFours ? o[r][min(2 * nt + 1, kFours - 1)][j] : 0;
+          const int got = __shfl_xor_sync(~0u, lower ? left : right, 2);
+          acc.o[r][nt][j] += fmaf(static_cast<float>(lower ? got : left), 256.f, static_cast<float>(lower ? right : got));
+        }
   }
   w.release(w.stage);
   if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
 }
 
-template <typename C, int kNT>
+template <typename C, int kFours>
 __device__ void run_some_work_tile(SomeWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
+  constexpr int kNT = (kFours + 1) / 2;
   Accumulator<C, kNT> acc;
-  some_main_loop<C, kNT>(w, min(work.kb_end * C::kUnits, w.p.k / 128) - work.kb * C::kUnits, acc);
+  some_main_loop<C, kFours>(w, min(work.kb_end * C::kUnits, w.p.k / 128) - work.kb * C::kUnits, acc);
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
@@ -307,8 +325,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) trellis_some_kernel(const Gemm
       const char* const at = S::slot(slot);
       const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(at);
       left -= work.kb_end - work.kb;
-      if (WaveSchedule<C>::class_of(work.rows) == 0) run_some_work_tile<C, C::kNT>(w, at, signal);
-      else run_some_work_tile<C, C::kNT / 2>(w, at, signal);
+      if (WaveSchedule<C>::class_of(work.rows) == 0) run_some_work_tile<C, C::kN / 4>(w, at, signal);
+      else run_some_work_tile<C, C::kN / 8>(w, at, signal);
       if (++slot == C::kSlots) slot = 0;
     }
     signal.publish(w);
