@@ -71,7 +71,11 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
 // The most rows of a tile, stages.
 template <bool kBf16, typename F>
 auto with_trellis_some(int variant, F&& use) {
-  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 8, 4>{}) : use(TrellisSomeConfig<kBf16, 16, 4>{});
+  switch (variant) {
+    case kTrellisSome: return use(TrellisSomeConfig<kBf16, 8, 8, 4>{});
+    case kTrellisSome + 1: return use(TrellisSomeConfig<kBf16, 8, 16, 4>{});
+    default: return use(TrellisSomeConfig<kBf16, 16, 8, 4>{});
+  }
 }
 
 template <bool kBf16>

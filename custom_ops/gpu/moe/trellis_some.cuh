@@ -28,13 +28,14 @@ struct IntegerTrellisWeights : TrellisWeights {
 };
 
 // kN: the most rows of a tile; one with half of them or less has code of its own.
-template <bool kBf16_, int kN_, int kStages_>
+template <bool kBf16_, int kWarps_, int kN_, int kStages_>
 struct TrellisSomeConfig {
   using Weights = IntegerTrellisWeights;
   static constexpr bool kBf16 = kBf16_;  // the outputs' type
-  static constexpr int kR = 4, kN = kN_, kNT = kN / 8, kClasses = 2, kStages = kStages_, kMinBlocks = 1, kUnits = 2;
-  static constexpr int kWarps = 8, kProducers = 4, kThreads = (kWarps + kProducers) * 32, kTiles = kR * kWarps;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kWarps = kWarps_, kR = 32 / kWarps, kN = kN_, kNT = kN / 8, kClasses = 2, kStages = kStages_, kMinBlocks = 1, kUnits = 2;
+  static constexpr int kProducers = 4, kThreads = (kWarps + kProducers) * 32, kTiles = kR * kWarps;
+  // Registers of a thread: 168 or 96 at the beginning; then those of the warps that request, and of those that multiply.
+  static constexpr int kProducerRegisters = kWarps == 8 ? 40 : 64, kConsumerRegisters = kWarps == 8 ? 232 : 104;
   static constexpr int kMostGroups = 64;  // whose sums a 32-bit integer holds: 64 * 15 * 64 * 255 * 128 < 2^31
   // A stage: the activations, four rows after four rows; of each 64 columns two units of weights.
   static constexpr int kRowsBytes = kNT * kTrellisRowsBytes;
@@ -81,8 +82,10 @@ trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k
   const IntegerScale own(largest);
   if (threadIdx.x == 0) out.row_scale[row] = row_scale ? own.back * row_scale[row] : own.back;
   char* const to = out.x + static_cast<size_t>(place / 8) * ((k + 255) / 256) * kTrellisRowsBytes + place % 8 / 4 * kTrellisFourRows + place % 4 * 16;
-  for (int c = threadIdx.x; c < chunks; c += kPrepareThreads) {
-    if (c >= kPrepareThreads) chunk.load(from, c);
+  // Whole stages: what lies behind the last input row is zero, for weights there are whatever shared memory held.
+  for (int c = threadIdx.x; c < (chunks + 15) / 16 * 16; c += kPrepareThreads) {
+    if (c >= chunks) chunk = Chunk{};
+    else if (c >= kPrepareThreads) chunk.load(from, c);
     float v[16];
     chunk.values(dtype, v);
     char* const at = to + static_cast<size_t>(c / 16) * kTrellisRowsBytes + c / 4 % 4 * 1024 + c % 4 * 4;
@@ -197,13 +200,16 @@ struct SomeWarp : ConsumerWarp<C> {
   __device__ int blocks_k() const { return (this->p.k / 128 + C::kUnits - 1) / C::kUnits; }
 };
 
-// Main loop: `units` units (128 input rows) of one tile into `acc`; kFours: blocks of 4 rows that are multiplied.
+// Main loop: `stages` stages of one tile into `acc`; kFours: blocks of 4 rows that are multiplied.
 template <typename C, int kFours, int kNT = (kFours + 1) / 2>
-__device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& acc) {
+__device__ void some_main_loop(SomeWarp<C>& w, int stages, Accumulator<C, kNT>& acc) {
   using S = SomeShared<C>;
-  constexpr int kR = C::kR;
-  const int lane = w.lane, g = lane / 4, own = C::kRowsBytes + w.warp * C::kFour;
+  constexpr int kR = C::kR, kAll = C::kUnits * kR;  // 16-column tiles of a stage
+  const int lane = w.lane, first = w.warp * kR;
+  const char* const own = S::memory() + C::kRowsBytes + first / 4 * C::kFour + first % 4 * 512 + lane * 4;
+  const char* const own_sides = S::memory() + C::kRowsBytes + first / 4 * C::kFour + 2048 + first % 4 * 32 + lane / 4 * 4;
   const uint32_t selector = TrellisBefore::selector();
+  const bool lower = lane & 2;
   uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
   asm volatile("" : "+r"(addend0), "+r"(addend1));
 #pragma unroll
@@ -212,20 +218,9 @@ __device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& a
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
-  const bool lower = lane & 2;
-  int of_stage = 0;
-  S::full()[w.stage].wait(w.parity);
-  for (int done = 0; done < units; done += C::kMostGroups / 2) {
-    const int to_do = min(units - done, C::kMostGroups / 2);
-    int o[kR][kFours][4], d[2][kFours][4];
-    uint32_t a[2][4][4], scales = 0;  // of the tile before
-#pragma unroll
-    for (int j = 0; j < kFours; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int r = 0; r < kR; ++r) o[r][j][i] = 0;
-      }
+  for (int done = 0; done < stages; done += C::kMostGroups / 4) {
+    const int to_do = min(stages - done, C::kMostGroups / 4);
+    int o[kR][kFours][4] = {}, d[2][kFours][4];
     auto scaled = [&](int (&to)[kFours][4], const int (&from)[kFours][4], int half, uint32_t side) {
       const int f0 = side >> 4 * half & 15, f1 = side >> (8 + 4 * half) & 15;
 #pragma unroll
@@ -235,44 +230,55 @@ __device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& a
       }
     };
     for (int i = 0; i < to_do; ++i) {
-      const char* const stage = S::stage(w.stage);
+      S::full()[w.stage].wait(w.parity);
+      const int at = w.stage * C::kStageBytes;
       // 8 columns x 16 bytes; the other hash word's after them.
-      const uint64_t b = static_cast<uint64_t>(((shared_address(stage) + of_stage * 2048) & 0x3FFFF) >> 4) | 8ull << 16 |
+      const uint64_t b = static_cast<uint64_t>((shared_address(S::memory() + at) & 0x3FFFF) >> 4) | 8ull << 16 |
                          static_cast<uint64_t>(kTrellisFourRows / 16) << 32;
+      uint4 q, next;
+      uint32_t side, next_side, scales = 0, before, a[2][4][4];
+      auto load = [&](int tile) {  // what is read of the stage is asked for a tile ahead
+        const int from = at + tile / kR * kTrellisUnitBytes;
+        auto word = [&](int j) { return *reinterpret_cast<const uint32_t*>(own + from + tile % kR * 512 + j * 128); };
+        next = make_uint4(word(0), word(1), word(2), word(3));
+        next_side = *reinterpret_cast<const uint32_t*>(own_sides + from + tile % kR * 32);
+      };
+      auto begin = [&] {
+        q = next, side = next_side;
+        before = TrellisBefore(q, side, selector).bytes;
+        trellis_decode<0>(q.x, q.y, before, addend0, addend1, a[0]);
+      };
+      load(0);
+      begin();
 #pragma unroll
-      for (int r = 0; r < kR; ++r) {
-        const char* const unit = stage + own + of_stage * kTrellisUnitBytes;
-        auto word = [&](int j) { return *reinterpret_cast<const uint32_t*>(unit + r * 512 + lane * 4 + j * 128); };
-        const uint4 q = make_uint4(word(0), word(1), word(2), word(3));
-        const uint32_t side = *reinterpret_cast<const uint32_t*>(unit + 2048 + r * 32 + g * 4);
-        const uint32_t before = TrellisBefore(q, side, selector).bytes;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (half == 0) trellis_decode<0>(q.x, q.y, before, addend0, addend1, a[0]);
-          else trellis_decode<1>(q.z, q.w, before, addend0, addend1, a[1]);
+      for (int tile = 0; tile < kAll; ++tile) {
+        const int r = tile % kR;
+        auto multiply = [&](int half) {
+          const uint64_t from = b + tile / kR * 128 + half * 64;
           wgmma_fence();
-          wgmma_trellis<false>(d[half], a[half][0], b + half * 64);
+          wgmma_trellis<false>(d[half], a[half][0], from);
 #pragma unroll
-          for (int j = 1; j < 4; ++j) wgmma_trellis<true>(d[half], a[half][j], b + half * 64 + j * 16);
+          for (int j = 1; j < 4; ++j) wgmma_trellis<true>(d[half], a[half][j], from + j * 16);
           wgmma_commit();
-          if (r == 0 && half == 0) continue;
-          wgmma_wait_for<1>(d[half ^ 1]);
-          scaled(o[half ? r : r - 1], d[half ^ 1], half ^ 1, half ? side : scales);
+        };
+        multiply(0);
+        if (tile + 1 < kAll) load(tile + 1);
+        if (tile > 0) {
+          wgmma_wait_for<1>(d[1]);
+          scaled(o[(tile - 1) % kR], d[1], 1, scales);
         }
+        trellis_decode<1>(q.z, q.w, before, addend0, addend1, a[1]);
+        multiply(1);
+        wgmma_wait_for<1>(d[0]);
+        scaled(o[r], d[0], 0, side);
         scales = side;
-        if (r == 0) {  // all of the unit before has been read
-          const int last = w.stage == 0 ? C::kStages - 1 : w.stage - 1;
-          w.release_if(of_stage == 0 && done + i > 0, last);
-        }
+        if (tile + 1 < kAll) begin();
       }
-      // None is under way from one unit to the next, or the compiler would run them one after another.
+      // None is under way from one stage to the next, or the compiler would run them one after another.
       wgmma_wait_for<0>(d[1]);
+      w.release(w.stage);
       scaled(o[kR - 1], d[1], 1, scales);
-      if (++of_stage == C::kUnits && done + i + 1 < units) {
-        of_stage = 0;
-        if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
-        S::full()[w.stage].wait(w.parity);
-      }
+      if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
     }
 #pragma unroll
     for (int r = 0; r < kR; ++r)
@@ -286,8 +292,6 @@ __device__ void some_main_loop(SomeWarp<C>& w, int units, Accumulator<C, kNT>& a
           acc.o[r][nt][j] += fmaf(static_cast<float>(lower ? got : left), 256.f, static_cast<float>(lower ? right : got));
         }
   }
-  w.release(w.stage);
-  if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
 }
 
 template <typename C, int kFours>
@@ -295,7 +299,7 @@ __device__ void run_some_work_tile(SomeWarp<C>& w, const char* slot, PartialSign
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   constexpr int kNT = (kFours + 1) / 2;
   Accumulator<C, kNT> acc;
-  some_main_loop<C, kFours>(w, min(work.kb_end * C::kUnits, w.p.k / 128) - work.kb * C::kUnits, acc);
+  some_main_loop<C, kFours>(w, work.kb_end - work.kb, acc);
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
