@@ -2,8 +2,9 @@
 // The grouped GEMM with CCQ-2T weights for one to four rows an expert, in a single launch.
 //
 // Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take equal contiguous ranges of tiles. A stage
-// is 512 input rows of a tile's 64 columns, contiguous in memory: one copy. The stages of a range go in turn to four teams of four
-// warps, each warp of which has 16 of the columns. Sums of a tile's parts meet in shared memory.
+// is 512 input rows of a tile's 64 columns, contiguous in memory: one copy. The stages of a range go in turn to eight teams of two
+// warps, each warp of which has 32 of the columns: what it reads of the activations serves two 16-column tiles. Sums of a tile's parts
+// meet in shared memory.
 //
 // Warps. Two request stages. Sixteen multiply. One adds up the sums of a tile and writes them.
 //
@@ -16,7 +17,6 @@
 
 #include "moe_few.cuh"
 #include "trellis.cuh"
-#include "wgmma.cuh"  // registers from warps to warps
 
 namespace ccq {
 
@@ -28,19 +28,22 @@ template <int kRows_, int kGroups_>
 struct TrellisFewConfig {
   static constexpr int kRows = kRows_, kGroups = kGroups_;
   static_assert(kRows * kGroups <= 4 && (kGroups == 1 || kRows * kGroups == 4));
-  static constexpr int kTeams = 4, kWarps = 16, kThreads = kWarps * 32, kTiles = 4;
-  static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers, kAllThreads = kThreads + 128;
-  // Registers of a thread: 96 at the beginning; then those of the warps that request and write, and of those that multiply.
-  static constexpr int kOtherRegisters = 64, kConsumerRegisters = 104;
-  static_assert(kThreads * kConsumerRegisters + 128 * kOtherRegisters <= kAllThreads * 96, "what is given back is taken");
+  static constexpr int kTeams = 8, kR = 2, kWarps = 16, kThreads = kWarps * 32, kTiles = 4;
+  static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers, kAllThreads = (kWriter + 1) * 32;
   static constexpr int kUnits = 4, kStageBytes = kUnits * kTrellisUnitBytes;
-  // Copies on their way: multiples of the teams, up to 102 KB of a multiprocessor's.
-  static constexpr int kLeastStages = kTeams, kMostStages = 3 * kTeams;
-  static_assert(kMaxExperts % kThreads == 0);
-  // Tiles whose sums are under way; where K is below 2048, a team that has no part in every tile must have one in each tile of a slot
-  // or in none of it: four.
+  // Copies on their way: a multiple of the teams (a stage's place is always the same team's).
+  static constexpr int kLeastStages = kTeams, kMostStages = 2 * kTeams;
+  static_assert(kMaxExperts % kThreads == 0 && kTeams * kTiles == kWarps * kR);
+  // Tiles whose super scales are there or on their way.
   static constexpr int kSlots = 4, kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
-  static constexpr int kBarriers = 2 * kMostStages + 4 * kSlots;
+  // Tiles whose sums are under way. Where K has less stages than there are teams, a team must have a part in each tile of a slot or in
+  // none, or it would mistake one round of a barrier for another.
+  static constexpr int kMostSums = kTeams;
+  __host__ __device__ static constexpr int sums_slots(int blocks_k) {
+    const int stages = stages_of(blocks_k);
+    return stages >= kTeams ? 2 : stages % 4 == 0 ? 2 : stages % 2 == 0 ? 4 : 8;
+  }
+  static constexpr int kBarriers = 2 * kMostStages + 2 * kSlots + 2 * kMostSums;
   // Of a group's activations, for the first two code bytes of a lane and for the other two: [columns][4 lanes of a quad][16 bytes].
   // 16 bytes more, so that the same lanes of several groups write to different banks. Lanes read 8 columns, also where there are
   // less: what the others give is not used.
@@ -55,7 +58,7 @@ struct TrellisFewConfig {
   // Without the ring of stages.
   static constexpr size_t shared_bytes(int k, int experts) {
     const int blocks_k = k / 128;
-    return kSlots * kColumnBytes + kSlots * kTeams * kEntries * 8 + activation_bytes(blocks_k) + back_bytes(blocks_k) + kBarriers * 8 +
+    return kSlots * kColumnBytes + sums_slots(blocks_k) * slices(blocks_k) * kEntries * 8 + activation_bytes(blocks_k) + back_bytes(blocks_k) + kBarriers * 8 +
            sizeof(FewStart) + 2 * entries(experts) * sizeof(int);
   }
 };
@@ -65,7 +68,7 @@ template <int kRows, int kGroups>
 struct FewShared<TrellisFewConfig<kRows, kGroups>> {
   using C = TrellisFewConfig<kRows, kGroups>;
   char *rings, *columns, *activations;
-  float2* sums;  // [kSlots][kTeams][kEntries]
+  float2* sums;  // [slots][slices][kEntries]
   float* back;   // [stages of K][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
   Barrier *full, *free, *columns_full, *columns_free, *sums_ready, *sums_free;
   FewStart* start;
@@ -75,12 +78,12 @@ struct FewShared<TrellisFewConfig<kRows, kGroups>> {
     auto take = [&at](int bytes) { char* p = at; at += bytes; return p; };
     rings = take(stages * C::kStageBytes);
     columns = take(C::kSlots * C::kColumnBytes);
-    sums = reinterpret_cast<float2*>(take(C::kSlots * C::kTeams * C::kEntries * 8));
+    sums = reinterpret_cast<float2*>(take(C::sums_slots(blocks_k) * C::slices(blocks_k) * C::kEntries * 8));
     activations = take(C::activation_bytes(blocks_k));
     back = reinterpret_cast<float*>(take(C::back_bytes(blocks_k)));
     full = reinterpret_cast<Barrier*>(take(C::kBarriers * 8));
     free = full + C::kMostStages, columns_full = free + C::kMostStages, columns_free = columns_full + C::kSlots;
-    sums_ready = columns_free + C::kSlots, sums_free = sums_ready + C::kSlots;
+    sums_ready = columns_free + C::kSlots, sums_free = sums_ready + C::kMostSums;
     start = reinterpret_cast<FewStart*>(take(sizeof(FewStart)));
     blocks = reinterpret_cast<int*>(take(4 * C::entries(experts)));
     rows = reinterpret_cast<int*>(take(4 * C::entries(experts)));
@@ -150,47 +153,60 @@ __device__ inline void trellis_decode(uint32_t left, uint32_t right, uint32_t be
   trellis_words<3, 0>(right, 0, addend0, addend1, a[3][1], a[3][3]);
 }
 
-// A stage's part of the sums into `out`: columns g and g + 8, row t % kRows. `codes`: a lane's first word, `sides`: its column's word of
-// the unit's side. What is read of the stage is asked for a unit ahead.
+// A stage's part of the sums into `out`: of kR 16-column tiles columns g and g + 8, row t % kRows. `codes`: a lane's first word, `sides`:
+// its column's word of the unit's side. What is read of the stage is asked for a unit ahead.
 template <typename C>
 __device__ void trellis_stage(const char* codes, const char* sides, const char* x, const float* back, Barrier* free, uint32_t selector,
-                              uint32_t addend0, uint32_t addend1, float2& out) {
-  constexpr int kAll = 2 * C::kUnits, kGroups = C::kGroups;
+                              uint32_t addend0, uint32_t addend1, float2 (&out)[C::kR]) {
+  constexpr int kAll = 2 * C::kUnits, kGroups = C::kGroups, kR = C::kR;
   const int t = threadIdx.x % 4, shift = kGroups == 4 ? t % 2 * 4 : kGroups == 2 ? t / 2 * 4 : 0;
-  int o[4] = {}, d[2][4] = {}, f[2] = {};
-  uint32_t side = 0, next_side, scales = 0, next_scales = 0, before = 0;
-  uint4 q{}, next;
+  int o[kR][4] = {}, d[2][kR][4] = {}, f[kR][2] = {};
+  uint32_t next_side[kR], scales[kR] = {}, next_scales[kR] = {}, before[kR] = {};
+  uint4 q[kR] = {}, next[kR];
   auto load = [&](int u) {
-    auto word = [&](int i) { return *reinterpret_cast<const uint32_t*>(codes + u * kTrellisUnitBytes + i * 128); };
-    next = make_uint4(word(0), word(1), word(2), word(3));
-    next_side = *reinterpret_cast<const uint32_t*>(sides + u * kTrellisUnitBytes);
-    if (kGroups == 4 && u % 2 == 0) next_scales = *reinterpret_cast<const uint32_t*>(sides + (u + t / 2) * kTrellisUnitBytes);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      auto word = [&](int i) { return *reinterpret_cast<const uint32_t*>(codes + u * kTrellisUnitBytes + r * 512 + i * 128); };
+      next[r] = make_uint4(word(0), word(1), word(2), word(3));
+      next_side[r] = *reinterpret_cast<const uint32_t*>(sides + u * kTrellisUnitBytes + r * 32);
+      if (kGroups == 4 && u % 2 == 0) next_scales[r] = *reinterpret_cast<const uint32_t*>(sides + (u + t / 2) * kTrellisUnitBytes + r * 32);
+    }
   };
   auto scaled = [&](int set) {
-    o[0] += f[0] * d[set][0], o[1] += f[0] * d[set][1];
-    o[2] += f[1] * d[set][2], o[3] += f[1] * d[set][3];
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      o[r][0] += f[r][0] * d[set][r][0], o[r][1] += f[r][0] * d[set][r][1];
+      o[r][2] += f[r][1] * d[set][r][2], o[r][3] += f[r][1] * d[set][r][3];
+    }
   };
   load(0);
 #pragma unroll
   for (int group = 0; group < kAll; ++group) {
     const int u = group / 2, half = group % 2, set = group / kGroups % 2;
     const bool first = group % kGroups == 0, last = group % kGroups == kGroups - 1;
-    if (half == 0) {
-      q = next, side = next_side;
-      if (kGroups < 4) scales = side;
-      else if (u % 2 == 0) scales = next_scales;
-      before = TrellisBefore(q, side, selector).bytes;
-    }
-    uint32_t a[4][4];
-    if (half == 0) trellis_decode<0>(q.x, q.y, before, addend0, addend1, a);
-    else trellis_decode<1>(q.z, q.w, before, addend0, addend1, a);
+    if (half == 0)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 v = *reinterpret_cast<const uint4*>(x + group * C::kGroupBytes + i * C::kHalfBytes);
-      const uint32_t(&e)[4] = a[2 * i], (&g)[4] = a[2 * i + 1];
-      if (first && i == 0) mma_bytes(d[set], e[0], e[1], e[2], e[3], v.x, v.y, 0, 0);
-      else mma_bytes(d[set], e[0], e[1], e[2], e[3], v.x, v.y);
-      mma_bytes(d[set], g[0], g[1], g[2], g[3], v.z, v.w);
+      for (int r = 0; r < kR; ++r) {
+        q[r] = next[r];
+        before[r] = TrellisBefore(q[r], next_side[r], selector).bytes;
+        if (kGroups < 4) scales[r] = next_side[r];
+        else if (u % 2 == 0) scales[r] = next_scales[r];
+      }
+    uint4 v[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) v[i] = *reinterpret_cast<const uint4*>(x + group * C::kGroupBytes + i * C::kHalfBytes);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      uint32_t a[4][4];
+      if (half == 0) trellis_decode<0>(q[r].x, q[r].y, before[r], addend0, addend1, a);
+      else trellis_decode<1>(q[r].z, q[r].w, before[r], addend0, addend1, a);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t(&e)[4] = a[2 * i], (&g)[4] = a[2 * i + 1];
+        if (first && i == 0) mma_bytes(d[set][r], e[0], e[1], e[2], e[3], v[i].x, v[i].y, 0, 0);
+        else mma_bytes(d[set][r], e[0], e[1], e[2], e[3], v[i].x, v[i].y);
+        mma_bytes(d[set][r], g[0], g[1], g[2], g[3], v[i].z, v[i].w);
+      }
     }
     if (half == 0 && u + 1 < C::kUnits) {
       load(u + 1);
@@ -199,11 +215,16 @@ __device__ void trellis_stage(const char* codes, const char* sides, const char* 
     if (first && group > 0) scaled(set ^ 1);
     if (last)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) f[i] = scales >> (8 * i + (kGroups > 1 ? shift : 4 * half)) & 15;
+      for (int r = 0; r < kR; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) f[r][i] = scales[r] >> (8 * i + (kGroups > 1 ? shift : 4 * half)) & 15;
   }
   scaled((kAll - 1) / kGroups % 2);
-  out.x = fmaf(fmaf(static_cast<float>(o[0]), 256.f, static_cast<float>(o[1])), *back, out.x);
-  out.y = fmaf(fmaf(static_cast<float>(o[2]), 256.f, static_cast<float>(o[3])), *back, out.y);
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    out[r].x = fmaf(fmaf(static_cast<float>(o[r][0]), 256.f, static_cast<float>(o[r][1])), *back, out[r].x);
+    out[r].y = fmaf(fmaf(static_cast<float>(o[r][2]), 256.f, static_cast<float>(o[r][3])), *back, out[r].y);
+  }
 }
 
 // The warps that request: super scales of a tile, then its stages, each warp every kProducers-th.
@@ -251,18 +272,18 @@ __device__ void trellis_request(const FewParams& p, const FewShared<C>& s, int b
 // The warp that writes: adds up the parts of a tile in the order of K. A lane has columns g and g + 8 of one 16-column tile.
 template <typename C>
 __device__ void trellis_write(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows) {
-  const int column_tiles = p.column_tiles.by, slices = C::slices(p.k / 128), lane = threadIdx.x % 32;
+  const int column_tiles = p.column_tiles.by, slices = C::slices(p.k / 128), slots = C::sums_slots(p.k / 128), lane = threadIdx.x % 32;
   const int left = lane / 8 * 16 + lane % 8;
   int column = begin - rows.block * column_tiles, first_row, count;
   rows.place<C>(p, s, &first_row, &count);
   for (int tile = begin; tile < end; ++tile) {
-    const int i = tile - begin, slot = i % C::kSlots, columns_slot = i % C::kSlots, at = column * (C::kTiles * 16) + left;
+    const int i = tile - begin, slot = i & (slots - 1), columns_slot = i % C::kSlots, at = column * (C::kTiles * 16) + left;
     s.columns_full[columns_slot].wait((i / C::kSlots) & 1);
     const float* const supers = reinterpret_cast<const float*>(s.columns + columns_slot * C::kColumnBytes) + left;
     const float super0 = supers[0], super1 = supers[8];
     s.columns_free[columns_slot].arrive_together();
-    const float2* const from = s.sums + slot * (C::kTeams * C::kEntries) + lane;
-    s.sums_ready[slot].wait((i / C::kSlots) & 1);
+    const float2* const from = s.sums + slot * (slices * C::kEntries) + lane;
+    s.sums_ready[slot].wait((i & slots) != 0);
 #pragma unroll 2
     for (int r = 0; r < count; ++r) {
       float2 sum = from[r * 32];
@@ -289,8 +310,9 @@ template <typename C>
 __device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows, int warp,
                                 Chunk (&kept)[C::kKept]) {
   constexpr int R = C::kRows;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 4, wn = warp % 4;
-  const int column_tiles = p.column_tiles.by, stages_k = C::stages_of(p.k / 128);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 2, wn = warp % 2 * C::kR;
+  const int column_tiles = p.column_tiles.by, blocks_k = p.k / 128, stages_k = C::stages_of(blocks_k);
+  const int slots = C::sums_slots(blocks_k), slices = C::slices(blocks_k);
   const uint32_t selector = TrellisBefore::selector();
   uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
   asm volatile("" : "+r"(addend0), "+r"(addend1));
@@ -307,10 +329,10 @@ __device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int b
     trellis_convert<C>(p, s, rows, warp, kept);
     named_barrier<1, C::kThreads>();
     while (tile < block_end) {
-      const int slot = (tile - begin) % C::kSlots, slice = part;
+      const int i = tile - begin, slot = i & (slots - 1), slice = part;
       const char* x = s.activations + part * C::kStageRows + lane * 16;
       const float* back = s.back + part * R + t % R;
-      float2 out{};
+      float2 out[C::kR] = {};
 #pragma unroll 1
       for (; part < stages_k; part += C::kTeams) {
         const char* const at = s.rings + stage * C::kStageBytes;
@@ -319,11 +341,14 @@ __device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int b
         x += C::kTeams * C::kStageRows, back += C::kTeams * R;
         if ((stage += C::kTeams) >= p.stages) stage -= p.stages, parity ^= 1;
       }
-      // With slots lanes t and t ^ 2 have the same row, with one row all four lanes of a quad.
-      if (C::kGroups > 1) out.x += __shfl_xor_sync(~0u, out.x, 2), out.y += __shfl_xor_sync(~0u, out.y, 2);
-      if (C::kGroups > 2) out.x += __shfl_xor_sync(~0u, out.x, 1), out.y += __shfl_xor_sync(~0u, out.y, 1);
-      s.sums_free[slot].wait(((tile - begin) / C::kSlots + 1) & 1);
-      if (t < R) s.sums[(slot * C::kTeams + slice) * C::kEntries + t * 32 + wn * 8 + g] = out;
+      s.sums_free[slot].wait((i & slots) == 0);
+#pragma unroll
+      for (int r = 0; r < C::kR; ++r) {
+        // With slots lanes t and t ^ 2 have the same row, with one row all four lanes of a quad.
+        if (C::kGroups > 1) out[r].x += __shfl_xor_sync(~0u, out[r].x, 2), out[r].y += __shfl_xor_sync(~0u, out[r].y, 2);
+        if (C::kGroups > 2) out[r].x += __shfl_xor_sync(~0u, out[r].x, 1), out[r].y += __shfl_xor_sync(~0u, out[r].y, 1);
+        if (t < R) s.sums[(slot * slices + slice) * C::kEntries + t * 32 + (wn + r) * 8 + g] = out[r];
+      }
       s.sums_ready[slot].arrive_together();
       for (part -= stages_k, ++tile; part >= stages_k; part -= stages_k) ++tile;
     }
@@ -339,11 +364,9 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const Fe
   const FewShared<C> s(shared, blocks_k, p.experts, p.stages);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
-    if (warp < C::kMostStages) s.full[warp].init(CCQ_BULK ? 1 : 32), s.free[warp].init(4 * kWarpArrivals);
-    if (warp < C::kSlots) {
-      s.columns_full[warp].init(32), s.columns_free[warp].init(kWarpArrivals);
-      s.sums_ready[warp].init(C::slices(blocks_k) * 4 * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
-    }
+    if (warp < C::kMostStages) s.full[warp].init(CCQ_BULK ? 1 : 32), s.free[warp].init(2 * kWarpArrivals);
+    if (warp < C::kSlots) s.columns_full[warp].init(32), s.columns_free[warp].init(kWarpArrivals);
+    if (warp < C::kMostSums) s.sums_ready[warp].init(C::slices(blocks_k) * 2 * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
     publish_barriers();
   }
   if (C::kGroups > 1)  // columns of a group that hold other groups are zero, and stay so
@@ -368,11 +391,9 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const Fe
   __syncthreads();  // barriers stand, and no weights are requested before all activations are: those would wait behind them
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
   if (warp >= C::kWarps) {
-    deallocate_registers<C::kOtherRegisters>();
     if (warp < C::kWriter) trellis_request<C>(p, s, begin, end, rows, warp - C::kProducer);
-    else if (warp == C::kWriter) trellis_write<C>(p, s, begin, end, rows);
+    else trellis_write<C>(p, s, begin, end, rows);
   } else {
-    allocate_registers<C::kConsumerRegisters>();
     trellis_consume<C>(p, s, begin, end, rows, warp, kept);
   }
 }
