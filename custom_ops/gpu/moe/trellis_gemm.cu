@@ -43,7 +43,8 @@ auto with_trellis_wide(int variant, F&& use) {
     case kWide + 2: return use(WideConfig<TrellisWeights, kBf16, 4, 64, 5>{});
     case kWide + 3: return use(WideConfig<TrellisWeights, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<TrellisWeights, kBf16, 2, 128, 4>{});
-    default: return use(WideConfig<TrellisWeights, kBf16, 2, 144, 4>{});
+    case kWide + 5: return use(WideConfig<TrellisWeights, kBf16, 2, 144, 4>{});
+    default: return use(WideConfig<TrellisWeights, kBf16, 1, 256, 3>{});
   }
 }
 
