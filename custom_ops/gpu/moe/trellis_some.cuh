@@ -153,7 +153,8 @@ struct SomeShared : WideShared<C> {
   }
 };
 
-// The warps that request.
+// The warps that request: the first one activations and super scales, the others weights, which need not wait for the activations to
+// be made (all that came before that kernel had ended when it let this one start).
 template <typename C>
 __device__ void produce_some(const GemmParams& p, int own) {
   using S = SomeShared<C>;
@@ -184,8 +185,8 @@ __device__ void produce_some(const GemmParams& p, int own) {
       if (own == 0) C::Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
       if (++slot == C::kSlots) slot = 0;
     }
-    const int four = own + lane * C::kProducers;
-    if (four < fours) {
+    const int four = own - 1 + lane * (C::kProducers - 1);
+    if (own > 0 && four < fours) {
       const size_t unit = (static_cast<size_t>(work.expert) * ((tiles_n + 3) / 4) + first / 4 + four) * blocks_k + kb;
       bulk_copy(to + C::kRowsBytes + four * C::kFour, p.quant + unit * kTrellisUnitBytes, units * kTrellisUnitBytes, full);
     }
@@ -315,11 +316,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) trellis_some_kernel(const Gemm
   }
   const WaveSchedule<C> schedule = S::schedule(p);
   schedule.prepare(p.offsets, p.rows);
-  wait_for_prerequisites();
   if (warp >= C::kWarps) {
     deallocate_registers<C::kProducerRegisters>();
+    if (warp == C::kWarps) wait_for_prerequisites();
     produce_some<C>(p, warp - C::kWarps);
   } else {
+    wait_for_prerequisites();
     allocate_registers<C::kConsumerRegisters>();
     SomeWarp<C> w{{p, lane, warp}};
     PartialSignal<C> signal{S::partials_stored()};
