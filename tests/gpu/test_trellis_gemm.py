@@ -18,7 +18,7 @@ MANY_ROWS_TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
 FIRST_FOR_FEW_ROWS = 40
 DTYPES = [torch.bfloat16, torch.float16]
 # Kernels by number (custom_ops/gpu/moe/choice.h): many rows, then few.
-KERNELS = [*range(10, 16), *range(40, 45)]
+KERNELS = [*range(10, 17), *range(40, 47)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def multiply(lib, packed, x, offsets, row_scale=None):
     return results[0]
 
 
-def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, spread=1.0):
+def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, spread=1.0,
+        matrix=False):  # fmt: skip
     weights = ccqlib.random_trellis(torch, *shape, seed=seed)
     packed, experts, k = lib.repack_trellis(*weights), shape[0], shape[1]
     g = torch.Generator(device="cuda").manual_seed(1000 + seed)
@@ -63,7 +64,7 @@ def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, sprea
     if offsets is None:
         offsets = ccqlib.random_offsets(torch, experts, rows, seed)
     scale = torch.rand(rows, generator=g, device="cuda") if row_scale else None
-    out = multiply(lib, packed, x, offsets.cuda(), scale)
+    out = multiply(lib, packed, x, None if matrix else offsets.cuda(), scale)
     want = torch.full((rows, shape[2]), float("nan"), device="cuda", dtype=torch.float64)
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -200,10 +201,11 @@ def test_forced(lib, kernel):
     lib.force_variant(kernel)
     ran = 0
     try:
-        for rows in (1, 3, 9, 70):
-            for shape in ((5, 640, 304), (2, 128, 16), (3, 1536, 528), (3, 3584, 144)):
+        shapes = (5, 640, 304), (2, 128, 16), (3, 1536, 528), (3, 3584, 144), (1, 128, 16)
+        for rows in (1, 3, 9, 21, 70):
+            for shape in shapes:
                 try:
-                    run(lib, shape, rows, torch.bfloat16, seed=rows)
+                    run(lib, shape, rows, torch.bfloat16, seed=rows, matrix=shape[0] == 1)
                     ran += 1
                 except RuntimeError as error:  # a kernel that does not take this K
                     assert "CUDA error 9" in str(error)

@@ -197,25 +197,27 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   return 3;
 }
 
-// CCQ-2T: trellis_few.cuh with one, two or four rows a tile (+ 3: one, with less shared memory); trellis_some.cuh; or moe_wide.cuh.
-constexpr int kTrellisFew = 40, kTrellisSome = 44;
+// CCQ-2T: trellis_few.cuh with one, two or four rows a tile (before Hopper + 3 with one, + 4 with four), trellis_some.cuh with 8 or 16,
+// or moe_wide.cuh.
+constexpr int kTrellisFew = 40, kTrellisSome = 45;
 
 // Of trellis_few.cuh as StreamCost. Fitted to measurements on an H200 (eight shapes, 1 to 64 tokens, bfloat16), which all three tables
 // meet within 2 to 5 % in the mean.
 constexpr StreamCost kTrellisFewCosts[] = {
-    {kTrellisFew, 1, 3.89, 0.344, 0.104}, {kTrellisFew + 1, 2, 4.83, 0.361, 0.120}, {kTrellisFew + 2, 4, 4.59, 0.372, 0.178},
+    {kTrellisFew, 1, 4.24, 0.310, 0.145}, {kTrellisFew + 1, 2, 5.11, 0.338, 0.172}, {kTrellisFew + 2, 4, 6.73, 0.363, 0.196},
 };
 // Of trellis_some.cuh and moe_wide.cuh as WideCost, besides what a launch takes.
 struct TrellisCost : WideCost {
   double start;
 };
 constexpr TrellisCost kTrellisSomeCosts[] = {
-    {{kTrellisSome, 512, 8, 1.042, 0.942, 0.31}, 11.6}, {{kTrellisSome + 1, 512, 16, 1.455, 0.992, 0.45}, 13.3},
+    {{kTrellisSome, 512, 8, 0.928, 0.746, 0.33}, 10.9}, {{kTrellisSome + 1, 512, 16, 1.303, 0.918, 0.46}, 12.4},
 };
 constexpr TrellisCost kTrellisWideCosts[] = {
     {{kWide, 512, 32, 1.875, 1.776, 1.95}, 3},     {{kWide + 1, 512, 48, 2.150, 1.942, 1.08}, 3},
     {{kWide + 2, 512, 64, 2.426, 1.992, 0.35}, 3}, {{kWide + 3, 256, 96, 1.560, 1.165, 0}, 3},
-    {{kWide + 4, 256, 128, 1.894, 1.249, 0}, 3},   {{kWide + 5, 256, 144, 2.003, 2.003, 0}, 3},
+    {{kWide + 4, 256, 128, 1.894, 1.249, 0}, 3},   {{kWide + 5, 256, 144, 1.950, 1.950, 1}, 3},
+    {{kWide + 6, 128, 256, 1.489, 1.489, 1.89}, 3},
 };
 
 inline double trellis_some_cost(const Gpu& gpu, const Call& call, const TrellisCost& c) {
@@ -236,7 +238,7 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   const double mean = call.mean();
   const bool one = call.experts == 1 ? call.rows == 1 : mean <= 0.3;
   if (!has_wide || gpu.major != 9) {
-    for (int variant : {one ? kTrellisFew + 3 : kTrellisFew + 2, kTrellisFew + 3})
+    for (int variant : {one ? kTrellisFew + 3 : kTrellisFew + 4, kTrellisFew + 3})
       if (fits(variant)) return variant;
     return -1;
   }

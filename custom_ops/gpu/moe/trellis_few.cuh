@@ -3,7 +3,8 @@
 //
 // Work. A tile is (expert, kRows of its rows or fewer, 64 columns) and all of K. Blocks take equal contiguous ranges of tiles. A stage
 // is 512 input rows of a tile's 64 columns, contiguous in memory: one copy. The stages of a range go in turn to eight teams of two
-// warps, each warp of which has 32 of the columns: what it reads of the activations serves two 16-column tiles. Sums of a tile's parts
+// warps, each warp of which has 32 of the columns: what it reads of the activations serves two 16-column tiles. (Before Hopper, where
+// shared memory is less: four teams of four.) Sums of a tile's parts
 // meet in shared memory.
 //
 // Warps. Two request stages. Sixteen multiply. One adds up the sums of a tile and writes them.
@@ -23,17 +24,17 @@ namespace ccq {
 // 64 columns x 128 rows of packed weights: codes of four 16-column tiles, then a word for each two columns (trellis_repack.h).
 constexpr int kTrellisUnitBytes = 4 * 512 + 4 * 32;
 
-// kGroups: groups that share an accumulator, of at most 8 / kRows / 2.
-template <int kRows_, int kGroups_>
+// kGroups: groups that share an accumulator. kR: 16-column tiles a warp.
+template <int kRows_, int kGroups_, int kR_ = 2>
 struct TrellisFewConfig {
   static constexpr int kRows = kRows_, kGroups = kGroups_;
   static_assert(kRows * kGroups <= 4 && (kGroups == 1 || kRows * kGroups == 4));
-  static constexpr int kTeams = 8, kR = 2, kWarps = 16, kThreads = kWarps * 32, kTiles = 4;
+  static constexpr int kR = kR_, kTiles = 4, kTeamWarps = kTiles / kR, kWarps = 16, kTeams = kWarps / kTeamWarps, kThreads = kWarps * 32;
   static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers, kAllThreads = (kWriter + 1) * 32;
   static constexpr int kUnits = 4, kStageBytes = kUnits * kTrellisUnitBytes;
   // Copies on their way: a multiple of the teams (a stage's place is always the same team's).
   static constexpr int kLeastStages = kTeams, kMostStages = 2 * kTeams;
-  static_assert(kMaxExperts % kThreads == 0 && kTeams * kTiles == kWarps * kR);
+  static_assert(kMaxExperts % kThreads == 0);
   // Tiles whose super scales are there or on their way.
   static constexpr int kSlots = 4, kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
   // Tiles whose sums are under way. Where K has less stages than there are teams, a team must have a part in each tile of a slot or in
@@ -41,7 +42,9 @@ struct TrellisFewConfig {
   static constexpr int kMostSums = kTeams;
   __host__ __device__ static constexpr int sums_slots(int blocks_k) {
     const int stages = stages_of(blocks_k);
-    return stages >= kTeams ? 2 : stages % 4 == 0 ? 2 : stages % 2 == 0 ? 4 : 8;
+    int slots = stages < kTeams ? kTeams : 2;
+    while (slots > 2 && slots / 2 * stages % kTeams == 0) slots /= 2;
+    return slots;
   }
   static constexpr int kBarriers = 2 * kMostStages + 2 * kSlots + 2 * kMostSums;
   // Of a group's activations, for the first two code bytes of a lane and for the other two: [columns][4 lanes of a quad][16 bytes].
@@ -64,9 +67,9 @@ struct TrellisFewConfig {
 };
 
 // Where things lie in shared memory; of FewShared (few_schedule.cuh) what the scans of offsets use.
-template <int kRows, int kGroups>
-struct FewShared<TrellisFewConfig<kRows, kGroups>> {
-  using C = TrellisFewConfig<kRows, kGroups>;
+template <int kRows, int kGroups, int kR>
+struct FewShared<TrellisFewConfig<kRows, kGroups, kR>> {
+  using C = TrellisFewConfig<kRows, kGroups, kR>;
   char *rings, *columns, *activations;
   float2* sums;  // [slots][slices][kEntries]
   float* back;   // [stages of K][kRows]: undoes the scale of 512 values of a row, times the caller's row scale
@@ -310,7 +313,7 @@ template <typename C>
 __device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int begin, int end, FewRows rows, int warp,
                                 Chunk (&kept)[C::kKept]) {
   constexpr int R = C::kRows;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / 2, wn = warp % 2 * C::kR;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wk = warp / C::kTeamWarps, wn = warp % C::kTeamWarps * C::kR;
   const int column_tiles = p.column_tiles.by, blocks_k = p.k / 128, stages_k = C::stages_of(blocks_k);
   const int slots = C::sums_slots(blocks_k), slices = C::slices(blocks_k);
   const uint32_t selector = TrellisBefore::selector();
@@ -364,9 +367,9 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const Fe
   const FewShared<C> s(shared, blocks_k, p.experts, p.stages);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {  // of each warp, for the lanes of one would do it one after another
-    if (warp < C::kMostStages) s.full[warp].init(CCQ_BULK ? 1 : 32), s.free[warp].init(2 * kWarpArrivals);
+    if (warp < C::kMostStages) s.full[warp].init(CCQ_BULK ? 1 : 32), s.free[warp].init(C::kTeamWarps * kWarpArrivals);
     if (warp < C::kSlots) s.columns_full[warp].init(32), s.columns_free[warp].init(kWarpArrivals);
-    if (warp < C::kMostSums) s.sums_ready[warp].init(C::slices(blocks_k) * 2 * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
+    if (warp < C::kMostSums) s.sums_ready[warp].init(C::slices(blocks_k) * C::kTeamWarps * kWarpArrivals), s.sums_free[warp].init(kWarpArrivals);
     publish_barriers();
   }
   if (C::kGroups > 1)  // columns of a group that hold other groups are zero, and stay so

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch of the grouped GEMM with CCQ-2T weights: trellis_few.cuh for few rows an expert, on Hopper moe_wide.cuh for more.
+// Launch of the grouped GEMM with CCQ-2T weights: trellis_few.cuh for few rows an expert, on Hopper trellis_some.cuh for some and
+// moe_wide.cuh for more.
 
 #include "trellis_gemm.h"
 
@@ -19,10 +20,14 @@ namespace {
 template <typename F>
 auto with_trellis_few(int variant, F&& use) {
   switch (variant) {
+#ifdef CCQ_SM90A
     case kTrellisFew: return use(TrellisFewConfig<1, 4>{});
     case kTrellisFew + 1: return use(TrellisFewConfig<2, 2>{});
     case kTrellisFew + 2: return use(TrellisFewConfig<4, 1>{});
-    default: return use(TrellisFewConfig<1, 1>{});  // less shared memory
+#endif
+    // With less shared memory.
+    case kTrellisFew + 3: return use(TrellisFewConfig<1, 1, 1>{});
+    default: return use(TrellisFewConfig<4, 1, 1>{});
   }
 }
 
@@ -69,14 +74,11 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
   });
 }
 
-// The most rows of a tile, stages.
+// Warps that multiply, the most rows of a tile, stages.
 template <bool kBf16, typename F>
 auto with_trellis_some(int variant, F&& use) {
-  switch (variant) {
-    case kTrellisSome: return use(TrellisSomeConfig<kBf16, 8, 8, 4>{});
-    case kTrellisSome + 1: return use(TrellisSomeConfig<kBf16, 8, 16, 4>{});
-    default: return use(TrellisSomeConfig<kBf16, 16, 8, 4>{});
-  }
+  // A tile of 16 rows takes more registers than sixteen warps have.
+  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 16, 8, 4>{}) : use(TrellisSomeConfig<kBf16, 8, 16, 4>{});
 }
 
 template <bool kBf16>

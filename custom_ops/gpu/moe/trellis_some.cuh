@@ -3,9 +3,9 @@
 //
 // A tile has 512 columns and up to 16 rows, and its weights, decoded once, meet all of them: `wgmma` takes the hash words of the code
 // bytes as they stand (trellis.cuh) from registers, and from shared memory activations as signed digits, which a kernel before this
-// one has made. A group's sums are integers, exact; they meet the group's scale and are added up as integers, for 64 groups at most.
+// one has made. A group's sums are integers, exact; they meet the group's scale and are added up as integers, of 64 groups at most.
 //
-// Work and warps are moe_wide.cuh's: tiles in waves, the remaining ones cut along K; eight warps multiply, four request. A stage is 256
+// Work and warps are moe_wide.cuh's: tiles in waves, the remaining ones cut along K; eight or sixteen warps multiply, four request. A stage is 256
 // input rows: of each 64 columns one copy of 4 KB, and 4 KB of activations for each 4 rows.
 #pragma once
 
@@ -27,7 +27,7 @@ struct IntegerTrellisWeights : TrellisWeights {
   }
 };
 
-// kN: the most rows of a tile; one with half of them or less has code of its own.
+// kWarps: those that multiply, each kR 16-column tiles. kN: the most rows of a tile; one with half of them or less has code of its own.
 template <bool kBf16_, int kWarps_, int kN_, int kStages_>
 struct TrellisSomeConfig {
   using Weights = IntegerTrellisWeights;
