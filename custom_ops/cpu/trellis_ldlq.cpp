@@ -10,8 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "channel.h"
 #include "parallel.h"
-#include "search.h"
 
 namespace ccq {
 namespace {
@@ -34,14 +34,6 @@ const int16_t* values() {
     return out;
   }();
   return v.data();
-}
-
-float to_bfloat16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  std::memcpy(&f, &bits, 4);
-  return f;
 }
 
 float whole(float y) { return (y + 12582912.0f) - 12582912.0f; }  // to nearest even, |y| < 2^22
@@ -365,7 +357,7 @@ class Batch {
       norm += w * (hw[r] - g[r]);
     }
     const float old = super_[c];
-    const float fitted = to_bfloat16(old + old * (cross / norm));
+    const float fitted = bfloat16_of(old + old * (cross / norm));
     const float t = fitted / old - 1.0f;
     if (norm > 0.0f && fitted > 0.0f && t * (t * norm - 2.0f * cross) < 0.0f) super_[c] = fitted;
   }
