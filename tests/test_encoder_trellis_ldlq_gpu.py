@@ -54,7 +54,15 @@ def test_bytes_are_the_cpus_in_any_order_of_threads(
 
 @pytest.mark.parametrize(
     "change",
-    [{"sweeps": 0}, {"sweeps": 2}, {"kappas": (9.5, 6.0)}, {"beam": 20000}, {"window": (-2, 3)}],
+    [
+        {"sweeps": 0},
+        {"sweeps": 2},
+        {"kappas": (9.5, 6.0)},
+        {"beam": 20000},
+        {"window": (-2, 3)},
+        # More local scales than there are.
+        {"window": (-20, 20)},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_part_of_the_recipe(change: dict) -> None:
