@@ -260,6 +260,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
       }
     }
   }
+  __syncwarp();
   cluster_barrier();  // nobody leaves while others may still write to its memory
 #endif
 }
