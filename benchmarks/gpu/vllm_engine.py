@@ -233,6 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     two.add_argument("--prompts", type=int, nargs="*", default=[1024, 4096, 8192])
     two.add_argument("--few-graphs", action="store_true", help="CUDA graphs of --batches alone")
     two.add_argument("--profile", type=int, nargs="*", default=[], help="batches to look into")
+    two.add_argument("--profile-prompts", type=int, nargs="*", default=[], help="prompts likewise")
     three = commands.add_parser("linear")
     three.add_argument("output")
     return parser.parse_args(argv)
