@@ -21,6 +21,10 @@ from ...reporting import ranges
 NAME = "fastdeploy"
 # The row order that its kernels expect, by --fastdeploy-layout.
 ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
+# Formats of experts that FastDeploy refuses by name and our plugin for it serves.
+OWN_FORMATS = tuple(name for name in formats.EXPERT_FORMATS if name != formats.DEFAULT_EXPERTS)
+# FastDeploy's release lines that our plugin was made for (fastdeploy/plugin.py).
+PLUGIN_RELEASES = ("2.4", "2.5", "2.6", "develop")
 # Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
 # the same bytes.
 SHARD_METADATA = {"format": PADDLE.format_tag}
