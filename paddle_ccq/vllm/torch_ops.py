@@ -217,6 +217,18 @@ def _decoded(
             out[:, first : first + count] = torch.mm(rows, decoded[:count].t())
 
 
+def _router(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if len(x) > gpu_abi.ROUTER_MAX_ROWS:
+        return x.to(torch.float32) @ weight.t()
+    x, (experts, k) = x.contiguous(), weight.shape
+    out = torch.empty((len(x), experts), dtype=torch.float32, device=x.device)
+    arguments = gpu_abi.RouterArgs(
+        x.data_ptr(), parts.data_ptr(), out.data_ptr(), len(x), k, experts
+    )
+    _check(library().ccq_router(ctypes.byref(arguments), _stream()), "a router")
+    return out
+
+
 def counters_of(n: int) -> int:
     """Counters that a layer of n columns must own."""
     return library().ccq_linear_w8_counters(n)
@@ -224,6 +236,10 @@ def counters_of(n: int) -> int:
 
 def _like_x(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+def _scores(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((len(x), weight.shape[0]), dtype=torch.float32)
 
 
 def _columns_of_scale(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *_: Any) -> Any:
@@ -247,6 +263,7 @@ for _name, _schema, _function, _fake in (
         _linear_w8,
         _columns_of_scale,
     ),
+    ("router", "(Tensor x, Tensor parts, Tensor weight) -> Tensor", _router, _scores),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _function, "CUDA")
@@ -255,3 +272,4 @@ for _name, _schema, _function, _fake in (
 experts_packed = torch.ops.paddle_ccq.experts_packed
 experts_spare = torch.ops.paddle_ccq.experts_spare
 linear_w8 = torch.ops.paddle_ccq.linear_w8
+router = torch.ops.paddle_ccq.router
