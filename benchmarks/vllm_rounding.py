@@ -62,14 +62,29 @@ def decoded_model(checkpoint: Any, rounded: Callable[[Any], bool]) -> Any:
         return load(folder, dtype=torch.float32).eval()
 
 
-def scores(model: Any, windows: np.ndarray, kinds: list[str]) -> np.ndarray:
-    """float64 [windows, tokens - 1] log-probabilities, with outputs of some places rounded."""
+def scores(
+    model: Any, windows: np.ndarray, kinds: list[str], seed: int | None = None
+) -> np.ndarray:
+    """float64 [windows, tokens - 1] log-probabilities, with outputs of some places rounded.
+
+    Args:
+        seed: rounded up or down at random, as often up as the value is far from below.
+    """
     import torch
+
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def bfloat16(value: Any) -> Any:
+        if generator is None:
+            return value.bfloat16().float()
+        bits = value.contiguous().view(torch.int32)
+        more = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator)
+        return ((bits + more) & -(1 << 16)).view(torch.float32)
 
     def rounded(_: Any, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (output[0].bfloat16().float(), *output[1:])
-        return output.bfloat16().float()
+            return (bfloat16(output[0]), *output[1:])
+        return bfloat16(output)
 
     ends = [end for kind in kinds for end in PLACES[kind]]
     handles = []
@@ -98,6 +113,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", default="examples/data/public-domain-sample.txt")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, default=8, help="runs of random rounding")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.folder)
     windows = windows_of(arguments.folder, arguments.text)
@@ -119,6 +135,8 @@ def main() -> int:
         note(kind, scores(decoded_model(checkpoint, rounded), windows, []))
     every = decoded_model(checkpoint, WEIGHTS["dense weights"])
     note("dense weights and all places", scores(every, windows, list(PLACES)))
+    for seed in range(arguments.seeds):
+        note(f"all places, random {seed}", scores(model, windows, list(PLACES), seed))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

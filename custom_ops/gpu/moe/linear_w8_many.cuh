@@ -14,10 +14,11 @@
 
 namespace ccq_w8 {
 
-// kRows: 16, 32, 48 or 64; kSlices: blocks of a cluster, 4 or 8; kUnits: units of 1 KiB that one copy brings.
-template <int kRows_, int kSlices_, int kStages_, int kUnits_>
+// kRows: 16, 32, 48 or 64; kSlices: blocks of a cluster, 2, 4 or 8; kUnits: units of 1 KiB that one copy brings; kSlots: tiles of
+// a warpgroup whose sums may lie in a block's memory at a time.
+template <int kRows_, int kSlices_, int kStages_, int kUnits_, int kSlots_>
 struct ManyConfig {
-  static constexpr int kRows = kRows_, kSlices = kSlices_, kStages = kStages_, kUnits = kUnits_;
+  static constexpr int kRows = kRows_, kSlices = kSlices_, kStages = kStages_, kUnits = kUnits_, kSlots = kSlots_;
   static constexpr int kWorkers = 8, kWarps = kWorkers + 4, kThreads = 32 * kWarps;  // the last four add up
   static constexpr int kColumns = 64;
   static constexpr int kRingBytes = kWorkers * kStages * kUnits * 1024;
@@ -25,9 +26,13 @@ struct ManyConfig {
   static constexpr int kSlotBytes = kColumns * kRows * 4;  // from all slices
   static constexpr size_t kAlone = 120 * 1024;  // with this much a block is alone on its multiprocessor
   static constexpr int kUnitDigits = 2 * kRows * 64;
-  static __host__ __device__ int units(int k) { return (k / 64 + kSlices - 1) / kSlices; }
+  // Of the largest slice, up to whole copies.
+  static __host__ __device__ int units(int k) {
+    return ((k / 64 + kSlices - 1) / kSlices + kUnits - 1) / kUnits * kUnits;
+  }
   static size_t shared_bytes(int k) {
-    const size_t used = 1024 + size_t{1} * units(k) * kUnitDigits + kRingBytes + 2 * kSlotBytes + kRows * 16 + 8 * (kWorkers * kStages + 4);
+    const size_t used = 1024 + size_t{1} * units(k) * kUnitDigits + kRingBytes + 2 * kSlots * kSlotBytes + kRows * 16 +
+                        8 * (kWorkers * kStages + 4 * kSlots);
     return used > kAlone ? used : kAlone;
   }
 };
@@ -36,7 +41,8 @@ template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ ccq_linear_w8_args a, int clusters) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace ccq;
-  constexpr int R = C::kRows, S = C::kSlices, kStages = C::kStages, kUnits = C::kUnits, kWorkers = C::kWorkers;
+  constexpr int R = C::kRows, S = C::kSlices, kStages = C::kStages, kUnits = C::kUnits, kSlots = C::kSlots,
+                kWorkers = C::kWorkers;
   extern __shared__ char memory[];
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -49,20 +55,20 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
 
   char* const digits = memory + (-shared_address(memory) & 1023);  // the same in every block
   char* const slots = digits + C::units(a.k) * C::kUnitDigits;
-  char* const rings = slots + 2 * C::kSlotBytes;
+  char* const rings = slots + 2 * kSlots * C::kSlotBytes;
   int4* const of_row = reinterpret_cast<int4*>(rings + C::kRingBytes);  // 128 times the sums of digits, and the scale's inverse
-  Barrier* const ready = reinterpret_cast<Barrier*>(of_row + R);        // [slot]
-  Barrier* const free = ready + 2;                                      // [slot]: all blocks have read what this one sent
-  Barrier* const full = free + 2 + warp * kStages;
+  Barrier* const ready = reinterpret_cast<Barrier*>(of_row + R);  // [warpgroup][slot]
+  Barrier* const free = ready + 2 * kSlots;                       // the same: all blocks have read what this one sent
+  Barrier* const full = free + 2 * kSlots + warp * kStages;
   char* const ring = rings + warp * (kStages * kUnits * 1024);
   if (lane == 0) {
     if (warp < kWorkers)
       for (int i = 0; i < kStages; ++i) full[i].init(1);
-    else if (warp < kWorkers + 2) {
-      const int slot = warp - kWorkers;
-      ready[slot].init(1), free[slot].init(4 * S);
-      ready[slot].arrive_and_expect(C::kSlotBytes);
-    }
+    else if (warp == kWorkers)
+      for (int slot = 0; slot < 2 * kSlots; ++slot) {
+        ready[slot].init(1), free[slot].init((C::kWarps - kWorkers) * S);
+        ready[slot].arrive_and_expect(C::kSlotBytes);
+      }
     publish_barriers();
   }
   __syncwarp();
@@ -96,6 +102,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
   // This slice of x as digits: of each unit [2 * row + digit][64 bytes], swizzled, in the order of K that the weights' bytes have
   // in registers: word w of chunk t meets piece w of 16 bytes, there word t. Rows that are not there stay what memory held:
   // they meet nothing but their own results, which nobody stores.
+  for (int i = threadIdx.x; i < (copies * kUnits - units) * (C::kUnitDigits / 16); i += C::kThreads)
+    reinterpret_cast<uint4*>(digits + units * C::kUnitDigits)[i] = make_uint4(0, 0, 0, 0);  // meets nothing of a last copy
   constexpr int kKept = 2;
   const int chunks = 4 * units, all_chunks = (chunks + 31) / 32 * 32;
   Chunk kept[kKept];
@@ -162,18 +170,13 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
     for (int i = 0; i < own_tiles; ++i) {
       int sum[R / 4][4] = {};
       uint4 even[kUnits][2], odd[kUnits][2];
-      auto take = [&](uint4 (&q)[kUnits][2], int c) {
+      auto take = [&](uint4 (&q)[kUnits][2]) {
         full[stage].wait(parity);
         const char* const unit = ring + stage * (kUnits * 1024) + lane * 16;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            q[u][h] = *reinterpret_cast<const uint4*>(unit + (2 * u + h) * 512);
-            if (c * kUnits + u >= units) q[u][h] = make_uint4(0, 0, 0, 0);
-          }
-        __syncwarp();  // every lane has what it needs of the stage
-        request();
+          for (int h = 0; h < 2; ++h) q[u][h] = *reinterpret_cast<const uint4*>(unit + (2 * u + h) * 512);
         if (++stage == kStages) stage = 0, parity ^= 1;
       };
       auto multiply = [&](const uint4 (&q)[kUnits][2], int c) {
@@ -185,28 +188,33 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
           wgmma_bytes(sum, q[u][0].z, q[u][1].z, q[u][0].w, q[u][1].w, at + 2);
         }
         wgmma_commit();
+        // Now every lane has what it needs of the stage. Not before: a load that was only issued waits behind the tensor cores'
+        // reads for longer than a copy from L2 takes.
+        __syncwarp();
+        request();
       };
-      if (copies > 0) take(even, 0);
+      if (copies > 0) take(even);
 #pragma unroll 1
       for (int c = 0; c < copies; c += 2) {
         multiply(even, c);
         if (c + 1 < copies) {
           wgmma_wait<1>();
-          take(odd, c + 1);
+          take(odd);
           multiply(odd, c + 1);
         }
         if (c + 2 < copies) {
           wgmma_wait<1>();
-          take(even, c + 2);
+          take(even);
         }
       }
       wgmma_wait<0>();
-      if (i > 0) wait_for_cluster(free + group, (i - 1) & 1);
+      const int slot = group * kSlots + i % kSlots;
+      if (i >= kSlots) wait_for_cluster(free + slot, (i / kSlots - 1) & 1);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int eighth = warp % 4 * 2 + h, to = eighth / C::kParts;
-        const uint32_t there = address_in(ready + group, to);
-        const uint32_t slot = address_in(slots + group * C::kSlotBytes, to) + lane * 16 +
+        const uint32_t there = address_in(ready + slot, to);
+        const uint32_t part = address_in(slots + slot * C::kSlotBytes, to) + lane * 16 +
                               (rank * C::kParts + eighth % C::kParts) * (R / 16) * 512;
 #pragma unroll
         for (int q = 0; q < R / 16; ++q) {
@@ -217,7 +225,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
             v[j] = fmaf(static_cast<float>(sum[4 * q + j][2 * h] - row.x), 256.f,
                         static_cast<float>(sum[4 * q + j][2 * h + 1] - row.y)) * __int_as_float(row.z);
           }
-          store_async(slot + q * 512, *reinterpret_cast<const uint4*>(v), there);
+          store_async(part + q * 512, *reinterpret_cast<const uint4*>(v), there);
         }
       }
     }
@@ -225,8 +233,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
     const int own = threadIdx.x - 32 * kWorkers;
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const int slot = i % 2;
-      wait_for_cluster(ready + slot, (i / 2) & 1);
+      const int slot = i % 2 * kSlots + i / 2 % kSlots;
+      wait_for_cluster(ready + slot, (i / 2 / kSlots) & 1);
       const float4* const parts = reinterpret_cast<const float4*>(slots + slot * C::kSlotBytes);
       constexpr int kItems = C::kParts * (R / 16) * 32, kEach = (kItems + 127) / 128;
       float4 sum[kEach];
@@ -241,7 +249,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
           sum[j].x += part.x, sum[j].y += part.y, sum[j].z += part.z, sum[j].w += part.w;
         }
       }
-      if (own == 0 && i + 2 < count) ready[slot].arrive_and_expect(C::kSlotBytes);
+      if (own == 0 && i + 2 * kSlots < count) ready[slot].arrive_and_expect(C::kSlotBytes);
       __syncwarp();
       if (lane < S) arrive_at(address_in(free + slot, lane));
 #pragma unroll
