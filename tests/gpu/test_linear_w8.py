@@ -55,3 +55,16 @@ def test_a_row_that_is_not_finite_leaves_others_alone(rows: int) -> None:
     found = torch_ops.linear_w8(x, product_units(states).contiguous(), scale, counters)
     finite = found.isfinite().all(dim=1).tolist()
     assert [i for i in range(rows) if not finite[i]] == [1, 3]
+
+
+def test_many_rows_meet_weights_that_are_decoded_part_by_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = torch.randint(1, 256, (1040, 512), dtype=torch.uint8, device="cuda")
+    scale = (torch.rand(1040, device="cuda") * 0.01 + 0.001).to(torch.bfloat16)
+    counters = torch.zeros(torch_ops.counters_of(1040), dtype=torch.int32, device="cuda")
+    x = torch.randn((LIMIT + 7, 512), device="cuda").to(torch.bfloat16)
+    monkeypatch.setattr(torch_ops, "DECODED_BYTES", 512 * 1024)  # 512 columns a part
+    found = torch_ops.linear_w8(x, product_units(states).contiguous(), scale, counters)
+    wanted = x.double() @ ((states.double() - 128) * scale.double()[:, None]).t()
+    assert float(((found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) < 5e-3
