@@ -69,6 +69,15 @@ class LinearW8Args(ctypes.Structure):
     ]
 
 
+class W4Args(ctypes.Structure):
+    """struct ccq_w4_gemm_args (linear_w4.h)."""
+
+    _fields_ = [
+        *_pointers("x", "offsets", "weight", "scale", "out"),
+        *_integers("rows", "k", "n", "experts", "scale_stride", "tokens"),
+    ]
+
+
 class RouterArgs(ctypes.Structure):
     """struct ccq_router_args (router.h)."""
 
@@ -106,6 +115,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ccq_linear_w8_counters": ([_I], _I),
     "ccq_linear_w8": ([_P, _P], _I),
     "ccq_router": ([_P, _P], _I),
+    "ccq_w4_gemm": ([_P, _P], _I),
     "ccq_dequant_w8": ([_P, _P, _I, _I, _I, _P, _P], _I),
 }
 
