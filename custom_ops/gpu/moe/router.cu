@@ -13,7 +13,7 @@
 
 namespace ccq_router_kernel {
 
-constexpr int kBlocks = 8, kWarps = 8, kThreads = 32 * kWarps, kTile = 16, kResults = kTile * kTile, kKept = 2;
+constexpr int kBlocks = 8, kWarps = 8, kThreads = 32 * kWarps, kTile = 16, kResults = kTile * kTile;
 
 __device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads) router(const __grid_constant__ ccq_r
   // This warp's units of 64 values.
   const int units = a.k / 64, place = rank * kWarps + warp, all = kBlocks * kWarps;
   const int begin = units * place / all, end = units * (place + 1) / all;
+  constexpr int kKept = 2;
   Weights kept[kKept];
 #pragma unroll
   for (int u = 0; u < kKept; ++u)
