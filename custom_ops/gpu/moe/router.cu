@@ -13,7 +13,7 @@
 
 namespace ccq_router_kernel {
 
-constexpr int kBlocks = 8, kWarps = 8, kThreads = 32 * kWarps, kTile = 16, kResults = kTile * kTile;
+constexpr int kBlocks = 8, kWarps = 8, kThreads = 32 * kWarps, kTile = 16;
 
 __device__ inline uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -43,6 +43,7 @@ struct Weights {
 __global__ void __launch_bounds__(kThreads) router(const __grid_constant__ ccq_router_args a) {
 #if CCQ_BULK
   using namespace ccq;
+  constexpr int kResults = kTile * kTile;
   __shared__ float sums[kWarps][kResults];
   __shared__ __align__(16) float received[kBlocks][kResults / kBlocks];
   __shared__ Barrier ready;
