@@ -40,7 +40,7 @@ def test_products_are_float64s(k: int, n: int, rows: int) -> None:
     found = torch_ops.linear_w8(x, units, scale, counters)
     wanted = x.double() @ ((states.double() - 128) * scale.double()[:, None]).t()
     errors = (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert float(errors.max()) < 3e-3
+    assert float(errors.max()) < 4e-3  # of rounding once to bfloat16, over few columns
     assert torch.equal(found, torch_ops.linear_w8(x, units, scale, counters))
     assert not counters.any()
 
