@@ -310,6 +310,12 @@ inline int atomicMin(int* at, int value) {
   if (value < before) *at = value;
   return before;
 }
+template <typename T>
+T atomicOr(T* at, T bits) {
+  const T before = *at;
+  *at = before | bits;
+  return before;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
