@@ -27,6 +27,8 @@ RUNS = {
     "speed": ("WINT2, one H200", 1),
     "speed_prefix": ("wint4 prefix, one H200", 1),
     "speed_two": ("WINT2, two H200", 2),
+    "speed_experts": ("WINT2, two H200, whole experts on each", 2),
+    "speed_pipeline": ("WINT2, two H200, half of the layers on each", 2),
     "speed_int4": ("4 bits (Humming), two H200", 2),
 }
 FIGURE = ROOT / "docs" / "notes" / "vllm.svg"
@@ -126,6 +128,23 @@ def prompts(results: dict[str, Any]) -> str:
     return markdown(["tokens", "the step, ms", *PROMPT_KINDS, "all others", "idle"], rows)
 
 
+def loading(results: dict[str, Any]) -> str:
+    """Reading a checkpoint's files, and starting vLLM with it."""
+    rows = []
+    for name, found in results.get("load", {}).items():
+        peak = found.get("peak_host_bytes", {})
+        seconds = (found.get(key) for key in ("up_seconds", "first_answer_seconds"))
+        rows.append(
+            [
+                name,
+                *(f"{value:.0f}" if value else "" for value in seconds),
+                *(f"{peak.get(kind, 0) / 1e9:.1f}" for kind in ("RssAnon", "RssFile", "all")),
+            ]
+        )
+    header = ["start", "engine up, s", "first answer, s"]
+    return markdown([*header, "own memory, GB", "mapped files, GB", "both at once, GB"], rows)
+
+
 def rounding() -> str:
     """Where bfloat16 moves the 3M model's loss (vllm_rounding.py)."""
     found = json.loads((RESULTS / "vllm_rounding_3m.json").read_text(encoding="utf-8"))["places"]
@@ -153,7 +172,8 @@ def figure(results: dict[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "paddle-ccq"
     from matplotlib import pyplot
 
-    shown = {k: v for k, v in RUNS.items() if k in results and k != "speed_prefix"}
+    drawn = ("speed", "speed_two", "speed_int4")
+    shown = {k: v for k, v in RUNS.items() if k in results and k in drawn}
     drawing, axes = pyplot.subplots(figsize=(7.2, 2.9))
     width = 0.8 / len(shown)
     for i, (key, (label, _)) in enumerate(shown.items()):
@@ -181,6 +201,7 @@ def main() -> int:
         ("speed", speed),
         ("steps", steps),
         ("prompts", prompts),
+        ("loading", loading),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
     put_into_doc(DOC, "vllm-rounding", rounding())
