@@ -21,7 +21,7 @@ MOE_TOKENS = 4096
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
 LINEAR_ROWS = 128
 # Up to this many tokens of a step the product for few rows runs 4-bit experts; above, vLLM's own.
-W4_TOKENS = 64
+W4_TOKENS = 128
 # Bytes of decoded weights at a time.
 DECODED_BYTES = 128 << 20
 

@@ -83,8 +83,8 @@ inline bool launch_many(const ccq_linear_w8_args& a, cudaStream_t stream, cudaEr
   if (a.rows < 9 || a.rows > 64 || a.k > kFewMostK) return false;
   if ((*error = device.ask()) != cudaSuccess) return true;
   if (device.major != 9) return false;
-  if (a.rows <= 16) return launch_many<ManyConfig<16, 4, 8, 2, 2>>(a, device, stream, error);
-  if (a.rows <= 32) return launch_many<ManyConfig<32, 8, 6, 2, 2>>(a, device, stream, error);
+  if (a.rows <= 16) return launch_many<ManyConfig<16, 4, 8, 2, 4>>(a, device, stream, error);
+  if (a.rows <= 32) return launch_many<ManyConfig<32, 4, 5, 2, 1>>(a, device, stream, error);
   if (a.rows <= 48) return launch_many<ManyConfig<48, 8, 5, 2, 1>>(a, device, stream, error);
   return launch_many<ManyConfig<64, 8, 4, 2, 1>>(a, device, stream, error);
 #else

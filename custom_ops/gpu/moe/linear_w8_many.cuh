@@ -19,7 +19,8 @@ namespace ccq_w8 {
 template <int kRows_, int kSlices_, int kStages_, int kUnits_, int kSlots_>
 struct ManyConfig {
   static constexpr int kRows = kRows_, kSlices = kSlices_, kStages = kStages_, kUnits = kUnits_, kSlots = kSlots_;
-  static constexpr int kWorkers = 8, kWarps = kWorkers + 4, kThreads = 32 * kWarps;  // the last four add up
+  // Two warpgroups multiply; the others convert activations too, and one of them has results to add up.
+  static constexpr int kWorkers = 8, kWarps = kWorkers + 8, kThreads = 32 * kWarps;
   static constexpr int kColumns = 64;
   static constexpr int kRingBytes = kWorkers * kStages * kUnits * 1024;
   static constexpr int kParts = 8 / kSlices;              // eights of columns of a tile that a block adds up
