@@ -41,9 +41,11 @@ from paddle_ccq.quantize import quantize
 model, output, format, preset, device = sys.argv[1:]
 result = quantize(model, output, format=format, preset=preset, device=device, quiet=True)
 usage = resource.getrusage(resource.RUSAGE_SELF)
+# Not ru_maxrss, which a process takes over from the one that started it.
+status = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
 io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
 print(json.dumps({
-    "peak": usage.ru_maxrss * 1024,
+    "peak": 1024 * int(status["VmHWM"].split()[0]),
     "processor_seconds": usage.ru_utime + usage.ru_stime,
     "estimate": result.plan.peak_memory(),
     "seconds": result.seconds,

@@ -186,6 +186,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result with all rows; of two rows of the same kind, shape and preset the later one."""
+    devices = {result["device"]["name"] for result in results}
+    if len(devices) != 1:
+        raise SystemExit(f"error: results of different devices: {', '.join(sorted(devices))}")
+    rows = {
+        (row["kind"], row["n"], row["k"], row.get("preset")): row
+        for result in results
+        for row in result["rows"]
+    }
+    held = [result["held_bytes"] for result in results if "held_bytes" in result]
+    most = {kind: max(h[kind] for h in held) for kind in held[0]} if held else {}
+    return results[-1] | {"rows": list(rows.values()), "held_bytes": most}
+
+
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """Marker -> text."""
     rows = result["rows"]
@@ -235,10 +250,15 @@ def main() -> None:
         "--shapes", nargs="+", default=SHAPES, type=lambda s: tuple(map(int, s.split("x")))
     )
     parser.add_argument("--json", metavar="OUT", help="keep the result")
-    parser.add_argument("--write", metavar="FILE", help="put a kept result into the docs; no GPU")
+    parser.add_argument(
+        "--write",
+        nargs="+",
+        metavar="FILE",
+        help="put kept results into the docs, later ones over earlier; no GPU",
+    )
     args = parser.parse_args()
     if args.write:
-        result = json.loads(Path(args.write).read_text(encoding="utf-8"))
+        result = merged([json.loads(Path(p).read_text(encoding="utf-8")) for p in args.write])
         save_result("trellis_gpu_h200", result)
         for marker, text in tables(result).items():
             put_into_doc("docs/notes/ccq-2t.md", marker, text)

@@ -143,12 +143,13 @@ class Columns {
   // Positions of a span for all columns with a local scale; then count, value and mine_ hold their survivors.
   // weights, rows: of a slot; survivors' rows are kGroup apart. factors: of a column's costs at the start.
   __device__ void search(const Span& span) {
+    // Columns of one channel have about as many survivors: they go to different warps.
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < kStates / 4; i += kThreads) sh_.tiles[i] = 0;
     for (int i = threadIdx.x; i < kConstants; i += kThreads) sh_.constants[i] = kDigitFactors;
     __syncthreads();
     for (int i = 0; i < kEach; ++i)
-      if (sh_.local[kEach * warp + i]) begin_column(span, kEach * warp + i);
+      if (sh_.local[i * kWarps + warp]) begin_column(span, i * kWarps + warp);
     __syncthreads();
     for (int b = 0; b < span.positions; ++b) {
       list_entries();
@@ -170,12 +171,12 @@ class Columns {
       for (int i = 0; i < kEach; ++i)
 #pragma unroll
         for (int j = 0; j < kStates / 32; ++j)
-          keys[i][j] = static_cast<int>(sh_.operands[(kEach * warp + i) * kKeyRow + 32 * j + lane]);
+          keys[i][j] = static_cast<int>(sh_.operands[(i * kWarps + warp) * kKeyRow + 32 * j + lane]);
       __syncthreads();
       // One copy of the code: the next column's keys move up.
 #pragma unroll 1
       for (int i = 0; i < kEach; ++i) {
-        if (sh_.local[kEach * warp + i]) settle(span, b, kEach * warp + i, keys[0]);
+        if (sh_.local[i * kWarps + warp]) settle(span, b, i * kWarps + warp, keys[0]);
 #pragma unroll
         for (int j = 0; j + 1 < kEach; ++j)
 #pragma unroll

@@ -36,8 +36,8 @@ constexpr float kLeastRms = 3.0f / 16.0f;
 // A warp takes kParts times 16 states of all columns in a position's sums, and all states of kEach columns behind them.
 // Two blocks a multiprocessor: while one has its sums made, the other finds the targets of its survivors.
 constexpr int kColumns = 32, kTiles = kColumns / 8, kWarps = 8, kThreads = 32 * kWarps, kEach = kColumns / kWarps;
-constexpr int kParts = kStates / 16 / kWarps, kBlocksEach = 64 / kColumns;
 constexpr int kAllTiles = (1 << kTiles) - 1;
+constexpr int kParts = kStates / 16 / kWarps, kBlocksEach = 64 / kColumns;
 
 // The cost of a state that no sequence may come from. The cheapest survivor has no cost, |u| is at most 2 * 511 and |y| at
 // most 2 * 255, so the least cost is below 2.4 million. With targets of any survivor, a dropped state's is above
@@ -142,7 +142,12 @@ __device__ inline Previous previous_of(int entry, const Sixteen* table) {
   return found;
 }
 
-// step: 256, which the compiler must not know: as a multiplication it is done beside the minima, not in their place.
+// Cost << 8 | previous state. Three of four are multiplied by step = 256, which the compiler must not know, and the fourth is
+// put together from bytes: so multipliers and the units that find minima have the same to do.
+__device__ inline int key_of(int cost, int state, int step, int i) {
+  return static_cast<int>(i < 3 ? static_cast<uint32_t>(cost) * step + state : __byte_perm(cost, state, 0x2104));
+}
+
 __device__ inline void take_tile(Keys& best, int tile, const Previous& a, const Previous& b, uint32_t columns_a,
                                  uint32_t columns_b, int step) {
 #pragma unroll
@@ -152,9 +157,8 @@ __device__ inline void take_tile(Keys& best, int tile, const Previous& a, const 
     multiply(two, b.rows[part], columns_b);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int first = static_cast<int>(static_cast<uint32_t>(one[i]) * step + (a.entry & 255));
-      const int second = static_cast<int>(static_cast<uint32_t>(two[i]) * step + (b.entry & 255));
-      best[part][tile][i] = __vimin3_s32(best[part][tile][i], first, second);
+      best[part][tile][i] = __vimin3_s32(best[part][tile][i], key_of(one[i], a.entry & 255, step, i),
+                                         key_of(two[i], b.entry & 255, step, i));
     }
   }
 }
@@ -176,6 +180,27 @@ struct Lane {
   }
 };
 
+// Least costs over two previous states.
+__device__ inline void take_pair(Keys& best, const Lane& operands, const Previous& a, const Previous& b, int step) {
+  const int tiles = (a.entry | b.entry) >> 8, missing = ~tiles & kAllTiles;
+  const uint32_t *columns_a = operands.of(a.entry & 255), *columns_b = operands.of(b.entry & 255);
+#pragma unroll
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const uint4 first = *reinterpret_cast<const uint4*>(columns_a + quad * kQuad);
+    const uint4 second = *reinterpret_cast<const uint4*>(columns_b + quad * kQuad);
+    const uint32_t x[4] = {first.x, first.y, first.z, first.w}, y[4] = {second.x, second.y, second.z, second.w};
+    // Branches keep products of different tiles apart from each other: one tile left out is not worth them.
+    if ((missing & (missing - 1)) == 0) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        if (tiles >> (4 * quad + n) & 1) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
+    }
+  }
+}
+
 // entries [count]: previous states that are alive in any column. constants [kConstants]: kDigitFactors.
 __device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands, const uint32_t* constants,
                              const uint16_t* entries, int count, int step, Keys& best) {
@@ -188,30 +213,17 @@ __device__ inline void sweep(const Sixteen* table, const uint32_t* all_operands,
 #pragma unroll
       for (int i = 0; i < 4; ++i) best[part][n][i] = 0x7FFFFFFF;
   if (count == 0) return;
-  // Two pairs ahead: the second-level cache is slow to answer. Behind the end the last entry is taken again.
+  // A pair in work, the next one on its way: the second-level cache is slow to answer. Behind the end the last entry is
+  // taken again.
   auto load = [&](int at) { return previous_of(entries[at < count ? at : count - 1], table); };
-  Previous next0 = load(0), next1 = load(1), later0 = load(2), later1 = load(3);
+  Previous even[2] = {load(0), load(1)}, odd[2] = {load(2), load(3)};
 #pragma unroll 1
-  for (int at = 0; at < count; at += 2) {
-    const Previous a = next0, b = next1;
-    next0 = later0, next1 = later1;
-    if (at + 4 < count) later0 = load(at + 4), later1 = load(at + 5);
-    const int tiles = (a.entry | b.entry) >> 8;
-    const uint32_t *columns_a = operands.of(a.entry & 255), *columns_b = operands.of(b.entry & 255);
-#pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      const uint4 first = *reinterpret_cast<const uint4*>(columns_a + quad * kQuad);
-      const uint4 second = *reinterpret_cast<const uint4*>(columns_b + quad * kQuad);
-      const uint32_t x[4] = {first.x, first.y, first.z, first.w}, y[4] = {second.x, second.y, second.z, second.w};
-      if (tiles == kAllTiles) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
-      } else {
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-          if (tiles >> (4 * quad + n) & 1) take_tile(best, 4 * quad + n, a, b, x[n], y[n], step);
-      }
-    }
+  for (int at = 0; at < count; at += 4) {
+    take_pair(best, operands, even[0], even[1], step);
+    if (at + 2 >= count) break;
+    even[0] = load(at + 4), even[1] = load(at + 5);
+    take_pair(best, operands, odd[0], odd[1], step);
+    odd[0] = load(at + 6), odd[1] = load(at + 7);
   }
 }
 
