@@ -20,6 +20,7 @@ MATRICES = {
     "up_gate": (8192, 57344),
     "down": (28672, 8192),
 }
+LINEAR_ROWS = (1, 8, 16, 32, 64)
 # What was wanted of one card: tokens a second by batch, first token after so many tokens.
 WANTED = {"1": 120, "8": 380, "32": 1100, "64": 1800}
 WANTED_FIRST = {"1024": 0.2, "4096": 0.65, "8192": 1.3}
@@ -55,11 +56,11 @@ def linear(results: dict[str, Any]) -> str:
     rows = []
     for name, (k, n) in MATRICES.items():
         row = [f"{name} [{k}, {n}]"]
-        for count in (1, 8, 16, 32, 64, 128):
+        for count in LINEAR_ROWS:
             time = found[f"{name} {count} stored"]
             row.append(f"{time:.1f} ({k * n / time / 1e-6 / RATE:.0%})")
         rows.append(row)
-    return markdown(["matrix", *(f"{c} rows" for c in (1, 8, 16, 32, 64, 128))], rows)
+    return markdown(["matrix", *(f"{c} rows" for c in LINEAR_ROWS)], rows)
 
 
 def speed(results: dict[str, Any]) -> str:
@@ -126,6 +127,22 @@ def prompts(results: dict[str, Any]) -> str:
     profiles = results["speed"].get("profile_prompts", {})
     rows = [[tokens, *_by_kind(found, PROMPT_KINDS, True)] for tokens, found in profiles.items()]
     return markdown(["tokens", "the step, ms", *PROMPT_KINDS, "all others", "idle"], rows)
+
+
+def experts4(results: dict[str, Any]) -> str:
+    """4-bit experts of few tokens, and the router's product."""
+    found = results["w4"]["microseconds, experts read"]
+    router = results["router"]["microseconds, cuBLAS"]
+    shapes = {"up_gate": (8192, 7168), "down": (3584, 8192)}
+    rows = []
+    for tokens in (1, 8, 16, 32, 64):
+        row = [str(tokens)]
+        for name, (k, n) in shapes.items():
+            time, used = found[f"{name} {tokens}"]
+            row.append(f"{time:.0f} ({used * k * n / 2 / time / 1e-6 / RATE:.0%})")
+        rows.append([*row, *(f"{v:.1f}" for v in router[str(tokens)])])
+    header = ["tokens", "up_gate, wint4", "down, wint4", "router", "router, cuBLAS"]
+    return markdown(header, rows)
 
 
 def loading(results: dict[str, Any]) -> str:
@@ -202,6 +219,7 @@ def main() -> int:
         ("steps", steps),
         ("prompts", prompts),
         ("loading", loading),
+        ("experts4", experts4),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
     put_into_doc(DOC, "vllm-rounding", rounding())
