@@ -146,7 +146,7 @@ def row(result: dict) -> list[str]:
         str(result["experts"]),
         f"{result['read'] / 1e9:.2f}",
         f"{result['written'] / 1e9:.2f}",
-        f"{result['peak'] / 1e9:.2f}",
+        f"{result['peak'] / 1e9:.2f}" if result["peak"] else "",
         f"{seconds['total']:.0f}",
         *(f"{seconds[part] / seconds['total']:.0%}" for part in ("read", "encode", "write")),
         f"{result['rate'] / 1e6:.2f}",

@@ -166,7 +166,7 @@ def write(result: dict[str, Any]) -> None:
     windows = len(base[HELD]["kl"])
     note = (
         f"`{result['model']}`, {windows} windows of 1024 tokens of the calibration text, which no"
-        " row saw; differences on the same windows with standard errors; one run,"
+        " row saw; differences on the same windows with standard errors;"
         f" {result['device']}."
     )
     put_into_doc("docs/notes/ccq-2t.md", "trellis-choices", f"{markdown(header, table)}\n\n{note}")

@@ -48,6 +48,8 @@ inline int& forced_variant() {
 
 constexpr int kWarpsPerSm = 16;
 constexpr int kMaxPartialFloat4 = 9216;
+// Of trellis_some.cuh: its most rows an expert, on average; bytes of 8 rows and 256 input rows of activations.
+constexpr int kMostSome = 24, kTrellisRowsBytes = 8 * 256 * 4;
 
 // The arrays of a workspace. Partial results: for each SM what one tile of each of its blocks has, which grows with the rows a
 // tile may have.
@@ -58,13 +60,15 @@ struct Workspace {
 
   Workspace(Arena& arena, int rows, int k, int experts, int sms) {
     const int64_t blocks = int64_t{rows} / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-    partial_float4 = rows / experts < 24 ? 4096 : kMaxPartialFloat4;
+    partial_float4 = rows / experts < kManyRows ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
     partial_float4 = kMaxPartialFloat4;
 #endif
     prepared.counters = arena.take<int>(int64_t{kWarpsPerSm} * sms);
     partial = arena.take<float4>(static_cast<int64_t>(partial_float4) * sms);
-    prepared.x = arena.take<char>(blocks * (k / 128) * kRowsUnitBytes);
+    // CCQ-2T with up to kMostSome rows an expert takes more for each block of 8 rows; of such there are at most so many.
+    const int64_t trellis_blocks = std::min<int64_t>(blocks, (kMostSome / 8 + 1) * int64_t{experts} + 1);
+    prepared.x = arena.take<char>(std::max(blocks * (k / 128) * kRowsUnitBytes, trellis_blocks * ((k + 255) / 256) * kTrellisRowsBytes));
     prepared.row_scale = arena.take<float>(rows);
   }
 };
