@@ -236,8 +236,9 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     checked = all(r["same"] for r in found + calibrated)
     note += (
         f" Million weights a second; hours: of the {ERNIE_300B / 1e9:.0f} thousand million weights"
-        f" of its experts at the rate of the column before `wint2`'s. {result['checked']} channels of every row were"
-        f" compared with the CPU core: {'the same bytes' if checked else 'OTHER BYTES'}."
+        f" of its experts at the rate of the column before `wint2`'s. {result['checked']} channels"
+        " of every row were compared with the CPU core:"
+        f" {'the same bytes' if checked else 'OTHER BYTES'}."
     )
     return {"gpu-free": f"{free}\n\n{note}", "gpu-calibrated": data}
 
