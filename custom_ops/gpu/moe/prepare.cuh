@@ -20,10 +20,11 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 
 // What moe_gemm.cuh copies at once: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
 // accumulators begin with in each group (windows are 32 less than they are stored), as a lane t wants it; then the pieces.
-//   Tiles of up to 4 rows: integers; int [2 groups][4 t][2 digits], then 64 bytes of nothing, [2][4 rows][2 digits][4 t].
+//   Tiles of up to 16 rows: integers; int [2 halves of the rows][2 groups][4 rows][2 digits], then [2 halves][2 groups][4 rows]
+//   [2 digits][4 t].
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
 constexpr int kRowsUnitBytes = 128 + 2048, kFourRowsBytes = 128 + 1024;
-constexpr int kMostIntegerRows = 4;
+constexpr int kMostIntegerRows = 16;
 
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
@@ -234,10 +235,10 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
       const Digits digits(first, dtype, integer_scale.scale);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
-        const int offset = quad_sum(digits.offset[d]), column = 2 * in_tile + d;
+        const int offset = quad_sum(digits.offset[d]), half = place % 8 / 4, column = 2 * (place % 4) + d;
         if (c >= chunks) continue;
-        if (t == 0) reinterpret_cast<int*>(unit)[group % 2 * 8 + column] = offset;
-        *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 512 + column * 64 + t * 16) = digits.bytes[d];
+        if (t == 0) reinterpret_cast<int*>(unit)[half * 16 + group % 2 * 8 + column] = offset;
+        *reinterpret_cast<uint4*>(unit + 128 + half * 1024 + group % 2 * 512 + column * 64 + t * 16) = digits.bytes[d];
       }
       continue;
     }

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped GEMM for some rows an expert (up to 16 a tile), on Hopper (sm_90a): activations as integers, multiplied by the integer
+// tensor cores, four rows at a time.
+//
+// Work. A tile has 512 columns and up to 16 rows; the scheduler, partial results and the epilogue are those of moe_gemm.cuh
+// (stream_k.cuh, epilogue.cuh).
+//
+// Warps. Four request: a stage is two units of 128 input rows, the codes and scales of all columns and the prepared activations.
+// Sixteen multiply; each has 32 columns, so that what it reads of the activations serves two tiles of 16 columns. They do
+// nothing but decode, multiply and scale: instructions are what this kernel is short of.
+#pragma once
+
+#include "epilogue.cuh"
+#include "wgmma.cuh"  // registers from warps to warps
+
+namespace ccq {
+
+template <Pairs kPairs_>
+struct SomeStream {
+  static constexpr Pairs kPairs = kPairs_;
+  static constexpr int kR = 2, kNT = 2, kTileTokens = 16, kMinBlocks = 1;
+  static constexpr int kWarps = 16, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
+  static constexpr int kTiles = kR * kWarps, kFours = kTiles / 4;  // 16-column tiles; groups of four, which lie side by side
+  // Registers of a thread: 96 at the beginning; then those of the warps that request and of those that multiply.
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
+  static constexpr int kUnits = 2, kStages = 4;
+  // A stage: codes [group of four tiles][unit][4 tiles][512], scales [group][unit][4][16], activations [8 rows][unit].
+  static constexpr int kScalesAt = kUnits * kTiles * 512, kRowsAt = kScalesAt + kUnits * kTiles * 16;
+  static constexpr int kStageBytes = kRowsAt + kNT * kUnits * kRowsUnitBytes;
+  // Tiles on their way or in work: a WorkTile and the columns of each.
+  static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1;
+  static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + kTiles * kPlaneBytes * kPlanes;
+  static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
+  static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
+  // Time of a unit by its tile's rows, roughly (stream_k.cuh).
+  static constexpr int kMaxWeight = 13;
+  __host__ __device__ static constexpr int weight(int rows) { return 5 + (rows + 3) / 4 * 2; }
+  static constexpr size_t shared_bytes(int experts) { return kScheduleAt + StreamK<SomeStream>::shared_bytes(experts); }
+  static_assert(kStageBytes % 128 == 0 && kSlotBytes % 16 == 0);
+};
+
+template <typename C>
+struct SomeShared {
+  __device__ static char* memory() {
+    extern __shared__ __align__(128) char shared[];
+    return shared;
+  }
+  __device__ static char* stage(int i) { return memory() + i * C::kStageBytes; }
+  __device__ static char* slot(int i) { return memory() + C::kSlotsAt + i * C::kSlotBytes; }
+  __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
+  __device__ static Barrier* free() { return full() + C::kStages; }
+  __device__ static Barrier* partials_stored() { return free() + C::kStages; }
+  __device__ static StreamK<C> schedule(const GemmParams& p) {
+    return {memory() + C::kScheduleAt, p.experts, p.column_tiles, p.k / 128};
+  }
+};
+
+// One of the warps that request: its groups of four tiles, and the activations of its eight rows.
+template <typename C>
+struct SomeProducer {
+  using S = SomeShared<C>;
+  static constexpr int kOwn = C::kFours / C::kProducers;
+  const GemmParams& p;
+  const int own;
+  UnitIterator<C> at;
+  int stage = 0, slot = 0;
+  uint32_t parity = 1;  // of the round before: passed at once in the first
+
+  __device__ int units() const { return min(C::kUnits, min(p.k / 128 - at.kb, at.left)); }
+  __device__ bool has_rows(const WorkTile& work) const { return own * 8 < work.rows; }
+
+  // All but the activations, which are announced. One lane.
+  __device__ void request_weights(bool new_tile) {
+    const StreamK<C> schedule = S::schedule(p);
+    const WorkTile work = at.work_tile(schedule);
+    const int tiles_n = p.n / 16, blocks_k = p.k / 128, count = units();
+    Barrier* const full = S::full() + stage;
+    char* const to = S::stage(stage);
+    const int first = work.column * C::kTiles + own * kOwn * 4, there = min(kOwn * 4, tiles_n - first);  // may be negative
+    if (new_tile && own == 0) *reinterpret_cast<WorkTile*>(S::slot(slot)) = work;
+    const int tiles = max(there, 0);
+    full->arrive_and_expect(tiles * count * 528 + (has_rows(work) ? count * kRowsUnitBytes : 0) +
+                            (new_tile ? tiles * kPlaneBytes * C::kPlanes : 0));
+    const uint64_t policy = streaming_policy();
+#pragma unroll
+    for (int f = 0; f < kOwn; ++f) {
+      const int t16 = first + f * 4, four = min(4, tiles_n - t16), group = own * kOwn + f;
+      if (four <= 0) break;
+      const size_t unit = ccq_unit_index(work.expert, t16, work.kb, tiles_n, blocks_k);
+      char* const codes = to + group * (C::kUnits * 2048);
+      char* const scales = to + C::kScalesAt + group * (C::kUnits * 64);
+      if (four == 4) {
+        bulk_copy(codes, p.quant + unit * 512, count * 2048, full, policy);
+        bulk_copy(scales, p.scales + unit * 16, count * 64, full, policy);
+      } else {
+        for (int u = 0; u < count; ++u) {
+          bulk_copy(codes + u * 2048, p.quant + (unit + u * four) * 512, four * 512, full, policy);
+          bulk_copy(scales + u * 64, p.scales + (unit + u * four) * 16, four * 16, full, policy);
+        }
+      }
+    }
+    if (new_tile && tiles > 0) {
+      const uint32_t* const from = p.columns + (static_cast<size_t>(work.expert) * tiles_n + first) * 32;
+      const size_t plane = static_cast<size_t>(p.experts) * tiles_n * 32;
+      char* const columns = S::slot(slot) + 128 + own * kOwn * 4 * kPlaneBytes;
+#pragma unroll
+      for (int j = 0; j < C::kPlanes; ++j)
+        bulk_copy(columns + j * (C::kTiles * kPlaneBytes), from + j * plane, tiles * kPlaneBytes, full);
+    }
+  }
+  __device__ void request_rows() {
+    const WorkTile work = at.work_tile(S::schedule(p));
+    if (!has_rows(work)) return;
+    const char* const from =
+        p.prepared.x + (static_cast<size_t>(work.prepared_block + own) * (p.k / 128) + work.kb) * kRowsUnitBytes;
+    bulk_copy(S::stage(stage) + C::kRowsAt + own * (C::kUnits * kRowsUnitBytes), from, units() * kRowsUnitBytes, S::full() + stage);
+  }
+  __device__ void next(bool new_tile) {
+    if (new_tile && ++slot == C::kSlots) slot = 0;
+    if (++stage == C::kStages) stage = 0, parity ^= 1;
+    for (int count = units(); count > 0; --count) at.next(S::schedule(p));
+  }
+
+  __device__ void run() {
+    const bool speaks = threadIdx.x % 32 == 0;
+    // Weights and offsets do not depend on the kernel before this one, activations and counters do.
+    const SomeProducer start = *this;
+    bool first = true;
+    for (int i = 0; i < C::kStages && at.left > 0; ++i) {
+      const bool new_tile = first || at.kb == 0;
+      if (speaks) request_weights(new_tile);
+      first = false, next(new_tile);
+    }
+    wait_for_prerequisites();
+    SomeProducer again = start;
+    for (int i = 0; i < C::kStages && again.at.left > 0; ++i) {
+      if (speaks) again.request_rows();
+      again.next(false);
+    }
+    while (at.left > 0) {
+      const bool new_tile = at.kb == 0;
+      S::free()[stage].wait(parity);
+      if (speaks) request_weights(new_tile), request_rows();
+      __syncwarp();
+      next(new_tile);
+    }
+  }
+  __device__ SomeProducer& operator=(const SomeProducer&) = delete;
+};
+
+// One of the warps that multiply.
+template <typename C>
+struct SomeConsumer {
+  using S = SomeShared<C>;
+  const GemmParams& p;
+  const int lane, warp;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
+  __device__ int owner(const WorkTile& work, int kb) const {
+    return S::schedule(p).owner(work.expert, work.column, work.block, kb);
+  }
+  __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
+};
+
+// Two words of shared memory, and the same again: of accumulators' four registers, without moves.
+__device__ inline int4 load_twice(const void* from) {
+  int4 v;
+  const uint32_t at = shared_address(from);
+  asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%4];\nld.volatile.shared.v2.b32 {%2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at));
+  return v;
+}
+
+// `units` units of one tile; kFours: blocks of four rows that it really has.
+template <typename C, int kFours>
+__device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* columns, Accumulator<C, (kFours + 1) / 2>& acc) {
+  using S = SomeShared<C>;
+  constexpr int kR = C::kR;
+  const int g = w.lane / 4, t = w.lane % 4;
+  uint32_t four = 4;
+  asm volatile("" : "+r"(four));
+  int o[kR][kFours][4] = {};
+  Column<C::kPairs> column[kR][2];
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const char* const at = columns + (w.warp * kR + r) * kPlaneBytes;
+    load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
+  }
+#pragma unroll 1
+  for (; units > 0; units -= C::kUnits) {
+    const char* const stage = S::stage(w.stage);
+    const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
+    const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
+    const char* const rows = stage + C::kRowsAt;
+    S::full()[w.stage].wait(w.parity);
+#pragma unroll
+    for (int u = 0; u < C::kUnits; ++u) {
+      if (u > 0 && units == 1) break;
+      uint4 q[kR];
+      uint32_t nibbles[kR][2];
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        q[r] = *reinterpret_cast<const uint4*>(codes + u * 2048 + r * 512);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          nibbles[r][i] = *reinterpret_cast<const uint8_t*>(scales + u * 64 + r * 16 + i);
+          asm("" : "+r"(nibbles[r][i]));  // else the compiler, which knows that they are bytes, masks and shifts
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t steps[kR][2][4];
+        int f[kR][2];
+#pragma unroll
+        for (int r = 0; r < kR; ++r) {
+          const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
+          const ByteWindows v(column[r][0].template codes<0>(low), four), e(column[r][1].template codes<0>(high), four);
+          steps[r][0][0] = v.even, steps[r][0][1] = e.even, steps[r][0][2] = v.odd, steps[r][0][3] = e.odd;
+          const ByteWindows y(column[r][0].template codes<1>(low), four), z(column[r][1].template codes<1>(high), four);
+          steps[r][1][0] = y.even, steps[r][1][1] = z.even, steps[r][1][2] = y.odd, steps[r][1][3] = z.odd;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) f[r][i] = half ? nibbles[r][i] >> 4 : nibbles[r][i] & 15;
+        }
+#pragma unroll
+        for (int j = 0; j < kFours; ++j) {
+          const char* const from = rows + j / 2 * (C::kUnits * kRowsUnitBytes) + u * kRowsUnitBytes + j % 2 * 1024;
+          const uint4 b = *reinterpret_cast<const uint4*>(from + 128 + half * 512 + w.lane * 16);
+          const int4 c = load_twice(from - j % 2 * (1024 - 64) + half * 32 + t * 8);
+#pragma unroll
+          for (int r = 0; r < kR; ++r) {
+            int d[4] = {c.x, c.y, c.z, c.w};
+            const uint32_t(&v)[2][4] = steps[r];
+            mma_bytes(d, v[0][0], v[0][1], v[0][2], v[0][3], b.x, b.y);
+            mma_bytes(d, v[1][0], v[1][1], v[1][2], v[1][3], b.z, b.w);
+            o[r][j][0] += f[r][0] * d[0], o[r][j][1] += f[r][0] * d[1];
+            o[r][j][2] += f[r][1] * d[2], o[r][j][3] += f[r][1] * d[3];
+          }
+        }
+      }
+    }
+    S::free()[w.stage].arrive_together();
+    if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
+  }
+  // Digits together. Lane t has row t of each four; what comes after wants rows 2t and 2t + 1 of each eight.
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < (kFours + 1) / 2; ++nt)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float v[2] = {0.f, 0.f};
+#pragma unroll
+          for (int f = 0; f < 2 && 2 * nt + f < kFours; ++f) {
+            const int* const d = o[r][2 * nt + f] + 2 * h;
+            v[f] = __shfl_sync(~0u, fmaf(static_cast<float>(d[0]), 256.f, static_cast<float>(d[1])), g * 4 + t % 2 * 2 + i);
+          }
+          acc.o[r][nt][2 * h + i] = t < 2 ? v[0] : v[1];
+        }
+}
+
+template <typename C, int kFours>
+__device__ void run_some_tile(SomeConsumer<C>& w, const char* slot, PartialSignal<C>& signal) {
+  constexpr int kNT = (kFours + 1) / 2;
+  const WorkTile& work = *reinterpret_cast<const WorkTile*>(slot);
+  const char* const columns = slot + 128;
+  Accumulator<C, kNT> acc;
+  some_main_loop<C, kFours>(w, work.kb_end - work.kb, columns, acc);
+  float super[C::kR][2];
+#pragma unroll
+  for (int r = 0; r < C::kR; ++r) {
+    const float2 s = load_supers(columns + (w.warp * C::kR + r) * kPlaneBytes, w.lane / 4);
+    super[r][0] = s.x, super[r][1] = s.y;
+  }
+  epilogue<C, kNT>(w, work, signal, acc, [&] { store_tile<C, kNT>(w, work, super, acc); });
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, 1) some_kernel(const GemmParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // empty for other GPUs, which never run it
+  using S = SomeShared<C>;
+  dependents_may_start();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (lane == 0) {
+    if (warp < C::kStages) S::full()[warp].init(C::kProducers), S::free()[warp].init(C::kWarps * kWarpArrivals);
+    if (warp == C::kStages) S::partials_stored()->init(C::kWarps * kWarpArrivals);
+    publish_barriers();
+  }
+  const StreamK<C> schedule = S::schedule(p);
+  schedule.prepare(p.offsets, p.rows);
+  if (static_cast<int>(blockIdx.x) >= schedule.header().grid) return;
+  const UnitIterator<C> start(schedule);
+  if (warp >= C::kWarps) {
+    deallocate_registers<C::kProducerRegisters>();
+    SomeProducer<C> producer{p, warp - C::kWarps, start};
+    producer.run();
+  } else {
+    allocate_registers<C::kConsumerRegisters>();
+    wait_for_prerequisites();
+    SomeConsumer<C> w{p, lane, warp};
+    PartialSignal<C> signal{S::partials_stored()};
+    int left = start.left, slot = 0;
+    while (left > 0) {
+      S::full()[w.stage].wait(w.parity);  // the description of the work tile comes with its first stage
+      const char* const at = S::slot(slot);
+      const WorkTile& work = *reinterpret_cast<const WorkTile*>(at);
+      left -= work.kb_end - work.kb;
+      const int rows = work.rows;
+      if (rows <= 4) run_some_tile<C, 1>(w, at, signal);
+      else if (rows <= 8) run_some_tile<C, 2>(w, at, signal);
+      else if (rows <= 12) run_some_tile<C, 3>(w, at, signal);
+      else run_some_tile<C, 4>(w, at, signal);
+      if (++slot == C::kSlots) slot = 0;
+    }
+    signal.publish(w);
+  }
+#endif
+}
+
+}  // namespace ccq
