@@ -146,7 +146,7 @@ cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, int
                            cudaStream_t stream) {
   const int counters = kWarpsPerSm * device.sms;
   return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
-                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, counters, out);
+                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, false, counters, out);
 }
 
 // Prologue of moe_wide.cuh: activations in plain order are arranged in the workspace. *x: where the kernel shall read them.

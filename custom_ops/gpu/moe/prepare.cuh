@@ -23,6 +23,7 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 //   Tiles of up to 16 rows: integers; int [2 halves of the rows][2 groups][4 rows][2 digits], then [2 halves][2 groups][4 rows]
 //   [2 digits][4 t].
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
+//   For weights that are scaled when they are decoded (some_stream.cuh): fp16 for all tiles, nothing divided out, no sums.
 constexpr int kRowsUnitBytes = 128 + 2048, kFourRowsBytes = 128 + 1024;
 constexpr int kMostIntegerRows = 16;
 
@@ -108,11 +109,11 @@ struct RowScale {
 };
 
 // Half p of a chunk's sixteen scaled values, in the order of the fragments.
-__device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd) {
+__device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd, float upper) {
   __half2 h[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float f = i % 2 ? 0.125f * odd : odd;
+    const float f = i % 2 ? upper * odd : odd;
     h[i] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
   }
   return *reinterpret_cast<uint4*>(h);
@@ -180,7 +181,7 @@ __device__ inline int quad_sum(int v) {
 // static: more than one source launches it.
 static __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
-               int tile_rows, int counters, Prepared out) {
+               int tile_rows, bool scaled, int counters, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
   wait_for_prerequisites();
   dependents_may_start();
@@ -216,7 +217,7 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   // Rows of a tile; its mode goes by how many there are.
   const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);
   const int in_tile = (row - start) % tile_rows, count = min(tile_rows, end - (row - in_tile));
-  const bool integers = count <= kMostIntegerRows;
+  const bool integers = count <= kMostIntegerRows && !scaled;
   const RowScale half_scale(largest);
   const IntegerScale integer_scale(largest);
   if (threadIdx.x == 0) {
@@ -251,12 +252,12 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
-    const float odd = group % 2 ? kOddGroup : 1.f;
+    const float odd = group % 2 && !scaled ? kOddGroup : 1.f, upper = scaled ? 1.f : 0.125f;
     const int own = place % 8;
     if (t < 2) reinterpret_cast<float*>(unit)[group % 2 * 16 + own / 2 * 4 + t * 2 + own % 2] = sum * odd * kOffset;
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd);
+      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd, upper);
   }
 }
 

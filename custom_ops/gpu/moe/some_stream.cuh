@@ -15,15 +15,17 @@
 
 namespace ccq {
 
-template <Pairs kPairs_>
+// kNT: blocks of 8 rows a tile may have.
+template <Pairs kPairs_, int kNT_>
 struct SomeStream {
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kR = 2, kNT = 2, kTileTokens = 16, kMinBlocks = 1;
+  static constexpr int kR = 2, kNT = kNT_, kTileTokens = 8 * kNT, kMinBlocks = 1;
+  static constexpr bool kIntegers = kTileTokens <= kMostIntegerRows;
   static constexpr int kWarps = 16, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
   static constexpr int kTiles = kR * kWarps, kFours = kTiles / 4;  // 16-column tiles; groups of four, which lie side by side
   // Registers of a thread: 96 at the beginning; then those of the warps that request and of those that multiply.
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
-  static constexpr int kUnits = 2, kStages = 4;
+  static constexpr int kUnits = 2, kStages = kNT > 2 ? 3 : 4;
   // A stage: codes [group of four tiles][unit][4 tiles][512], scales [group][unit][4][16], activations [8 rows][unit].
   static constexpr int kScalesAt = kUnits * kTiles * 512, kRowsAt = kScalesAt + kUnits * kTiles * 16;
   static constexpr int kStageBytes = kRowsAt + kNT * kUnits * kRowsUnitBytes;
@@ -34,8 +36,10 @@ struct SomeStream {
   static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
   // Time of a unit by its tile's rows, roughly (stream_k.cuh).
-  static constexpr int kMaxWeight = 13;
-  __host__ __device__ static constexpr int weight(int rows) { return 5 + (rows + 3) / 4 * 2; }
+  __host__ __device__ static constexpr int weight(int rows) {
+    return kIntegers ? 5 + (rows + 3) / 4 * 2 : 7 + (rows + 7) / 8 * 3;
+  }
+  static constexpr int kMaxWeight = weight(kTileTokens);
   static constexpr size_t shared_bytes(int experts) { return kScheduleAt + StreamK<SomeStream>::shared_bytes(experts); }
   static_assert(kStageBytes % 128 == 0 && kSlotBytes % 16 == 0);
 };
@@ -68,7 +72,10 @@ struct SomeProducer {
   uint32_t parity = 1;  // of the round before: passed at once in the first
 
   __device__ int units() const { return min(C::kUnits, min(p.k / 128 - at.kb, at.left)); }
-  __device__ bool has_rows(const WorkTile& work) const { return own * 8 < work.rows; }
+  // Blocks of eight rows that are this warp's: every kProducers-th.
+  __device__ int row_blocks(const WorkTile& work) const {
+    return max(0, (work.rows + 7) / 8 - own + C::kProducers - 1) / C::kProducers;
+  }
 
   // All but the activations, which are announced. One lane.
   __device__ void request_weights(bool new_tile) {
@@ -80,7 +87,7 @@ struct SomeProducer {
     const int first = work.column * C::kTiles + own * kOwn * 4, there = min(kOwn * 4, tiles_n - first);  // may be negative
     if (new_tile && own == 0) *reinterpret_cast<WorkTile*>(S::slot(slot)) = work;
     const int tiles = max(there, 0);
-    full->arrive_and_expect(tiles * count * 528 + (has_rows(work) ? count * kRowsUnitBytes : 0) +
+    full->arrive_and_expect(tiles * count * 528 + row_blocks(work) * count * kRowsUnitBytes +
                             (new_tile ? tiles * kPlaneBytes * C::kPlanes : 0));
     const uint64_t policy = streaming_policy();
 #pragma unroll
@@ -111,10 +118,13 @@ struct SomeProducer {
   }
   __device__ void request_rows() {
     const WorkTile work = at.work_tile(S::schedule(p));
-    if (!has_rows(work)) return;
-    const char* const from =
-        p.prepared.x + (static_cast<size_t>(work.prepared_block + own) * (p.k / 128) + work.kb) * kRowsUnitBytes;
-    bulk_copy(S::stage(stage) + C::kRowsAt + own * (C::kUnits * kRowsUnitBytes), from, units() * kRowsUnitBytes, S::full() + stage);
+    const int blocks_k = p.k / 128, count = units() * kRowsUnitBytes, blocks = row_blocks(work);
+    const char* from = p.prepared.x + (static_cast<size_t>(work.prepared_block + own) * blocks_k + work.kb) * kRowsUnitBytes;
+    char* to = S::stage(stage) + C::kRowsAt + own * (C::kUnits * kRowsUnitBytes);
+    for (int i = 0; i < blocks; ++i) {
+      bulk_copy(to, from, count, S::full() + stage);
+      from += static_cast<size_t>(C::kProducers) * blocks_k * kRowsUnitBytes, to += C::kProducers * C::kUnits * kRowsUnitBytes;
+    }
   }
   __device__ void next(bool new_tile) {
     if (new_tile && ++slot == C::kSlots) slot = 0;
@@ -163,6 +173,11 @@ struct SomeConsumer {
     return S::schedule(p).owner(work.expert, work.column, work.block, kb);
   }
   __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
+};
+
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
 };
 
 // Two words of shared memory, and the same again: of accumulators' four registers, without moves.
@@ -264,18 +279,122 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* column
         }
 }
 
-template <typename C, int kFours>
+// Two fp16 in a register.
+__device__ inline uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t v;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+  return v;
+}
+
+// What turns a column's windows, subnormals w * 2^-24 or eight times that (decode.cuh), into weights (w - 32) * n * 2^-19 with the
+// group's scale n: multiplications by `one` or `eighth` and an addition. All of it is exact in fp16.
+struct HalfScale {
+  uint32_t one, eighth, offset;
+  HalfScale() = default;
+  // `both`: the column's byte of scales in both halves of a word; kGroup: which of its nibbles.
+  template <int kGroup>
+  __device__ static HalfScale of(uint32_t both, uint32_t magic) {
+    HalfScale s;
+    if (kGroup == 0) {  // 2^10 + n: times 2^5, 2^2 and -2^-14
+      const uint32_t v = (both & 0x000F000Fu) | magic;
+      s.one = multiply_add_half2(v, 0x50005000u, 0xF800F800u), s.eighth = multiply_add_half2(v, 0x44004400u, 0xEC00EC00u);
+      s.offset = multiply_add_half2(v, 0x84008400u, 0x2C002C00u);
+    } else {  // 2^10 + 16 n: times 2, 2^-2 and -2^-18
+      const uint32_t v = (both & 0x00F000F0u) | magic;
+      s.one = multiply_add_half2(v, 0x40004000u, 0xE800E800u), s.eighth = multiply_add_half2(v, 0x34003400u, 0xDC00DC00u);
+      s.offset = multiply_add_half2(v, 0x80408040u, 0x1C001C00u);
+    }
+    return s;
+  }
+};
+
+// The same for more rows, in fp16; kNT: blocks of eight rows that the tile really has. A group's scale is multiplied into its
+// weights, so that the accumulators run through all of K.
+template <typename C, int kNT>
+__device__ void some_half_loop(SomeConsumer<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
+  using S = SomeShared<C>;
+  constexpr int kR = C::kR;
+  const int g = w.lane / 4;
+  const uint32_t magic = 0x64006400u | (w.p.k & 0x80000000u);  // in a register: p.k is positive, but the compiler does not know
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
+  Column<C::kPairs> column[kR][2];
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const char* const at = columns + (w.warp * kR + r) * kPlaneBytes;
+    load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
+  }
+#pragma unroll 1
+  for (; units > 0; units -= C::kUnits) {
+    const char* const stage = S::stage(w.stage);
+    const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
+    const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
+    const char* const rows = stage + C::kRowsAt + 128 + w.lane * 16;
+    S::full()[w.stage].wait(w.parity);
+#pragma unroll
+    for (int u = 0; u < C::kUnits; ++u) {
+      if (u > 0 && units == 1) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint2 q[kR];
+        HalfScale scale[kR][2];
+#pragma unroll
+        for (int r = 0; r < kR; ++r) {
+          q[r] = *reinterpret_cast<const uint2*>(codes + u * 2048 + r * 512 + half * 8);
+          const uint32_t word = *reinterpret_cast<const uint16_t*>(scales + u * 64 + r * 16);
+          scale[r][0] = half ? HalfScale::of<1>(__byte_perm(word, 0, 0x4040), magic) : HalfScale::of<0>(__byte_perm(word, 0, 0x4040), magic);
+          scale[r][1] = half ? HalfScale::of<1>(__byte_perm(word, 0, 0x4141), magic) : HalfScale::of<0>(__byte_perm(word, 0, 0x4141), magic);
+        }
+        auto step = [&](auto pair) {
+          constexpr int kPair = decltype(pair)::value;
+          uint32_t a[kR][2][4];  // [..][step]
+#pragma unroll
+          for (int r = 0; r < kR; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const Windows v(column[r][i].template codes<kPair>(i ? q[r].y : q[r].x));
+              const HalfScale& s = scale[r][i];
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+                a[r][j / 2][j % 2 * 2 + i] = multiply_add_half2(v.w[j], j % 2 ? s.eighth : s.one, s.offset);
+            }
+#pragma unroll
+          for (int nt = 0; nt < kNT; ++nt) {
+            const uint4 b = *reinterpret_cast<const uint4*>(rows + nt * (C::kUnits * kRowsUnitBytes) + u * kRowsUnitBytes +
+                                                            half * 1024 + kPair * 512);
+#pragma unroll
+            for (int r = 0; r < kR; ++r) {
+              mma(acc.o[r][nt], a[r][0][0], a[r][0][1], a[r][0][2], a[r][0][3], b.x, b.y);
+              mma(acc.o[r][nt], a[r][1][0], a[r][1][1], a[r][1][2], a[r][1][3], b.z, b.w);
+            }
+          }
+        };
+        step(Number<0>{}), step(Number<1>{});
+      }
+    }
+    S::free()[w.stage].arrive_together();
+    if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
+  }
+}
+
+template <typename C, int kRows>
 __device__ void run_some_tile(SomeConsumer<C>& w, const char* slot, PartialSignal<C>& signal) {
-  constexpr int kNT = (kFours + 1) / 2;
+  constexpr int kNT = (kRows + 7) / 8;
+  constexpr float kFactor = C::kIntegers ? 1.f : 524288.f;
   const WorkTile& work = *reinterpret_cast<const WorkTile*>(slot);
   const char* const columns = slot + 128;
   Accumulator<C, kNT> acc;
-  some_main_loop<C, kFours>(w, work.kb_end - work.kb, columns, acc);
+  if constexpr (C::kIntegers) some_main_loop<C, kRows / 4>(w, work.kb_end - work.kb, columns, acc);
+  else some_half_loop<C, kNT>(w, work.kb_end - work.kb, columns, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
     const float2 s = load_supers(columns + (w.warp * C::kR + r) * kPlaneBytes, w.lane / 4);
-    super[r][0] = s.x, super[r][1] = s.y;
+    super[r][0] = s.x * kFactor, super[r][1] = s.y * kFactor;
   }
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_tile<C, kNT>(w, work, super, acc); });
 }
@@ -311,10 +430,19 @@ __global__ void __launch_bounds__(C::kThreads, 1) some_kernel(const GemmParams p
       const WorkTile& work = *reinterpret_cast<const WorkTile*>(at);
       left -= work.kb_end - work.kb;
       const int rows = work.rows;
-      if (rows <= 4) run_some_tile<C, 1>(w, at, signal);
-      else if (rows <= 8) run_some_tile<C, 2>(w, at, signal);
-      else if (rows <= 12) run_some_tile<C, 3>(w, at, signal);
-      else run_some_tile<C, 4>(w, at, signal);
+      if constexpr (C::kIntegers) {
+        if (rows <= 4) run_some_tile<C, 4>(w, at, signal);
+        else if (rows <= 8) run_some_tile<C, 8>(w, at, signal);
+        else if (rows <= 12) run_some_tile<C, 12>(w, at, signal);
+        else run_some_tile<C, 16>(w, at, signal);
+      } else {
+        if (rows <= 8) run_some_tile<C, 8>(w, at, signal);
+        else if (rows <= 16) run_some_tile<C, 16>(w, at, signal);
+        else if (rows <= 24) run_some_tile<C, 24>(w, at, signal);
+        else if (rows <= 32) run_some_tile<C, 32>(w, at, signal);
+        else if (rows <= 40) run_some_tile<C, 40>(w, at, signal);
+        else run_some_tile<C, 48>(w, at, signal);
+      }
       if (++slot == C::kSlots) slot = 0;
     }
     signal.publish(w);
