@@ -2,7 +2,8 @@
 // Which kernel serves a call of the grouped GEMM: candidates, those that are possible, the least cost. Host code alone, so that it
 // can be tried without a GPU.
 //
-// Kernels have numbers: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh, from kStreamFew few_stream.cuh.
+// Kernels have numbers: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh, from kStreamFew few_stream.cuh,
+// from kSome some_stream.cuh.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +13,7 @@
 
 namespace ccq {
 
-constexpr int kWide = 10, kFew = 20, kStreamFew = 30;
+constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50;
 
 struct Gpu {
   int sms, major, shared;  // shared: bytes of shared memory that a block may have

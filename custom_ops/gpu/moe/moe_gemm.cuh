@@ -20,11 +20,11 @@
 
 namespace ccq {
 
-template <Pairs kPairs_, int kR_, int kNT_, int kStages_, int kWarps_ = 16>
+template <Pairs kPairs_, int kR_, int kNT_, int kStages_>
 struct Config {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = kR_, kNT = kNT_, kStages = kStages_, kMinBlocks = 1;
-  static constexpr int kWarps = kWarps_, kThreads = kWarps * 32, kTileTokens = 8 * kNT;
+  static constexpr int kWarps = 16, kThreads = kWarps * 32, kTileTokens = 8 * kNT;
   static constexpr int kTiles = kR * kWarps;  // 16-column tiles a block tile has
   static constexpr int kRowsStages = 8;
   static_assert(kStages < kRowsStages && kNT >= 2);
@@ -40,8 +40,8 @@ struct Config {
   static_assert(sizeof(WorkTile) == 32 && kBarriers % 2 == 1);
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;  // of one block
   // Time of a unit by its tile's rows, roughly (stream_k.cuh).
-  static constexpr int kMaxWeight = kNT == 2 ? 13 : 21;
-  __host__ __device__ static constexpr int weight(int rows) { return rows <= 16 ? 5 + (rows + 3) / 4 * 2 : 21; }
+  static constexpr int kMaxWeight = kNT == 2 ? 11 : 18;
+  __host__ __device__ static constexpr int weight(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 11 : 18; }
   static constexpr size_t shared_bytes(int experts) { return kScheduleAt + StreamK<Config>::shared_bytes(experts); }
 };
 
@@ -107,20 +107,18 @@ struct Warp {
     const int stage = unit % C::kRowsStages;
     if (unit >= C::kRowsStages) rows_free()[stage].wait((unit / C::kRowsStages + 1) & 1);
     const WorkTile work = at.work_tile(schedule());
-    const int count = (work.rows + 7) / 8, blocks_k = p.k / 128;
-    const int last = work.rows <= kMostIntegerRows && (work.rows - 1) % 8 < 4 ? kFourRowsBytes : kRowsUnitBytes;  // of the last eight
+    const int count = (work.rows + 7) / 8, bytes = work.rows <= 4 ? kFourRowsBytes : kRowsUnitBytes, blocks_k = p.k / 128;
     const char* from = p.prepared.x + (static_cast<size_t>(work.prepared_block) * blocks_k + work.kb) * kRowsUnitBytes;
     const size_t next = static_cast<size_t>(blocks_k) * kRowsUnitBytes;
     char* const to = rows(stage);
 #if CCQ_BULK
     if (lane == 0) {
-      rows_full()[stage].arrive_and_expect((count - 1) * kRowsUnitBytes + last);
-      for (int i = 0; i < count; ++i)
-        bulk_copy(to + i * kRowsUnitBytes, from + i * next, i + 1 < count ? kRowsUnitBytes : last, rows_full() + stage);
+      rows_full()[stage].arrive_and_expect(count * bytes);
+      for (int i = 0; i < count; ++i) bulk_copy(to + i * kRowsUnitBytes, from + i * next, bytes, rows_full() + stage);
     }
 #else
     for (int i = 0; i < count; ++i)
-      for (int at = lane * 16; at < (i + 1 < count ? kRowsUnitBytes : last); at += 512) copy16(to + i * kRowsUnitBytes + at, from + i * next + at);
+      for (int at = lane * 16; at < bytes; at += 512) copy16(to + i * kRowsUnitBytes + at, from + i * next + at);
     rows_full()[stage].arrive_after_copies();
 #endif
   }
@@ -256,14 +254,15 @@ __device__ void main_loop(Warp<C>& w, int units, int number, int slot, Accumulat
   }
 }
 
-// The same for up to 16 rows, by the integer tensor cores; kFours: blocks of 4 rows that this tile really has.
-template <typename C, int kFours>
-__device__ void integer_main_loop(Warp<C>& w, int units, int number, int slot, Accumulator<C, (kFours + 1) / 2>& acc) {
+// The same for up to 4 rows, by the integer tensor cores. (From 5 rows on, which need two steps for fp16's one, they are
+// slower.)
+template <typename C>
+__device__ void integer_main_loop(Warp<C>& w, int units, int number, int slot, Accumulator<C, 1>& acc) {
   constexpr int kR = C::kR;
   const int t = w.lane % 4;
   uint32_t four = 4;
   asm volatile("" : "+r"(four));
-  int o[kR][kFours][4] = {};
+  int o[kR][4] = {};
   Column<C::kPairs> column[kR][2];
   for (int i = 0; i < units; ++i, ++number) {
     Unit<C> unit;
@@ -272,57 +271,37 @@ __device__ void integer_main_loop(Warp<C>& w, int units, int number, int slot, A
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 1) unit.template load<1>(w, number);
-      uint4 b[kFours];
-      int2 c[kFours];
-#pragma unroll
-      for (int j = 0; j < kFours; ++j) {
-        const char* const from = unit.rows + j / 2 * kRowsUnitBytes;
-        b[j] = *reinterpret_cast<const uint4*>(from + 128 + j % 2 * 1024 + half * 512 + w.lane * 16);
-        c[j] = *reinterpret_cast<const int2*>(from + j % 2 * 64 + half * 32 + t * 8);
-      }
+      const uint4 b = *reinterpret_cast<const uint4*>(unit.rows + 128 + half * 512 + w.lane * 16);
+      const int2 c = *reinterpret_cast<const int2*>(unit.rows + half * 32 + t * 8);
       if (half == 1) unit.release(w);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const uint32_t low = unit.q[r].x, high = unit.q[r].y;
-        int d[kFours][4];
+        int d[4];
         {
           const ByteWindows a(column[r][0].template codes<0>(low), four);
           const ByteWindows e(column[r][1].template codes<0>(high), four);
-#pragma unroll
-          for (int j = 0; j < kFours; ++j) mma_bytes(d[j], a.even, e.even, a.odd, e.odd, b[j].x, b[j].y, c[j].x, c[j].y);
+          mma_bytes(d, a.even, e.even, a.odd, e.odd, b.x, b.y, c.x, c.y);
         }
         {
           const ByteWindows a(column[r][0].template codes<1>(low), four);
           const ByteWindows e(column[r][1].template codes<1>(high), four);
-#pragma unroll
-          for (int j = 0; j < kFours; ++j) mma_bytes(d[j], a.even, e.even, a.odd, e.odd, b[j].z, b[j].w);
+          mma_bytes(d, a.even, e.even, a.odd, e.odd, b.z, b.w);
         }
         const int f0 = unit.scale[r] >> (4 * half) & 15, f1 = unit.scale[r] >> (4 * half + 8) & 15;
-#pragma unroll
-        for (int j = 0; j < kFours; ++j) {
-          o[r][j][0] += f0 * d[j][0], o[r][j][1] += f0 * d[j][1];
-          o[r][j][2] += f1 * d[j][2], o[r][j][3] += f1 * d[j][3];
-        }
+        o[r][0] += f0 * d[0], o[r][1] += f0 * d[1], o[r][2] += f1 * d[2], o[r][3] += f1 * d[3];
       }
     }
   }
-  // Digits together. Lane t has row t of each four; what comes after wants rows 2t and 2t + 1 of each eight.
+  // Digits together. Lane t has row t; what comes after wants rows 2t and 2t + 1.
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
-    for (int nt = 0; nt < (kFours + 1) / 2; ++nt)
+    for (int j = 0; j < 2; ++j) {
+      const float v = fmaf(static_cast<float>(o[r][2 * j]), 256.f, static_cast<float>(o[r][2 * j + 1]));
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float v[2] = {0.f, 0.f};
-#pragma unroll
-          for (int f = 0; f < 2 && 2 * nt + f < kFours; ++f) {
-            const int* const d = o[r][2 * nt + f] + 2 * h;
-            v[f] = __shfl_sync(~0u, fmaf(static_cast<float>(d[0]), 256.f, static_cast<float>(d[1])), w.lane / 4 * 4 + t % 2 * 2 + i);
-          }
-          acc.o[r][nt][2 * h + i] = t < 2 ? v[0] : v[1];
-        }
+      for (int i = 0; i < 2; ++i) acc.o[r][0][2 * j + i] = __shfl_sync(~0u, v, w.lane / 4 * 4 + t % 2 * 2 + i);
+    }
 }
 
 template <int kRows>
@@ -330,12 +309,12 @@ struct Rows {
   static constexpr int value = kRows;
 };
 
-// kRows: up to 16 with integers, more with fp16.
+// kRows: 4 with integers, 8 and more with fp16.
 template <typename C, int kRows>
 __device__ void run_work_tile(Warp<C>& w, int units, int number, int slot, PartialSignal<C>& signal) {
-  constexpr int kNT = (kRows + 7) / 8;
+  constexpr int kNT = kRows <= 8 ? 1 : kRows / 8;
   Accumulator<C, kNT> acc;
-  if constexpr (kRows <= kMostIntegerRows) integer_main_loop<C, kRows / 4>(w, units, number, slot, acc);
+  if constexpr (kRows <= kMostIntegerRows) integer_main_loop<C>(w, units, number, slot, acc);
   else main_loop<C, kNT>(w, units, number, slot, acc);
   constexpr bool kIntegers = kRows <= kMostIntegerRows;
   constexpr float kFactor = kIntegers ? 1.f : 16777216.f, kUpper = kIntegers ? 1.f : kFactor * kUpperColumns;
@@ -360,7 +339,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
       Warp<C>::rows_full()[warp].init(CCQ_BULK ? 1 : 32);
       Warp<C>::rows_free()[warp].init(C::kWarps * kWarpArrivals);
     }
-    if (warp == C::kWarps - 1) partials_stored->init(C::kWarps * kWarpArrivals);
+    if (warp == C::kRowsStages) partials_stored->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
   const StreamK<C> schedule = Warp<C>::schedule(p);
@@ -389,7 +368,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) gemm_kernel(const 
     auto run = [&](auto rows) { run_work_tile<C, decltype(rows)::value>(w, units, number, slot, signal); };
     if (count <= 4) run(Rows<4>{});
     else if (count <= 8) run(Rows<8>{});
-    else if (count <= 12) run(Rows<12>{});
     else if (C::kNT == 2 || count <= 16) run(Rows<16>{});
     else run(Rows<C::kTileTokens>{});  // the same again where a tile has 16 rows
     slot = Warp<C>::next_slot(slot);

@@ -20,7 +20,7 @@ template <Pairs kPairs_, int kNT_>
 struct SomeStream {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = 2, kNT = kNT_, kTileTokens = 8 * kNT, kMinBlocks = 1;
-  static constexpr bool kIntegers = kTileTokens <= kMostIntegerRows;
+  static constexpr bool kIntegers = kNT <= 2;  // what activations are
   static constexpr int kWarps = 16, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
   static constexpr int kTiles = kR * kWarps, kFours = kTiles / 4;  // 16-column tiles; groups of four, which lie side by side
   // Registers of a thread: 96 at the beginning; then those of the warps that request and of those that multiply.
@@ -60,6 +60,12 @@ struct SomeShared {
   }
 };
 
+// How many of the `left` units of a tile, from `kb` on, are a stage: none lies across a border of kUnits.
+template <typename C>
+__device__ int units_of_stage(int kb, int left) {
+  return min(C::kUnits - kb % C::kUnits, left);
+}
+
 // One of the warps that request: its groups of four tiles, and the activations of its eight rows.
 template <typename C>
 struct SomeProducer {
@@ -71,7 +77,7 @@ struct SomeProducer {
   int stage = 0, slot = 0;
   uint32_t parity = 1;  // of the round before: passed at once in the first
 
-  __device__ int units() const { return min(C::kUnits, min(p.k / 128 - at.kb, at.left)); }
+  __device__ int units() const { return units_of_stage<C>(at.kb, min(p.k / 128 - at.kb, at.left)); }
   // Blocks of eight rows that are this warp's: every kProducers-th.
   __device__ int row_blocks(const WorkTile& work) const {
     return max(0, (work.rows + 7) / 8 - own + C::kProducers - 1) / C::kProducers;
@@ -190,15 +196,16 @@ __device__ inline int4 load_twice(const void* from) {
   return v;
 }
 
-// `units` units of one tile; kFours: blocks of four rows that it really has.
+// Units `kb` to `kb_end` of one tile; kFours: blocks of four rows that it really has. A lane has row t of each four.
 template <typename C, int kFours>
-__device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* columns, Accumulator<C, (kFours + 1) / 2>& acc) {
+__device__ void some_main_loop(SomeConsumer<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, (kFours + 1) / 2>& acc) {
   using S = SomeShared<C>;
   constexpr int kR = C::kR;
   const int g = w.lane / 4, t = w.lane % 4;
   uint32_t four = 4;
   asm volatile("" : "+r"(four));
   int o[kR][kFours][4] = {};
+  float sum[kR][kFours][2] = {};  // of columns g and g + 8
   Column<C::kPairs> column[kR][2];
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
@@ -206,7 +213,8 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* column
     load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
   }
 #pragma unroll 1
-  for (; units > 0; units -= C::kUnits) {
+  while (kb < kb_end) {
+    const int units = units_of_stage<C>(kb, kb_end - kb);
     const char* const stage = S::stage(w.stage);
     const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
     const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
@@ -214,7 +222,7 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* column
     S::full()[w.stage].wait(w.parity);
 #pragma unroll
     for (int u = 0; u < C::kUnits; ++u) {
-      if (u > 0 && units == 1) break;
+      if (u >= units) break;
       uint4 q[kR];
       uint32_t nibbles[kR][2];
 #pragma unroll
@@ -257,10 +265,25 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* column
         }
       }
     }
+    kb += units;
+    if (kb % 8 == 0 || kb == kb_end) {  // the end of 1024 values, which have a scale
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) {
+        const float back = 8.f * *reinterpret_cast<const float*>(rows + j / 2 * (C::kUnits * kRowsUnitBytes) + kRowsScaleAt + (j % 2 * 4 + t) * 4);
+#pragma unroll
+        for (int r = 0; r < kR; ++r)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {  // digits together: 2^8 upper + lower, less three bits so that they fit
+            int* const d = o[r][j] + 2 * i;
+            sum[r][j][i] = fmaf(static_cast<float>(d[0] * 32 + (d[1] >> 3)), back, sum[r][j][i]);
+            d[0] = d[1] = 0;
+          }
+      }
+    }
     S::free()[w.stage].arrive_together();
     if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
   }
-  // Digits together. Lane t has row t of each four; what comes after wants rows 2t and 2t + 1 of each eight.
+  // What comes after wants rows 2t and 2t + 1 of each eight.
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
@@ -271,10 +294,7 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int units, const char* column
         for (int i = 0; i < 2; ++i) {
           float v[2] = {0.f, 0.f};
 #pragma unroll
-          for (int f = 0; f < 2 && 2 * nt + f < kFours; ++f) {
-            const int* const d = o[r][2 * nt + f] + 2 * h;
-            v[f] = __shfl_sync(~0u, fmaf(static_cast<float>(d[0]), 256.f, static_cast<float>(d[1])), g * 4 + t % 2 * 2 + i);
-          }
+          for (int f = 0; f < 2 && 2 * nt + f < kFours; ++f) v[f] = __shfl_sync(~0u, sum[r][2 * nt + f][h], g * 4 + t % 2 * 2 + i);
           acc.o[r][nt][2 * h + i] = t < 2 ? v[0] : v[1];
         }
 }
@@ -311,7 +331,7 @@ struct HalfScale {
 // The same for more rows, in fp16; kNT: blocks of eight rows that the tile really has. A group's scale is multiplied into its
 // weights, so that the accumulators run through all of K.
 template <typename C, int kNT>
-__device__ void some_half_loop(SomeConsumer<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
+__device__ void some_half_loop(SomeConsumer<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, kNT>& acc) {
   using S = SomeShared<C>;
   constexpr int kR = C::kR;
   const int g = w.lane / 4;
@@ -329,7 +349,8 @@ __device__ void some_half_loop(SomeConsumer<C>& w, int units, const char* column
     load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
   }
 #pragma unroll 1
-  for (; units > 0; units -= C::kUnits) {
+  while (kb < kb_end) {
+    const int units = units_of_stage<C>(kb, kb_end - kb);
     const char* const stage = S::stage(w.stage);
     const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
     const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
@@ -337,7 +358,7 @@ __device__ void some_half_loop(SomeConsumer<C>& w, int units, const char* column
     S::full()[w.stage].wait(w.parity);
 #pragma unroll
     for (int u = 0; u < C::kUnits; ++u) {
-      if (u > 0 && units == 1) break;
+      if (u >= units) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint2 q[kR];
@@ -376,6 +397,7 @@ __device__ void some_half_loop(SomeConsumer<C>& w, int units, const char* column
         step(Number<0>{}), step(Number<1>{});
       }
     }
+    kb += units;
     S::free()[w.stage].arrive_together();
     if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
   }
@@ -388,8 +410,8 @@ __device__ void run_some_tile(SomeConsumer<C>& w, const char* slot, PartialSigna
   const WorkTile& work = *reinterpret_cast<const WorkTile*>(slot);
   const char* const columns = slot + 128;
   Accumulator<C, kNT> acc;
-  if constexpr (C::kIntegers) some_main_loop<C, kRows / 4>(w, work.kb_end - work.kb, columns, acc);
-  else some_half_loop<C, kNT>(w, work.kb_end - work.kb, columns, acc);
+  if constexpr (C::kIntegers) some_main_loop<C, kRows / 4>(w, work.kb, work.kb_end, columns, acc);
+  else some_half_loop<C, kNT>(w, work.kb, work.kb_end, columns, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
