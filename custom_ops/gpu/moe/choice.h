@@ -143,33 +143,75 @@ constexpr StreamCost kStreamCosts[] = {
     {kStreamFew + 3, 8, 10.13, 0.349, 0.186},
 };
 
-// Blocks of at most `block_rows` rows that the experts are expected to have, if rows come from tokens that choose eight experts each.
-inline double expected_blocks(const Call& call, int block_rows) {
-  if (call.experts == 1) return ceil_div(call.rows, block_rows);
+// `use`(rows, experts that are expected to have so many), if rows come from tokens that choose eight experts each.
+template <typename F>
+void for_rows_of_experts(const Call& call, F&& use) {
   const int tokens = ceil_div(call.rows, 8);
-  const double chosen = std::min(1.0, call.mean() / tokens), odds = chosen / std::max(1 - chosen, 1e-9);
-  double blocks = 0, share = std::pow(std::max(1 - chosen, 1e-9), tokens);  // of experts with `rows` rows
-  for (int rows = 0; rows <= tokens; ++rows) {
-    blocks += share * ceil_div(rows, block_rows);
-    share *= odds * (tokens - rows) / (rows + 1);
-  }
-  return blocks * call.experts;
+  const double chosen = call.mean() / tokens;
+  if (call.experts == 1 || chosen >= 1) return use(ceil_div(call.rows, call.experts), static_cast<double>(call.experts));
+  const double odds = chosen / (1 - chosen), spread = 5 * std::sqrt(call.mean()) + 2;
+  const int from = std::max(0, static_cast<int>(call.mean() - spread)), to = std::min(tokens, static_cast<int>(call.mean() + spread));
+  const int middle = static_cast<int>(call.mean());
+  auto more = [&](int rows) { return odds * (tokens - rows) / (rows + 1); };  // experts with a row more, for one with `rows`
+  auto walk = [&](auto&& each) {
+    double share = 1;
+    for (int rows = middle; rows <= to; share *= more(rows), ++rows) each(rows, share);
+    share = 1;
+    for (int rows = middle - 1; rows >= from; --rows) share /= more(rows), each(rows, share);
+  };
+  double all = 0;
+  walk([&](int, double share) { all += share; });
+  walk([&](int rows, double share) { use(rows, share / all * call.experts); });
+}
+// Blocks of at most `block_rows` rows that the experts are expected to have.
+inline double expected_blocks(const Call& call, int block_rows) {
+  double blocks = 0;
+  for_rows_of_experts(call, [&](int rows, double experts) { blocks += experts * ceil_div(rows, block_rows); });
+  return blocks;
 }
 
 inline double stream_cost(const Gpu& gpu, const Call& call, const StreamCost& c) {
   return c.start + expected_blocks(call, c.rows) * ceil_div(call.n, 64) / gpu.sms * (ceil_div(call.k, 512) * c.stage + c.tile);
 }
 
-// Several experts with few rows each and columns that are not short. -1: another kernel.
+// A configuration of some_stream.cuh: rows a tile (of 512 columns), rows that are multiplied at once, and microseconds: of a launch
+// and the kernel before it, of a tile besides its units, of a unit (128 input rows) besides its rows, of a unit for each `step` rows.
+// Fitted to measurements on an H200.
+struct SomeCost {
+  int variant, rows, step;
+  double start, tile, unit, step_unit;
+};
+constexpr SomeCost kSomeCosts[] = {
+    {kSome, 16, 4, 9.0, 2.0, 0.27, 0.145},
+    {kSome + 1, 48, 8, 9.0, 2.0, 0.48, 0.21},
+};
+
+inline double some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
+  double work = 0;
+  const int units = call.k / 128;
+  for_rows_of_experts(call, [&](int rows, double experts) {
+    const int steps = rows / c.rows * (c.rows / c.step) + ceil_div(rows % c.rows, c.step);
+    work += experts * (ceil_div(rows, c.rows) * (units * c.unit + c.tile) + steps * units * c.step_unit);
+  });
+  return c.start + work * ceil_div(call.n, 512) / gpu.sms;
+}
+
+// Some rows of each of several experts, on Hopper: the least of three kernels' costs. -1: another kernel.
 template <typename F>
-int stream_choice(const Gpu& gpu, const Call& call, F&& fits) {
-  if (call.experts == 1 || call.mean() > 3.5 || call.k < 1536) return -1;
+int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
+  if (call.experts == 1 || call.k < 1536) return -1;
   int best = -1;
   double least = 0;
-  for (const StreamCost& c : kStreamCosts) {
-    const double cost = stream_cost(gpu, call, c);
-    if (fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
-  }
+  auto offer = [&](int variant, double cost) {
+    if (fits(variant) && (best < 0 || cost < least)) best = variant, least = cost;
+  };
+  const double mean = call.mean();
+  if (mean <= 8)
+    for (const StreamCost& c : kStreamCosts) offer(c.variant, stream_cost(gpu, call, c));
+  if (mean >= 1)
+    for (const SomeCost& c : kSomeCosts) offer(c.variant, some_cost(gpu, call, c));
+  if (mean >= 12)
+    for (const WideCost& c : kWideCosts) offer(c.variant, wide_cost(gpu, call, c));
   return best;
 }
 
@@ -177,8 +219,8 @@ int stream_choice(const Gpu& gpu, const Call& call, F&& fits) {
 // always is.
 template <typename F>
 int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
-  const int stream = has_wide && gpu.major == 9 ? stream_choice(gpu, call, fits) : -1;
-  if (stream >= 0) return stream;
+  const int hopper = has_wide && gpu.major == 9 ? hopper_choice(gpu, call, fits) : -1;
+  if (hopper >= 0) return hopper;
   const int few = few_choice(gpu, call, fits);
   if (few >= 0) return few;
   const int mean = call.rows / call.experts;
