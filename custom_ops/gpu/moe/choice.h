@@ -13,6 +13,8 @@
 
 namespace ccq {
 
+// Rows an expert on average from which kernels are chosen that have large tiles, and so large partial results (gemm_launch.cuh).
+constexpr int kManyRows = 8;
 constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50;
 
 struct Gpu {
@@ -208,8 +210,8 @@ int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
   const double mean = call.mean();
   if (mean <= 8)
     for (const StreamCost& c : kStreamCosts) offer(c.variant, stream_cost(gpu, call, c));
-  if (mean >= 1)
-    for (const SomeCost& c : kSomeCosts) offer(c.variant, some_cost(gpu, call, c));
+  for (const SomeCost& c : kSomeCosts)
+    if (mean >= (c.rows > 16 ? kManyRows : 1)) offer(c.variant, some_cost(gpu, call, c));
   if (mean >= 12)
     for (const WideCost& c : kWideCosts) offer(c.variant, wide_cost(gpu, call, c));
   return best;

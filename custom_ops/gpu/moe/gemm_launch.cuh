@@ -58,7 +58,7 @@ struct Workspace {
 
   Workspace(Arena& arena, int rows, int k, int experts, int sms) {
     const int64_t blocks = int64_t{rows} / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-    partial_float4 = rows / experts < 24 ? 4096 : kMaxPartialFloat4;
+    partial_float4 = rows / experts < kManyRows ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
     partial_float4 = kMaxPartialFloat4;
 #endif

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Four kernels: moe_few.cuh and few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more. few_stream.cuh
-// and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, the
-// other two serve all.
+// Five kernels: moe_few.cuh and few_stream.cuh for few rows an expert, some_stream.cuh and moe_gemm.cuh for some, moe_wide.cuh for
+// many. few_stream.cuh, some_stream.cuh and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets;
+// without it, and on other GPUs, the other two serve all.
 
 #include "moe_gemm.h"
 
