@@ -10,9 +10,22 @@ from typing import Any
 
 from . import reporting
 from .checkpoint.manifest import check_manifest
+from .checkpoint.planned import PlannedTensor
+from .codec import trellis
+from .codec.wint2 import ROWS_PER_BYTE
 from .errors import CcqError, visible
+from .ops.gpu_abi import trellis_bytes
 
 GIB = 1 << 30
+
+
+def loaded_bytes(planned: PlannedTensor) -> int:
+    """Bytes of a rank's tensor on its card, in the layout that the kernels read."""
+    if planned.format != trellis.NAME:
+        return planned.rank_bytes
+    # Units repeat the byte before each of their blocks (trellis_repack.h).
+    (rows, columns), *_ = (s for name, _, s in planned.specs if name.endswith(".quant_weight"))
+    return sum(trellis_bytes(rows * ROWS_PER_BYTE, columns))
 
 
 @dataclass(frozen=True)

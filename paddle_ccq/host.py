@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from .errors import CcqError
 
@@ -25,6 +27,23 @@ def thread_count(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
     return threads or default_threads()
+
+
+def on_stripes(work: Callable[[slice], object], count: int, least: int) -> list[object]:
+    """What `work` returns for slices that cover range(count), in order; all processors share them.
+
+    NumPy lets go of the interpreter within a call, so its work on single slices runs side by side.
+
+    Args:
+        least: items in a slice, except in the last one, which has what is left.
+    """
+    threads = default_threads()
+    step = max(least, -(-count // (4 * threads)))
+    stripes = [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+    if threads == 1 or len(stripes) < 2:
+        return [work(stripe) for stripe in stripes]
+    with ThreadPoolExecutor(min(threads, len(stripes))) as pool:
+        return list(pool.map(work, stripes))
 
 
 def proc_bytes(path: str | os.PathLike[str], key: str) -> int | None:

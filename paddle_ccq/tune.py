@@ -16,7 +16,7 @@ from .checkpoint.reader import open_checkpoint
 from .checkpoint.source import resolve_model
 from .command import messages, output_path, refuse_inside, run_command
 from .errors import CcqError
-from .families.config import CCQ
+from .families.config import is_packed_entry
 from .host import require_paddle, thread_count
 from .models.support import require_computed
 from .texts.documents import read_texts
@@ -94,7 +94,7 @@ def tune(
     quantized = open_checkpoint(folder)
     original = open_checkpoint(resolve_model(model, chosen.source, log=log))
     require_computed(quantized.config, "tune")
-    if (quantized.config.raw.get("quantization_config") or {}).get("quant_method") == CCQ:
+    if is_packed_entry(quantized.config.raw.get("quantization_config")):
         raise CcqError(
             f"{quantized.path}: tune changes checkpoints for FastDeploy; quantize with --target"
             " fastdeploy and tune that"

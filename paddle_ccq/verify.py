@@ -197,8 +197,8 @@ def _kept_equal(
     for part in reference.parts(planned.name):
         name = part.values.name
         if not part.is_float and name in wanted:
-            wrong = ~np.isfinite(part.read())
-            if wrong.any() and wrong.shape == wanted[name].shape:
+            wrong = part.nonfinite()
+            if wrong is not None and wrong.shape == wanted[name].shape:
                 wanted[name] = np.where(wrong, np.zeros((), wanted[name].dtype), wanted[name])
     for name, dtype, _ in planned.specs:
         expected = finite(wanted[name], dtype)[0] if dtype in FLOAT_DTYPES else wanted[name]

@@ -90,6 +90,26 @@ def test_one_number_stands_for_both_kinds():
     assert config.tensors == read_config(PUBLISHED).tensors
 
 
+@pytest.mark.parametrize(
+    ("name", "problem", "remedy"),
+    [
+        ("ernie.norm.weight", "Paddle's naming", "-PT"),
+        ("model.language_model.norm.weight", "transformers' own form", "save_original_format"),
+    ],
+)
+def test_other_namings_are_refused_by_name(tmp_path, capsys, name, problem, remedy):
+    (tmp_path / "model").mkdir()
+    write_tensors(tmp_path / "model", {name: np.zeros(2560, np.float32)}, 1)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(PUBLISHED))
+    for more in ([], ["--dry-run"]):
+        arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *more]
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{name}: this is {problem}" in line
+        assert remedy in line
+        assert not (tmp_path / "out").exists()
+
+
 # --- against transformers -------------------------------------------------------------------------
 
 

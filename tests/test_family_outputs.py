@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def test_verify_finds_what_is_wrong(change, problem, made, tmp_path):
         ({"format": "wint3"}, "format: 'wint3' is not one of"),
         ({"experts": None}, "experts: must map"),
         ({"experts": {"model.layers.1.mlp.experts": "wint8"}}, "'wint8' is not one of"),
+        ({"family": "DeepSeek-V3"}, "family is 'DeepSeek-V3', but by architectures .* Qwen3-MoE"),
+        ({"family": 3}, "family is 3, but by architectures and model_type this is Qwen3-MoE"),
+        ({"quantization": "wint2"}, "quantization is of FastDeploy's structure and experts of"),
     ],
 )
 def test_entries_of_config_json_that_are_none(change, problem, made, tmp_path):
@@ -128,6 +132,8 @@ def test_rows_are_in_the_order_of_the_entry_without_provenance(made, tmp_path):
         (lambda c: c["quantization_config"].update(version=2), "version: 2 is not known"),
         (lambda c: c["quantization_config"].update(version=True), "version: true is not known"),
         (lambda c: c["quantization_config"].pop("version"), "version: None is not known"),
+        (lambda c: c["quantization_config"].update(family="GLM-4.5"), "family is 'GLM-4.5', but"),
+        (lambda c: c["quantization_config"].update(quantization="wint2"), "only one of them can"),
     ],
 )
 def test_an_entry_that_cannot_be_trusted_is_not_decoded(change, problem, made, tmp_path):
@@ -139,4 +145,15 @@ def test_an_entry_that_cannot_be_trusted_is_not_decoded(change, problem, made, t
     try:
         assert any("row_order" in found for found in verify(packed).problems)
     except CcqError as error:
-        assert "version" in str(error)
+        assert re.search(problem, str(error))
+
+
+def test_a_damaged_index_is_named_inside_the_folder(made, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(made(by_name("qwen3-moe")).output, folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text("{")
+    (folder / "ccq-manifest.json").unlink()
+    problems = verify(folder).problems
+    assert any(problem.startswith(f"{index.name}: ") for problem in problems)
+    assert not any(str(tmp_path) in problem for problem in problems)

@@ -29,6 +29,7 @@ from paddle_ccq.dequantize import dequantize
 from paddle_ccq.dequantize import main as dequantize_main
 from paddle_ccq.errors import CcqError
 from paddle_ccq.evaluate import main as evaluate_main
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.families.tensor import EXACT_ROLES
 from paddle_ccq.quantize import QuantizeOptions, main, quantize
 from paddle_ccq.sample import main as sample_main
@@ -279,7 +280,8 @@ def test_values_that_cannot_be_stored_are_set_to_zero_if_asked(made, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--target", "fastdeploy"], "FastDeploy serves ERNIE-4.5 text models"),
+        (["--target", "fastdeploy"], "and no Qwen3MoeForCausalLM; leave --target out"),
+        (["--target", "fastdeploy", "--family", "generic"], "and no Qwen3MoeForCausalLM; leave"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size: is for --target fastdeploy"),
         (["--fastdeploy-layout", "2.0"], "--fastdeploy-layout: is for --target fastdeploy"),
         (["--calibration", "TEXT"], "--calibration: computes the model"),
@@ -411,8 +413,31 @@ def test_another_target_or_family_is_another_run(tmp_path, monkeypatch):
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             quantize(tmp_path / "source", tmp_path / "output", **OPTIONS)
-    with pytest.raises(CcqError, match="--target null then, huggingface now"):
+    with pytest.raises(CcqError) as refused:
         quantize(tmp_path / "source", tmp_path / "output", target="huggingface", **OPTIONS)
+    said = str(refused.value).replace(str(tmp_path), "")
+    assert "not the same: --target fastdeploy then, huggingface now. Repeat" in said
+    # What only one target has is no difference of its own.
+    for key in ("layout", "wint4", "rules", "family", "null"):
+        assert key not in said
+
+
+def test_a_null_is_the_fault_of_its_own_key(tmp_path):
+    config = {**by_name("qwen3-moe").config, "num_experts": None, "num_local_experts": None}
+    for gone, named in ((["num_experts"], "num_local_experts"), ([], "num_experts")):
+        found = {key: value for key, value in config.items() if key not in gone}
+        with pytest.raises(CcqError, match=f" {named}: missing"):
+            read_config(found)
+
+
+def test_drop_mtp_on_a_model_without_such_layers_says_so(made, tmp_path, capsys):
+    source = made(by_name("qwen3-moe")).source
+    for flags in (["--output", str(tmp_path / "output")], ["--dry-run"]):
+        assert main(["--model", str(source), "--preset", "fast", "--drop-mtp", *flags]) == 0
+        printed = capsys.readouterr()
+        said = "--drop-mtp: the model has no layers for multi-token prediction"
+        assert said in printed.out + printed.err
+        assert "0 tensors" not in printed.out + printed.err
 
 
 # --- config.json and tensors of published kinds ---------------------------------------------------
@@ -474,6 +499,12 @@ def test_scales_of_inputs_are_kept_of_dense_layers_alone(family, made, tmp_path)
         ("qwen3-moe", {"dtype": "float8"}, "dtype: 'float8' is not one of"),
         ("qwen3-moe", {"text_config": 3}, "text_config: 3 is not an object"),
         ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank: missing"),
+        ("deepseek-v3", {"n_routed_experts": None}, "n_routed_experts: missing"),
+        ("deepseek-v3", {"n_routed_experts": 0}, "this model has no routed experts"),
+        ("deepseek-v3", {"n_routed_experts": -1}, "n_routed_experts: -1 is not an integer"),
+        ("glm-4.5", {"n_routed_experts": None}, "n_routed_experts: missing"),
+        ("minimax-m2", {"num_local_experts": None}, "num_local_experts: missing"),
+        ("minimax-m2", {"num_local_experts": 0}, "this model has no routed experts"),
         ("deepseek-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace: -1 is not"),
         ("deepseek-v3", {"num_nextn_predict_layers": 1000}, "num_nextn_predict_layers: 1000 is"),
         ("qwen3.5-moe-vision", {"vision_config": {"depth": -1}}, "vision_config: depth: -1 is not"),
@@ -509,7 +540,9 @@ def test_verify_says_one_thing_of_one_fault(made, tmp_path):
             path.unlink()
         (folder / "ccq-manifest.json").unlink()
         write_tensors(folder, changed, 3)
-        return verify(folder).problems
+        found = verify(folder).problems
+        assert not [problem for problem in found if str(folder) in problem]
+        return found
 
     assert problems(lambda t: None) == []
     (said,) = problems(lambda t: t.update({f"{dense}_scale_inv": -scales}))

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.synthetic import tiny_config
 from helpers.synthetic import write_checkpoint as write_without_sentencepiece
-from paddle_ccq.engine_check import GIB
+from paddle_ccq.engine_check import GIB, loaded_bytes
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy import check as check_module
@@ -23,7 +23,7 @@ from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
 from paddle_ccq.host import available_memory
 from paddle_ccq.quantize import quantize
-from paddle_ccq.targets.fastdeploy.layout import build_plan
+from paddle_ccq.targets.fastdeploy.layout import OWN_FORMATS, build_plan
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tiny_config(
@@ -147,11 +147,42 @@ def test_layers_that_fastdeploy_would_take_as_moe(tmp_path) -> None:
     assert "every layer from 1 on" in only_problem(tmp_path / "o", SERVE)
 
 
-def test_other_formats_and_bf16_layers(tmp_path) -> None:
+@pytest.mark.parametrize("format", OWN_FORMATS)
+def test_formats_that_only_the_plugin_serves(tmp_path, format) -> None:
+    write_checkpoint(tmp_path / "m", CONFIG)
+    out = tmp_path / "out"
+    quantize(tmp_path / "m", out, format=format, preset="fast", quiet=True)
+    unknown = check(out, SERVE)
+    assert unknown.good and unknown.environment == {"FD_PLUGINS": "paddle_ccq"}
+    (warning,) = unknown.warnings
+    assert f"format {format}: FastDeploy refuses the name" in warning
+    assert check(out, replace(SERVE, plugin=True)).warnings == []
+    text = only_problem(out, replace(SERVE, plugin=False))
+    assert f"format {format}" in text and "--plugin of serving/launch.py" in text
+    text = only_problem(out, replace(SERVE, release=RELEASES["2.3"]))
+    assert "2.3 has no such format" in text and "2.4, 2.5, 2.6, develop" in text
+    card = (out / "README.md").read_text()
+    assert "FD_PLUGINS=paddle_ccq python -m fastdeploy" in card
+    assert f"FastDeploy itself refuses {format}" in card
+
+
+def test_the_memory_of_ccq_2t_is_that_of_the_kernels_layout() -> None:
+    """Units of 64 columns and 128 rows take 2176 bytes for 2112 stored ones."""
+    raw = tiny_config(hidden_size=256, moe_intermediate_size=128)
+    plan = build_plan(read_config(raw), format="ccq-2t", wint4_end_layer=-1)
+    experts = [p for p in plan.tensors if p.format == "ccq-2t"]
+    for planned in experts:
+        k, n = planned.shape
+        assert planned.rank_bytes == k * n // 4 + k * n // 128 + 2 * n
+        assert loaded_bytes(planned) == k // 128 * n // 64 * 2176 + 4 * n
+    more = sum(loaded_bytes(p) - p.rank_bytes for p in experts)
+    tied = 2 * raw["vocab_size"] * raw["hidden_size"]
+    assert weight_bytes(plan) == sum(p.rank_bytes for p in plan.tensors) + tied + more
+
+
+def test_bf16_layers(tmp_path) -> None:
     source = tmp_path / "m"
     write_checkpoint(source, CONFIG)
-    quantize(source, tmp_path / "more", format="ccq-2.5", preset="fast", quiet=True)
-    assert "no such format" in only_problem(tmp_path / "more", SERVE)
     rules = tmp_path / "rules.yaml"
     rules.write_text('- {match: "*.o_proj", format: bf16}\n')
     quantize(source, tmp_path / "kept", rules=rules, preset="fast", quiet=True)

@@ -16,7 +16,7 @@ import pytest
 paddle = pytest.importorskip("paddle")
 
 from helpers import fastdeploy_standin as standin  # noqa: E402
-from helpers.fastdeploy_case import EXPERTS, HIDDEN, WIDTH, run, tensor  # noqa: E402
+from helpers.fastdeploy_case import EXPERTS, HIDDEN, WIDTH, installer, run, tensor  # noqa: E402
 from paddle_ccq.errors import CcqError  # noqa: E402
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
 from paddle_ccq.targets.fastdeploy.config import wint4_layers_of  # noqa: E402
@@ -26,24 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def install(monkeypatch):
-    """Puts the stand-in, of a version, into sys.modules, registers the plugin, and cleans up."""
-    monkeypatch.setattr(moe_method, "once", moe_method._Once())
-    monkeypatch.setattr(standin, "calls", [])
-
-    def put(version: str = "2.5.0", ops: bool = True) -> SimpleNamespace:
-        for name in [n for n in sys.modules if n.split(".")[0] == "fastdeploy"]:
-            monkeypatch.delitem(sys.modules, name)
-        made = standin.modules(version)
-        for name, module in made.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        if ops:
-            monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
-            monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
-            monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
-        plugin.register()
-        return SimpleNamespace(backend=made[plugin.BACKEND], config=made[plugin.CONFIG])
-
-    return put
+    return installer(monkeypatch)
 
 
 def a_layer(modules: SimpleNamespace, index: int = 7, **quantization) -> standin.Layer:
@@ -289,6 +272,11 @@ def test_the_ops_are_called_as_they_are_registered() -> None:
 
     assert names("ccq_repack", "Inputs") == list(standin.SUFFIXES)
     assert names("ccq_repack", "Outputs") == ["quant", "scales", "columns", "pair_kind"]
+    assert names("ccq_repack_trellis", "Inputs") == list(standin.SUFFIXES[:3])
+    assert names("ccq_repack_trellis", "Outputs") == ["quant", "scales", "columns"]
+    parts = [f"{p}_{t}" for p in ("up_gate", "down") for t in ("quant_weight", "super_scales")]
+    assert names("ccq_moe_ffn_stored", "Inputs") == ["x", "offsets", *parts]
+    assert names("ccq_moe_ffn_stored", "Attrs") == ["format", "row_order"]
     parts = [f"{p}_{t}" for p in ("up_gate", "down") for t in ("quant", "scales", "columns")]
     assert names("ccq_moe_ffn", "Inputs") == ["x", "offsets", *parts]
     assert names("ccq_moe_ffn", "Attrs") == ["up_gate_integer", "down_integer", "row_order"]

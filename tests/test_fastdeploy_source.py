@@ -26,11 +26,18 @@ if not SOURCE:
     pytest.skip("PADDLE_CCQ_FASTDEPLOY_SOURCE is not set", allow_module_level=True)
 
 from helpers import fastdeploy_standin as standin  # noqa: E402
-from helpers.fastdeploy_case import EXPERTS, HIDDEN, WIDTH, run, tensor  # noqa: E402
+from helpers.fastdeploy_case import (  # noqa: E402
+    EXPERTS,
+    HIDDEN,
+    WIDTH,
+    expert_tensors,
+    run,
+    tensor,
+)
 from paddle_ccq.fastdeploy import fused_ops, moe_method, plugin  # noqa: E402
+from paddle_ccq.targets.fastdeploy.layout import OWN_FORMATS  # noqa: E402
 
 MODELS = "fastdeploy.model_executor"
-KEYS = {"weight": "quant_weight"}
 
 
 def package(monkeypatch, name: str, folder: Path | None = None, **names) -> ModuleType:
@@ -100,7 +107,7 @@ def fastdeploy(monkeypatch):
         monkeypatch,
         f"{MODELS}.layers.quantization",
         layers / "quantization",
-        get_quantization_config=lambda name: Named(name),
+        get_quantization_config=Named,
     )
     for name in (plugin.BACKEND, plugin.CONFIG):
         importlib.import_module(name)
@@ -152,12 +159,9 @@ class Named:
 
 
 class SourceLayer(standin.Layer):
-    weight_key_map = {  # noqa: RUF012
-        f"{projection}_expert_{key}_key": f"{{}}.{projection}.{KEYS.get(key, key)}"
-        for projection in ("up_gate_proj", "down_proj")
-        for key in standin.ATTRIBUTES
-    }
-    expert_id_offset = 0
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.fd_config.graph_opt_config.use_cudagraph = False
 
     def load_experts_weight(self, state, up_key: str, down_key: str):
         experts = range(self.num_experts)
@@ -165,8 +169,8 @@ class SourceLayer(standin.Layer):
         return (*found, None, None)
 
 
-def loaded(experts, index: int = 7) -> SourceLayer:
-    config = sys.modules[plugin.CONFIG].WINT2Config.from_config({})
+def loaded(experts, index: int = 7, format: str = "wint2") -> SourceLayer:
+    config = sys.modules[plugin.CONFIG].WINT2Config.from_config({"quantization": format})
     previous = paddle.get_default_dtype()
     paddle.set_default_dtype("bfloat16")
     try:
@@ -238,3 +242,22 @@ def test_its_config_with_and_without_a_list(fastdeploy, experts) -> None:
         )
     assert kinds == [(True, False), (False, False), (False, True)]
     assert listed.get_quant_method(object()) == "wint8"
+
+
+@pytest.mark.parametrize("format", OWN_FORMATS)
+def test_a_format_of_ours_on_its_own_classes(fastdeploy, monkeypatch, format) -> None:
+    quantization = sys.modules[plugin.QUANTIZATION]
+    assert quantization.get_quantization_config(format).name == format  # the stand-in's
+    plugin.register()
+    found = quantization.get_quantization_config(format)
+    assert found is sys.modules[plugin.CONFIG].WINT2Config
+    assert found.from_config({"quantization": format}).name() == "wint2"
+    stored = expert_tensors(format)
+    host = run(loaded(stored, format=format))
+    monkeypatch.setitem(sys.modules, fused_ops.MODULE, standin.Ops)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (9, 0))
+    layer = loaded(stored, format=format)
+    fused = through_moe(layer)
+    assert len(standin.calls) == 1 and list(layer.parameters()) == []
+    assert np.linalg.norm(fused - host) < 4e-3 * np.linalg.norm(fused)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The math library's path: not chosen where it is slow, or chosen where it cannot run."""
+"""The math library's path, and work that all processors share."""
 
 from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 
+from paddle_ccq import host
 from paddle_ccq.host import use_fast_products
 
 VARIABLE = "MKL_DEBUG_CPU_TYPE"
@@ -35,3 +37,33 @@ def test_avx2_is_asked_for_where_it_is_and_not_used(tmp_path, monkeypatch, text,
     use_fast_products(str(path))
     assert os.environ.get(VARIABLE) == expected
     monkeypatch.delenv(VARIABLE, raising=False)
+
+
+# --- work on stripes of rows ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000])
+def test_stripes_cover_a_range_once_and_in_order(monkeypatch, threads, count):
+    monkeypatch.setattr(host, "default_threads", lambda: threads)
+    found = np.zeros(count, np.int32)
+
+    def work(stripe: slice) -> tuple[int, int]:
+        found[stripe] += 1
+        return stripe.start, stripe.stop
+
+    places = host.on_stripes(work, count, 64)
+    assert np.all(found == 1)
+    assert places == sorted(places)
+    assert all(end - begin >= 64 for begin, end in places[:-1])
+
+
+def test_what_a_stripe_raises_is_raised(monkeypatch):
+    monkeypatch.setattr(host, "default_threads", lambda: 2)
+
+    def work(stripe: slice) -> None:
+        if stripe.start:
+            raise ValueError("the second")
+
+    with pytest.raises(ValueError, match="the second"):
+        host.on_stripes(work, 128, 64)

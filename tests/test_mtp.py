@@ -266,6 +266,6 @@ def test_a_run_goes_on_with_the_same_choice_alone(tmp_path, source, monkeypatch)
             quantize(source, tmp_path / "out", **OPTIONS)
     with pytest.raises(CcqError, match="not the same: --drop-mtp") as error:
         quantize(source, tmp_path / "out", **OPTIONS, drop_mtp=True)
-    assert "true now" in str(error.value)
+    assert "--drop-mtp, only now" in str(error.value)
     quantize(source, tmp_path / "out", **OPTIONS)
     assert any(".mtp_" in name for name in written(tmp_path / "out"))

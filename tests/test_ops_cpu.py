@@ -98,8 +98,51 @@ def test_repack_round_trip_is_exact_and_of_the_same_size(kind: str) -> None:
     for suffix, value in tensors.items():
         assert back[suffix].dtype == value.dtype
         np.testing.assert_array_equal(back[suffix].view(np.uint8), value.view(np.uint8))
-    # Super scales are held as float32: two bytes a column more.
-    assert packed.nbytes == sum(t.nbytes for t in tensors.values()) + 2 * 80
+    # Super scales are held as float32: two bytes a column more; ccq-2t's byte before is a third.
+    more = 3 if format == "ccq-2t" else 2
+    assert packed.nbytes == sum(t.nbytes for t in tensors.values()) + more * 80
+
+
+@pytest.mark.parametrize("isa", _core.matmul_instruction_sets())
+def test_later_rows_of_ccq_2t_with_the_bytes_before_them(isa: str) -> None:
+    """A rank's part along K multiplies as the whole does with zeros for all other inputs."""
+    _, tensors = stored("ccq-2t", 512, 48, seed=21)
+    whole = ops.repack("ccq-2t", tensors)
+    x = np.random.default_rng(22).standard_normal((9, 512)).astype(np.float32)
+    differs = False
+    for first, last in ((0, 128), (128, 384), (384, 512)):
+        codes = tensors["quant_weight"]
+        part = {
+            "quant_weight": np.ascontiguousarray(codes[first // 4 : last // 4]),
+            "weight_scale": np.ascontiguousarray(
+                tensors["weight_scale"][first // 128 : last // 128]
+            ),
+            "super_scales": tensors["super_scales"],
+        }
+        before = codes[first // 4 - 1] if first else None
+        packed = ops.repack("ccq-2t", part, before=before)
+        np.testing.assert_array_equal(packed.core.before, 0 if before is None else before)
+        only = np.zeros_like(x)
+        only[:, first:last] = x[:, first:last]
+        for m in (1, 9):
+            expected = ops.linear(only[:m], whole, isa=isa)
+            rows = np.ascontiguousarray(x[:m, first:last])
+            np.testing.assert_array_equal(ops.linear(rows, packed, isa=isa), expected)
+            differs |= not np.array_equal(
+                ops.linear(rows, ops.repack("ccq-2t", part), isa=isa), expected
+            )
+    assert differs
+
+
+def test_bytes_before_that_do_not_fit() -> None:
+    format, tensors = stored("ccq-2t", 128, 16)
+    with pytest.raises(ValueError, match=r"before must be uint8\[16\], got uint8\[15\]"):
+        ops.repack(format, tensors, before=np.zeros(15, np.uint8))
+    with pytest.raises(ValueError, match=r"before must be uint8\[16\], got int64\[16\]"):
+        ops.repack(format, tensors, before=np.zeros(16, np.int64))
+    format, tensors = stored("wint2", 128, 16)
+    with pytest.raises(ValueError, match="before: wint2 has no byte before the first one"):
+        ops.repack(format, tensors, before=np.zeros(16, np.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,6 +53,22 @@ def test_tensors_that_do_not_fit_are_named_before_anything_is_sent() -> None:
         paddle_gpu.repack_experts("ccq-2.75", [good], [good, good])
 
 
+def test_uploads_go_to_the_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    paddle = pytest.importorskip("paddle")
+    places: list[int] = []
+    monkeypatch.setattr(paddle, "CUDAPlace", places.append)
+    monkeypatch.setattr(paddle, "to_tensor", lambda array, **_: array)
+    for device in ("gpu:1", "gpu:0", "cpu"):
+        monkeypatch.setattr(paddle.device, "get_device", lambda device=device: device)
+        paddle_gpu._upload(np.zeros(2, np.float32))
+    assert places == [1, 0, 0]
+
+
+def test_ccq_2t_is_not_decoded_there() -> None:
+    with pytest.raises(ValueError, match=r"format: ccq-2t .* ops\.dequant"):
+        paddle_gpu.dequant("ccq-2t", stored("ccq-2t", 128, 32))
+
+
 def test_activations_that_do_not_fit_are_named() -> None:
     paddle = pytest.importorskip("paddle")
     weight = paddle_gpu.GpuMatrices("ccq-2.75", "plain", 1, 128, 32, ())

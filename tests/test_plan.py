@@ -127,6 +127,19 @@ def test_tensor_parallel_sizes_that_work_are_named(large):
         build_plan(large, tensor_parallel_size=8)
 
 
+@pytest.mark.parametrize("format", ["ccq-2t", "ccq-2.5", "ccq-2.75", "dense", "wint4"])
+def test_a_layout_that_orders_nothing_is_not_ignored_silently(format):
+    changes = {"moe_num_experts": 0} if format == "dense" else {}
+    options = {} if format in ("dense", "wint4") else {"format": format, "wint4_end_layer": -1}
+    if format == "wint4":
+        options = {"wint4_end_layer": 2}
+    said = "--fastdeploy-layout 2.0: changes nothing, no layer is wint2"
+    for layout, there in (("2.0", True), ("2.1", False)):
+        plan = build_plan(tiny(**changes), fastdeploy_layout=layout, **options)
+        assert (said in plan.messages) is there
+    assert said not in build_plan(tiny(), fastdeploy_layout="2.0").messages
+
+
 def test_messages_about_what_fastdeploy_cannot_load():
     messages = build_plan(tiny(vocab_size=300, moe_layer_interval=2)).messages
     assert any("multiple of 64" in m for m in messages)

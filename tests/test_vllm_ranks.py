@@ -9,15 +9,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.vllm_scores import expected
 from paddle_ccq.quantize import main
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
+
+import torch
+
+from paddle_ccq.vllm.cpu_experts import CpuCodedExpertsMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ROOT / "tests" / "helpers" / "vllm_scores.py"
@@ -59,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")
-@pytest.mark.parametrize("format", ["wint2", "ccq-2.75", "wint4 prefix"])
+@pytest.mark.parametrize("format", ["wint2", "ccq-2t", "ccq-2.75", "wint4 prefix"])
 def test_two_ranks_score_as_one(format: str, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     chosen = ["--wint4-end-layer", "1"] if " " in format else ["--format", format]
@@ -77,3 +83,44 @@ def test_two_ranks_score_as_one(format: str, model: Path, tmp_path: Path) -> Non
         scores[name] = np.load(tmp_path / "scores.npy")
         # An expert left out moves each by 0.033 to 0.089, sums in another order by 0.012.
         assert np.abs(scores[name] - scores["one"]).mean() < 0.022, name
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")
+def test_rank_folders_of_ccq_2t_score_as_this_packages_model(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["--model", str(model), "--output", str(output), "--quiet", "--preset", "fast"]
+    assert main([*arguments, "--format", "ccq-2t", "--tensor-parallel-size", "2"]) == 0
+    tokens = np.random.default_rng(3).integers(3, 319, 96)
+    np.save(tmp_path / "tokens.npy", tokens)
+    result = run(output, tmp_path, tensor_parallel_size=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    wanted = expected(output, tokens)
+    assert np.abs(np.load(tmp_path / "scores.npy") - wanted).mean() < 0.022
+
+
+@pytest.mark.parametrize("already_cut", [False, True])
+def test_a_ranks_bytes_before(already_cut: bool) -> None:
+    """The last input rows of a rank need the byte before them; rank folders begin without one."""
+    ranks, hidden, width = 2, 128, 256
+    rng = np.random.default_rng(0)
+    k, n = (width // ranks if already_cut else width), hidden
+    stored = {
+        "quant_weight": torch.from_numpy(rng.integers(0, 256, (k // 4, n), np.uint8)),
+        "weight_scale": torch.from_numpy(rng.integers(0, 256, (k // 128, n), np.uint8)),
+        "super_scales": torch.ones(n, dtype=torch.bfloat16),
+    }
+    for rank in range(ranks):
+        parallel = SimpleNamespace(use_all2all_kernels=False, tp_rank=rank, tp_size=ranks)
+        moe = SimpleNamespace(moe_parallel_config=parallel)
+        method = CpuCodedExpertsMethod(moe, "experts", already_cut, "ccq-2t", "plain")
+        layer = SimpleNamespace(expert_map=None)
+        method.create_weights(layer, 1, hidden, width // ranks, torch.bfloat16)
+        for suffix, value in stored.items():
+            method.place(layer, 0, "down", suffix, value, suffix)
+        packed = method.packed["down"][0]
+        first = 0 if already_cut else rank * width // ranks // 4
+        codes = stored["quant_weight"].numpy()
+        part = codes[first : first + width // ranks // 4]
+        np.testing.assert_array_equal(packed.unpack()["quant_weight"], part)
+        expected = codes[first - 1] if first else np.zeros(n, np.uint8)
+        np.testing.assert_array_equal(packed.core.before, expected)

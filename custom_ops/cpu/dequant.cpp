@@ -115,11 +115,12 @@ template <Runtime kRuntime>
 void trellis_group(const Stored& t, int64_t g, void* out) {
   for (int64_t byte_row = g * 16; byte_row < (g + 1) * 16; ++byte_row) {
     const uint8_t* q = t.words + byte_row * t.n;
+    const uint8_t* before = byte_row ? q - t.n : t.before;
     for (int64_t c = 0; c < t.n; ++c) {
       const uint8_t both = t.scales[g / 2 * t.n + c];
       const float scale = static_cast<float>(g % 2 ? both & 15 : both >> 4) * t.super[c];
       int32_t v[4];
-      trellis_values((byte_row ? q[c - t.n] : 0) << 8 | q[c], v);
+      trellis_values((before ? before[c] : 0) << 8 | q[c], v);
       for (int i = 0; i < 4; ++i)
         put<kRuntime>(out, (byte_row * 4 + i) * t.n + c, static_cast<float>(v[i]) * scale);
     }
@@ -189,6 +190,7 @@ void repack(const Stored& t, Packed& out) {
   if (!has_scales(t.format)) return;
   uint8_t* scales = out.scales.data();
   each_scale(out, [&](int64_t to, int64_t from) { scales[to] = t.scales[from]; });
+  if (t.before) out.before.assign(t.before, t.before + t.n);
   if (t.format != Format::kWint2) return;
   out.code_scale.assign(t.code_scale, t.code_scale + t.n);
   out.code_zp.assign(t.code_zp, t.code_zp + t.n);

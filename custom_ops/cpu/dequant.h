@@ -19,6 +19,7 @@ struct Stored {
   const float* super;      // [n]
   const float* code_scale; // WINT2: [n]
   const float* code_zp;
+  const uint8_t* before;   // ccq-2t: [n], the byte before each column's first one; null for zeros
 };
 
 // All codes of all columns are whole numbers in 0..32767 and their pairs are integers.

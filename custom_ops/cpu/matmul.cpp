@@ -40,7 +40,8 @@ Buffer::Buffer(size_t bytes) : size_(bytes) {
 Packed::Packed(Format f, int64_t rows, int64_t columns)
     : format(f), k(rows), n(columns),
       words(static_cast<size_t>(rows / kRows * info(f).words * info(f).word_bytes * columns)),
-      scales(has_scales(f) ? static_cast<size_t>(rows / 128 * columns) : 0), super(columns) {}
+      scales(has_scales(f) ? static_cast<size_t>(rows / 128 * columns) : 0), super(columns),
+      before(f == Format::kCcq2t ? static_cast<size_t>(columns) : 0) {}
 
 const MatmulKernels* pick_matmul(const char* name) {
   const MatmulKernels* all[] = {matmul_avx512vnni(), matmul_avx512(), matmul_avx2(), matmul_plain()};

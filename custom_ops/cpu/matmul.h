@@ -57,6 +57,7 @@ struct Packed {
   std::vector<float> super;       // [n]
   std::vector<float> code_scale;  // [n], WINT2 only
   std::vector<float> code_zp;
+  std::vector<uint8_t> before;    // [n], ccq-2t only: the byte before each column's first one
   // Every code of every column is a whole number in 0..32767: decoded in 16-bit integers.
   bool integer = false;
 };

@@ -75,9 +75,15 @@ py::array dequantize_array(const std::string& format, const py::array& words, co
 
 std::shared_ptr<Packed> repack_arrays(const std::string& format, const py::array& words,
                                       const py::array& scales, const Floats& super,
-                                      const Floats& code_scale, const Floats& code_zp) {
-  const Stored t = stored(format, words, scales, super, code_scale, code_zp);
+                                      const Floats& code_scale, const Floats& code_zp, const py::array& before) {
+  Stored t = stored(format, words, scales, super, code_scale, code_zp);
   need(t.n % kColumns == 0, "quant_weight: N must be a multiple of 16");
+  if (before.size()) {
+    need(t.format == Format::kCcq2t && before.ndim() == 1 && before.itemsize() == 1 && before.shape(0) == t.n &&
+             (before.flags() & py::array::c_style),
+         "before: wrong shape, type or format");
+    t.before = static_cast<const uint8_t*>(before.data());
+  }
   auto packed = std::make_shared<Packed>(t.format, t.k, t.n);
   py::gil_scoped_release release;
   repack(t, *packed);
@@ -141,14 +147,17 @@ void bind_ops(py::module_& m) {
       .def_readonly("k", &Packed::k)
       .def_readonly("n", &Packed::n)
       .def_readonly("integer", &Packed::integer)
+      .def_property_readonly("before", [](const Packed& w) {
+        return py::array_t<uint8_t>(static_cast<py::ssize_t>(w.before.size()), w.before.data());
+      })
       .def_property_readonly("format", [](const Packed& w) { return info(w.format).name; })
       .def_property_readonly("nbytes", [](const Packed& w) {
         return w.words.size() + w.scales.size() +
-               4 * (w.super.size() + w.code_scale.size() + w.code_zp.size());
+               4 * (w.super.size() + w.code_scale.size() + w.code_zp.size()) + w.before.size();
       })
       .def("unpack", &unpack_arrays);
   m.def("repack", &repack_arrays, py::arg("format"), py::arg("words"), py::arg("scales"), py::arg("super"),
-        py::arg("code_scale"), py::arg("code_zp"));
+        py::arg("code_scale"), py::arg("code_zp"), py::arg("before") = py::array_t<uint8_t>(0));
   m.def("dequantize", &dequantize_array, py::arg("format"), py::arg("words"), py::arg("scales"),
         py::arg("super"), py::arg("code_scale"), py::arg("code_zp"), py::arg("runtime"), py::arg("threads"));
   m.def("multiply", &multiply_arrays, py::arg("x"), py::arg("matrices"), py::arg("ends"), py::arg("order"),

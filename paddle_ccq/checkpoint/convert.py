@@ -114,10 +114,10 @@ class Converter:
 
         A scale that no weight can have is refused as where the weight is encoded.
         """
-        wrong = ~np.isfinite(part.read())
-        count = int(wrong.sum())
-        if not count:
+        wrong = part.nonfinite()
+        if wrong is None:
             return 0
+        count = int(wrong.sum())
         name = part.values.name
         codes = tensors.get(name)
         if not self.allow_nonfinite or codes is None or codes.shape != wrong.shape:

@@ -55,6 +55,10 @@ def make_fingerprint(
     }
 
 
+# Of the options: which target's output it is.
+TARGET_KEY = "target"
+# Options that no flag is called like.
+_FLAGS = {"wint4_layers": "wint4 layers"}
 _FILE_WORDS = {
     "bytes": "size",
     "mtime_ns": "modification time",
@@ -70,11 +74,7 @@ def fingerprint_differences(old: dict[str, Any], new: dict[str, Any]) -> list[st
         return ["the journal's own format"]
     if old["version"] != new["version"]:
         differences.append(f"paddle-ccq version {old['version']} then, {new['version']} now")
-    for key in sorted(old["options"].keys() | new["options"].keys()):
-        before, now = old["options"].get(key), new["options"].get(key)
-        if before != now:
-            flag = "--" + key.replace("_", "-")
-            differences.append(f"{flag} {_show(before)} then, {_show(now)} now")
+    differences += _option_differences(old["options"], new["options"])
     if old["config_sha256"] != new["config_sha256"]:
         differences.append("the model's config.json")
     for name in sorted(old["files"].keys() | new["files"].keys()):
@@ -84,6 +84,27 @@ def fingerprint_differences(old: dict[str, Any], new: dict[str, Any]) -> list[st
         elif before != now:
             words = [word for key, word in _FILE_WORDS.items() if before.get(key) != now.get(key)]
             differences.append(f"{' and '.join(words)} of {name}")
+    return differences
+
+
+def _option_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The options that differ, as flags.
+
+    A target's own options are no other's, so that of two targets only their names are told.
+    """
+    keys = old.keys() | new.keys()
+    if old.get(TARGET_KEY) != new.get(TARGET_KEY):
+        keys = (old.keys() & new.keys()) | {TARGET_KEY}
+    differences = []
+    for key in sorted(keys):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        flag, states = _FLAGS.get(key, "--" + key.replace("_", "-")), (before, now)
+        if None in states:  # a flag that one of them was run without
+            differences.append(f"{flag}, {'only then' if now is None else 'only now'}")
+        else:
+            differences.append(f"{flag} {_show(before)} then, {_show(now)} now")
     return differences
 
 

@@ -20,7 +20,7 @@ BASE_MEMORY = 150_000_000
 # or float32, a re-ordered copy and one encoder slice (quantized); measured 8.4 with the output.
 QUANTIZED_BYTES_PER_WEIGHT = 9
 UNQUANTIZED_BYTES_PER_WEIGHT = 4
-SCALED_BYTES_PER_WEIGHT = 5
+SCALED_BYTES_PER_WEIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def working_bytes(planned: PlannedTensor) -> int:
     """Bytes of host memory that a tensor takes on its way, its output included."""
     if planned.format == KEPT:
         floats = all(dtype in FLOAT_DTYPES for _, dtype, _ in planned.specs)
-        # What has scales is looked through in float32 for what is not finite.
+        # What has scales is read again, some rows at a time, for a mask of what is not finite.
         return planned.rank_bytes + (0 if floats else planned.weights * SCALED_BYTES_PER_WEIGHT)
     each = QUANTIZED_BYTES_PER_WEIGHT if planned.quantized else UNQUANTIZED_BYTES_PER_WEIGHT
     return planned.weights * each + planned.rank_bytes

@@ -16,7 +16,7 @@ import numpy as np
 from ..codec import formats
 from ..codec import row_order as rows
 from ..errors import CcqError
-from ..families.config import CCQ, CONFIG_FILE, ModelConfig
+from ..families.config import CONFIG_FILE, ModelConfig, is_packed_entry
 from ..families.registry import read_config
 from ..families.tensor import Source, Storage
 from . import source_tensors
@@ -372,8 +372,7 @@ def _is_float_scale(suffix: str, stored: str, wanted: str) -> bool:
 def stated_row_order(raw: Mapping[str, Any]) -> Any:
     """What the quantization_config of Hugging Face's layout says; None in any other layout."""
     entry = raw.get(ENTRY_KEYS[0])
-    ours = isinstance(entry, Mapping) and entry.get("quant_method") == CCQ
-    return entry.get("row_order") if ours and "quantization" not in entry else None
+    return entry["row_order"] if is_packed_entry(entry) and "row_order" in entry else None
 
 
 def _row_order(checkpoint: Checkpoint, asked: str | None) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..host import on_stripes
 from .safetensors_format import DTYPES
 
-# Values looked at in one go when searching for NaN and infinity; bounds the mask's memory.
-_CHUNK = 1 << 24
+# Values looked at in one go when searching for NaN and infinity: they and the mask stay in a cache.
+_CHUNK = 1 << 18
 _BF16_EXPONENT = np.uint16(0x7F80)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _F32_INFINITY = np.uint32(0x7F800000)
@@ -41,10 +42,18 @@ def finite(values: np.ndarray, stored_as: str) -> tuple[np.ndarray, int]:
 def count_nonfinite(values: np.ndarray, stored_as: str = "F32") -> int:
     """How many values are NaN or infinite, or would be when stored as "BF16"."""
     flat = values.reshape(-1)
-    return sum(
-        int(np.count_nonzero(_nonfinite(flat[begin : begin + _CHUNK], stored_as)))
-        for begin in range(0, flat.size, _CHUNK)
-    )
+
+    def count(stripe: slice) -> int:
+        return sum(
+            int(
+                np.count_nonzero(
+                    _nonfinite(flat[begin : min(begin + _CHUNK, stripe.stop)], stored_as)
+                )
+            )
+            for begin in range(stripe.start, stripe.stop, _CHUNK)
+        )
+
+    return sum(on_stripes(count, flat.size, _CHUNK))
 
 
 def _nonfinite(chunk: np.ndarray, stored_as: str) -> np.ndarray:

@@ -25,16 +25,24 @@ FUSED, FUSED_DOWN = "gate_up_proj", "down_proj"
 MAX_EXTRA_LAYERS = 16
 
 
+# How families call the number of routed experts, their own name first.
+NUMBER_FIRST = ("num_experts", "num_local_experts", "n_routed_experts")
+ROUTED_FIRST = ("n_routed_experts", "num_experts", "num_local_experts")
+LOCAL_FIRST = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
 @dataclass(frozen=True)
 class Keys:
     """Keys of config.json, the first that is there counts; 0 or an absent key where none is.
+
+    A family's own name stands first: where none is there, the error names it.
 
     Attributes:
         sizes: further sizes by key, each with its default; None: it must be there.
         nested: the object that the text model's keys lie in, where it is there.
     """
 
-    experts: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts: tuple[str, ...] = NUMBER_FIRST
     width: tuple[str, ...] = ("moe_intermediate_size",)
     dense_width: tuple[str, ...] = ("intermediate_size",)
     extra_layers: tuple[str, ...] = ("num_nextn_predict_layers",)
@@ -268,7 +276,8 @@ def _parse(fields: Fields, family: Family, keys: Keys, layout: Layout) -> MoeCon
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         tie_stated=fields.get("tie_word_embeddings", None) is not None,
         moe_num_experts=experts,
-        moe_k=_first(fields, ("num_experts_per_tok", "moe_topk"), 1, max(experts, 1), 1),
+        # Without experts nothing is chosen; what is to become smaller says the target.
+        moe_k=_first(fields, ("num_experts_per_tok", "moe_topk"), 1, experts, 1) if experts else 0,
         moe_intermediate_size=_first(fields, keys.width, 1, MAX_WIDTH) if experts else 0,
         num_nextn_predict_layers=_first(fields, keys.extra_layers, 0, MAX_EXTRA_LAYERS, 0),
         dtype=read_dtype(fields),
@@ -291,7 +300,9 @@ def _first(
     """The value of the first key that is there; two that differ are refused."""
     stated = [name for name in names if fields.get(name, None) is not None]
     if not stated:
-        return fields.integer(names[0], low, high, *([] if default is None else [default]))
+        # A null is that key's own fault.
+        name = next((name for name in names if name in fields.values), names[0])
+        return fields.integer(name, low, high, *([] if default is None else [default]))
     values = [fields.integer(name, low, high) for name in stated]
     if len(set(values)) > 1:
         raise fields.fail(stated[0], f"{values[0]}, but {stated[1]} says {values[1]}")

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ..errors import CcqError
 from .family import Family
 from .tensor import Tensors, TensorSpec
 
@@ -20,6 +21,31 @@ FP8, COMPRESSED_TENSORS, CCQ = "fp8", "compressed-tensors", "ccq"
 # Of the structure of the last one's quantization_config.
 CCQ_VERSION = 1
 QUANT_METHODS = (FP8, COMPRESSED_TENSORS, CCQ)
+
+# Of quantization_config: FastDeploy's key of the experts' format, and the packed modules of Hugging
+# Face's layout.
+STRUCTURE_KEY, MODULES_KEY = "quantization", "experts"
+
+
+def is_packed_entry(entry: object, where: str = CONFIG_FILE) -> bool:
+    """Whether a quantization_config is that of Hugging Face's layout, with this package's method.
+
+    FastDeploy's structure may name the method as well.
+
+    Raises:
+        CcqError: if it has keys of both, so that readers would go by different ones.
+    """
+    if not isinstance(entry, Mapping) or entry.get("quant_method") != CCQ:
+        return False
+    if STRUCTURE_KEY not in entry:
+        return True
+    if MODULES_KEY in entry:
+        raise CcqError(
+            f"{where}: quantization_config: {STRUCTURE_KEY} is of FastDeploy's structure and"
+            f" {MODULES_KEY} of Hugging Face's layout; only one of them can be right"
+        )
+    return False
+
 
 # Far above any published model; they bound the work that a hostile file can ask for.
 MAX_LAYERS = 512

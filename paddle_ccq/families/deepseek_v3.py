@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .common import (
+    ROUTED_FIRST,
     Keys,
     Layout,
     MoeConfig,
@@ -26,6 +27,7 @@ from .common import (
 from .tensor import Role
 
 KEYS = Keys(
+    experts=ROUTED_FIRST,
     sizes={
         "kv_lora_rank": None,
         "qk_nope_head_dim": None,
@@ -36,7 +38,7 @@ KEYS = Keys(
         "first_k_dense_replace": 0,
         "moe_layer_freq": 1,
         "n_shared_experts": 0,
-    }
+    },
 )
 
 

@@ -178,4 +178,13 @@ _BASE = make_family(
     Layout(layer, sparse, outside=outside, stacked=None, expert_width=width),
     keys=KEYS,
 )
-FAMILY = replace(_BASE, parse=_parse)
+FAMILY = replace(
+    _BASE,
+    parse=_parse,
+    unread={
+        "ernie.": "this is Paddle's naming, which is read of ERNIE-4.5's text models alone; use the"
+        " checkpoint in Hugging Face's naming, whose name ends in -PT",
+        "model.language_model.": "this is transformers' own form, which is not read here;"
+        " save the model without save_original_format=False",
+    },
+)

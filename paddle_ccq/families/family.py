@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CcqError
@@ -73,6 +73,7 @@ class Family:
         discover: of a family without shapes of its own, (config, shape by on-disk name) -> the
             config with what is stored.
         examples: what its tensors are called, for the message that none was found.
+        unread: what names of a naming that is not read begin with -> what to do, for the message.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Family:
     keeps_others: bool = False
     discover: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     is_mine: Callable[[str], bool] = lambda _: False
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def naming(self, name: str) -> Naming:
         """The naming of that name."""
@@ -101,6 +103,9 @@ class Family:
         """The naming that a checkpoint's tensors show; `where` names it in errors."""
         found = {naming.name: "" for naming in self.namings}
         for name in names:
+            for prefix, problem in self.unread.items():
+                if name.startswith(prefix):
+                    raise CcqError(f"{where}: {name}: {problem}")
             for naming in self.namings:
                 if name.startswith(naming.prefix) and not self.is_mtp(name):
                     found[naming.name] = found[naming.name] or name

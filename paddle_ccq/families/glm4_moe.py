@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .common import (
+    ROUTED_FIRST,
     Keys,
     Layout,
     MoeConfig,
@@ -52,5 +53,5 @@ FAMILY = make_family(
     "GLM-4.5",
     ["Glm4MoeForCausalLM"],
     Layout(layer, sparse),
-    keys=Keys(sizes={"first_k_dense_replace": 0, "n_shared_experts": 0}),
+    keys=Keys(experts=ROUTED_FIRST, sizes={"first_k_dense_replace": 0, "n_shared_experts": 0}),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .common import (
+    LOCAL_FIRST,
     Keys,
     Layout,
     MoeConfig,
@@ -44,5 +45,5 @@ FAMILY = make_family(
     ["MiniMaxM2ForCausalLM"],
     Layout(layer, sparse, experts=f"{BLOCK}.experts", projections=("w1", "w3", "w2")),
     # The experts' width; there is no dense layer. Its layers for prediction are not published.
-    keys=Keys(width=("intermediate_size",)),
+    keys=Keys(experts=LOCAL_FIRST, width=("intermediate_size",)),
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CcqError
 from ..json_files import load_json
-from .config import CCQ, CONFIG_FILE, ModelConfig
+from .config import CONFIG_FILE, ModelConfig, is_packed_entry
 from .family import Family
 from .fields import Fields, show
 from .generic import GENERIC
@@ -73,15 +73,16 @@ def read_config(
 def _parse(fields: Fields, problems: list[str] | None, asked: str | None) -> ModelConfig:
     if asked not in (None, *ASKED):
         raise CcqError(f"--family {asked}: not one of {', '.join(ASKED)}")
-    family = GENERIC if asked or _is_generic_output(fields.values) else family_of(fields)
+    entry = fields.values.get("quantization_config")
+    # The family that this package has written down with packed experts.
+    stated = entry["family"] if is_packed_entry(entry, fields.where) and "family" in entry else None
+    family = GENERIC if asked or stated == GENERIC.name else family_of(fields)
+    if stated is not None and not asked and stated != family.name:
+        raise fields.fail(
+            "quantization_config",
+            f"family is {show(stated)}, but by architectures and model_type this is {family.name}",
+        )
     return family.parse(fields, family, problems)
-
-
-def _is_generic_output(values: Mapping[str, Any]) -> bool:
-    """Whether this package has written the checkpoint, of a model of no known family."""
-    entry = values.get("quantization_config")
-    ours = isinstance(entry, Mapping) and entry.get("quant_method") == CCQ
-    return ours and entry.get("family") == GENERIC.name
 
 
 def family_of(fields: Fields) -> Family:

@@ -9,9 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..codec.row_order import FASTDEPLOY_2_1
-from ..targets.fastdeploy.layout import VOCABULARY_MULTIPLE, needs_plugin, not_converted
+from ..targets.fastdeploy.layout import (
+    OWN_FORMATS,
+    PLUGIN_RELEASES,
+    VOCABULARY_MULTIPLE,
+    needs_plugin,
+    not_converted,
+)
 from ..targets.inspection import Inspection
-from .plugin import SUPPORTED as PLUGIN_RELEASES
 from .releases import Release
 
 # What FastDeploy's ERNIE processor looks for (input/ernie4_5_processor.py, text_processor.py).
@@ -40,6 +45,11 @@ def contract_problems(
 
 def plugin_reason(inspection: Inspection, release: Release) -> str | None:
     """Why this release cannot serve the checkpoint without our plugin; None if it can."""
+    if inspection.plan.format in OWN_FORMATS:
+        return (
+            f"format {inspection.plan.format}: FastDeploy refuses the name; our plugin"
+            " (FD_PLUGINS=paddle_ccq, with the compiled ops) serves it"
+        )
     if needs_plugin(inspection.plan):
         return (
             "wint4 layers by a list: FastDeploy must load our plugin (FD_PLUGINS=paddle_ccq);"
@@ -76,9 +86,11 @@ def _rank_problems(inspection: Inspection, ranks: int) -> list[str]:
 def _format_problems(inspection: Inspection, release: Release) -> list[str]:
     plan = inspection.plan
     problems = []
-    if plan.format not in ("wint2", "wint8"):
+    if plan.format in OWN_FORMATS and release.name not in PLUGIN_RELEASES:
         problems.append(
-            f"format {plan.format}: FastDeploy has no such format; quantize with --format wint2"
+            f"format {plan.format}: FastDeploy {release.name} has no such format, and our plugin"
+            f" adds it to {', '.join(PLUGIN_RELEASES)} only; one of those, or quantize with"
+            " --format wint2"
         )
     recorded = inspection.row_order
     if plan.format == "wint2" and recorded is not None and recorded != release.row_order:

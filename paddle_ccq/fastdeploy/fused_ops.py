@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..codec.row_order import FASTDEPLOY_2_1
+from ..codec import formats, trellis
+from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
 
 # The extension that custom_ops/setup.py builds; its functions carry the ops' names.
@@ -16,6 +18,8 @@ OLDEST_CAPABILITY = (8, 0)
 # Both sizes are the inputs of one projection (K, custom_ops/gpu/moe/repack.h) and the outputs of
 # the other, which only need 16.
 SIZE_MULTIPLE = 128
+# Of the outputs of a projection, for the products of every format.
+COLUMN_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,26 @@ class Repacked:
     scales: Any
     columns: Any
     integer_pairs: bool
+    row_order: str = FASTDEPLOY_2_1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One projection of all experts as it is stored, which ccq_moe_ffn_stored reads."""
+
+    format: str
+    quant_weight: Any
+    super_scales: Any
 
 
 class FusedOps:
-    """ccq_repack and ccq_moe_ffn of a loaded extension."""
+    """The ops of a loaded extension that the plugin calls."""
 
     def __init__(self, module: Any) -> None:
         self._repack = module.ccq_repack
+        self._repack_trellis = module.ccq_repack_trellis
         self._moe_ffn = module.ccq_moe_ffn
+        self._moe_ffn_stored = module.ccq_moe_ffn_stored
 
     def repack(
         self, quant_weight: Any, weight_scale: Any, super_scales: Any, code_scale: Any, code_zp: Any
@@ -44,8 +60,38 @@ class FusedOps:
         )
         return Repacked(quant, scales, columns, integer_pairs=int(kind.item()) == 0)
 
-    def moe_ffn(self, x: Any, ends: Any, up_gate: Repacked, down: Repacked) -> Any:
-        """Rows of x sorted by expert, `ends` their running counts (int64) -> rows of x's type."""
+    def prepare(self, format: str, tensors: Mapping[str, Any]) -> Repacked | Stored:
+        """Stacked tensors [E, ...] of one projection in a format that FastDeploy has not.
+
+        Args:
+            tensors: by suffix (codec.formats.tensor_specs); rows in plain order.
+        """
+        if format == trellis.NAME:
+            quant, scales, columns = self._repack_trellis(
+                tensors["quant_weight"], tensors["weight_scale"], tensors["super_scales"]
+            )
+            return Repacked(quant, scales, columns, integer_pairs=False, row_order=PLAIN)
+        return Stored(format, tensors["quant_weight"], tensors["super_scales"])
+
+    def moe_ffn(
+        self, x: Any, ends: Any, up_gate: Repacked | Stored, down: Repacked | Stored
+    ) -> Any:
+        """Rows of x sorted by expert, `ends` their running counts (int64) -> rows of x's type.
+
+        Both projections are of one format.
+        """
+        if isinstance(up_gate, Stored) and isinstance(down, Stored):
+            return self._moe_ffn_stored(
+                x,
+                ends,
+                up_gate.quant_weight,
+                up_gate.super_scales,
+                down.quant_weight,
+                down.super_scales,
+                up_gate.format,
+                PLAIN,
+            )
+        assert isinstance(up_gate, Repacked) and isinstance(down, Repacked)
         return self._moe_ffn(
             x,
             ends,
@@ -57,7 +103,7 @@ class FusedOps:
             down.columns,
             up_gate.integer_pairs,
             down.integer_pairs,
-            FASTDEPLOY_2_1,
+            up_gate.row_order,
         )
 
 
@@ -91,4 +137,14 @@ def shape_refusal(hidden: int, width: int) -> str | None:
     for name, size in (("hidden size", hidden), ("expert width", width)):
         if size % SIZE_MULTIPLE:
             return f"{name} {size} is no multiple of {SIZE_MULTIPLE}"
+    return None
+
+
+def columns_refusal(format: str, hidden: int, width: int) -> str | None:
+    """Why the ops can't take experts of this size in a format that FastDeploy has not."""
+    rows = formats.get(format).row_multiple
+    for name, size in (("hidden size", hidden), ("expert width", width)):
+        if size % rows:
+            return f"{name} {size} is no multiple of {rows}"
+    # Inputs of one projection are outputs of the other, and rows are a multiple of 64 already.
     return None

@@ -10,7 +10,7 @@ activations and libraries are estimates.
 from __future__ import annotations
 
 from ..checkpoint.plan import Plan
-from ..engine_check import GIB, CardMemory
+from ..engine_check import GIB, CardMemory, loaded_bytes
 from ..families.ernie45 import ErnieConfig
 
 BLOCK_TOKENS = 64  # FastDeploy's default block_size
@@ -36,7 +36,7 @@ def weight_bytes(plan: Plan) -> int:
     config = plan.config
     # Layers for multi-token prediction are loaded for speculative decoding alone.
     used = (planned for planned in plan.tensors if not config.is_prediction(planned.tensor))
-    stored = sum(planned.rank_bytes for planned in used)
+    stored = sum(loaded_bytes(planned) for planned in used)
     if not config.tie_word_embeddings:
         return stored
     return stored + 2 * config.vocab_size * config.hidden_size // plan.tensor_parallel_size

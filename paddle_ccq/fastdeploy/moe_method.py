@@ -36,6 +36,9 @@ class LayerWeights:
     up_gate: Repacked
     down: Repacked
 
+    def __call__(self, rows: Any, ends: Any) -> Any:
+        return self.ops.moe_ffn(rows, ends, self.up_gate, self.down)
+
 
 class _Once:
     """Logs each message only once in a process, however many layers it applies to."""
@@ -59,8 +62,8 @@ def checkpoint_order(weight: Any) -> Any:
     return tiles.transpose([0, 2, 4, 1, 3]).reshape([experts, rows, columns])
 
 
-def refusal(layer: Any) -> str | None:
-    """Why our kernel cannot run this layer; None if it can."""
+def general_refusal(layer: Any) -> str | None:
+    """What our operators do not know about this layer, whatever its sizes; None if nothing."""
     if getattr(layer, "activation", "swiglu") != "swiglu":
         return f"activation {layer.activation}"
     if getattr(layer, "with_bias", False):
@@ -75,7 +78,12 @@ def refusal(layer: Any) -> str | None:
     # FusedMoE is told its own hidden size where latent projections stand around the experts.
     if getattr(model, "hidden_size", layer.hidden_size) != layer.hidden_size:
         return "latent projections around the experts"
-    return shape_refusal(layer.hidden_size, layer.moe_intermediate_size)
+    return None
+
+
+def refusal(layer: Any) -> str | None:
+    """Why our kernel cannot run this WINT2 layer; None if it can."""
+    return general_refusal(layer) or shape_refusal(layer.hidden_size, layer.moe_intermediate_size)
 
 
 def missing_rank_folders(layer: Any) -> str | None:
@@ -156,6 +164,33 @@ def refuse_latent(layer: Any, named: Mapping[str, Any]) -> None:
         )
 
 
+def routed(
+    layer: Any,
+    x: Any,
+    gate: Any,
+    named: Mapping[str, Any],
+    kind: str,
+    dispatch: Callable[..., Any],
+    reduce: Callable[..., Any],
+    experts: Callable[[Any, Any], Any],
+) -> Any:
+    """FastDeploy's dispatch and reduction around `experts` (rows, running counts) -> rows.
+
+    Args:
+        named: as of named_arguments().
+        kind: the moe_quant_type that dispatch is told.
+    """
+    scores, bias = gate(x.cast("float32")), layer.gate_correction_bias
+    found = dispatch(x, scores, bias, None, layer.top_k, False, kind, topk_only_mode=False)
+    # The first five results are the same in every release; how many follow is not.
+    rows, ends, places, topk_weights, topk_ids = found[:5]
+    chosen = named.get("topk_ids_hookfunc")
+    if chosen is not None:
+        chosen(topk_ids=topk_ids)
+    scaling = {"norm_topk_prob": True, "routed_scaling_factor": 1.0}
+    return reduce(experts(rows, ends), topk_weights, places, topk_ids, None, **scaling)
+
+
 def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., Any]) -> type:
     """A subclass of FastDeploy's CutlassWint2FusedMoeMethod.
 
@@ -192,16 +227,7 @@ def make_method(base: type, dispatch: Callable[..., Any], reduce: Callable[..., 
                 return call_taking(super().apply, (layer, x, gate), args, kwargs)
             named = named_arguments(args, kwargs)
             refuse_latent(layer, named)
-            scores, bias = gate(x.cast("float32")), layer.gate_correction_bias
             kind = self.moe_quant_type
-            found = dispatch(x, scores, bias, None, layer.top_k, False, kind, topk_only_mode=False)
-            # The first five results are the same in every release; how many follow is not.
-            rows, ends, places, topk_weights, topk_ids = found[:5]
-            chosen = named.get("topk_ids_hookfunc")
-            if chosen is not None:
-                chosen(topk_ids=topk_ids)
-            out = weights.ops.moe_ffn(rows, ends, weights.up_gate, weights.down)
-            scaling = {"norm_topk_prob": True, "routed_scaling_factor": 1.0}
-            return reduce(out, topk_weights, places, topk_ids, None, **scaling)
+            return routed(layer, x, gate, named, kind, dispatch, reduce, weights)
 
     return CcqWint2MoeMethod

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point that FastDeploy calls when FD_PLUGINS names paddle_ccq.
 
-It puts subclasses in the place of two of FastDeploy's classes, in the memory of the process that
-loads it, and changes no file. A release that it was not made for is left as it is.
+It puts subclasses in the place of two of FastDeploy's classes and adds our formats to those that
+FastDeploy finds by name, in the memory of the process that loads it, and changes no file. A release
+that it was not made for is left as it is.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import CcqError
-from .layer_list import make_config
+from ..targets.fastdeploy.layout import PLUGIN_RELEASES
+from .layer_formats import make_config, make_lookup
 from .moe_method import make_method
-from .releases import DEVELOP, find_release
+from .own_formats import make_own_method
+from .releases import find_release
 
 logger = logging.getLogger("paddle_ccq")
 
 GROUP = "fastdeploy.model_register_plugins"
 NAME = "paddle_ccq"
 # Releases whose sources were read. In 2.3 and before, a layer's method also sums over the ranks.
-SUPPORTED = ("2.4", "2.5", "2.6", DEVELOP)
+SUPPORTED = PLUGIN_RELEASES
 BACKEND = "fastdeploy.model_executor.layers.moe.fused_moe_wint2_backend"
-CONFIG = "fastdeploy.model_executor.layers.quantization.wint2"
+QUANTIZATION = "fastdeploy.model_executor.layers.quantization"
+CONFIG = f"{QUANTIZATION}.wint2"
 # Module -> attribute -> the attributes that it must have.
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     BACKEND: {
         "CutlassWint2FusedMoeMethod": ("create_weights", "process_prequanted_weights", "apply"),
         "moe_expert_dispatch": (),
         "moe_expert_reduce": (),
+        "get_tensor": (),
     },
+    QUANTIZATION: {"get_quantization_config": ()},
     CONFIG: {"WINT2Config": ("from_config", "get_quant_method")},
 }
 
@@ -43,14 +49,18 @@ def register() -> None:
     except CcqError as error:
         logger.warning("paddle_ccq: nothing changed: %s", error)
         return
-    backend, config = modules[BACKEND], modules[CONFIG]
-    method = backend.CutlassWint2FusedMoeMethod
-    if not hasattr(method, "ccq_base"):
-        backend.CutlassWint2FusedMoeMethod = make_method(
-            method, backend.moe_expert_dispatch, backend.moe_expert_reduce
-        )
-    if not hasattr(config.WINT2Config, "ccq_base"):
-        config.WINT2Config = make_config(config.WINT2Config)
+    backend, config, quantization = (modules[name] for name in (BACKEND, CONFIG, QUANTIZATION))
+    wint2 = backend.CutlassWint2FusedMoeMethod
+    if hasattr(wint2, "ccq_base"):
+        return  # registered already
+    dispatch, reduce = backend.moe_expert_dispatch, backend.moe_expert_reduce
+    own = make_own_method(wint2, dispatch, reduce, backend.get_tensor)
+    backend.CutlassWint2FusedMoeMethod = make_method(wint2, dispatch, reduce)
+    config.WINT2Config = make_config(config.WINT2Config, wint2, own)
+    # parse_quant_config looks the function up in its module each time, and only after the models
+    # and with them the plugins are imported (config.py, ModelConfig).
+    lookup = quantization.get_quantization_config
+    quantization.get_quantization_config = make_lookup(lookup, config.WINT2Config)
 
 
 def _modules() -> dict[str, ModuleType]:

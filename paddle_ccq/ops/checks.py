@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..codec import formats
+from ..codec import formats, trellis
 from ..codec.floats import BFLOAT16
 from ..codec.formats import SAFETENSORS_DTYPES, Tensors
 from ..codec.row_order import (
@@ -79,6 +79,18 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
                 column = int(np.argmax(~(np.abs(codes) < CODE_LIMIT)))
                 raise ValueError(f"{name} of column {column} gives codes beyond {CODE_LIMIT}")
     return found, k, n
+
+
+def before(format: str, value: object, n: int) -> np.ndarray:
+    """The code bytes before a matrix' first ones; empty for none."""
+    if value is None:
+        return np.zeros(0, np.uint8)
+    if format != trellis.NAME:
+        raise ValueError(f"before: {format} has no byte before the first one, only {trellis.NAME}")
+    found = array(value, "before")
+    if found.dtype != np.uint8 or found.shape != (n,):
+        raise ValueError(f"before must be uint8[{n}], got {found.dtype}{list(found.shape)}")
+    return found
 
 
 def projections(up_gate: tuple[int, int], down: tuple[int, int]) -> None:

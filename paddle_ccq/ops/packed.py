@@ -98,8 +98,17 @@ class PackedExperts:
         return sum(m.nbytes for m in (*self.up_gate, *self.down))
 
 
-def repack(format: str, tensors: Mapping[str, np.ndarray], row_order: str = PLAIN) -> PackedMatrix:
+def repack(
+    format: str,
+    tensors: Mapping[str, np.ndarray],
+    row_order: str = PLAIN,
+    before: np.ndarray | None = None,
+) -> PackedMatrix:
     """Stored tensors of a matrix (suffix -> array) -> the CPU's layout.
+
+    Args:
+        before: uint8 [N], ccq-2t alone: the code bytes before the first ones, where the tensors are
+            the later input rows of a larger matrix; None for zeros, as at a column's beginning.
 
     Raises:
         ValueError: naming the tensor or argument that does not fit; N must be a multiple of 16.
@@ -108,7 +117,9 @@ def repack(format: str, tensors: Mapping[str, np.ndarray], row_order: str = PLAI
     found, _, n = checks.stored(format, tensors)
     if n % COLUMN_MULTIPLE:
         raise ValueError(f"quant_weight: N must be a multiple of {COLUMN_MULTIPLE}, got {n}")
-    return PackedMatrix(_core.repack(*core_arguments(format, found)), row_order)
+    return PackedMatrix(
+        _core.repack(*core_arguments(format, found), checks.before(format, before, n)), row_order
+    )
 
 
 def same_shape(matrices: Sequence[PackedMatrix], name: str) -> tuple[PackedMatrix, ...]:

@@ -102,7 +102,9 @@ class GpuExperts:
 def _upload(array: np.ndarray) -> Any:
     import paddle
 
-    place = paddle.CUDAPlace(0)
+    # The device in use: a process of several cards has set its own.
+    kind, _, number = paddle.device.get_device().partition(":")
+    place = paddle.CUDAPlace(int(number) if kind == "gpu" else 0)
     if array.dtype == BFLOAT16:
         return paddle.to_tensor(array.view(np.uint16), dtype="bfloat16", place=place)
     return paddle.to_tensor(array, place=place)
@@ -167,9 +169,14 @@ def dequant(format: str, tensors: Mapping[str, np.ndarray], dtype: str = "bfloat
     """[K, N] of `dtype` on the GPU, rows in stored order: codec.formats.decode bit for bit.
 
     Raises:
-        ValueError: naming the tensor or argument that does not fit.
+        ValueError: naming the tensor or argument that does not fit; ccq-2t is decoded by the CPU's
+            operator alone.
         CcqError: without the compiled ops.
     """
+    if format == "ccq-2t":
+        raise ValueError(
+            "format: ccq-2t is not decoded on a GPU, only multiplied with; ops.dequant is for it"
+        )
     found, _, _ = checks.stored(format, tensors)
     rest = (found.get(name) for name in ("weight_scale", "code_scale", "code_zp"))
     inputs = [None if t is None else _upload(t) for t in (*(found[s] for s in _STORED), *rest)]

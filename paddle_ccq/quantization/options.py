@@ -20,6 +20,7 @@ from ..errors import CcqError
 from ..families.config import ModelConfig
 from ..families.registry import ASKED
 from ..host import thread_count
+from ..targets.fastdeploy.layout import DEFAULT_LAYOUT
 from ..targets.outputs import HUGGINGFACE, TargetChoice
 
 PathLike = str | os.PathLike[str]
@@ -67,7 +68,7 @@ class QuantizeOptions:
     calibration_tokens: str | int | None = None
     calibration_weights: str | None = None
     wint4_end_layer: int | None = None
-    fastdeploy_layout: str = "2.1"
+    fastdeploy_layout: str = DEFAULT_LAYOUT
     tensor_parallel_size: int = 1
     rules: PathLike | None = None
     allocate: str | int | None = None

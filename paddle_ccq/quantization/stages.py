@@ -107,6 +107,8 @@ def drop_mtp(job: Job) -> str:
     assert job.config is not None
     whole, job.config = job.config, job.config.without_mtp()
     left_out = len(whole.tensors) - len(job.config.tensors)
+    if not left_out:
+        return "--drop-mtp: the model has no layers for multi-token prediction, all of it is kept"
     return f"--drop-mtp: {left_out} tensors for multi-token prediction are left out"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.source import snapshot_folder
 from ..errors import CcqError
-from ..families.config import CCQ, CONFIG_FILE
+from ..families.config import CONFIG_FILE, is_packed_entry
 from ..json_files import load_json
 from .fastdeploy.inspection import FastDeployInspection
 from .huggingface.config import QUANTIZATION
@@ -26,7 +26,5 @@ def inspect(folder: Path) -> Inspection:
         entry = content.get(QUANTIZATION) if isinstance(content, dict) else None
     except (CcqError, OSError):
         entry = None  # opening says what is wrong
-    ours = isinstance(entry, dict) and entry.get("quant_method") == CCQ
-    # FastDeploy's structure may name the method as well, for vLLM.
-    own_structure = ours and "quantization" not in entry
-    return (HuggingFaceInspection if own_structure else FastDeployInspection)(folder)
+    packed = is_packed_entry(entry, str(Path(folder) / CONFIG_FILE))
+    return (HuggingFaceInspection if packed else FastDeployInspection)(folder)

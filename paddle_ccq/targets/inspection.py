@@ -96,6 +96,10 @@ class Inspection:
     def _shown(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix() or "."
 
+    def without_folder(self, problem: CcqError | str) -> str:
+        """What is wrong with a file of the checkpoint, with its path inside the folder alone."""
+        return str(problem).replace(f"{self.folder}{os.sep}", "")
+
     def _open(self, folder: Path) -> dict[str, SafetensorsFile]:
         """Every tensor that can be read, by name; what is wrong with the files is noted."""
         index, single = folder / INDEX_FILE, folder / SINGLE_FILE
@@ -110,7 +114,7 @@ class Inspection:
         try:
             content = load_json(index)
         except CcqError as error:
-            self.problems.append(str(error))
+            self.problems.append(self.without_folder(error))
             return {}
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not all(
@@ -161,7 +165,7 @@ class Inspection:
         try:
             return SafetensorsFile(path)
         except CcqError as error:
-            self.problems.append(str(error).replace(str(path), self._shown(path)))
+            self.problems.append(self.without_folder(error))
             return None
 
     def _compare(self, rank: int, folder: Path) -> None:

@@ -13,9 +13,10 @@ from ..families.config import ModelConfig
 from ..families.ernie45 import ERNIE45
 from .fastdeploy.card import model_card as fastdeploy_card
 from .fastdeploy.config import output_config as fastdeploy_config
+from .fastdeploy.layout import DEFAULT_LAYOUT, FastDeploy, wint4_end_layer
 from .fastdeploy.layout import NAME as FASTDEPLOY
-from .fastdeploy.layout import FastDeploy, wint4_end_layer
 from .huggingface.card import model_card as huggingface_card
+from .huggingface.config import is_served
 from .huggingface.config import output_config as huggingface_config
 from .huggingface.layout import NAME as HUGGINGFACE
 from .huggingface.layout import HuggingFace
@@ -63,7 +64,7 @@ class TargetChoice:
     """
 
     name: str | None = None
-    fastdeploy_layout: str = "2.1"
+    fastdeploy_layout: str = DEFAULT_LAYOUT
     plugin_layout: bool = False
     tensor_parallel_size: int = 1
 
@@ -82,14 +83,15 @@ class TargetChoice:
         engine = FastDeploy(self.fastdeploy_layout, self.plugin_layout)
         if name == FASTDEPLOY:
             if not served:
+                other = next(iter(config.architectures), "other models")
+                reads = ", which vLLM reads" if is_served(config) else ""
                 raise CcqError(
                     f"--target {FASTDEPLOY}: FastDeploy serves {ERNIE45.name} text models in this"
-                    f" format and no {config.family.name}; leave --target out for Hugging Face's"
-                    " naming, which vLLM reads"
+                    f" format and no {other}; leave --target out for Hugging Face's naming{reads}"
                 )
             return engine
         for flag, differs in (
-            ("--fastdeploy-layout", self.fastdeploy_layout != "2.1"),
+            ("--fastdeploy-layout", self.fastdeploy_layout != DEFAULT_LAYOUT),
             ("--tensor-parallel-size", self.tensor_parallel_size != 1),
         ):
             if differs:

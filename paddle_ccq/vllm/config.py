@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from ..codec.row_order import FASTDEPLOY_2_1
+from ..families.config import is_packed_entry
 from ..families.ernie45 import ErnieConfig
 from ..families.registry import read_config
 from . import names
@@ -29,7 +30,6 @@ from .claims import (
     row_order_of,
 )
 from .methods import experts_method
-from .packed_claims import is_packed
 
 
 class CcqConfig(CcqBaseConfig):
@@ -54,7 +54,7 @@ class CcqConfig(CcqBaseConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        if is_packed(config):
+        if is_packed_entry(config):
             from .packed_config import PackedConfig
 
             return PackedConfig.from_config(config)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..codec import formats
+from ..codec import formats, trellis
 from ..codec.floats import BFLOAT16
-from ..errors import CcqError
 from ..ops.dense import DenseMatrix
 from .experts import PROJECTIONS, ExpertsMethod, Tensors, Wint4Experts
 
@@ -60,17 +59,15 @@ class CpuCodedExpertsMethod(CpuExpertsMethod):
         self.row_order = formats.stored_order(format, row_order)
 
     def cut(self, projection: str, stored: Tensors) -> Tensors:
-        if self.format == "ccq-2t" and self.shares[projection][1].source:
-            raise CcqError(
-                f"{self.prefix}: a part of {self.format}'s input rows begins with the code byte"
-                " before it, which the CPU's products do not take; use one rank or"
-                " --enable-expert-parallel"
-            )
-        return super().cut(projection, stored)
+        result = super().cut(projection, stored)
+        if self.format == trellis.NAME:
+            result["before"] = self.byte_before(projection, stored)
+        return result
 
     def pack(self, tensors: Tensors) -> Any:
         arrays = {suffix: _numpy(value) for suffix, value in tensors.items()}
-        return ops.repack(self.format, arrays, self.row_order)
+        before = arrays.pop("before", None)
+        return ops.repack(self.format, arrays, self.row_order, before)
 
     def block(self, up_gate: list[Any], down: list[Any]) -> Any:
         return ops.PackedExperts(tuple(up_gate), tuple(down))

@@ -110,6 +110,21 @@ class ExpertsMethod(FusedMoEMethodBase):
         self.finish(layer, local, projection, self.cut(projection, self._whole(projection, found)))
         self.done.add(key)
 
+    def byte_before(self, projection: str, stored: Tensors) -> torch.Tensor:
+        """CCQ-2T's code bytes before a rank's first ones, uint8 [N]; 0 at a column's beginning.
+
+        Rank folders are encoded apart, each from such a beginning.
+        """
+        columns, rows = self.shares[projection]
+        codes = stored["quant_weight"]
+        result = codes.new_zeros(self.shape_of(projection)[1])
+        if rows.source:
+            last = codes[rows.source // 4 - 1]
+            for piece in columns:
+                part = last[piece.source : piece.source + piece.size]
+                result[piece.target : piece.target + piece.size] = part
+        return result
+
     def suffixes(self) -> set[str]:
         return set(formats.tensor_specs(self.format, 128, 128))
 

@@ -9,7 +9,6 @@ import torch
 
 from ..codec import formats
 from ..codec.row_order import FASTDEPLOY_2_1
-from ..errors import CcqError
 from ..ops.gpu_abi import PAIRS_GENERAL, trellis_bytes
 from . import layout
 from .experts import DTYPES, PROJECTIONS, ExpertsMethod, Tensors, Wint4Experts
@@ -84,11 +83,6 @@ class TrellisExpertsMethod(ExpertsMethod):
     format = "ccq-2t"
 
     def allocate(self, layer: Any) -> None:
-        if self.already_cut and self.moe.moe_parallel_config.tp_size > 1:
-            raise CcqError(
-                f"{self.prefix}: {self.format} in a checkpoint that is cut for several ranks lacks"
-                " the code byte before each cut; serve the uncut checkpoint"
-            )
         for part in PROJECTIONS:
             k, n = self.shape_of(part)
             size, columns = trellis_bytes(k, n)
@@ -96,16 +90,9 @@ class TrellisExpertsMethod(ExpertsMethod):
             _parameter(layer, f"ccq_{part}_columns", (self.experts, columns // 4), torch.float32)
 
     def cut(self, projection: str, stored: Tensors) -> Tensors:
-        """Beside a rank's part the code bytes before its first ones, [N], 0 at the beginning."""
+        """A rank's part, and what the kernels' repacking needs beside it."""
         result = super().cut(projection, stored)
-        columns, rows = self.shares[projection]
-        codes = result["quant_weight"]
-        before = torch.zeros(codes.shape[1], dtype=codes.dtype, device=codes.device)
-        if rows.source:
-            last = stored["quant_weight"][rows.source // 4 - 1]
-            for piece in columns:
-                source = last[piece.source : piece.source + piece.size]
-                before[piece.target : piece.target + piece.size] = source.to(before.device)
+        before = self.byte_before(projection, stored).to(result["quant_weight"].device)
         return {**result, "before": before}
 
     def finish(self, layer: Any, expert: int, projection: str, tensors: Tensors) -> None:

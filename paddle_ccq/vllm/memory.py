@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint.plan import Plan
-from ..engine_check import GIB, CardMemory
+from ..engine_check import GIB, CardMemory, loaded_bytes
 from ..families.tensor import Role
 
 BLOCK_TOKENS = 16
@@ -30,7 +30,7 @@ def _weights(plan: Plan, serve: Any) -> int:
     for planned in plan.tensors:
         if config.is_prediction(planned.tensor):
             continue  # not loaded
-        size = planned.rank_bytes
+        size = loaded_bytes(planned)
         expert = planned.tensor.is_expert and parallel.experts
         if plan.tensor_parallel_size == 1 and (expert or planned.cut):
             size = -(-size // parallel.tensor)

@@ -24,11 +24,6 @@ FORMATS = ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75", "wint4")
 PROJECTIONS = {"gate_up_proj": "up_gate", "down_proj": "down"}
 
 
-def is_packed(quantization: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config lists modules of packed experts by their names on disk."""
-    return "experts" in quantization
-
-
 @dataclass(frozen=True)
 class PackedTensor:
     """One stored tensor of one expert; `module` is the experts' name on disk."""
@@ -66,7 +61,7 @@ class PackedClaim:
                 f"{WHERE}.version {version!r}: this release reads version {VERSION}; a newer"
                 " paddle-ccq may read it"
             )
-        experts = quantization["experts"]
+        experts = quantization.get("experts")
         if not isinstance(experts, Mapping) or not experts:
             raise CcqError(f"{WHERE}.experts: not a table of module names and formats")
         for module, format in experts.items():

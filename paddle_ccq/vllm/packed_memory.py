@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
-from ..engine_check import CardMemory
+from ..engine_check import CardMemory, loaded_bytes
 from ..families.tensor import DENSE_ROLES, Role
 from .memory import BLOCK_TOKENS, DECODED_BYTES, LIBRARY_BYTES, MOE_TOKENS
 
@@ -39,7 +39,7 @@ def _weights(plan: Plan, serve: Any) -> int:
     for planned in plan.tensors:
         if config.is_prediction(planned.tensor):
             continue  # not loaded
-        size = planned.rank_bytes
+        size = loaded_bytes(planned)
         if _is_shared(planned):
             size = -(-size // parallel.tensor)
         if planned.layer is None:

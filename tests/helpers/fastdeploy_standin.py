@@ -17,11 +17,12 @@ import paddle
 from paddle_ccq.codec import formats
 from paddle_ccq.codec.floats import BFLOAT16
 from paddle_ccq.codec.row_order import unpermute_rows
-from paddle_ccq.fastdeploy.plugin import BACKEND, CONFIG
+from paddle_ccq.fastdeploy.plugin import BACKEND, CONFIG, QUANTIZATION
 
 SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 ATTRIBUTES = ("weight", "weight_scale", "super_scales", "code_scale", "code_zp")
 TYPES = ("uint8", "uint8", "bfloat16", "float32", "float32")
+UNIT = 2176  # bytes, custom_ops/gpu/moe/trellis_repack.h
 
 
 def numpy_of(tensor: paddle.Tensor) -> np.ndarray:
@@ -51,6 +52,13 @@ def expert_block(
 class Layer(paddle.nn.Layer):
     """FusedMoE, as far as a method sees it."""
 
+    expert_id_offset = 0
+    weight_key_map = {  # noqa: RUF012
+        f"{projection}_expert_{attribute}_key": f"{{}}.{projection}.{suffix}"
+        for projection in ("up_gate_proj", "down_proj")
+        for attribute, suffix in zip(ATTRIBUTES, SUFFIXES, strict=True)
+    }
+
     def __init__(self, config: Any, layer_idx: int, hidden: int, width: int, experts: int) -> None:
         super().__init__(dtype="bfloat16")
         self.layer_idx = layer_idx
@@ -62,6 +70,7 @@ class Layer(paddle.nn.Layer):
         self.fd_config = SimpleNamespace(
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
             model_config=SimpleNamespace(model="no folder"),
+            graph_opt_config=SimpleNamespace(use_cudagraph=True),
         )
         assert config.get_quant_method(self)  # FastDeploy asks twice
         self.quant_method = config.get_quant_method(self)
@@ -200,7 +209,7 @@ class Config:
 def modules(version: str) -> dict[str, ModuleType]:
     """Entries for sys.modules."""
     made = {}
-    for name in (BACKEND, CONFIG):
+    for name in (BACKEND, CONFIG):  # QUANTIZATION is CONFIG's parent
         parts = name.split(".")
         for i in range(1, len(parts) + 1):
             made.setdefault(".".join(parts[:i]), ModuleType(".".join(parts[:i])))
@@ -208,8 +217,16 @@ def modules(version: str) -> dict[str, ModuleType]:
     made[BACKEND].CutlassWint2FusedMoeMethod = Wint2Method
     made[BACKEND].moe_expert_dispatch = dispatch
     made[BACKEND].moe_expert_reduce = reduce
+    made[BACKEND].get_tensor = lambda value: value
     made[CONFIG].WINT2Config = Config
+    made[QUANTIZATION].get_quantization_config = get_quantization_config
     return made
+
+
+def get_quantization_config(quantization: str) -> type:
+    if quantization != "wint2":
+        raise ValueError(f"Invalid quantization method: {quantization}")
+    return sys.modules[CONFIG].WINT2Config
 
 
 class Ops:
@@ -236,11 +253,46 @@ class Ops:
         ]
 
     @staticmethod
+    def ccq_repack_trellis(*tensors: paddle.Tensor) -> list[paddle.Tensor]:
+        assert [str(t.dtype) for t in tensors] == [f"paddle.{dtype}" for dtype in TYPES[:3]]
+        codes, scales, supers = map(numpy_of, tensors)
+        e, rows, n = codes.shape
+        k, wide = rows * 4, -(-n // 64) * 64
+        # 34 rows of 64 bytes a unit, as large as the real one; what stands where is its own affair.
+        units = np.zeros((e, k // 128, 34, wide), np.uint8)
+        units[:, :, :32, :n] = codes.reshape(e, k // 128, 32, n)
+        units[:, :, 32, :n] = scales
+        units = units.reshape(e, k // 128, 34, wide // 64, 64).transpose(0, 3, 1, 2, 4)
+        columns = np.zeros((e, wide), np.float32)
+        columns[:, :n] = supers.astype(np.float32)
+        return [
+            paddle.to_tensor(np.ascontiguousarray(units).reshape(e, wide // 64, k // 128, UNIT)),
+            paddle.zeros([e, n // 16, 1, 1], "uint8"),
+            paddle.to_tensor(columns),
+        ]
+
+    @staticmethod
+    def ccq_moe_ffn_stored(x: paddle.Tensor, ends: paddle.Tensor, *rest: Any) -> paddle.Tensor:
+        *stored, format, order = rest
+        assert order == "plain" and ends.dtype == paddle.int64 and len(stored) == 4
+        decoded = []
+        for codes, supers in (stored[:2], stored[2:]):
+            parts = zip(numpy_of(codes), numpy_of(supers), strict=True)
+            named = [{"quant_weight": c, "super_scales": s} for c, s in parts]
+            decoded.append([formats.decode(format, tensors, "float32") for tensors in named])
+        calls.append("ccq_moe_ffn_stored")
+        out = expert_block(x.cast("float32").numpy(), ends.numpy(), *decoded)
+        return paddle.to_tensor(out).cast(x.dtype)
+
+    @staticmethod
     def ccq_moe_ffn(x: paddle.Tensor, ends: paddle.Tensor, *rest: Any) -> paddle.Tensor:
         *packed, up_integer, down_integer, order = rest
-        assert (type(up_integer), type(down_integer), order) == (bool, bool, "fastdeploy-2.1")
+        trellis = packed[0].shape[-1] == UNIT
+        assert (type(up_integer), type(down_integer)) == (bool, bool)
+        assert order == ("plain" if trellis else "fastdeploy-2.1")
         assert ends.dtype == paddle.int64 and len(packed) == 6
-        decoded = [Ops._decode(*(t.numpy() for t in packed[i : i + 3])) for i in (0, 3)]
+        one = Ops._decode_trellis if trellis else Ops._decode
+        decoded = [one(*(t.numpy() for t in packed[i : i + 3])) for i in (0, 3)]
         calls.append("ccq_moe_ffn")
         out = expert_block(x.cast("float32").numpy(), ends.numpy(), *decoded)
         return paddle.to_tensor(out).cast(x.dtype)
@@ -256,3 +308,21 @@ class Ops:
         supers = supers.astype(BFLOAT16)
         parts = (weight, scale, supers, code_scale, code_zp)
         return [decode([np.ascontiguousarray(part[i]) for part in parts]) for i in range(e)]
+
+    @staticmethod
+    def _decode_trellis(
+        units: np.ndarray, scales: np.ndarray, columns: np.ndarray
+    ) -> list[np.ndarray]:
+        e, fours, blocks, _ = units.shape
+        n = scales.shape[1] * 16
+        rows = units.reshape(e, fours, blocks, 34, 64).transpose(0, 2, 3, 1, 4)
+        rows = rows.reshape(e, blocks, 34, fours * 64)[..., :n]
+        found = []
+        for i in range(e):
+            tensors = {
+                "quant_weight": np.ascontiguousarray(rows[i, :, :32]).reshape(blocks * 32, n),
+                "weight_scale": np.ascontiguousarray(rows[i, :, 32]),
+                "super_scales": columns[i, :n].astype(BFLOAT16),
+            }
+            found.append(formats.decode("ccq-2t", tensors, "float32"))
+        return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...codec.block_scales import Block
 from ...errors import CcqError
-from ...families.config import CCQ, CCQ_VERSION, COMPRESSED_TENSORS, FP8
+from ...families.config import CCQ, CCQ_VERSION, COMPRESSED_TENSORS, FP8, is_packed_entry
 from ...families.fields import show
 
 # Where config.json may say it; the second is the older name of compressed-tensors.
@@ -127,10 +127,9 @@ def _read_entry(fields: _Fields) -> SourceScheme:
     method = fields.text("quant_method", "")
     if method == CCQ:
         version = fields.get("version")
-        # FastDeploy's structure, which has no version, may name the method as well.
-        if "quantization" not in fields.values and (
-            type(version) is not int or version != CCQ_VERSION
-        ):
+        # FastDeploy's structure has no version.
+        packed = is_packed_entry(fields.values, fields.where)
+        if packed and (type(version) is not int or version != CCQ_VERSION):
             raise fields.fail(
                 f"version: {show(version)} is not known here; this package reads {CCQ_VERSION}"
             )

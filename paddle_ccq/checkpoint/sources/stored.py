@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,15 @@ import numpy as np
 from ...codec import block_scales, fp8, int4
 from ...codec.block_scales import Block
 from ...errors import CcqError
+from ...host import on_stripes
 from ..safetensors_format import StoredSpec, tensor_bytes
 from ..safetensors_io import TensorFolder
 
 FLOAT32 = np.dtype(np.float32)
+# (rows, matrix of these rows) -> None: writes into the matrix.
+Decode = Callable[[slice, np.ndarray], object]
+# Rows that are worth a thread's while.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,15 @@ class StoredWeight:
         """Like read(), into a float32 matrix [out, in]."""
         out[...] = self.read()
 
+    def nonfinite(self) -> np.ndarray | None:
+        """Which values are NaN or infinite, as a mask [out, in]; None if none is.
+
+        Raises:
+            CcqError: as read() does.
+        """
+        wrong = ~np.isfinite(self.read())
+        return wrong if wrong.any() else None
+
     def nonfinite_place(self) -> str | None:
         """Where the first NaN or infinity lies, in words, or None; reads the weight again."""
         return None
@@ -135,8 +150,8 @@ class _Scaled(StoredWeight):
     scales: Region
     first_row = 0  # the place of the first row in its block
 
-    def _codes_into(self, out: np.ndarray) -> None:
-        """The values without scales."""
+    def _decoder(self) -> Decode:
+        """What writes the values of some rows, without scales, into a float32 matrix of them."""
         raise NotImplementedError
 
     def read(self) -> np.ndarray:
@@ -151,7 +166,8 @@ class _Scaled(StoredWeight):
             out[...] = self.read()
 
     def _read_into(self, out: np.ndarray) -> None:
-        self._codes_into(out)
+        decode = self._decoder()
+        on_stripes(lambda rows: decode(rows, out[rows]), len(out), _ROWS)
         scales = self._read_scales()
         wrong = block_scales.wrong_scale(out, scales, self.block, self.first_row)
         if wrong is not None:
@@ -159,8 +175,29 @@ class _Scaled(StoredWeight):
                 f"{self.scales.where}: the scale {scales[wrong]:g} of {self.place(wrong)} is no"
                 " positive number; the file is damaged"
             )
+        on_stripes(lambda rows: self._scale(out[rows], scales, rows), len(out), _ROWS)
+
+    def _scale(self, values: np.ndarray, scales: np.ndarray, rows: slice) -> None:
         with np.errstate(over="ignore"):  # whoever stores the weight looks for infinities
-            block_scales.multiply(out, scales, self.block, self.first_row)
+            block_scales.multiply(values, scales, self.block, self.first_row + rows.start)
+
+    def nonfinite(self) -> np.ndarray | None:
+        scales = self._read_scales()
+        if not np.all(np.isfinite(scales) & (scales > 0)):
+            return super().nonfinite()  # only values tell whether a scale of 0 is wrong
+        # Some rows at a time, so that the weight is never whole in float32.
+        decode, wrong = self._decoder(), np.empty(self.shape, bool)
+
+        def look(rows: slice) -> bool:
+            for begin in range(rows.start, rows.stop, _ROWS):
+                part = slice(begin, min(begin + _ROWS, rows.stop))
+                values = np.empty((part.stop - part.start, self.shape[1]), FLOAT32)
+                decode(part, values)
+                self._scale(values, scales, part)
+                np.logical_not(np.isfinite(values), out=wrong[part])
+            return bool(wrong[rows].any())
+
+        return wrong if any(on_stripes(look, len(wrong), _ROWS)) else None
 
     def _read_scales(self) -> np.ndarray:
         """Scales [row blocks, column blocks] of the blocks that the matrix touches."""
@@ -200,8 +237,9 @@ class Fp8Weight(_Scaled):
         self.scales, self.block, self.first_row = scales, block, first_row
         self.shape = (values.shape[0], values.shape[1])
 
-    def _codes_into(self, out: np.ndarray) -> None:
-        fp8.decode_e4m3(self.values.read(), out)
+    def _decoder(self) -> Decode:
+        codes = self.values.read()
+        return lambda rows, out: fp8.decode_e4m3(codes[rows], out)
 
 
 class Int4Weight(_Scaled):
@@ -221,14 +259,21 @@ class Int4Weight(_Scaled):
         self.scales, self.stated_shape, self.zero_points = scales, stated_shape, zero_points
         self.shape, self.block = shape, block
 
-    def _codes_into(self, out: np.ndarray) -> None:
+    def _decoder(self) -> Decode:
         stated = self.stated_shape.read().tolist()
         if stated != list(self.shape):
             raise CcqError(
                 f"{self.stated_shape.where}: says {stated}, config.json calls for"
                 f" {list(self.shape)}"
             )
-        out[...] = int4.unpack(self.values.read(), self.shape[1])
+        packed, points = self.values.read(), None
         if self.zero_points is not None:
             points = int4.unpack_columns(self.zero_points.read(), self.shape[0])
-            out -= points[:, np.arange(self.shape[1]) // self.block[1]]
+        groups = np.arange(self.shape[1]) // self.block[1]
+
+        def decode(rows: slice, out: np.ndarray) -> None:
+            out[...] = int4.unpack(packed[rows], self.shape[1])
+            if points is not None:
+                out -= points[rows][:, groups]
+
+        return decode

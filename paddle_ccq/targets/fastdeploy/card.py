@@ -10,7 +10,7 @@ from ...checkpoint.plan import Plan
 from ...codec.row_order import FASTDEPLOY_2_1
 from .. import card
 from ..recipe import Recipe
-from .layout import needs_plugin, not_converted
+from .layout import OWN_FORMATS, PLUGIN_RELEASES, needs_plugin, not_converted
 
 UNQUANTIZED = "Router, correction bias, norms, embeddings and output head are not quantized."
 
@@ -44,17 +44,13 @@ def _ranks(plan: Plan) -> str:
 
 def _use(plan: Plan) -> str:
     check = ["## Check", "", "```", "python -m paddle_ccq.verify .", "```"]
-    if plan.format not in ("wint2", "wint8"):
-        text = (
-            f"FastDeploy has no model path for {plan.format} and refuses this checkpoint; vLLM and"
-            " `paddle_ccq` (serve, evaluate, dequantize, operators) read it."
-        )
-        return "\n".join([*check, "", "## Use", "", text, "", *card.VLLM])
+    own = plan.format in OWN_FORMATS
+    start = "FD_PLUGINS=paddle_ccq " if own or needs_plugin(plan) else ""
     serve = [
         "## Serve with FastDeploy",
         "",
         "```",
-        "python -m fastdeploy.entrypoints.openai.api_server \\",
+        f"{start}python -m fastdeploy.entrypoints.openai.api_server \\",
         "    --model . \\",
         "    --port 8180 --metrics-port 8181 \\",
         "    --engine-worker-queue-port 8182 --cache-queue-port 8183 \\",
@@ -66,6 +62,13 @@ def _use(plan: Plan) -> str:
         "",
         "No `--quantization` is needed: config.json says it.",
     ]
+    if own:
+        serve.append(
+            f"FastDeploy itself refuses {plan.format}; paddle-ccq's plugin serves it in FastDeploy"
+            f" {', '.join(PLUGIN_RELEASES)} (`pip install paddle-ccq`, then its compiled ops:"
+            " `pip install --no-build-isolation ./custom_ops`). Expert parallelism does not work"
+            " with it."
+        )
     if plan.format == "wint2":
         version = "2.1 and later" if plan.row_order == FASTDEPLOY_2_1 else "2.0.x only"
         serve.append(

@@ -21,6 +21,11 @@ from ...reporting import ranges
 NAME = "fastdeploy"
 # The row order that its kernels expect, by --fastdeploy-layout.
 ROW_ORDERS = {"2.1": FASTDEPLOY_2_1, "2.0": PLAIN}
+DEFAULT_LAYOUT = "2.1"
+# Formats of experts that FastDeploy refuses by name and our plugin for it serves.
+OWN_FORMATS = tuple(name for name in formats.EXPERT_FORMATS if name != formats.DEFAULT_EXPERTS)
+# FastDeploy's release lines that our plugin was made for (fastdeploy/plugin.py).
+PLUGIN_RELEASES = ("2.4", "2.5", "2.6", "develop")
 # Paddle's loaders accept "np"; nothing else goes into the metadata, so that the same input gives
 # the same bytes.
 SHARD_METADATA = {"format": PADDLE.format_tag}
@@ -39,7 +44,7 @@ class FastDeploy:
         plugin_layout: any MoE layers may be wint4, which only our plugin for FastDeploy reads.
     """
 
-    fastdeploy_layout: str = "2.1"
+    fastdeploy_layout: str = DEFAULT_LAYOUT
     plugin_layout: bool = False
 
     def __post_init__(self) -> None:
@@ -122,6 +127,11 @@ class FastDeploy:
                 "dense layers that stay in bf16 are listed in modules_to_not_convert, which needs"
                 " FastDeploy 2.5 or later"
             )
+        ordered = any(formats.get(name).row_ordered for name in plan.layer_formats.values())
+        if self.fastdeploy_layout != DEFAULT_LAYOUT and not ordered:
+            notes.append(
+                f"--fastdeploy-layout {self.fastdeploy_layout}: changes nothing, no layer is wint2"
+            )
         if needs_plugin(plan):
             notes.append(
                 "wint4 layers are no prefix: FastDeploy needs our plugin (FD_PLUGINS=paddle_ccq)"
@@ -140,6 +150,7 @@ class FastDeploy:
 
     def choices(self, plan: Plan) -> dict[str, Any]:
         chosen = {
+            "target": NAME,
             "wint4_end_layer": wint4_end_layer(plan),
             "fastdeploy_layout": plan.row_order,
             "rules": not_converted(plan),

@@ -13,7 +13,6 @@ from ...checkpoint.safetensors_io import DTYPES, TensorFolder
 from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
 from ...checkpoint.sources.locate import locate
 from ...checkpoint.sources.scheme import SourceScheme
-from ...checkpoint.values import count_nonfinite
 from ...codec.formats import EXPERT_FORMATS, WIDER_EXPERT_FORMATS
 from ...codec.row_order import PLAIN
 from ...errors import CcqError
@@ -37,9 +36,11 @@ class HuggingFaceInspection(Inspection):
         try:
             self.source = TensorFolder(self.folder)
             packed = packed_tensors(self.source)
-            self.config = of_folder(self.config, self.scheme, self.source, packed, self.problems)
+            found: list[str] = []
+            self.config = of_folder(self.config, self.scheme, self.source, packed, found)
+            self.problems += map(self.without_folder, found)
         except CcqError as error:
-            self.problems.append(str(error))
+            self.problems.append(self.without_folder(error))
             self.config = expect(self.config, self.scheme)
         layers = self._layers(formats, format)
         options = PlanOptions(
@@ -81,13 +82,14 @@ class HuggingFaceInspection(Inspection):
                 weight = locate(self.source, self.scheme, part)
                 if weight is None or weight.is_float:
                     continue
-                bad = count_nonfinite(weight.read())
+                wrong = weight.nonfinite()
             except CcqError as error:
-                if str(error) not in self.problems:  # opening has said it
-                    yield str(error)
+                problem = self.without_folder(error)
+                if problem not in self.problems:  # opening has said it
+                    yield problem
                 continue
-            if bad:
-                yield f"{part.name}: {bad} values are NaN or infinite once scaled"
+            if wrong is not None:
+                yield f"{part.name}: {wrong.sum()} values are NaN or infinite once scaled"
 
 
 def modules_of(config: ModelConfig) -> dict[str, int]:
