@@ -2,9 +2,10 @@
 """Humming's grouped GEMM (the package humming-kernels), which compiles itself where it runs.
 
 Weights of 2 bits with a scale for 64, and of 4 bits with a scale for 128. It has no tuner; besides
-its own choice of tiles for a number of rows, those for half and for twice as many are tried, and the
-fastest counts. Of its interfaces for many experts the one for rows sorted by expert does the same work as
-ours (the other one, which fetches rows through an index, was slower from 1024 tokens on).
+its own choice of tiles for a number of rows, those for half and for twice as many are tried, and
+the fastest counts. Of its interfaces for many experts the one for rows sorted by expert does the
+same work as ours (the other one, which fetches rows through an index, was slower from 1024 tokens
+on).
 """
 
 from __future__ import annotations
