@@ -6,17 +6,17 @@
 
 namespace ccq {
 
-// kNT: blocks of 8 rows a tile may have.
-template <Pairs kPairs_, int kNT_, int kProducers_ = 4, int kUnits_ = 2>
+// kNT: blocks of 8 rows a tile may have. kUnits: of a stage; the more, the longer its copies.
+template <Pairs kPairs_, int kNT_, int kUnits_>
 struct SomeStream {
   static constexpr Pairs kPairs = kPairs_;
   static constexpr int kR = 2, kNT = kNT_, kTileTokens = 8 * kNT, kMinBlocks = 1;
   static constexpr bool kIntegers = kNT <= 2;  // what activations are
-  static constexpr int kWarps = 16, kProducers = kProducers_, kThreads = (kWarps + kProducers) * 32;
+  static constexpr int kWarps = 16, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
   static constexpr int kTiles = kR * kWarps, kFours = kTiles / 4;  // 16-column tiles; groups of four, which lie side by side
   // Registers of a thread: 96 at the beginning; then those of the warps that request and of those that multiply.
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = kProducers == 4 ? 112 : 104;
-  static constexpr int kUnits = kUnits_, kStages = kUnits == 4 ? 2 : kNT > 2 ? 3 : 4;
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
+  static constexpr int kUnits = kUnits_, kStages = kUnits > 2 ? 2 : kNT > 2 ? 3 : 4;
   // A stage: codes [group of four tiles][unit][4 tiles][512], scales [group][unit][4][16], activations [8 rows][unit].
   static constexpr int kScalesAt = kUnits * kTiles * 512, kRowsAt = kScalesAt + kUnits * kTiles * 16;
   static constexpr int kStageBytes = kRowsAt + kNT * kUnits * kRowsUnitBytes;

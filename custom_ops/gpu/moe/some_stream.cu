@@ -12,8 +12,11 @@ namespace {
 
 template <Pairs kPairs, typename F>
 auto with_config(int variant, F&& use) {
-  if (variant == kSome) return use(SomeStream<kPairs, 2>{});
-  return use(SomeStream<kPairs, 6>{});
+  switch (variant) {
+    case kSome: return use(SomeStream<kPairs, 2, 4>{});
+    case kSome + 1: return use(SomeStream<kPairs, 2, 2>{});
+    default: return use(SomeStream<kPairs, 6, 2>{});
+  }
 }
 
 }  // namespace

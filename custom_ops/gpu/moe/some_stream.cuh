@@ -5,7 +5,7 @@
 // Work. A tile has 512 columns; the scheduler, partial results and the epilogue are those of moe_gemm.cuh (stream_k.cuh,
 // epilogue.cuh). How many blocks of rows a tile multiplies goes by the rows that it has.
 //
-// Warps. Four request: a stage is two units of 128 input rows, the codes and scales of all columns and the prepared activations.
+// Warps. Four request: a stage is two or four units of 128 input rows, the codes and scales of all columns and the prepared activations.
 // Sixteen multiply; each has 32 columns, so that what it reads of the activations serves two tiles of 16 columns. They do
 // nothing but decode, multiply and scale: instructions are what this kernel is short of.
 #pragma once
