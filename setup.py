@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds paddle_ccq._core and, where CCQ_BUILD_GPU=1 asks for it, the GPU library of a wheel.
+"""Builds paddle_ccq._core and, where CCQ_BUILD_GPU asks for it, the GPU library of a wheel.
 
 Everything else about the package stands in pyproject.toml.
 """
@@ -41,17 +41,20 @@ class BuildCore(build_ext):
 
     def run(self):
         super().run()
-        if os.environ.get("CCQ_BUILD_GPU") != "1":
-            return
-        if shutil.which("nvcc") is None:
-            sys.exit("error: CCQ_BUILD_GPU=1: nvcc is not on PATH; install the CUDA toolkit")
+        asked = os.environ.get("CCQ_BUILD_GPU", "0")
         here = Path(__file__).resolve().parent
         build = runpy.run_path(str(here / "paddle_ccq" / "ops" / "gpu_build.py"))
+        try:
+            architectures = build["wheel_architectures"](asked)
+        except ValueError as error:
+            sys.exit(f"error: CCQ_BUILD_GPU={asked}: {error}")
+        if not architectures:
+            return
+        if shutil.which("nvcc") is None:
+            sys.exit(f"error: CCQ_BUILD_GPU={asked}: nvcc is not on PATH; install the CUDA toolkit")
         folder = Path(self.get_ext_fullpath("paddle_ccq._core")).parent
         output = folder / build["PACKAGED"]
-        command = build["nvcc_command"](
-            here / "custom_ops" / "gpu", output, build["WHEEL_ARCHITECTURES"]
-        )
+        command = build["nvcc_command"](here / "custom_ops" / "gpu", output, architectures)
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
 

@@ -177,7 +177,8 @@ def main() -> None:
         shutil.rmtree(folder)
     numbers = measured(rows, text, summary)
     if args.only:
-        numbers = beside_stored(numbers, rows.source.path.name)
+        path = RESULTS / f"accuracy_{rows.source.path.name}.json"
+        numbers = beside_stored(numbers, path, labels())
     report(args.marker, rows, numbers)
 
 
@@ -207,16 +208,15 @@ def pairs_of(numbers: Collection[str]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if a in numbers and b in numbers]
 
 
-def beside_stored(numbers: dict, name: str) -> dict:
-    """New rows among those that are stored, in the table's order."""
-    path = RESULTS / f"accuracy_{name}.json"
+def beside_stored(numbers: dict, path: Path, order: list[str]) -> dict:
+    """New rows among those that are stored in `path`, in the table's order."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     same = ("windows", "predicted_tokens", "nll")
     new, old = (d["bf16"]["text"] for d in (numbers, stored))
     if any(abs(new[key] - old[key]) > 1e-4 for key in same):
         raise SystemExit(f"{path}: was measured on another text, or with other windows")
     both = stored | {label: row for label, row in numbers.items() if label != "bf16"}
-    return {label: both[label] for label in labels() if label in both}
+    return {label: both[label] for label in order if label in both}
 
 
 def report(marker: str, rows: Rows, numbers: dict) -> None:

@@ -3,8 +3,9 @@
 
     python benchmarks/calibrated.py --model DIR --calibration FILE.jsonl --text FILE.jsonl \
         --tasks FILE.jsonl ...
+    python benchmarks/calibrated.py ... --only "CCQ-2T 2.06, calibrated"   # others stay
 
-The row of the product is written by `quantize --calibration` and read back. The others replace the
+Rows of the product are written by `quantize --calibration` and read back. The others replace the
 expert weights of the data-free checkpoint by what their decoder would return, with the same
 statistics. Windows and tasks are those of benchmarks/accuracy.py.
 """
@@ -20,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from accuracy import Rows
-from common import markdown, processor, put_into_doc, save_result
+from accuracy import Rows, beside_stored
+from common import RESULTS, markdown, processor, put_into_doc, save_result, with_error
 from gptq import GPTQ_BITS, gptq_int2
 from scoring import Scoring, add_arguments
 
@@ -43,6 +44,9 @@ UNCALIBRATED, PRODUCT, GPTQ = (
     "CCQ 2.06, calibrated",
     "GPTQ int2, groups of 64",
 )
+MEMORY = "CCQ-2T 2.06, calibrated"
+# Rows that `quantize --calibration` writes, and their formats.
+WRITTEN = {PRODUCT: "wint2", MEMORY: "ccq-2t"}
 DIAGONAL, FEEDBACK = "CCQ 2.06, diagonal only", "CCQ 2.06, feedback only"
 # A method turns weights [N, K] and their Hessian [K, K], rows in stored order, into weights.
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -94,107 +98,140 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--calibration-tokens", default="256k")
     add_arguments(parser, max_tokens=61_440)
+    parser.add_argument(
+        "--only", nargs="+", choices=list(WRITTEN), metavar="ROW", help="rows to measure anew"
+    )
+    parser.add_argument("--work", type=Path, help="keep checkpoints here and reuse them")
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)
     scoring = Scoring(source, args)
     settings = CalibrationSettings(tokens=parse_tokens(args.calibration_tokens))
+    text = read_calibration_text(args.calibration, source, settings)
 
-    folder = Path(tempfile.mkdtemp(prefix="ccq-calibrated-"))
+    folder = args.work or Path(tempfile.mkdtemp(prefix="ccq-calibrated-"))
+    folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     try:
         rows = Rows(source, folder)
         rows.add_source()
-        start = time.perf_counter()
-        uncalibrated = rows.write(UNCALIBRATED, "wint2", "search", -1)
-        seconds[UNCALIBRATED] = time.perf_counter() - start
-        rows.add_written(UNCALIBRATED, uncalibrated)
+        if not args.only:
+            add_others(rows, Statistics(source, text, settings, default_threads()), seconds)
+        for label in args.only or WRITTEN:
+            rows.add_written(label, open_checkpoint(written(args, label, folder, seconds)))
+        scores, summary = scoring(rows.models)
+    finally:
+        if args.work is None:
+            shutil.rmtree(folder)
+    numbers = measured(rows, scores, summary, seconds)
+    if args.only:
+        path = RESULTS / f"calibrated_{source.path.name}.json"
+        numbers = beside_stored(numbers, path, labels())
+    report(source.path.name, numbers, text.tokens)
 
-        text = read_calibration_text(args.calibration, source, settings)
-        statistics = Statistics(source, text, settings, default_threads())
-        table = methods()
-        decoded, took = decode_all(
-            source, statistics, rows.expert_names, {k: m for k, (_, m) in table.items()}
-        )
-        statistics.close()
-        seconds |= took
-        column_bits = rows.expert_bits[UNCALIBRATED] - rows.nominal_bits[UNCALIBRATED]
-        other = rows.size[UNCALIBRATED] - rows.expert_bits[UNCALIBRATED] * rows.expert_weights / 8
-        for label, (bits, _) in table.items():
-            whole = bits + (column_bits if label != GPTQ else 0)
-            size = other + whole * rows.expert_weights / 8
-            rows._add(label, OverriddenWeights(uncalibrated, decoded.pop(label)), size, whole, bits)
-            print(f"{label}: {seconds[label]:.0f} s", flush=True)
 
+def labels() -> list[str]:
+    """The table's rows in their order."""
+    return ["bf16", UNCALIBRATED, *methods(), *WRITTEN]
+
+
+def add_others(rows: Rows, statistics: Statistics, seconds: dict[str, float]) -> None:
+    """The data-free checkpoint, and the methods that replace its experts."""
+    start = time.perf_counter()
+    uncalibrated = rows.write(UNCALIBRATED, "wint2", "search", -1)
+    seconds[UNCALIBRATED] = time.perf_counter() - start
+    rows.add_written(UNCALIBRATED, uncalibrated)
+    table = methods()
+    decoded, took = decode_all(
+        rows.source, statistics, rows.expert_names, {k: m for k, (_, m) in table.items()}
+    )
+    statistics.close()
+    seconds |= took
+    column_bits = rows.expert_bits[UNCALIBRATED] - rows.nominal_bits[UNCALIBRATED]
+    other = rows.size[UNCALIBRATED] - rows.expert_bits[UNCALIBRATED] * rows.expert_weights / 8
+    for label, (bits, _) in table.items():
+        whole = bits + (column_bits if label != GPTQ else 0)
+        size = other + whole * rows.expert_weights / 8
+        rows._add(label, OverriddenWeights(uncalibrated, decoded.pop(label)), size, whole, bits)
+        print(f"{label}: {seconds[label]:.0f} s", flush=True)
+
+
+def written(args: argparse.Namespace, label: str, folder: Path, seconds: dict[str, float]) -> Path:
+    """The checkpoint of a row of the product; made if it is not in the folder yet."""
+    out = folder / f"calibrated-{WRITTEN[label]}"
+    if not out.exists():
         start = time.perf_counter()
         quantize(
-            source.path,
-            folder / "calibrated",
+            args.model,
+            out,
+            format=WRITTEN[label],
             calibration=args.calibration,
             calibration_tokens=args.calibration_tokens,
             wint4_end_layer=-1,
             quiet=True,
         )
-        seconds[PRODUCT] = time.perf_counter() - start
-        rows.add_written(PRODUCT, open_checkpoint(folder / "calibrated"))
-        print(f"{PRODUCT}: {seconds[PRODUCT]:.0f} s", flush=True)
-
-        scores, summary = scoring(rows.models)
-    finally:
-        shutil.rmtree(folder)
-    report(rows, scores, summary, seconds, text.tokens)
+        seconds[label] = time.perf_counter() - start
+        print(f"{label}: {seconds[label]:.0f} s", flush=True)
+    return out
 
 
-def report(rows: Rows, scores: dict, summary: dict, seconds: dict, tokens: int) -> None:
-    """Print, save and put into the docs."""
-    names = list(next(iter(summary.values()))["tasks"])
-    table, numbers = [], {}
-    for label, row in summary.items():
-        t = row["text"]
-        accuracies = [row["tasks"][name]["accuracy"] for name in names]
-        numbers[label] = {
+def measured(rows: Rows, scores: dict, summary: dict, seconds: dict) -> dict:
+    """The numbers of each row, and how others differ from the product on the same windows."""
+    numbers = {
+        label: {
             "nominal_bits": rows.nominal_bits[label],
             "expert_bits": rows.expert_bits[label],
             "seconds": seconds.get(label),
+            "machine": f"{default_threads()} cores ({processor()})",
             **row,
         }
-        bold = "**" if label == PRODUCT else ""
-        compared = "kl_mean" in t
+        for label, row in summary.items()
+    }
+    for other in scores if PRODUCT in scores else ():
+        if other not in (PRODUCT, "bf16"):
+            found = {q: paired_difference(scores[PRODUCT], scores[other], q) for q in ("nll", "kl")}
+            numbers[PRODUCT].setdefault("paired", {})[other] = {
+                q: [d.mean, d.error] for q, d in found.items()
+            }
+    return numbers
+
+
+def report(name: str, numbers: dict, tokens: int) -> None:
+    """Print, save and put into the docs."""
+    tasks = list(numbers["bf16"]["tasks"])
+    table = []
+    for label, row in numbers.items():
+        t = row["text"]
+        bold = "**" if label in WRITTEN else ""
         table.append(
             [
                 f"{bold}{label}{bold}",
-                f"{rows.nominal_bits[label]:.2f}",
-                f"{rows.expert_bits[label]:.2f}",
-                f"{t['nll_over_reference']:+.4f} ({t['nll_over_reference_error']:.4f})"
-                if compared
-                else "",
-                f"{t['kl_mean']:.4f} ({t['kl_mean_error']:.4f})" if compared else "",
-                f"{t['top1_agreement']:.1%}" if compared else "",
-                *(f"{a:.3f}" for a in accuracies),
+                f"{row['nominal_bits']:.2f}",
+                f"{row['expert_bits']:.2f}",
+                with_error(t, "nll_over_reference", "+.4f"),
+                with_error(t, "kl_mean", ".4f"),
+                f"{t['top1_agreement']:.1%}" if "top1_agreement" in t else "",
+                *(f"{row['tasks'][task]['accuracy']:.3f}" for task in tasks),
             ]
         )
-    header = ["method", "bits, codes", "bits, experts", "nll - bf16", "KL", "top-1", *names]
-    pairs = []
-    for other in (UNCALIBRATED, DIAGONAL, FEEDBACK, GPTQ):
-        found = {q: paired_difference(scores[PRODUCT], scores[other], q) for q in ("nll", "kl")}
-        pairs.append(
-            [f"calibrated - {other}", *(f"{d.mean:+.4f} ({d.error:.4f})" for d in found.values())]
-        )
-        numbers[PRODUCT].setdefault("paired", {})[other] = {
-            q: [d.mean, d.error] for q, d in found.items()
-        }
-    first = next(iter(summary.values()))
+    header = ["method", "bits, codes", "bits, experts", "nll - bf16", "KL", "top-1", *tasks]
+    pairs = [
+        [f"calibrated - {other}", *(f"{mean:+.4f} ({error:.4f})" for mean, error in d.values())]
+        for other, d in numbers[PRODUCT].get("paired", {}).items()
+    ]
+    seconds = {label: row["seconds"] for label, row in numbers.items()}
+    first = numbers["bf16"]
     note = (
-        f"`{rows.source.path.name}`, all MoE layers, dense linear layers in wint8 but for bf16;"
+        f"`{name}`, all MoE layers, dense linear layers in wint8 but for bf16;"
         f" statistics of {tokens:,} tokens; {first['text']['predicted_tokens']:,} predicted tokens"
-        f" in {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task"
+        f" in {first['text']['windows']} windows; {first['tasks'][tasks[0]]['items']} items a task"
         " (a task accuracy of 0.9 on 200 items has a standard error of 0.021). Standard errors over"
-        f" windows in brackets. `quantize --calibration` took {seconds[PRODUCT] / 60:.1f} minutes,"
-        f" `quantize` {seconds[UNCALIBRATED] / 60:.1f}, on {default_threads()} cores"
-        f" ({processor()})."
+        f" windows in brackets. `quantize --calibration` took {seconds[PRODUCT] / 60:.1f} minutes"
+        f" for wint2, `quantize` {seconds[UNCALIBRATED] / 60:.1f}, on"
+        f" {numbers[PRODUCT]['machine']}."
     )
-    paired = markdown(["same windows; negative: calibrated is better", "nll", "KL"], pairs)
-    save_result(f"calibrated_{rows.source.path.name}", numbers)
+    paired = markdown(["same windows; negative: calibrated wint2 is better", "nll", "KL"], pairs)
+    save_result(f"calibrated_{name}", numbers)
     put_into_doc(
         "docs/notes/calibration.md",
         "calibrated",

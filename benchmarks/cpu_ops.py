@@ -2,11 +2,14 @@
 """Speed of the CPU ops: packed bytes a second against the memory's, and against float32 products.
 
     python benchmarks/cpu_ops.py [--tokens 1 4 16 64] [--threads 1] [--json FILE]
+    python benchmarks/cpu_ops.py --beside-wint2      # ccq-2t at one token, for each instruction set
 
 The matrices of one line rotate, 100 MB and more of them, so that weights come from memory (or a
 shared last-level cache as large as that) and not from a core's own cache. Times are the best of
 many runs: the machine may be shared. "of memory" compares with a float64 sum over 400 MB in NumPy,
 "x float32" with NumPy's product of the same shape (set OPENBLAS_NUM_THREADS to --threads).
+--beside-wint2 takes turns between the two formats and counts one thread's processor time, so that
+other work on the machine matters little.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from paddle_ccq.codec import formats
 
 SHAPES = {"300B up_gate": (8192, 7168), "300B down": (3584, 8192), "21B up_gate": (2560, 3072)}
 ROTATED_BYTES = 100_000_000
-KINDS = ("wint2", "wint2-general", "ccq-2.5", "ccq-2.75")
+KINDS = ("wint2", "wint2-general", "ccq-2t", "ccq-2.5", "ccq-2.75")
 
 
 def best(call: Callable[[], object], seconds: float = 0.6) -> float:
@@ -62,6 +65,36 @@ def dense_seconds(weight: np.ndarray, inputs: dict[int, np.ndarray]) -> dict[int
     return {m: best(lambda x=x: x @ weight) for m, x in inputs.items()}
 
 
+def beside_wint2(shapes: list[str], rounds: int = 12) -> None:
+    """One token, one thread: both formats by turns, the times at the tenth percentile."""
+    print(f"{'shape':<13} {'instructions':<12} {'wint2':>6} {'ccq-2t':>6} Gweights/s  ratio")
+    for shape in shapes:
+        k, n = SHAPES[shape]
+        x = np.random.default_rng(0).standard_normal((1, k)).astype(np.float32)
+        matrices = {}
+        for kind in ("wint2", "ccq-2t"):
+            format, tensors = stored(kind, k, n)
+            first = ops.repack(format, tensors)
+            count = max(1, ROTATED_BYTES // first.nbytes)
+            matrices[kind] = [first, *(ops.repack(format, tensors) for _ in range(count - 1))]
+        for isa in _core.matmul_instruction_sets():
+            if isa == "plain":
+                continue
+            times: dict[str, list[float]] = {kind: [] for kind in matrices}
+            for _ in range(rounds):
+                for kind, several in matrices.items():
+                    for weight in several:
+                        start = time.thread_time()
+                        ops.linear(x, weight, threads=1, isa=isa)
+                        times[kind].append(time.thread_time() - start)
+            rates = {kind: k * n / np.percentile(t, 10) / 1e9 for kind, t in times.items()}
+            print(
+                f"{shape:<13} {isa:<12} {rates['wint2']:>6.1f} {rates['ccq-2t']:>6.1f}"
+                f" {rates['ccq-2t'] / rates['wint2']:>17.2f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64])
@@ -69,7 +102,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--isa", default="auto", choices=["auto", *_core.matmul_instruction_sets()])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--beside-wint2", action="store_true", help="ccq-2t's rate over wint2's")
     args = parser.parse_args()
+    if args.beside_wint2:
+        return beside_wint2(args.shapes)
     big = np.ones(50_000_000)
     memory = big.nbytes / best(big.sum)
     del big

@@ -22,6 +22,7 @@ from common import RESULTS, ROOT, markdown, put_into_doc, with_error
 FIGURE = ROOT / "docs" / "notes" / "loss-by-bits.svg"
 # How a method's label begins -> the series it belongs to, first match; a series is one line.
 SERIES = (
+    (r"CCQ-2T", "CCQ-2T: data-free, calibrated, tuned"),
     (r"calibrated, allocated", "calibrated, allocated layers"),
     (r"calibrated, wint4 prefix", "calibrated, wint4 prefix"),
     (r"CCQ 2\.06, calibrated$", "calibrated"),

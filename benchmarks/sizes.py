@@ -4,7 +4,8 @@
     python benchmarks/sizes.py
 
 Every number comes from the plan that `quantize --dry-run` prints. Times are the experts' weights at
-the rates measured by encoder_speed.py (two cores) and encode_gpu.py (one H100).
+the rates measured by encoder_speed.py (two cores), encode_gpu.py (one H100) and trellis_gpu.py (one
+H200).
 """
 
 from __future__ import annotations
@@ -81,6 +82,14 @@ def cpu_rate(path: Path = RESULTS / "encoder_speed.json") -> float:
     raise SystemExit(f"error: {path} has no row of WINT2 at the default preset")
 
 
+def trellis_rate(path: Path = RESULTS / "trellis_gpu_h200.json") -> float:
+    """Weights/s of the default preset, CCQ-2T without data, in whole calls on an H200."""
+    for row in json.loads(path.read_text())["rows"]:
+        if (row["kind"], row["preset"]) == ("data-free", "default"):
+            return row["call"]
+    raise SystemExit(f"error: {path} has no row of CCQ-2T at the default preset")
+
+
 def shown(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
@@ -100,6 +109,7 @@ def size_rows(models: list[Model]) -> list[list[str]]:
                 *(cards(size, memory) for memory in CARDS.values()),
                 shown(model.experts / rate / 3600),
                 shown(model.experts / GPU_RATE / 60),
+                shown(model.experts / trellis_rate() / 60),
             ]
         )
     return rows
@@ -124,14 +134,15 @@ def main() -> None:
     rows = size_rows(models)
     header = ["model", "10^9 weights", "in experts", "source, GB", "WINT2, GB", "2.5 bits",
               "2.75 bits", *(f"cards of {card}" for card in CARDS), "hours on 2 cores",
-              "minutes on an H100"]  # fmt: skip
+              "minutes on an H100", "CCQ-2T, minutes on an H200"]  # fmt: skip
     text = (
         f"\n\nFrom `config.json` alone. Sources in the type that is published (DeepSeek-V3 and"
         f" Kimi-K2: FP8, the others: BF16). Layers for multi-token prediction are included. Cards:"
         f" the fewest of 1, 2, 4, 8, 16 whose memory WINT2's weights fill to at most {SHARE:.0%}."
         f" Times: WINT2 at the default preset, encoding alone, from the rates measured for"
         f" [two cores](encoder.md#cost) ({cpu_rate() / 1e6:.1f} million weights/s) and"
-        f" [one H100](operators.md#gpu-encoder) ({GPU_RATE / 1e6:.0f} million)."
+        f" [one H100](operators.md#gpu-encoder) ({GPU_RATE / 1e6:.0f} million); CCQ-2T likewise on"
+        f" [one H200](ccq-2t.md#on-a-gpu) ({trellis_rate() / 1e6:.0f} million)."
         f" `python benchmarks/sizes.py`."
     )
     put_into_doc("docs/notes/families.md", "sizes", markdown(header, rows) + text)

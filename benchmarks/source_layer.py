@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Table of docs/notes/families.md: one MoE layer of DeepSeek-V3's shape, from FP8, by `quantize`.
 
-    python benchmarks/source_layer.py --scratch DIR [--experts 256] [--device gpu]
+    python benchmarks/source_layer.py --scratch DIR [--experts 256] [--device gpu] [--format ccq-2t]
 
 The layer is random, in E4M3 with float32 scales of 128 x 128 blocks, and has the shapes of
 DeepSeek-V3: experts of 2048 x 7168, latent attention, a shared expert; the vocabulary alone is cut
@@ -38,12 +38,14 @@ TYPICAL, SCALE = 100.0, 2e-4
 CHILD = """
 import json, resource, sys
 from paddle_ccq.quantize import quantize
-model, output, preset, device = sys.argv[1:]
-result = quantize(model, output, preset=preset, device=device, quiet=True)
+model, output, format, preset, device = sys.argv[1:]
+result = quantize(model, output, format=format, preset=preset, device=device, quiet=True)
 usage = resource.getrusage(resource.RUSAGE_SELF)
+# Not ru_maxrss, which a process takes over from the one that started it.
+status = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
 io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
 print(json.dumps({
-    "peak": usage.ru_maxrss * 1024,
+    "peak": 1024 * int(status["VmHWM"].split()[0]),
     "processor_seconds": usage.ru_utime + usage.ru_stime,
     "estimate": result.plan.peak_memory(),
     "seconds": result.seconds,
@@ -96,33 +98,34 @@ def write_model(folder: Path, experts: int) -> int:
     return path.stat().st_size
 
 
-def run(model: Path, output: Path, preset: str, device: str) -> dict:
+def run(model: Path, output: Path, format: str, preset: str, device: str) -> dict:
     """Quantize in a process of its own, so that its peak memory is its own."""
-    command = [sys.executable, "-c", CHILD, str(model), str(output), preset, device]
+    command = [sys.executable, "-c", CHILD, str(model), str(output), format, preset, device]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(scratch: Path, experts: int, preset: str, device: str) -> dict:
+def measure(scratch: Path, experts: int, format: str, preset: str, device: str) -> dict:
     """Write the layer, quantize it, remove both."""
     folder = scratch / f"ccq-source-layer-{os.getpid()}"
     try:
         begin = time.perf_counter()
         size = write_model(folder / "model", experts)
         print(f"{size / 1e9:.2f} GB made in {time.perf_counter() - begin:.0f} s", flush=True)
-        result = run(folder / "model", folder / "out", preset, device)
+        result = run(folder / "model", folder / "out", format, preset, device)
         manifest = json.loads((folder / "out" / MANIFEST_FILE).read_text())["files"]
         shards = {n: e["sha256"] for n, e in manifest.items() if n.endswith(".safetensors")}
         output = sum(file.stat().st_size for file in (folder / "out").glob("*.safetensors"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    chosen = [r for r in result.pop("records") if r["format"] == "wint2"]
+    chosen = [r for r in result.pop("records") if r["format"] == format]
     weights = sum(int(np.prod(r["shape"])) for r in chosen)
     assert len(chosen) == 2 * experts
     return {
         "experts": experts,
+        "format": format,
         "preset": preset,
         "device": device,
         "source": size,
@@ -139,11 +142,11 @@ def measure(scratch: Path, experts: int, preset: str, device: str) -> dict:
 def row(result: dict) -> list[str]:
     seconds = result["seconds"]
     return [
-        f"{result['device']}, {result['preset']}",
+        f"{result['device']}, {result.get('format', 'wint2')}, {result['preset']}",
         str(result["experts"]),
         f"{result['read'] / 1e9:.2f}",
         f"{result['written'] / 1e9:.2f}",
-        f"{result['peak'] / 1e9:.2f}",
+        f"{result['peak'] / 1e9:.2f}" if result["peak"] else "",
         f"{seconds['total']:.0f}",
         *(f"{seconds[part] / seconds['total']:.0%}" for part in ("read", "encode", "write")),
         f"{result['rate'] / 1e6:.2f}",
@@ -156,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", type=Path, help="where to write and remove the models")
     parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--format", default="wint2")
     parser.add_argument("--preset", default="default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--note", default="", help="what else the machine did, for the page")
@@ -168,7 +172,7 @@ def main() -> None:
         return
     if args.scratch is None:
         parser.error("--scratch is missing")
-    result = measure(args.scratch, args.experts, args.preset, args.device)
+    result = measure(args.scratch, args.experts, args.format, args.preset, args.device)
     result["machine"] = machine(args.device)
     print(row(result), flush=True)
     if args.json:
@@ -187,7 +191,8 @@ def machine(device: str) -> str:
 
 
 def write_page(results: list[dict], note: str) -> None:
-    header = ["device, preset", "experts", "read, GB", "written, GB", "peak memory, GB", "seconds",
+    header = ["device, format, preset", "experts", "read, GB", "written, GB", "peak memory, GB",
+              "seconds",
               "reading", "encoding", "writing", "M weights/s", "M weights per core and second",
               "rel-MSE"]  # fmt: skip
     save_result("source_layer", {"rows": results})

@@ -5,7 +5,8 @@
         --tasks FILE.jsonl ... [--work FOLDER]
 
 Every row is a checkpoint that the commands write. With --work they are kept there and reused, so
-that a run that was interrupted goes on; without it they lie in a temporary folder.
+that a run that was interrupted goes on; without it they lie in a temporary folder. --format ccq-2t
+makes the rows of that format. --measure LABEL=FOLDER measures checkpoints that are there already.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Work:
     tokens: str
     made_tokens: str
     tune_tokens: str
+    format: str = "wint2"
 
     def made(self) -> Path:
         made = self.folder / "made.jsonl"
@@ -73,6 +75,7 @@ class Work:
             quantize(
                 self.model,
                 out,
+                format=self.format,
                 calibration=text or self.calibration,
                 calibration_tokens=self.tokens,
                 calibration_weights=weights,
@@ -128,7 +131,12 @@ def main() -> None:
     parser.add_argument("--made-tokens", default="128k", help="that the model makes up (128k)")
     parser.add_argument("--tune-tokens", help="for tuning, if not as many as for codes")
     add_arguments(parser, max_tokens=61_440)
+    parser.add_argument("--format", choices=("wint2", "ccq-2t"), default="wint2")
     parser.add_argument("--rows", nargs="+", metavar="N", type=int, help="only these, from 0 on")
+    parser.add_argument(
+        "--measure", nargs="+", metavar="LABEL=FOLDER", help="checkpoints in place of the rows"
+    )
+    parser.add_argument("--note", help="what to say of them")
     parser.add_argument("--work", type=Path, help="keep checkpoints here and reuse them")
     parser.add_argument("--marker", default="tuning", help="table of docs/notes/tuning.md to write")
     args = parser.parse_args()
@@ -140,15 +148,19 @@ def main() -> None:
     try:
         work = Work(
             args.model, args.calibration, folder, args.tokens, args.made_tokens,
-            args.tune_tokens or args.tokens,
+            args.tune_tokens or args.tokens, args.format,
         )  # fmt: skip
         chosen = rows(work)
         if args.rows is not None:
             labels = list(chosen)
             chosen = {labels[i]: chosen[labels[i]] for i in args.rows}
+        if args.measure:
+            given = dict(entry.split("=", 1) for entry in args.measure)
+            chosen = {label: (lambda path=path: Path(path)) for label, path in given.items()}
         measured = Rows(source, folder)
         measured.add_source()
         for label, make in chosen.items():
+            label = prefix(args.format) + label
             measured.add_written(label, open_checkpoint(make()))
         scores, summary = scoring(measured.models)
     finally:
@@ -159,6 +171,11 @@ def main() -> None:
         row["nominal_bits"] = measured.nominal_bits[label]
         row["expert_bits"] = measured.expert_bits[label]
     report(args, source.path.name, scores, summary)
+
+
+def prefix(format: str) -> str:
+    """Of the labels of a format's rows, which stand beside those of others in figure.py."""
+    return "" if format == "wint2" else f"{format.upper()}, "
 
 
 def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> None:
@@ -180,7 +197,10 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
             ]
         )
     pairs = []
-    base = next((label for label in (CALIBRATED, CALIBRATED_ALL) if label in scores), None)
+    bases = [prefix(args.format) + label for label in (CALIBRATED, CALIBRATED_ALL, GRADIENTS)]
+    if args.measure:
+        bases = list(scores)[1:2]
+    base = next((label for label in bases if label in scores), None)
     for label in scores:
         if label in ("bf16", base) or base is None:
             continue
@@ -188,10 +208,13 @@ def report(args: argparse.Namespace, name: str, scores: dict, summary: dict) -> 
         pairs.append([label, *(f"{d.mean:+.4f} ({d.error:.4f})" for d in found.values())])
         summary[label]["paired"] = {base: {q: [d.mean, d.error] for q, d in found.items()}}
     first = next(iter(summary.values()))
+    made_how = args.note or (
+        f"at most {args.tokens} tokens (k = 1024) for codes"
+        f" and {args.tune_tokens or args.tokens} for tuning; {args.made_tokens} were made up, and"
+        " *both* is as much of either, *all* the whole of them"
+    )
     note = (
-        f"`{name}`, all MoE layers wint2; at most {args.tokens} tokens (k = 1024) for codes and"
-        f" {args.tune_tokens or args.tokens} for tuning; {args.made_tokens} were made up, and"
-        " *both* is as much of either, *all* the whole of them;"
+        f"`{name}`, all MoE layers {args.format}; {made_how};"
         f" {first['text']['predicted_tokens']:,} predicted tokens in"
         f" {first['text']['windows']} windows; {first['tasks'][names[0]]['items']} items a task."
         " Standard errors over windows in brackets; that of a task accuracy of 0.9 on 200 items is"

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def calibrated_options(calibration_text: Path) -> dict[str, Any]:
+    """Of a quick quantization with statistics."""
+    return {
+        "preset": "fast",
+        "quiet": True,
+        "calibration": calibration_text,
+        "calibration_tokens": "1k",
+    }
+
+
+@pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight documents of four words."""
     rng = random.Random(0)
@@ -45,6 +57,33 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GPU library's searches, compiled once for the processor."""
+    from helpers import emulated_gpu
+
+    return emulated_gpu.build(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def emulated_gpu_library(
+    emulated_gpu_build: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy for each test file: the device's memory is the loaded library's."""
+    return Path(shutil.copy(emulated_gpu_build, tmp_path_factory.mktemp("gpu")))
+
+
+@pytest.fixture
+def emulated_gpu(emulated_gpu_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """That library in the GPU's place."""
+    from paddle_ccq.ops import gpu_library
+
+    monkeypatch.setenv(gpu_library.ENVIRONMENT, str(emulated_gpu_library))
+    gpu_library.load.cache_clear()
+    yield
+    gpu_library.load.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -31,13 +31,8 @@ def model(tiny_model) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(calibration_text) -> dict:
-    return {
-        "preset": "fast",
-        "quiet": True,
-        "calibration": calibration_text,
-        "calibration_tokens": "1k",
-    }
+def options(calibrated_options) -> dict:
+    return calibrated_options
 
 
 @pytest.fixture(scope="module")

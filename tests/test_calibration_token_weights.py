@@ -170,14 +170,8 @@ def model(tiny_model) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(calibration_text) -> dict:
-    return {
-        "preset": "fast",
-        "quiet": True,
-        "calibration": calibration_text,
-        "calibration_tokens": "1k",
-        "calibration_weights": "gradient",
-    }
+def options(calibrated_options) -> dict:
+    return {**calibrated_options, "calibration_weights": "gradient"}
 
 
 def stopped(model: Path, out: Path, monkeypatch, **options) -> Path:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import emulated_gpu
 from helpers.configs import CALIBRATED
+from helpers.emulated_gpu import assert_same_arrays
 from helpers.ldlq_cases import KINDS, SMALL, arguments, hessian, odd_weights, weights
 from helpers.runs import contents
 from paddle_ccq import _core, sensitivity
@@ -28,26 +28,13 @@ from paddle_ccq.quantize import main, quantize
 MEGABYTES = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return emulated_gpu.build(tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_library(library: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(gpu_library.ENVIRONMENT, str(library))
-    gpu_library.load.cache_clear()
-    yield
-    gpu_library.load.cache_clear()
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 def assert_same(args: list, run_bytes: int = 64 * MEGABYTES) -> None:
     expected = _core.ldlq(*args, 1, "auto")
     found, _ = gpu_ldlq.ldlq(*args, run_bytes=run_bytes)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert found[name].tobytes() == value.tobytes(), name
+    assert_same_arrays(found, expected)
 
 
 # Both orders of threads: a missing barrier makes them differ.

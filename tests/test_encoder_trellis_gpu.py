@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import emulated_gpu
 from helpers.configs import CALIBRATED
+from helpers.emulated_gpu import assert_same_arrays
 from helpers.runs import contents
 from helpers.trellis_cases import NARROW, WIDE, weights
 from paddle_ccq import _core
@@ -22,32 +22,19 @@ from paddle_ccq.codec import trellis
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.recipes import TRELLIS_RECIPES, TrellisRecipe
 from paddle_ccq.errors import CcqError
-from paddle_ccq.ops import gpu_library, gpu_trellis
+from paddle_ccq.ops import gpu_trellis
 from paddle_ccq.quantize import quantize
 
 MEGABYTES = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return emulated_gpu.build(tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_library(library: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(gpu_library.ENVIRONMENT, str(library))
-    gpu_library.load.cache_clear()
-    yield
-    gpu_library.load.cache_clear()
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 def assert_same(w: np.ndarray, recipe: TrellisRecipe, **options: int) -> None:
     expected = _core.trellis(w, recipe.as_dict(), 1, "auto")
     found, _ = gpu_trellis.trellis(w, recipe.as_dict(), **options)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert found[name].tobytes() == value.tobytes(), name
+    assert_same_arrays(found, expected)
 
 
 # Both orders of threads: a missing barrier makes them differ.

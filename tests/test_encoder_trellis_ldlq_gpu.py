@@ -8,12 +8,11 @@ a GPU.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers import emulated_gpu
+from helpers.emulated_gpu import assert_same_arrays
 from helpers.trellis_cases import hessian, weights
 from paddle_ccq import _core
 from paddle_ccq.codec import trellis
@@ -23,22 +22,12 @@ from paddle_ccq.encoder.ldlq_metric import InputHessian
 from paddle_ccq.encoder.trellis_ldlq import TRELLIS_LDLQ_RECIPES, TrellisLdlqRecipe
 from paddle_ccq.encoder.trellis_metric import make_trellis_metric
 from paddle_ccq.errors import CcqError
-from paddle_ccq.ops import gpu_library, gpu_trellis_ldlq
+from paddle_ccq.ops import gpu_trellis_ldlq
 
 SMALL = TrellisLdlqRecipe(window=(0, 1), beam=1000, sweeps=1)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return emulated_gpu.build(tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_library(library: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(gpu_library.ENVIRONMENT, str(library))
-    gpu_library.load.cache_clear()
-    yield
-    gpu_library.load.cache_clear()
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 def arguments(w: np.ndarray, h: np.ndarray, recipe: TrellisLdlqRecipe) -> list:
@@ -50,10 +39,7 @@ def arguments(w: np.ndarray, h: np.ndarray, recipe: TrellisLdlqRecipe) -> list:
 def assert_same(args: list) -> None:
     expected = _core.trellis_ldlq(*args, 1, "auto")
     found, _ = gpu_trellis_ldlq.trellis_ldlq(*args)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert found[name].tobytes() == value.tobytes(), name
+    assert_same_arrays(found, expected)
 
 
 # Both orders of threads: a missing barrier makes them differ.
@@ -68,7 +54,15 @@ def test_bytes_are_the_cpus_in_any_order_of_threads(
 
 @pytest.mark.parametrize(
     "change",
-    [{"sweeps": 0}, {"sweeps": 2}, {"kappas": (9.5, 6.0)}, {"beam": 20000}, {"window": (-2, 3)}],
+    [
+        {"sweeps": 0},
+        {"sweeps": 2},
+        {"kappas": (9.5, 6.0)},
+        {"beam": 20000},
+        {"window": (-2, 3)},
+        # More local scales than there are.
+        {"window": (-20, 20)},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_part_of_the_recipe(change: dict) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,16 @@ def test_calibrated_search_compiles_without_warnings_and_local_memory(
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("tile", ["4, 48, 5", "2, 128, 4", "2, 144, 4"])
-@pytest.mark.parametrize("weights", ["PairWeights<Pairs::kInteger>", "TrellisWeights"])
+@pytest.mark.parametrize(
+    ("weights", "tile"),
+    [
+        *product(
+            ("PairWeights<Pairs::kInteger>", "TrellisWeights"),
+            ("4, 48, 5", "2, 128, 4", "2, 144, 4"),
+        ),
+        ("TrellisWeights", "1, 256, 3"),
+    ],
+)
 def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str, weights: str) -> None:
     """A path too many, or a branch among them, and the compiler waits after each, and says so."""
     source = tmp_path / "wide.cu"
@@ -70,17 +79,36 @@ def test_warpgroup_products_are_not_serialized(tmp_path: Path, tile: str, weight
     assert "wide_kernel" in said and "serialized" not in said
 
 
+TRELLIS_KERNELS = [
+    *(
+        ("few", f"TrellisFewConfig<{tile}>", "const FewParams")
+        for tile in ("1, 4", "2, 2", "4, 1", "1, 1, 1")
+    ),
+    *(
+        ("some", f"TrellisSomeConfig<true, {tile}>", "const GemmParams")
+        for tile in ("16, 8, 4", "8, 16, 4")
+    ),
+]
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("rows", [1, 4, 8])
-def test_few_rows_of_trellis_weights_are_not_serialized(tmp_path: Path, rows: int) -> None:
-    source = tmp_path / "few.cu"
+@pytest.mark.parametrize(("kernel", "config", "params"), TRELLIS_KERNELS)
+def test_trellis_products_stay_in_registers_and_are_not_serialized(
+    tmp_path: Path, kernel: str, config: str, params: str
+) -> None:
+    source = tmp_path / "trellis.cu"
     source.write_text(
-        '#include "trellis_few.cuh"\nnamespace ccq {\n'
-        f"template __global__ void trellis_few_kernel<TrellisFewConfig<{rows}, 8, true>>(\n"
-        "    const TrellisFewParams);\n}\n"
+        f'#include "trellis_{kernel}.cuh"\nnamespace ccq {{\n'
+        f"template __global__ void trellis_{kernel}_kernel<{config}>({params});\n}}\n"
     )
     said = compiled(tmp_path, str(source), "90a", "-O3", f"-I{SOURCES / 'moe'}", "-Xptxas", "-v")
-    assert "trellis_few_kernel" in said and "serialized" not in said
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    found = re.search(
+        rf"trellis_{kernel}_kernel.*?(\d+) bytes stack frame, (\d+) bytes spill", said, re.DOTALL
+    )
+    assert found and "serialized" not in said
+    if "release 13.0" in version.stdout:  # a tile's rows may wait there, nothing of its stages does
+        assert int(found[1]) <= 128
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")

@@ -135,6 +135,15 @@ def test_every_source_of_the_library_is_compiled() -> None:
     assert "-DCCQ_SM90A" not in gpu_build.target_flags([80])
 
 
+def test_a_wheel_has_the_architectures_that_were_asked_for() -> None:
+    assert gpu_build.wheel_architectures("1") == gpu_build.WHEEL_ARCHITECTURES
+    assert gpu_build.wheel_architectures("0") == gpu_build.wheel_architectures("") == ()
+    assert gpu_build.wheel_architectures("90,80") == (90, 80)
+    for wrong in ("yes", "91", "80,", "80 90", "true"):
+        with pytest.raises(ValueError, match="80,86,89"):
+            gpu_build.wheel_architectures(wrong)
+
+
 def test_the_paddle_ops_are_built_from_the_same_list(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {}
     paddle, utils, extension = (

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import tiny_config, write_checkpoint
-from helpers.vllm_scores import expected, found
+from helpers.vllm_scores import found
+from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.quantize import main
 
 if importlib.util.find_spec("vllm") is None:
@@ -47,6 +48,20 @@ def text(count: int) -> np.ndarray:
     tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
     ids = tokenizer.encode(sample.read_text(encoding="utf-8"), add_special_tokens=False).ids
     return np.array(ids[:count], np.int64)
+
+
+def expected(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    from paddle_ccq.serving.engine_model import EngineModel, Piece
+
+    model = EngineModel(open_checkpoint(folder), max_length=1024)
+    cache = model.new_cache(len(tokens))
+    region = cache.allocate(len(tokens))
+    rows = []
+    for i, token in enumerate(tokens[:-1]):
+        logits = model.forward([Piece([int(token)], i, region)], cache)[0].astype(np.float64)
+        logits -= logits.max()
+        rows.append(logits[tokens[i + 1]] - np.log(np.exp(logits).sum()))
+    return np.array(rows)
 
 
 @pytest.mark.parametrize("case", list(CASES))

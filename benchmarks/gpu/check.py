@@ -37,7 +37,12 @@ SUITES = {
           for some in (range(4), range(10, 16), range(20, 26), range(26, 30),
                        (*range(30, 34), 50, 51, 52))),
     ),
-    "test_moe_block.py": ("dispatch or swiglu or (block and integer and 9)",),
+    "test_trellis_gemm.py": (
+        "test_row_counts and (17-dtype0 or 3-dtype1 or 65-dtype0) or test_repack or nobody",
+        *(f"test_forced and ({' or '.join(f'[{v}]' for v in some)})"
+          for some in ((10, 12, 15), range(40, 45), range(45, 47))),
+    ),
+    "test_moe_block.py": ("dispatch or swiglu or (block and (integer or ccq-2t) and 9)",),
     "test_linear_ccq.py": ("rows_of_nobody and counts0 or refused",),
     "test_encode.py": ("test_gpu_equals_cpu and gaussian and fast",),
     "test_dequant.py": ("bfloat16",),

@@ -29,7 +29,7 @@ from common import markdown, put_into_doc
 HELD_OUT, WINDOW = 18, 1024
 
 
-def texts(model: Path, calibration: Path, made: Path) -> dict[str, np.ndarray]:
+def texts(model: Path, calibration: Path, made: Path | None) -> dict[str, np.ndarray]:
     """Windows of tokens: those held out, and the parts of Choice."""
     from paddle_ccq.checkpoint.reader import open_checkpoint
     from paddle_ccq.evaluation.text import Tokenizer, token_stream
@@ -47,12 +47,8 @@ def texts(model: Path, calibration: Path, made: Path) -> dict[str, np.ndarray]:
     learned = windows(d for i, d in enumerate(documents) if i % HELD_OUT != HELD_OUT // 2)
     first = np.unique(np.linspace(0, len(learned) - 1, 256).round().astype(int))
     others = np.setdiff1d(np.arange(len(learned)), first)
-    return {
-        "held out": windows(held),
-        "a": learned[first],
-        "b": learned[others],
-        "m": windows(read_documents(made))[:128],
-    }
+    found = {"held out": windows(held), "a": learned[first], "b": learned[others]}
+    return found if made is None else found | {"m": windows(read_documents(made))[:128]}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,9 +28,10 @@ Key = tuple[str, str, int, str, int]  # weights, part of the text, layer, projec
 
 
 class Hessians(Taps):
-    """Hessians of every expert's inputs, weighed in every way, in one pass over the text."""
+    """Hessians of every expert's inputs, weighed in every one of `kinds`, in one pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Collection[str] = tuple(APART)) -> None:
+        self._kinds = kinds
         self.sums: dict[Key, Tensor] = {}
         self.counts: dict[tuple[str, int], Tensor] = {}
         self._layers: dict[int, dict[str, Tensor]] = {}
@@ -67,11 +69,13 @@ class Hessians(Taps):
         }
         back = routed.square() * d_out.square().mean(-1)
         down = {"router": routed.square(), "gradient": back, "root": back.sqrt() * routed}
-        for weights, s in up.items():
+        for weights in (w for w in up if w in self._kinds):
+            s = up[weights]
             for group in range(s.shape[-1]):
                 sums = torch.stack([(x * w[:, group, None]).t() @ x for w in s])
                 self._sum((weights, part, layer, UP, group), sums)
-        for weights, s in down.items():
+        for weights in (w for w in down if w in self._kinds):
+            s = down[weights]
             sums = (inner * s[..., None]).transpose(1, 2) @ inner
             self._sum((weights, part, layer, DOWN, 0), sums)
         counts = (routed > 0).sum(1).double()

@@ -4,7 +4,7 @@
 python benchmarks/gpu/report.py RESULT.json [--markdown] [--plot OUT.svg] [--write]
 
 Several results of one machine make one table; --write puts it and the figure into
-docs/notes/kernels.md.
+docs/notes/kernels.md, --write-ccq-2t the table of CCQ-2T into docs/notes/kernels-ccq-2t.md.
 """
 
 from __future__ import annotations
@@ -118,6 +118,20 @@ def markdown(result: dict) -> str:
                      + ["| " + " | ".join(r) + " |" for r in cells])  # fmt: skip
 
 
+def trellis_markdown(result: dict) -> str:
+    """CCQ-2T beside WINT2, for a document."""
+    lines = ["| shape | tokens | CCQ-2T | of roof | WINT2 | CCQ-2T / WINT2 |"]
+    lines.append("|---|" + "---:|" * 5)
+    for (shape, _, tokens), case in cases(result["gemm"]).items():
+        if "ccq" not in case or "ccq-2t" not in case:
+            continue
+        own, other = case["ccq-2t"], case["ccq"]
+        cells = [shape, str(tokens), f"{own['us']:.1f}", f"{own['percent']:.0f} %"]
+        cells += [f"{other['us']:.1f}", f"{own['us'] / other['us']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def can_plot() -> bool:
     """Matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
@@ -164,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", nargs="+")
     parser.add_argument("--write", action="store_true", help="into docs/notes/kernels.md")
+    parser.add_argument("--write-ccq-2t", action="store_true", help="into kernels-ccq-2t.md")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--plot", metavar="SVG")
     args = parser.parse_args()
@@ -177,10 +192,13 @@ def main() -> None:
         print(block_line(row))
     if args.plot:
         plot(result, args.plot)
-    if args.write:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from common import ROOT, put_into_doc
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import ROOT, put_into_doc
 
+    if args.write_ccq_2t:
+        content = f"{heading(result)}.\n\n{trellis_markdown(result)}"
+        put_into_doc("docs/notes/kernels-ccq-2t.md", "ccq-2t", content)
+    if args.write:
         note = heading(result) + "."
         put_into_doc("docs/notes/kernels.md", "moe_gemm", f"{note}\n\n{markdown(result)}")
         put_into_doc("docs/notes/kernels.md", "moe_block", block_markdown(result))

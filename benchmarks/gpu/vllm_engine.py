@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vLLM engine on a GPU: are its answers right, and how fast is it?
 
-    python benchmarks/gpu/vllm_engine.py quality OUT.json FOLDER... [--text FILE] [--graphs]
+    python benchmarks/gpu/vllm_engine.py score SCORES.npz FOLDER... --text FILE [--graphs] [--fp8]
+    python benchmarks/gpu/vllm_engine.py quality OUT.json SCORES.npz... --folders F... --text FILE
     python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--peer]
     python benchmarks/gpu/vllm_engine.py linear OUT.json
 
-`quality` scores text through the engine's prompt log-probabilities beside the float32 model of
-this package; `speed` runs the 300B's shape with random weights (vllm_speed.py); `linear` checks and
-times the product with 8-bit weights (linear_w8.py). With vLLM and the GPU library; vllm_report.py
-makes the tables.
+`score` has text scored by the engine's prompt log-probabilities, and lets it answer; `quality`,
+which needs no GPU, sets them beside the float32 model of this package; `speed` runs the 300B's
+shape with random weights (vllm_speed.py); `linear` checks and times the product with 8-bit weights
+(linear_w8.py). With vLLM and the GPU library; vllm_report.py makes the tables.
 """
 
 from __future__ import annotations
@@ -136,14 +137,13 @@ def with_unsaid_rows(folder: Path, target: Path) -> Path:
     return target
 
 
-def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def score(arguments: argparse.Namespace) -> None:
+    """Of each case its log-probabilities and answers, saved after each."""
     # Engines one after another, each gone before the next: in this process.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    results = []
+    saved: dict[str, np.ndarray] = {}
     for folder in map(Path, arguments.folders):
         windows = windows_of(folder, arguments.text)
-        reference = Reference(folder)
-        expected = np.array([reference.log_probabilities(w)[0] for w in windows])
         options: dict[str, Any] = {
             "max_model_len": 1024,
             "enforce_eager": not arguments.graphs,
@@ -160,31 +160,58 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, place, extra in cases:
                 start = time.perf_counter()
                 engine = make_engine(place, **options, **extra)
-                found = engine_scores(engine, windows)
-                answers = greedy(engine, windows)
+                key = name + (", graphs" if arguments.graphs else "")
+                saved[f"{key}/scores"] = engine_scores(engine, windows)
+                saved[f"{key}/answers"] = np.array(greedy(engine, windows))
                 drop_engine(engine)
                 del engine
-                difference = np.abs(found - expected)
-                results.append(
-                    {
-                        "name": name,
-                        "graphs": arguments.graphs,
-                        "nll": -found.mean(),
-                        "reference": -expected.mean(),
-                        "error": float((found - expected).std() / np.sqrt(found.size)),
-                        "mean_difference": difference.mean(),
-                        "greedy_agreement": greedy_agreement(reference, answers),
-                        "seconds": time.perf_counter() - start,
-                    }
-                )
-                print(json.dumps(results[-1]), flush=True)
+                np.savez(arguments.output, **saved)
+                print(key, round(time.perf_counter() - start, 1), "s", flush=True)
+
+
+def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `score` has saved, beside the reference."""
+    folders = {Path(folder).name: Path(folder) for folder in arguments.folders}
+    references: dict[str, tuple[Reference, np.ndarray]] = {}
+    results = []
+    for path in arguments.scores:
+        with np.load(path) as file:
+            saved = dict(file)
+        for key in (name.removesuffix("/scores") for name in saved if name.endswith("/scores")):
+            stem = key.split(",")[0]
+            if stem not in references:
+                reference = Reference(folders[stem])
+                windows = windows_of(folders[stem], arguments.text)
+                expected = [reference.log_probabilities(w)[0] for w in windows]
+                references[stem] = reference, np.array(expected)
+            reference, wanted = references[stem]
+            found = saved[f"{key}/scores"]
+            results.append(
+                {
+                    "name": key.removesuffix(", graphs"),
+                    "graphs": key.endswith(", graphs"),
+                    "nll": -found.mean(),
+                    "reference": -wanted.mean(),
+                    "error": float((found - wanted).std() / np.sqrt(found.size)),
+                    "mean_difference": np.abs(found - wanted).mean(),
+                    "greedy_agreement": greedy_agreement(
+                        reference, saved[f"{key}/answers"].tolist()
+                    ),
+                }
+            )
+            print(json.dumps(results[-1]), flush=True)
     return results
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("quality")
+    zero = commands.add_parser("quality")
+    zero.add_argument("output")
+    zero.add_argument("scores", nargs="+")
+    zero.add_argument("--folders", nargs="+", required=True, help="those that were scored")
+    zero.add_argument("--text", required=True)
+    one = commands.add_parser("score")
     one.add_argument("output")
     one.add_argument("folders", nargs="+")
     one.add_argument("--text", required=True)
@@ -206,6 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     two.add_argument("--prompts", type=int, nargs="*", default=[1024, 4096, 8192])
     two.add_argument("--few-graphs", action="store_true", help="CUDA graphs of --batches alone")
     two.add_argument("--profile", type=int, nargs="*", default=[], help="batches to look into")
+    two.add_argument("--profile-prompts", type=int, nargs="*", default=[], help="prompts likewise")
     three = commands.add_parser("linear")
     three.add_argument("output")
     return parser.parse_args(argv)
@@ -225,6 +253,8 @@ def main(argv: list[str]) -> int:
         from vllm_speed import speed
 
         save(speed(arguments, save))
+    elif arguments.command == "score":
+        score(arguments)
     else:
         save(quality(arguments))
     return 0

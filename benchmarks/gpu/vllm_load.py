@@ -2,10 +2,11 @@
 """How long vLLM takes to load a checkpoint of the 300B's shape, beside reading its files.
 
     python benchmarks/gpu/vllm_load.py make FOLDER [--layers 54]
-    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json
+    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json [--again]
 
 `make` writes a whole checkpoint of random stored tensors. `time` reads its files and starts the
-engine, both with nothing of the files in the page cache, and generates a few tokens; needs root.
+engine, both with nothing of the files in the page cache, and generates a few tokens; `--again`
+leaves the reading out. Needs root.
 """
 
 from __future__ import annotations
@@ -167,12 +168,15 @@ class Memory(threading.Thread):
 
 
 def measure(
-    folder: Path, options: dict[str, Any], save: Callable[[dict[str, Any]], None]
+    folder: Path,
+    options: dict[str, Any],
+    save: Callable[[dict[str, Any]], None],
+    readers: tuple[int, ...],
 ) -> dict[str, Any]:
     """Saved step by step, for a load may be cut short."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result: dict[str, Any] = {"bytes": size, "read_seconds": {}}
-    for threads in (16,):
+    for threads in readers:
         forget(folder)
         result["read_seconds"][threads] = read(folder, threads)
         print("read", threads, round(result["read_seconds"][threads], 1), flush=True)
@@ -190,6 +194,7 @@ def measure(
         compilation_config={"cudagraph_capture_sizes": [1, 8, 32]}, **options,
     )  # fmt: skip
     result["up_seconds"] = time.perf_counter() - begin
+    save(result | {"peak_host_bytes": memory.peak})
     settings = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, detokenize=False)
     asked = [{"prompt_token_ids": list(range(10, 74))}]
     answers = engine.generate(asked, settings, use_tqdm=False)
@@ -211,6 +216,7 @@ def main(argv: list[str]) -> int:
     two.add_argument("folder", type=Path)
     two.add_argument("output", type=Path)
     two.add_argument("--tensor-parallel-size", type=int, default=1)
+    two.add_argument("--again", action="store_true", help="without reading the files before")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if arguments.command == "make":
@@ -219,13 +225,14 @@ def main(argv: list[str]) -> int:
     import vllm_random
 
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[vllm_random.SPLIT] = "1"
     vllm_random.use_in_all_processes()
     options = {"tensor_parallel_size": arguments.tensor_parallel_size}
 
     def save(result: dict[str, Any]) -> None:
         arguments.output.write_text(json.dumps(options | result, indent=1) + "\n")
 
-    result = measure(arguments.folder, options, save)
+    result = measure(arguments.folder, options, save, () if arguments.again else (16,))
     save(result)
     print(json.dumps(result), flush=True)
     return 0

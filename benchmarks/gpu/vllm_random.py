@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 LOAD_FORMAT = "ccq_random"
+# Where this is set, each process says what its loading took.
+SPLIT = "CCQ_BENCH_SPLIT"
 # ERNIE-4.5-300B-A47B.
 SHAPE = {
     "architectures": ["Ernie4_5_MoeForCausalLM"],
@@ -131,6 +133,29 @@ def _randomize_wint4(method: Any, layer: Any) -> None:
         getattr(layer, f"ccq_{part}_scale").data.uniform_(1e-3, 3e-3)
 
 
+def _split_loading() -> None:
+    """Loading prints the time in vLLM's reader, and that of placing, which waits for pages too."""
+    import time
+    from collections.abc import Iterator
+
+    from paddle_ccq.vllm import loading
+
+    ahead = loading.ahead
+
+    def timed(folder: str, weights: Any) -> Iterator[tuple[str, Any]]:
+        reader, placed, count, last = 0.0, 0.0, 0, time.perf_counter()
+        for name, tensor in ahead(folder, weights):
+            now = time.perf_counter()
+            reader += now - last
+            yield name, tensor
+            last = time.perf_counter()
+            placed += last - now
+            count += 1
+        print(f"{count} tensors: reader {reader:.1f} s, placing {placed:.1f} s", flush=True)
+
+    loading.ahead = timed
+
+
 def register() -> None:
     """The load format that fills every layer with random stored tensors, on the card."""
     import torch
@@ -157,6 +182,8 @@ def register() -> None:
     gpu_experts.Wint2ExpertsMethod.ccq_randomize = _randomize_wint2
     gpu_experts.Wint4ExpertsMethod.ccq_randomize = _randomize_wint4
     plugin.register()
+    if os.environ.get(SPLIT):
+        _split_loading()
     # The class itself, for a name would be looked at in another process of 20 s.
     from vllm.model_executor.models import ModelRegistry
 

@@ -81,27 +81,69 @@ def speed(results: dict[str, Any]) -> str:
     return markdown(header, [*rows, last])
 
 
-def steps(results: dict[str, Any]) -> str:
-    """What a decoding step consists of, in milliseconds, by kernel."""
-    kinds = {
-        "experts' products": r"ccq::(few|gemm|wide)_kernel|ccq::prepare|trellis",
-        "8-bit products": r"ccq_w8::",
-        "attention": r"flash|reshape_and_cache",
-        "head": r"nvjet",
-        "router": r"topkGating|dot_kernel|reduce_1Block|sgemm|splitKreduce|moe_forward",
-    }
-    rows = []
-    for batch, profile in results["speed"]["profile"].items():
-        sums = dict.fromkeys([*kinds, "all others"], 0.0)
-        for microseconds, _, name in profile["kernels"]:
-            if not name:  # dispatch, SwiGLU, combine: launched early, they mostly wait
-                continue
+KINDS = {
+    "experts' products": r"ccq::(few|gemm|wide|stream)\w*_kernel|ccq::(prepare|arrange)|trellis",
+    "8-bit products": r"ccq_w8::",
+    "attention": r"flash|reshape_and_cache",
+    "head": r"nvjet",
+    "router": r"topkGating|dot_kernel|reduce_1Block|sgemm|splitKreduce|moe_forward|router",
+}
+# Of a prompt many rows meet dense weights, which are decoded for cuBLAS.
+PROMPT_KINDS = {
+    "experts' products": KINDS["experts' products"],
+    "dense products": r"nvjet|cutlass.*gemm|ccq_w8::(few|many|product)",
+    "decoding dense weights": r"ccq_w8::dequant",
+    "attention": KINDS["attention"],
+    "router": KINDS["router"],
+    "dispatch, SwiGLU, combine": r"^$",
+}
+
+
+def _by_kind(profile: dict[str, Any], kinds: dict[str, str], nameless: bool) -> list[str]:
+    """Milliseconds in all, of each kind of kernels, of all others, and without any."""
+    sums = dict.fromkeys([*kinds, "all others"], 0.0)
+    for microseconds, _, name in profile["kernels"]:
+        if name or nameless:
             kind = next((k for k, p in kinds.items() if re.search(p, name)), "all others")
             sums[kind] += microseconds / 1e3
-        idle = (profile["summary"]["wall_us"] - profile["summary"]["busy_us"]) / 1e3
-        wall = profile["summary"]["wall_us"] / 1e3
-        rows.append([batch, f"{wall:.1f}", *(f"{v:.2f}" for v in sums.values()), f"{idle:.2f}"])
-    return markdown(["batch", "a step, ms", *kinds, "all others", "idle"], rows)
+    summary = profile["summary"]
+    idle = (summary["wall_us"] - summary["busy_us"]) / 1e3
+    return [f"{summary['wall_us'] / 1e3:.1f}", *(f"{v:.2f}" for v in sums.values()), f"{idle:.2f}"]
+
+
+def steps(results: dict[str, Any]) -> str:
+    """What a decoding step consists of, in milliseconds, by kernel."""
+    # Nameless are dispatch, SwiGLU, combine: launched early, they mostly wait.
+    profiles = results["speed"]["profile"]
+    rows = [[batch, *_by_kind(profile, KINDS, False)] for batch, profile in profiles.items()]
+    return markdown(["batch", "a step, ms", *KINDS, "all others", "idle"], rows)
+
+
+def prompts(results: dict[str, Any]) -> str:
+    """What the step of a whole prompt consists of, in milliseconds, by kernel."""
+    profiles = results["speed"].get("profile_prompts", {})
+    rows = [[tokens, *_by_kind(found, PROMPT_KINDS, True)] for tokens, found in profiles.items()]
+    return markdown(["tokens", "the step, ms", *PROMPT_KINDS, "all others", "idle"], rows)
+
+
+def rounding() -> str:
+    """Where bfloat16 moves the 3M model's loss (vllm_rounding.py)."""
+    found = json.loads((RESULTS / "vllm_rounding_3m.json").read_text(encoding="utf-8"))["places"]
+    rows = [
+        [name, f"{entry['nll']:+.5f}", f"{entry['error']:.5f}", f"{entry['each']:.4f}"]
+        for name, entry in found.items()
+        if "random" not in name
+    ]
+    random = [entry["nll"] for name, entry in found.items() if "random" in name]
+    rows.append(
+        [
+            f"all places, up or down at random, {len(random)} runs",
+            f"{min(random):+.5f} to {max(random):+.5f}",
+            "",
+            f"{max(e['each'] for n, e in found.items() if 'random' in n):.4f}",
+        ]
+    )
+    return markdown(["rounded to bfloat16", "loss", "standard error", "mean dlogp"], rows)
 
 
 def figure(results: dict[str, Any]) -> None:
@@ -138,8 +180,10 @@ def main() -> int:
         ("linear", linear),
         ("speed", speed),
         ("steps", steps),
+        ("prompts", prompts),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
+    put_into_doc(DOC, "vllm-rounding", rounding())
     figure(results)
     return 0
 

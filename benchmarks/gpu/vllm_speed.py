@@ -69,7 +69,8 @@ class Runner:
 
 def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[str, Any]:
     """All measurements, saved after each."""
-    if arguments.profile:  # the profiler sees the kernels of its own process
+    if arguments.profile or arguments.profile_prompts:
+        # The profiler sees the kernels of its own process.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm_random
 
@@ -79,11 +80,8 @@ def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[st
     )
     start = time.perf_counter()
     run = Runner(make_engine(Path(folder), arguments))
-    result: dict[str, Any] = {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in ("command", "output", "batches", "prompts", "folder", "profile")
-    }
+    others = ("command", "output", "batches", "prompts", "folder", "profile", "profile_prompts")
+    result: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k not in others}
     result |= {"up_seconds": time.perf_counter() - start, "decode": {}, "step": {}}
     result["first_token"] = {}
     print("up", round(result["up_seconds"], 1), flush=True)
@@ -101,12 +99,14 @@ def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[st
         result["first_token"][tokens] = min(run(1, tokens, 1) for _ in range(3))
         print("first token", tokens, round(result["first_token"][tokens], 3), flush=True)
         save(result)
-    if arguments.profile:
-        from vllm_profile import profile_step
+    looked = {"profile": (arguments.profile, lambda n: run(n, PROMPT, 12))}
+    looked["profile_prompts"] = (arguments.profile_prompts, lambda n: run(1, n, 1))
+    for name, (sizes, work) in looked.items():
+        for size in sizes:
+            from vllm_profile import profile_step
 
-        result["profile"] = {}
-        for batch in arguments.profile:
-            result["profile"][batch] = profile_step(lambda b=batch: run(b, PROMPT, 12))
-            print(json.dumps(result["profile"][batch]["summary"]), flush=True)
+            found = profile_step(lambda work=work, size=size: work(size))
+            result.setdefault(name, {})[size] = found
+            print(name, size, json.dumps(found["summary"]), flush=True)
             save(result)
     return result

@@ -7,23 +7,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <thread>
+
+#include "channel.h"
 
 namespace ccq {
 namespace {
-
-// Below this a super scale's reciprocal would leave float32; such a channel is stored as zeros.
-constexpr float kSmallestSuper = 7.9e-31f;  // about 2^-100
-
-float to_bfloat16(double value) {
-  float f = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 int32_t pair16(int32_t low, int32_t high) {
   return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xFFFFu) | (static_cast<uint32_t>(high) << 16));
@@ -144,24 +133,10 @@ class ChannelEncoder {
   void run(const float* w, uint16_t* words, uint16_t* scales, float* super_out, int32_t* pair_out,
            double* sums) {
     w_ = w;
-    double total = 0;
-    for (int g = 0; g < groups_; ++g) {
-      double sum = 0;
-      for (int r = 0; r < kGroup; ++r) {
-        const double v = w[g * kGroup + r];
-        sum += v * v;
-      }
-      total += sum;
-      rms_[g] = std::sqrt(sum / kGroup);
-    }
+    const double total = group_rms(w, rms_);
     const double channel_rms = std::sqrt(total / (static_cast<double>(groups_) * kGroup));
-
-    std::vector<float> supers;
-    for (double kappa : recipe_.kappas) {
-      const float super = to_bfloat16(recipe_.nominal * reference_rms(channel_rms) / kappa);
-      if (super >= kSmallestSuper && std::find(supers.begin(), supers.end(), super) == supers.end())
-        supers.push_back(super);
-    }
+    const std::vector<float> supers =
+        super_candidates(recipe_.kappas, recipe_.nominal * reference_rms(channel_rms));
     sums[0] = total;
     sums[1] = sums[2] = 0;
     if (supers.empty()) {

@@ -6,27 +6,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <thread>
 
 #include "../gpu/common/trellis_code.h"
-#include "search.h"
+#include "channel.h"
 
 namespace ccq {
 namespace {
 
-constexpr float kSmallestSuper = 7.9e-31f;  // as in encode.cpp
 constexpr int32_t kCostLimit = (1 << 22) - 1;
 constexpr double kLeastRms = 3.0 / 16.0;
-
-float to_bfloat16(double value) {
-  float f = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 using Costs = int32_t[kTrellisStates];
 
@@ -46,23 +35,9 @@ class TrellisChannel {
 
   void run(const float* w, uint8_t* words, uint8_t* scales, float* super_out, double* sums) {
     w_ = w;
-    double total = 0;
-    for (int g = 0; g < groups_; ++g) {
-      double sum = 0;
-      for (int r = 0; r < kGroup; ++r) {
-        const double v = w[g * kGroup + r];
-        sum += v * v;
-      }
-      total += sum;
-      rms_[g] = std::sqrt(sum / kGroup);
-    }
+    const double total = group_rms(w, rms_);
     const double channel_rms = std::sqrt(total / (static_cast<double>(groups_) * kGroup));
-    std::vector<float> supers;
-    for (double kappa : recipe_.kappas) {
-      const float super = to_bfloat16(recipe_.nominal * channel_rms / kappa);
-      if (super >= kSmallestSuper && std::find(supers.begin(), supers.end(), super) == supers.end())
-        supers.push_back(super);
-    }
+    const std::vector<float> supers = super_candidates(recipe_.kappas, recipe_.nominal * channel_rms);
     std::fill(words, words + words_.size(), 0);
     std::fill(scales, scales + groups_, 0);
     *super_out = 0;

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..codec import formats
+
 PRESETS = ("fast", "default", "best")
 ENCODERS = ("search", "paper", "paper-literal")
 DEVICES = ("cpu", "gpu")
@@ -81,3 +83,27 @@ class MatrixEncoder(Protocol):
             ValueError: if the format cannot hold the shape.
         """
         ...
+
+
+class ChannelEncoder:
+    """A data-free MatrixEncoder whose search returns every channel's words, scales and sums."""
+
+    format: str
+
+    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
+        """See MatrixEncoder.encode."""
+        problem = formats.shape_problem(self.format, weight.shape[1], weight.shape[0])
+        if problem:
+            raise ValueError(problem)
+        found = self._search(np.ascontiguousarray(weight, dtype=np.float32))
+        # Channels are summed in order, so that the statistics, too, are reproducible.
+        stats = ErrorStats(*(float(total) for total in found["sums"].sum(axis=0)))
+        return Encoded(self._pack(found), stats)
+
+    def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
+        """What the search finds for float32 [N, K]; "sums" [N, 3] are ErrorStats' of a channel."""
+        raise NotImplementedError
+
+    def _pack(self, found: dict[str, np.ndarray]) -> formats.Tensors:
+        """The stored tensors of what was found."""
+        raise NotImplementedError

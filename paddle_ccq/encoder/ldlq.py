@@ -169,7 +169,10 @@ class LdlqEncoder:
     def search(self, weight: np.ndarray, metric: LdlqMetric) -> dict[str, np.ndarray]:
         """The stored tensors of float32 [N, K] under a metric."""
         prepared = prepare(weight, self._recipe)
-        return pack(self._find(prepared, metric), prepared)
+        return self._pack(self._find(prepared, metric), prepared)
+
+    def _pack(self, found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
+        return pack(found, prepared)
 
     def _find(self, prepared: Prepared, metric: LdlqMetric) -> dict[str, np.ndarray]:
         from ..compiled import core as _core

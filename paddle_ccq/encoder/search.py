@@ -13,7 +13,7 @@ import numpy as np
 
 from ..codec import formats
 from . import layouts
-from .base import Encoded, ErrorStats
+from .base import ChannelEncoder
 from .recipes import RECIPES, Recipe
 
 
@@ -22,7 +22,7 @@ def pair_books(format: str, recipe: Recipe) -> layouts.PairBooks:
     return layouts.LAYOUTS[format].books(recipe.code_pairs)
 
 
-class SearchEncoder:
+class SearchEncoder(ChannelEncoder):
     """The search at one preset (see MatrixEncoder); `isa` pins an instruction set for tests."""
 
     def __init__(
@@ -40,16 +40,8 @@ class SearchEncoder:
         self._recipe = recipe or RECIPES[format][preset]
         self._books = pair_books(format, self._recipe)
 
-    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
-        """See MatrixEncoder.encode."""
-        n, k = weight.shape
-        problem = formats.shape_problem(self.format, k, n)
-        if problem:
-            raise ValueError(problem)
-        found = self._search(np.ascontiguousarray(weight, dtype=np.float32))
-        # Channels are summed in order, so that the statistics, too, are reproducible.
-        stats = ErrorStats(*(float(total) for total in found["sums"].sum(axis=0)))
-        return Encoded(self._layout.pack(found), stats)
+    def _pack(self, found: dict[str, np.ndarray]) -> formats.Tensors:
+        return self._layout.pack(found)
 
     def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         from ..compiled import core as _core

@@ -10,10 +10,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from ..codec import formats, trellis
+from ..codec import trellis
 from ..codec.formats import Tensors
 from ..codec.wint2 import pack_scales
-from .base import Encoded, ErrorStats
+from .base import ChannelEncoder
 from .recipes import TRELLIS_RECIPES, TrellisRecipe
 
 
@@ -27,7 +27,7 @@ def pack(found: dict[str, np.ndarray]) -> Tensors:
     }
 
 
-class TrellisEncoder:
+class TrellisEncoder(ChannelEncoder):
     """The search at one preset (see MatrixEncoder); `isa` pins an instruction set for tests."""
 
     format = trellis.NAME
@@ -43,16 +43,8 @@ class TrellisEncoder:
         self._isa = isa
         self._recipe = recipe or TRELLIS_RECIPES[preset]
 
-    def encode(self, weight: np.ndarray, name: str = "", rows: np.ndarray | None = None) -> Encoded:
-        """See MatrixEncoder.encode."""
-        n, k = weight.shape
-        problem = formats.shape_problem(self.format, k, n)
-        if problem:
-            raise ValueError(problem)
-        found = self._search(np.ascontiguousarray(weight, dtype=np.float32))
-        # Channels are summed in order, so that the statistics, too, are reproducible.
-        stats = ErrorStats(*(float(total) for total in found["sums"].sum(axis=0)))
-        return Encoded(pack(found), stats)
+    def _pack(self, found: dict[str, np.ndarray]) -> Tensors:
+        return pack(found)
 
     def _search(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         from ..compiled import core as _core

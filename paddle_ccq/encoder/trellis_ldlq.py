@@ -16,7 +16,7 @@ import numpy as np
 from ..codec import trellis
 from . import trellis as data_free
 from .base import MatrixEncoder
-from .ldlq import Hessians, LdlqEncoder, Prepared, prepare, unscaled
+from .ldlq import Hessians, LdlqEncoder, Prepared, unscaled
 from .trellis_metric import TrellisMetric, make_trellis_metric
 
 
@@ -82,10 +82,8 @@ class TrellisLdlqEncoder(LdlqEncoder):
         """The metric of a Hessian, or None for one of zeros."""
         return make_trellis_metric(hessian, self._recipe.damping)
 
-    def search(self, weight: np.ndarray, metric: TrellisMetric) -> dict[str, np.ndarray]:
-        """The stored tensors of float32 [N, K] under a metric."""
-        prepared = prepare(weight, self._recipe)
-        return pack(self._find(prepared, metric), prepared)
+    def _pack(self, found: dict[str, np.ndarray], prepared: Prepared) -> dict[str, np.ndarray]:
+        return pack(found, prepared)
 
     def _find(self, prepared: Prepared, metric: TrellisMetric) -> dict[str, np.ndarray]:
         from ..compiled import core as _core

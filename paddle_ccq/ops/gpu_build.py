@@ -22,6 +22,21 @@ ARCHITECTURES = (80, 90)
 WHEEL_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
+def wheel_architectures(asked: str) -> tuple[int, ...]:
+    """What CCQ_BUILD_GPU asks for: "1" all of them, "80,90" these, "0" or "" no library.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if asked in ("", "0", "1"):
+        return WHEEL_ARCHITECTURES if asked == "1" else ()
+    known = {str(a): a for a in WHEEL_ARCHITECTURES}
+    chosen = asked.split(",")
+    if not set(chosen) <= set(known):
+        raise ValueError(f"neither 0, nor 1 for all, nor some of {','.join(known)}")
+    return tuple(known[a] for a in chosen)
+
+
 def device_sources() -> list[str]:
     """SOURCES without those that copy from and to host memory, for callers without a framework."""
     return [name for name in SOURCES if not Path(name).name.startswith("host")]

@@ -151,6 +151,10 @@ class ExpertsMethod(FusedMoEMethodBase):
         result = {}
         for suffix, whole in stored.items():
             part = torch.empty(own[suffix][0], dtype=whole.dtype, device=self.device())
+            if 2 * part.numel() >= whole.numel():
+                # Columns are cut on the card: there a processor copies row after row, and waits
+                # for each page of the file.
+                whole = whole.to(part.device)
             for target, source in layout.ccq_slices(self.format, suffix, whole_k, columns, rows):
                 part[target] = whole[source].to(part.device)
             result[suffix] = part

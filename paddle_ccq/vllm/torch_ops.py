@@ -211,10 +211,7 @@ def _decoded(
             weight.data_ptr(), scale.data_ptr(), k, first, count, decoded.data_ptr(), _stream()
         )
         _check(status, "decoding a linear layer")
-        if count == n:
-            torch.mm(rows, decoded.t(), out=out)
-        else:
-            out[:, first : first + count] = torch.mm(rows, decoded[:count].t())
+        torch.mm(rows, decoded[:count].t(), out=out[:, first : first + count])
 
 
 def counters_of(n: int) -> int:

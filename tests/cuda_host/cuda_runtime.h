@@ -273,6 +273,12 @@ inline unsigned __ballot_sync(unsigned, bool holds) {
   for (int i = 0; i < emulated::kWarpSize; ++i) all |= static_cast<unsigned>(slots[base + i]) << i;
   return all;
 }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <typename T>
@@ -308,6 +314,12 @@ inline int __vimin3_s32(int a, int b, int c) {
 inline int atomicMin(int* at, int value) {
   const int before = *at;
   if (value < before) *at = value;
+  return before;
+}
+template <typename T>
+T atomicOr(T* at, T bits) {
+  const T before = *at;
+  *at = before | bits;
   return before;
 }
 inline int min(int a, int b) { return a < b ? a : b; }

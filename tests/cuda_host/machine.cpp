@@ -18,8 +18,13 @@ namespace ccq_trellis_kernel {
 alignas(1024) thread_local unsigned char dynamic_shared[emulated::kMostShared];
 }
 
+namespace ccq_calibrated_trellis {
+alignas(1024) thread_local unsigned char dynamic_shared[emulated::kMostShared];
+}
+
 void emulated::poison_shared() {
   memset(ccq_ldlq::dynamic_shared, 0xFF, sizeof ccq_ldlq::dynamic_shared);
+  memset(ccq_calibrated_trellis::dynamic_shared, 0xFF, sizeof ccq_calibrated_trellis::dynamic_shared);
   memset(ccq_trellis_kernel::dynamic_shared, 0xFF, sizeof ccq_trellis_kernel::dynamic_shared);
 }
 

@@ -37,8 +37,8 @@ def device() -> Device:
     return Device()
 
 
-def stored(k: int, n: int, rng: np.random.Generator, integer: bool) -> Tensors:
-    specs = formats.tensor_specs("wint2", k, n)
+def stored(format: str, k: int, n: int, rng: np.random.Generator, integer: bool = True) -> Tensors:
+    specs = formats.tensor_specs(format, k, n)
     tensors = {}
     for suffix, (shape, name) in specs.items():
         dtype = formats.SAFETENSORS_DTYPES[name]
@@ -54,17 +54,21 @@ def stored(k: int, n: int, rng: np.random.Generator, integer: bool) -> Tensors:
     return tensors
 
 
-@pytest.mark.parametrize("order", ["plain", "fastdeploy-2.1"])
-@pytest.mark.parametrize("integer", [True, False])
+@pytest.mark.parametrize(
+    "format,integer,order",
+    [*(("wint2", i, o) for i in (True, False) for o in ("plain", "fastdeploy-2.1")),
+     ("ccq-2t", True, "plain")],
+)  # fmt: skip
 @pytest.mark.parametrize("hidden,width,experts,top_k", [(256, 128, 5, 2), (2560, 1536, 8, 6)])
 def test_experts(
-    device: Device, hidden: int, width: int, experts: int, top_k: int, integer: bool, order: str
-) -> None:
+    device: Device, hidden: int, width: int, experts: int, top_k: int,
+    format: str, integer: bool, order: str,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(0)
-    up = [stored(hidden, 2 * width, rng, integer) for _ in range(experts)]
-    down = [stored(width, hidden, rng, integer) for _ in range(experts)]
-    there = GpuExperts(up, down, order, device)
-    here = ops.repack_experts("wint2", up, down, order)
+    up = [stored(format, hidden, 2 * width, rng, integer) for _ in range(experts)]
+    down = [stored(format, width, hidden, rng, integer) for _ in range(experts)]
+    there = GpuExperts(up, down, order, device, format)
+    here = ops.repack_experts(format, up, down, order)
     for tokens in (1, 2, 17, 130, 3):  # growing and shrinking scratch
         x = rng.standard_normal((tokens, hidden)).astype(np.float32)
         ids = np.ascontiguousarray(np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k])
@@ -99,7 +103,7 @@ def test_a_model_and_its_time(device: Device, tmp_path: Path) -> None:
 
 def test_memory_is_given_back(device: Device) -> None:
     rng = np.random.default_rng(0)
-    up, down = [stored(4096, 8192, rng, True)], [stored(4096, 4096, rng, True)]
+    up, down = [stored("wint2", 4096, 8192, rng)], [stored("wint2", 4096, 4096, rng)]
     for _ in range(200):  # 200 times 16 MB and the staging beside it: more than a small card has
         made = GpuExperts(up, down, "plain", device)
     assert made.nbytes > 12 << 20

@@ -65,22 +65,26 @@ def test_swiglu(lib, dtype, shape) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 130])
-@pytest.mark.parametrize("pairs", ["integer", "general"])
+@pytest.mark.parametrize("pairs", ["integer", "general", "ccq-2t"])
 def test_block_equals_float64_in_a_graph_too(lib, tokens, pairs) -> None:
     torch.manual_seed(tokens)
     experts, hidden, width, top_k = 5, 256, 384, 2
-    stored = [
-        ccqlib.random_weights(torch, experts, k, n, pairs, seed)
-        for k, n, seed in ((hidden, 2 * width, 1), (width, hidden, 2))
-    ]
-    up, down = (lib.repack(*tensors) for tensors in stored)
+    sides = [(experts, hidden, 2 * width), (experts, width, hidden)]
+    if pairs == "ccq-2t":
+        stored = [ccqlib.random_trellis(torch, *side, seed=i) for i, side in enumerate(sides)]
+        up, down = (lib.repack_trellis(*tensors) for tensors in stored)
+        decode = ccqlib.decode_trellis
+    else:
+        stored = [ccqlib.random_weights(torch, *side, pairs, i) for i, side in enumerate(sides)]
+        up, down = (lib.repack(*tensors) for tensors in stored)
+        decode = ccqlib.decode
     x = torch.randn(tokens, hidden, device="cuda").bfloat16()
     ids = torch.rand(tokens, experts, device="cuda").topk(top_k, 1).indices
     ids[:, 0][ids[:, 0] == 3] = 1  # an expert of few or no rows
     weights = torch.rand(tokens, top_k, device="cuda")
     want = torch.zeros(tokens, hidden, device="cuda", dtype=torch.float64)
     for e in range(experts):
-        w_up, w_down = (ccqlib.decode(torch, *(t[e] for t in tensors)) for tensors in stored)
+        w_up, w_down = (decode(torch, *(t[e] for t in tensors)) for tensors in stored)
         gate, value = (x.double() @ w_up).chunk(2, 1)
         share = (weights * (ids == e)).double().sum(1, keepdim=True)
         want += share * ((gate * gate.sigmoid() * value) @ w_down)

@@ -11,11 +11,14 @@ import pytest
 pytest.importorskip("torch")
 from gpu_library import ccqlib, library, torch
 
-# Kernels for many rows round weights to bfloat16 (2.4e-3 in all, more where outputs are few).
-TOLERANCE = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
+# Relative errors for many outputs. Rounding outputs to bfloat16 gives 1.66e-3; kernels for many
+# rows round weights to 8 bits as well, 2.36e-3 in all.
+TOLERANCE = {torch.bfloat16: 1.75e-3, torch.float16: 3e-4}
+MANY_ROWS_TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
+FIRST_FOR_FEW_ROWS = 40
 DTYPES = [torch.bfloat16, torch.float16]
 # Kernels by number (custom_ops/gpu/moe/choice.h): many rows, then few.
-KERNELS = [*range(10, 16), *range(40, 47)]
+KERNELS = [*range(10, 17), *range(40, 47)]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,14 @@ def lib(tmp_path_factory):
 
 def decoded(weights, expert=0):
     return ccqlib.decode_trellis(torch, *(t[expert] for t in weights))
+
+
+def tolerance(lib, dtype, outputs):
+    """Of the kernel that ran last. Both norms are sums over the outputs, so with few of them their
+    ratio spreads: in 4,000 draws of 16 outputs, rounded weights gave 6.2e-3 at most, rounded
+    outputs alone 3.2e-3; in 500 draws of 304 outputs 2.9e-3 and 2.0e-3."""
+    table = TOLERANCE if lib.variant >= FIRST_FOR_FEW_ROWS else MANY_ROWS_TOLERANCE
+    return table[dtype] * (1 + 7 / outputs**0.5)
 
 
 def multiply(lib, packed, x, offsets, row_scale=None):
@@ -41,7 +52,8 @@ def multiply(lib, packed, x, offsets, row_scale=None):
     return results[0]
 
 
-def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, spread=1.0):
+def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, spread=1.0,
+        matrix=False):  # fmt: skip
     weights = ccqlib.random_trellis(torch, *shape, seed=seed)
     packed, experts, k = lib.repack_trellis(*weights), shape[0], shape[1]
     g = torch.Generator(device="cuda").manual_seed(1000 + seed)
@@ -52,7 +64,7 @@ def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, sprea
     if offsets is None:
         offsets = ccqlib.random_offsets(torch, experts, rows, seed)
     scale = torch.rand(rows, generator=g, device="cuda") if row_scale else None
-    out = multiply(lib, packed, x, offsets.cuda(), scale)
+    out = multiply(lib, packed, x, None if matrix else offsets.cuda(), scale)
     want = torch.full((rows, shape[2]), float("nan"), device="cuda", dtype=torch.float64)
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -63,8 +75,8 @@ def run(lib, shape, rows, dtype, *, seed=0, offsets=None, row_scale=False, sprea
         want *= scale.double()[:, None]
     error = ((out.double() - want).norm() / want.norm()).item()
     worst = ((out.double() - want).abs().amax(1) / want.abs().amax(1)).max().item()
-    assert error <= TOLERANCE[dtype], (error, worst)
-    assert worst <= 8 * TOLERANCE[dtype], (error, worst)
+    assert error <= tolerance(lib, dtype, out.numel()), (error, worst)
+    assert worst <= 8 * MANY_ROWS_TOLERANCE[dtype], (error, worst)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +151,7 @@ def test_rows_from_the_middle_of_a_column(lib):
         [x[2 * e : 2 * e + 2].double() @ decoded((q, ws, ss), e)[384:] for e in (0, 1)]
     )
     out = multiply(lib, packed, x, offsets).double()
-    assert ((out - want).norm() / want.norm()).item() <= TOLERANCE[torch.bfloat16]
+    assert ((out - want).norm() / want.norm()).item() <= tolerance(lib, torch.bfloat16, out.numel())
 
 
 def test_rows_of_nobody_stay(lib):
@@ -189,10 +201,11 @@ def test_forced(lib, kernel):
     lib.force_variant(kernel)
     ran = 0
     try:
-        for rows in (1, 3, 9, 70):
-            for shape in ((5, 640, 304), (2, 128, 16), (3, 1536, 528), (3, 3584, 144)):
+        shapes = (5, 640, 304), (2, 128, 16), (3, 1536, 528), (3, 3584, 144), (1, 128, 16)
+        for rows in (1, 3, 9, 21, 70):
+            for shape in shapes:
                 try:
-                    run(lib, shape, rows, torch.bfloat16, seed=rows)
+                    run(lib, shape, rows, torch.bfloat16, seed=rows, matrix=shape[0] == 1)
                     ran += 1
                 except RuntimeError as error:  # a kernel that does not take this K
                     assert "CUDA error 9" in str(error)

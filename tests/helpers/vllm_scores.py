@@ -33,22 +33,6 @@ def found(folder: Path, tokens: np.ndarray, **options: object) -> np.ndarray:
     return np.array([entry[token].logprob for token, entry in pairs])
 
 
-def expected(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """What found() should be, by this package's own model in float32."""
-    from paddle_ccq.checkpoint.reader import open_checkpoint
-    from paddle_ccq.serving.engine_model import EngineModel, Piece
-
-    model = EngineModel(open_checkpoint(folder), max_length=1024)
-    cache = model.new_cache(len(tokens))
-    region = cache.allocate(len(tokens))
-    rows = []
-    for i, token in enumerate(tokens[:-1]):
-        logits = model.forward([Piece([int(token)], i, region)], cache)[0].astype(np.float64)
-        logits -= logits.max()
-        rows.append(logits[tokens[i + 1]] - np.log(np.exp(logits).sum()))
-    return np.array(rows)
-
-
 if __name__ == "__main__":
     source, tokens_file, scores_file, engine_options = sys.argv[1:]
     scores = found(Path(source), np.load(tokens_file), **json.loads(engine_options))

@@ -5,27 +5,12 @@
 #include <cstring>
 #include <mutex>
 
+#include "../common/held.h"
 #include "encode.h"
 
 namespace {
 
 constexpr size_t kSlotBytes = size_t{32} << 20;  // of float weights: a few waves of channels
-
-// Page-locking and freeing memory stall the device, so buffers live as long as the process and only grow.
-struct Buffer {
-  void* data = nullptr;
-  size_t size = 0;
-
-  template <bool kPinned>
-  cudaError_t grow(size_t bytes) {
-    if (bytes <= size) return cudaSuccess;
-    if (data) kPinned ? cudaFreeHost(data) : cudaFree(data);
-    data = nullptr, size = 0;
-    const cudaError_t error = kPinned ? cudaMallocHost(&data, bytes) : cudaMalloc(&data, bytes);
-    if (error == cudaSuccess) size = bytes;
-    return error;
-  }
-};
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -58,7 +43,8 @@ struct Results {
 
 struct Slot {
   cudaStream_t stream = nullptr;
-  Buffer host_in, host_out, weight, entries, out, workspace;
+  ccq::HeldBuffer<true> host_in, host_out;
+  ccq::HeldBuffer<false> weight, entries, out, workspace;
   size_t first = 0, count = 0;  // channels in flight
 };
 
@@ -89,12 +75,12 @@ class Pipeline {
   cudaError_t prepare(Slot& s) {
     const size_t out = Results(nullptr, step_, groups_, a_.layout.words).bytes, in = step_ * a_.k * 4;
     cudaError_t error = s.stream ? cudaSuccess : cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking);
-    if (error == cudaSuccess) error = s.host_in.grow<true>(in);
-    if (error == cudaSuccess) error = s.host_out.grow<true>(out);
-    if (error == cudaSuccess) error = s.weight.grow<false>(in);
-    if (error == cudaSuccess) error = s.out.grow<false>(out);
-    if (error == cudaSuccess) error = s.entries.grow<false>(entry_bytes_);
-    if (error == cudaSuccess) error = s.workspace.grow<false>(ccq_encode_workspace(a_.k, a_.pairs));
+    if (error == cudaSuccess) error = s.host_in.grow(in);
+    if (error == cudaSuccess) error = s.host_out.grow(out);
+    if (error == cudaSuccess) error = s.weight.grow(in);
+    if (error == cudaSuccess) error = s.out.grow(out);
+    if (error == cudaSuccess) error = s.entries.grow(entry_bytes_);
+    if (error == cudaSuccess) error = s.workspace.grow(ccq_encode_workspace(a_.k, a_.pairs));
     if (error == cudaSuccess)
       error = cudaMemcpyAsync(s.entries.data, a_.entries, entry_bytes_, cudaMemcpyHostToDevice, s.stream);
     s.count = 0;
@@ -107,8 +93,8 @@ class Pipeline {
     const Results device(s.out.data, count, groups_, a_.layout.words);
     ccq_encode_args d = a_;
     d.n = count;
-    d.weight = static_cast<const float*>(s.weight.data);
-    d.entries = static_cast<const int32_t*>(s.entries.data);
+    d.weight = reinterpret_cast<const float*>(s.weight.data);
+    d.entries = reinterpret_cast<const int32_t*>(s.entries.data);
     d.words = device.words, d.scales = device.scales, d.supers = device.supers;
     d.chosen = device.chosen, d.sums = device.sums, d.workspace = s.workspace.data;
     cudaError_t error = cudaMemcpyAsync(s.weight.data, s.host_in.data, in, cudaMemcpyHostToDevice, s.stream);

@@ -3,30 +3,17 @@
 // after the other.
 #include <mutex>
 
+#include "../common/held.h"
 #include "trellis.h"
 
 namespace {
 
 constexpr int64_t kLeastRunBytes = int64_t{1} << 20;
 
-// Freeing memory stalls the device, so buffers live as long as the process and only grow.
-struct Buffer {
-  void* data = nullptr;
-  size_t size = 0;
-
-  cudaError_t grow(size_t bytes) {
-    if (bytes <= size) return cudaSuccess;
-    if (data) cudaFree(data);
-    data = nullptr, size = 0;
-    const cudaError_t error = cudaMalloc(&data, bytes);
-    if (error == cudaSuccess) size = bytes;
-    return error;
-  }
-};
+using Buffer = ccq::HeldBuffer<>;
 
 struct Held {
-  cudaStream_t stream = nullptr;
-  cudaEvent_t begun = nullptr, done = nullptr;
+  ccq::TimedStream timed;
   Buffer weight, words, scales, supers, sums, workspace;
 
   size_t bytes() const {
@@ -39,41 +26,31 @@ struct Held {
 Held held;
 std::mutex one_at_a_time;
 
-class Run {
+class Run : ccq::Steps {
  public:
   explicit Run(const ccq_trellis_args& args) : a_(args), d_(args) {}
 
   cudaError_t run(float* kernel_milliseconds) {
     const size_t n = a_.n, k = a_.k;
-    if (!held.stream) keep(cudaStreamCreateWithFlags(&held.stream, cudaStreamNonBlocking));
-    for (cudaEvent_t* event : {&held.begun, &held.done})
-      if (ok() && !*event) keep(cudaEventCreate(event));
+    keep(held.timed.open());
     allocate();
-    if (ok()) keep(cudaMemcpyAsync(held.weight.data, a_.weight, n * k * 4, cudaMemcpyHostToDevice, held.stream));
-    if (ok()) keep(cudaEventRecord(held.begun, held.stream));
-    if (ok()) keep(ccq_trellis(&d_, held.stream));
-    if (ok()) keep(cudaEventRecord(held.done, held.stream));
-    fetch(a_.words, d_.words, n * (k / 4));
-    fetch(a_.scales, d_.scales, n * (k / 64));
-    fetch(a_.supers, d_.supers, n * 4);
-    fetch(a_.sums, d_.sums, n * 24);
-    // Also after an error: nothing may still write into the caller's arrays.
-    if (held.stream) keep(cudaStreamSynchronize(held.stream));
-    if (ok() && kernel_milliseconds) keep(cudaEventElapsedTime(kernel_milliseconds, held.begun, held.done));
-    if (!ok()) cudaGetLastError();  // told here; not to be found by the next launch
-    return error_;
+    const cudaStream_t stream = held.timed.stream;
+    if (ok()) keep(cudaMemcpyAsync(held.weight.data, a_.weight, n * k * 4, cudaMemcpyHostToDevice, stream));
+    if (ok()) keep(cudaEventRecord(held.timed.begun, stream));
+    if (ok()) keep(ccq_trellis(&d_, stream));
+    if (ok()) keep(cudaEventRecord(held.timed.done, stream));
+    fetch(a_.words, d_.words, n * (k / 4), stream);
+    fetch(a_.scales, d_.scales, n * (k / 64), stream);
+    fetch(a_.supers, d_.supers, n * 4, stream);
+    fetch(a_.sums, d_.sums, n * 24, stream);
+    return finish(held.timed, kernel_milliseconds);
   }
 
  private:
-  bool ok() const { return error_ == cudaSuccess; }
-  void keep(cudaError_t error) {
-    if (ok()) error_ = error;
-  }
-
   template <typename T>
   T* take(Buffer& buffer, size_t bytes) {
     if (ok()) error_ = buffer.grow(bytes);
-    return static_cast<T*>(buffer.data);
+    return reinterpret_cast<T*>(buffer.data);
   }
 
   void allocate() {
@@ -99,13 +76,8 @@ class Run {
     d_.workspace = held.workspace.data;
   }
 
-  void fetch(void* host, const void* device, size_t bytes) {
-    if (ok()) error_ = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, held.stream);
-  }
-
   const ccq_trellis_args& a_;
   ccq_trellis_args d_;  // the same on the device
-  cudaError_t error_ = cudaSuccess;
 };
 
 }  // namespace

@@ -3,30 +3,14 @@
 // one after the other.
 #include <mutex>
 
+#include "../common/held.h"
 #include "trellis_ldlq.h"
 
 namespace {
 
-// Freeing memory stalls the device, so buffers live as long as the process and only grow.
-struct Buffer {
-  char* data = nullptr;
-  size_t size = 0;
-
-  cudaError_t grow(size_t bytes) {
-    if (bytes <= size) return cudaSuccess;
-    if (data) cudaFree(data);
-    data = nullptr, size = 0;
-    void* found = nullptr;
-    const cudaError_t error = cudaMalloc(&found, bytes);
-    if (error == cudaSuccess) data = static_cast<char*>(found), size = bytes;
-    return error;
-  }
-};
-
 struct Held {
-  cudaStream_t stream = nullptr;
-  cudaEvent_t begun = nullptr, done = nullptr;
-  Buffer in, out, workspace;
+  ccq::TimedStream timed;
+  ccq::HeldBuffer<> in, out, workspace;
 };
 
 Held held;
@@ -34,14 +18,13 @@ std::mutex one_at_a_time;
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-class Run {
+class Run : ccq::Steps {
  public:
   explicit Run(const ccq_trellis_ldlq_args& args) : a_(args), d_(args) {}
 
   cudaError_t run(float* kernel_milliseconds) {
-    if (!held.stream) keep(cudaStreamCreateWithFlags(&held.stream, cudaStreamNonBlocking));
-    for (cudaEvent_t* event : {&held.begun, &held.done})
-      if (ok() && !*event) keep(cudaEventCreate(event));
+    keep(held.timed.open());
+    const cudaStream_t stream = held.timed.stream;
     inputs(false);
     outputs();
     if (ok()) keep(held.in.grow(in_));
@@ -53,27 +36,18 @@ class Run {
       outputs();
       d_.workspace = held.workspace.data;
     }
-    if (ok()) keep(cudaEventRecord(held.begun, held.stream));
-    if (ok()) keep(ccq_trellis_ldlq(&d_, held.stream));
-    if (ok()) keep(cudaEventRecord(held.done, held.stream));
+    if (ok()) keep(cudaEventRecord(held.timed.begun, stream));
+    if (ok()) keep(ccq_trellis_ldlq(&d_, stream));
+    if (ok()) keep(cudaEventRecord(held.timed.done, stream));
     const size_t n = a_.n, k = a_.k;
-    fetch(a_.words, d_.words, n * (k / 4));
-    fetch(a_.scales, d_.scales, n * (k / 64));
-    fetch(a_.found_supers, d_.found_supers, n * 4);
-    fetch(a_.loss, d_.loss, n * 8);
-    // Also after an error: nothing may still write into the caller's arrays.
-    if (held.stream) keep(cudaStreamSynchronize(held.stream));
-    if (ok() && kernel_milliseconds) keep(cudaEventElapsedTime(kernel_milliseconds, held.begun, held.done));
-    if (!ok()) cudaGetLastError();  // told here; not to be found by the next launch
-    return error_;
+    fetch(a_.words, d_.words, n * (k / 4), stream);
+    fetch(a_.scales, d_.scales, n * (k / 64), stream);
+    fetch(a_.found_supers, d_.found_supers, n * 4, stream);
+    fetch(a_.loss, d_.loss, n * 8, stream);
+    return finish(held.timed, kernel_milliseconds);
   }
 
  private:
-  bool ok() const { return error_ == cudaSuccess; }
-  void keep(cudaError_t error) {
-    if (ok()) error_ = error;
-  }
-
   // Counts the bytes of all inputs; with `copies` also gives them their places and copies them.
   void inputs(bool copies) {
     const size_t n = a_.n, k = a_.k, groups = k / 64, rows = CCQ_TRELLIS_WINDOW;
@@ -97,7 +71,7 @@ class Run {
     in_ += rounded(count * 4);
     if (!copies) return;
     device = reinterpret_cast<const float*>(at);
-    if (ok()) keep(cudaMemcpyAsync(at, host, count * 4, cudaMemcpyHostToDevice, held.stream));
+    if (ok()) keep(cudaMemcpyAsync(at, host, count * 4, cudaMemcpyHostToDevice, held.timed.stream));
   }
 
   void outputs() {
@@ -113,14 +87,9 @@ class Run {
     out_ += rounded(count * sizeof(T));
   }
 
-  void fetch(void* host, const void* device, size_t bytes) {
-    if (ok()) error_ = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, held.stream);
-  }
-
   const ccq_trellis_ldlq_args& a_;
   ccq_trellis_ldlq_args d_;  // the same on the device
   size_t in_ = 0, out_ = 0;
-  cudaError_t error_ = cudaSuccess;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "../common/arena.h"
+#include "../common/held.h"
 #include "ldlq.h"
 
 namespace {
@@ -13,22 +14,8 @@ namespace {
 constexpr size_t kSlabBytes = size_t{32} << 20;
 constexpr int64_t kLeastRunBytes = int64_t{16} << 20;
 
-// Page-locking and freeing memory stall the device, so buffers live as long as the process and only grow.
 template <bool kPinned>
-struct Buffer {
-  char* data = nullptr;
-  size_t size = 0;
-
-  cudaError_t grow(size_t bytes) {
-    if (bytes <= size) return cudaSuccess;
-    if (data) kPinned ? cudaFreeHost(data) : cudaFree(data);
-    data = nullptr, size = 0;
-    void* found = nullptr;
-    const cudaError_t error = kPinned ? cudaMallocHost(&found, bytes) : cudaMalloc(&found, bytes);
-    if (error == cudaSuccess) data = static_cast<char*>(found), size = bytes;
-    return error;
-  }
-};
+using Buffer = ccq::HeldBuffer<kPinned>;
 
 struct Slab {
   Buffer<true> host;

@@ -145,12 +145,13 @@ constexpr StreamCost kStreamCosts[] = {
     {kStreamFew + 3, 8, 10.13, 0.349, 0.186},
 };
 
-// `use`(rows, experts that are expected to have so many), if rows come from tokens that choose eight experts each.
+// use(rows, share) for each number of rows that an expert may have, if rows come from tokens that choose eight experts each; `share` of
+// the experts.
 template <typename F>
-void for_rows_of_experts(const Call& call, F&& use) {
+void for_rows(const Call& call, F&& use) {
   const int tokens = ceil_div(call.rows, 8);
   const double chosen = call.mean() / tokens;
-  if (call.experts == 1 || chosen >= 1) return use(ceil_div(call.rows, call.experts), static_cast<double>(call.experts));
+  if (call.experts == 1 || chosen >= 1) return use(ceil_div(call.rows, call.experts), 1.0);
   const double odds = chosen / (1 - chosen), spread = 5 * std::sqrt(call.mean()) + 2;
   const int from = std::max(0, static_cast<int>(call.mean() - spread)), to = std::min(tokens, static_cast<int>(call.mean() + spread));
   const int middle = static_cast<int>(call.mean());
@@ -163,13 +164,13 @@ void for_rows_of_experts(const Call& call, F&& use) {
   };
   double all = 0;
   walk([&](int, double share) { all += share; });
-  walk([&](int rows, double share) { use(rows, share / all * call.experts); });
+  walk([&](int rows, double share) { use(rows, share / all); });
 }
 // Blocks of at most `block_rows` rows that the experts are expected to have.
 inline double expected_blocks(const Call& call, int block_rows) {
   double blocks = 0;
-  for_rows_of_experts(call, [&](int rows, double experts) { blocks += experts * ceil_div(rows, block_rows); });
-  return blocks;
+  for_rows(call, [&](int rows, double share) { blocks += share * ceil_div(rows, block_rows); });
+  return blocks * call.experts;
 }
 
 inline double stream_cost(const Gpu& gpu, const Call& call, const StreamCost& c) {
@@ -193,11 +194,11 @@ constexpr SomeCost kSomeCosts[] = {
 inline double some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
   double work = 0;
   const int units = call.k / 128;
-  for_rows_of_experts(call, [&](int rows, double experts) {
+  for_rows(call, [&](int rows, double share) {
     const int steps = rows / c.rows * (c.rows / c.step) + ceil_div(rows % c.rows, c.step);
-    work += experts * (ceil_div(rows, c.rows) * (units * c.unit + c.tile) + steps * units * c.step_unit);
+    work += share * (ceil_div(rows, c.rows) * (units * c.unit + c.tile) + steps * units * c.step_unit);
   });
-  return c.start + work * ceil_div(call.n, 512) / gpu.sms;
+  return c.start + work * call.experts * ceil_div(call.n, 512) / gpu.sms;
 }
 
 // Some rows of each of several experts, on Hopper: the least of three kernels' costs. -1: another kernel.
@@ -242,30 +243,63 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   return 3;
 }
 
-// CCQ-2T: trellis_few.cuh by `wgmma` with one, four or eight rows a tile, by mma.sync (+ 3, + 4) with one or four, with eight and K
-// in two launches (+ 5), with eight and K below 2048 (+ 6); or moe_wide.cuh.
-constexpr int kTrellisFew = 40;
+// CCQ-2T: trellis_few.cuh with one, two or four rows a tile (before Hopper + 3 with one, + 4 with four), trellis_some.cuh with 8 or 16,
+// or moe_wide.cuh.
+constexpr int kTrellisFew = 40, kTrellisSome = 45;
+
+// Of trellis_few.cuh as StreamCost. Fitted to measurements on an H200 (eight shapes, 1 to 64 tokens, bfloat16), which all three tables
+// meet within 2 to 5 % in the mean.
+constexpr StreamCost kTrellisFewCosts[] = {
+    {kTrellisFew, 1, 4.24, 0.310, 0.145}, {kTrellisFew + 1, 2, 5.11, 0.338, 0.172}, {kTrellisFew + 2, 4, 6.73, 0.363, 0.196},
+};
+// Of trellis_some.cuh and moe_wide.cuh as WideCost, besides what a launch takes.
+struct TrellisCost : WideCost {
+  double start;
+};
+constexpr TrellisCost kTrellisSomeCosts[] = {
+    {{kTrellisSome, 512, 8, 0.928, 0.746, 0.33}, 10.9}, {{kTrellisSome + 1, 512, 16, 1.303, 0.918, 0.46}, 12.4},
+};
+constexpr TrellisCost kTrellisWideCosts[] = {
+    {{kWide, 512, 32, 1.875, 1.776, 1.95}, 3},     {{kWide + 1, 512, 48, 2.150, 1.942, 1.08}, 3},
+    {{kWide + 2, 512, 64, 2.426, 1.992, 0.35}, 3}, {{kWide + 3, 256, 96, 1.560, 1.165, 0}, 3},
+    {{kWide + 4, 256, 128, 1.894, 1.249, 0}, 3},   {{kWide + 5, 256, 144, 1.950, 1.950, 1}, 3},
+    {{kWide + 6, 128, 256, 1.489, 1.489, 1.89}, 3},
+};
+
+inline double trellis_some_cost(const Gpu& gpu, const Call& call, const TrellisCost& c) {
+  double whole = 0, half = 0;
+  for_rows(call, [&](int rows, double share) {
+    const int rest = rows % c.rows;
+    whole += share * (rows / c.rows + (rest > c.rows / 2)), half += share * (rest > 0 && rest <= c.rows / 2);
+  });
+  const int columns = ceil_div(call.n, c.columns), units = ceil_div(call.k, 128);
+  const double work = (whole * (c.unit * units + c.tile) + half * (c.half_unit * units + c.tile)) * call.experts * columns / gpu.sms;
+  const double waves = (whole + half) * call.experts * columns / gpu.sms;
+  return c.start + work * std::max(1.0, 1 / std::min(1.0, 8 * waves));
+}
 
 // -1: K is longer than any kernel for this GPU takes.
 template <typename F>
 int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
-  const bool hopper = has_wide && gpu.major == 9;
   const double mean = call.mean();
   const bool one = call.experts == 1 ? call.rows == 1 : mean <= 0.3;
-  if (!hopper) {
+  if (!has_wide || gpu.major != 9) {
     for (int variant : {one ? kTrellisFew + 3 : kTrellisFew + 4, kTrellisFew + 3})
       if (fits(variant)) return variant;
     return -1;
   }
-  // Borders measured on an H200. Eight rows decode once what four decode twice, but a step of theirs takes longer.
-  if (one && fits(kTrellisFew)) return kTrellisFew;
-  if (mean > 12) return wide_choice(gpu, call, fits);
-  if (mean >= 4 && fits(kTrellisFew + 2)) return kTrellisFew + 2;
-  if (mean >= 5)
-    for (int variant : {kTrellisFew + 6, kTrellisFew + 5})
-      if (fits(variant)) return variant;
-  if (mean <= 6 && fits(kTrellisFew + 1)) return kTrellisFew + 1;
-  return wide_choice(gpu, call, fits);
+  int best = -1;
+  double least = 0;
+  auto consider = [&](int variant, double cost) {
+    if (fits(variant) && (best < 0 || cost < least)) best = variant, least = cost;
+  };
+  if (mean <= 8)
+    for (const StreamCost& c : kTrellisFewCosts) consider(c.variant, stream_cost(gpu, call, c));
+  if (mean <= 24)
+    for (const TrellisCost& c : kTrellisSomeCosts) consider(c.variant, trellis_some_cost(gpu, call, c));
+  if (mean > 8 || best < 0)
+    for (const TrellisCost& c : kTrellisWideCosts) consider(c.variant, c.start + wide_cost(gpu, call, c));
+  return best;
 }
 
 }  // namespace ccq

@@ -133,7 +133,7 @@ __device__ void epilogue(const W& w, const P& work, PartialSignal<C>& signal, Ac
     signal.owner = w.owner(work, 0);
     return;
   }
-  const int blocks_k = w.p.k / 128;
+  const int blocks_k = w.blocks_k();
   if (work.kb_end < blocks_k) add_partials<C, kNT>(w, work.rows, w.owner(work, blocks_k - 1), acc);
   store();
 }

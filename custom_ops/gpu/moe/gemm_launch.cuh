@@ -48,6 +48,8 @@ inline int& forced_variant() {
 
 constexpr int kWarpsPerSm = 16;
 constexpr int kMaxPartialFloat4 = 9216;
+// Of trellis_some.cuh: its most rows an expert, on average; bytes of 8 rows and 256 input rows of activations.
+constexpr int kMostSome = 24, kTrellisRowsBytes = 8 * 256 * 4;
 
 // The arrays of a workspace. Partial results: for each SM what one tile of each of its blocks has, which grows with the rows a
 // tile may have.
@@ -64,7 +66,9 @@ struct Workspace {
 #endif
     prepared.counters = arena.take<int>(int64_t{kWarpsPerSm} * sms);
     partial = arena.take<float4>(static_cast<int64_t>(partial_float4) * sms);
-    prepared.x = arena.take<char>(blocks * (k / 128) * kRowsUnitBytes);
+    // CCQ-2T with up to kMostSome rows an expert takes more for each block of 8 rows; of such there are at most so many.
+    const int64_t trellis_blocks = std::min<int64_t>(blocks, (kMostSome / 8 + 1) * int64_t{experts} + 1);
+    prepared.x = arena.take<char>(std::max(blocks * (k / 128) * kRowsUnitBytes, trellis_blocks * ((k + 255) / 256) * kTrellisRowsBytes));
     prepared.row_scale = arena.take<float>(rows);
   }
 };

@@ -74,6 +74,7 @@ struct Warp {
   }
   __device__ StreamK<C> schedule() const { return schedule(p); }
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
+  __device__ int blocks_k() const { return p.k / 128; }  // units of a tile
   __device__ int owner(const WorkTile& work, int kb) const { return schedule().owner(work.expert, work.column, work.block, kb); }
   __device__ char* slot(int number) const {
     return shared() + warp * C::kWarpBytes + Ring<kR, C::kStages>::kBytes + number * C::kSlotBytes;

@@ -109,6 +109,7 @@ struct ConsumerWarp {
   uint32_t parity = 0;
 
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
+  __device__ int blocks_k() const { return p.k / 128; }  // units of a tile
   __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(WideShared<C>::schedule(p), work, kb); }
   __device__ void release(int which) const { WideShared<C>::free()[which].arrive_together(); }
   // The same without a branch, which among `wgmma` would serialize them.

@@ -45,4 +45,20 @@ __device__ inline void trellis_words(uint32_t word, uint32_t before, uint32_t ad
   x1 = both * kTrellisDoubled1 + addend1;
 }
 
+// What two neighbouring values of a row become, times `scale`: integers of two signed digits, each digit as (a, -a, b, -b).
+struct TrellisDigits {
+  uint32_t upper, lower;
+  __device__ TrellisDigits(float a, float b, float scale) {
+    // To the nearest integer, in the low bits of 1.5 * 2^23; 128 more, so that the upper byte is the upper digit and the lower one, less
+    // 128, the lower digit.
+    auto both = [&](float value) {
+      const uint32_t plus = __float_as_uint(__fmaf_rn(value, scale, 12582912.f + 128.f));
+      const uint32_t minus = __float_as_uint(__fmaf_rn(value, -scale, 12582912.f + 128.f));
+      return __byte_perm(plus, minus, 0x4051);  // upper digits, lower digits
+    };
+    const uint32_t first = both(a), second = both(b);
+    upper = __byte_perm(first, second, 0x5410), lower = __byte_perm(first, second, 0x7632) ^ 0x80808080u;
+  }
+};
+
 }  // namespace ccq

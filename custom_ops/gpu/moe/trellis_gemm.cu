@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch of the grouped GEMM with CCQ-2T weights: trellis_few.cuh for few rows an expert, on Hopper moe_wide.cuh for more.
+// Launch of the grouped GEMM with CCQ-2T weights: trellis_few.cuh for few rows an expert, on Hopper trellis_some.cuh for some and
+// moe_wide.cuh for more.
 
 #include "trellis_gemm.h"
 
@@ -7,6 +8,7 @@
 #include "trellis_few.cuh"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
+#include "trellis_some.cuh"
 #include "wide_map.h"
 #include "wide_trellis.cuh"
 #endif
@@ -14,20 +16,26 @@
 namespace ccq {
 namespace {
 
-// Rows a tile, stages under way, the instruction.
+// By rows a tile.
 template <typename F>
 auto with_trellis_few(int variant, F&& use) {
   switch (variant) {
 #ifdef CCQ_SM90A
-    case kTrellisFew: return use(TrellisFewConfig<1, 8, true>{});
-    case kTrellisFew + 1: return use(TrellisFewConfig<4, 8, true>{});
-    case kTrellisFew + 2: return use(TrellisFewConfig<8, 8, true, 2>{});
-    case kTrellisFew + 5: return use(TrellisFewConfig<8, 8, true, 2>{});
-    case kTrellisFew + 6: return use(TrellisFewConfig<8, 8, true, 4>{});
+    case kTrellisFew: return use(TrellisFewConfig<1, 4>{});
+    case kTrellisFew + 1: return use(TrellisFewConfig<2, 2>{});
+    case kTrellisFew + 2: return use(TrellisFewConfig<4, 1>{});
 #endif
-    case kTrellisFew + 3: return use(TrellisFewConfig<1, 4, false>{});
-    default: return use(TrellisFewConfig<4, 4, false>{});
+    // With less shared memory.
+    case kTrellisFew + 3: return use(TrellisFewConfig<1, 1, 1>{});
+    default: return use(TrellisFewConfig<4, 1, 1>{});
   }
+}
+
+// Stages on their way: as many as fit, of a multiple of the teams (a stage's place is always the same team's). 0: too few fit.
+template <typename C>
+int few_stages(int shared, int k, int experts) {
+  const int left = (shared - static_cast<int>(C::shared_bytes(k, experts))) / C::kStageBytes / C::kTeams * C::kTeams;
+  return left < C::kLeastStages ? 0 : std::min(left, C::kMostStages);
 }
 
 #ifdef CCQ_SM90A
@@ -40,7 +48,8 @@ auto with_trellis_wide(int variant, F&& use) {
     case kWide + 2: return use(WideConfig<TrellisWeights, kBf16, 4, 64, 5>{});
     case kWide + 3: return use(WideConfig<TrellisWeights, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<TrellisWeights, kBf16, 2, 128, 4>{});
-    default: return use(WideConfig<TrellisWeights, kBf16, 2, 144, 4>{});
+    case kWide + 5: return use(WideConfig<TrellisWeights, kBf16, 2, 144, 4>{});
+    default: return use(WideConfig<TrellisWeights, kBf16, 1, 256, 3>{});
   }
 }
 
@@ -64,28 +73,43 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
     return launch_gemm<C>(device, wide_kernel<C>, p, w.partial_float4, stream, map);
   });
 }
+
+// Warps that multiply, the most rows of a tile, stages.
+template <bool kBf16, typename F>
+auto with_trellis_some(int variant, F&& use) {
+  // A tile of 16 rows takes more registers than sixteen warps have.
+  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 16, 8, 4>{}) : use(TrellisSomeConfig<kBf16, 8, 16, 4>{});
+}
+
+template <bool kBf16>
+cudaError_t launch_some(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
+  Arena arena(a.workspace);
+  const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
+  GemmParams p{};
+  p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.out = a.out;
+  p.prepared = w.prepared, p.partial = w.partial, p.caller_scale = w.prepared.row_scale;
+  p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  const cudaError_t error = launch_early(trellis_prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k,
+                                         a.dtype, a.row_scale, kWarpsPerSm * device.sms, w.prepared);
+  if (error != cudaSuccess) return error;
+  return with_trellis_some<kBf16>(variant, [&](auto config) {
+    using C = decltype(config);
+    return launch_gemm<C>(device, trellis_some_kernel<C>, p, w.partial_float4, stream);
+  });
+}
 #endif
 
-// Launches that share K, and the input rows of each (of the last one, at most).
-int parts_of(int variant) { return variant == kTrellisFew + 5 ? 2 : 1; }
-int part_of(int variant, int k) { return ceil_div(k / 128, parts_of(variant)) * 128; }
-
 bool fits(const Gpu& gpu, int variant, const Call& call) {
-  const auto shared = static_cast<size_t>(gpu.shared);
-  if (variant >= kTrellisFew) {
-    if (parts_of(variant) > 1) {  // their sums lie in the workspace
-      Arena arena(nullptr);
-      Workspace(arena, call.rows, call.k, call.experts, gpu.sms);
-      if (int64_t{4} * call.rows * call.n > static_cast<int64_t>(arena.most())) return false;
-    }
-    return with_trellis_few(variant, [&](auto c) {
-      using C = decltype(c);
-      const int k = part_of(variant, call.k);
-      return C::suits(call.k - (parts_of(variant) - 1) * k) && C::shared_bytes(k, call.experts) <= shared;
-    });
-  }
 #ifdef CCQ_SM90A
-  return with_trellis_wide<true>(variant, [&](auto c) { return decltype(c)::shared_bytes(kMaxExperts) <= shared; });
+  if (variant >= kTrellisSome)
+    return call.mean() <= kMostSome && with_trellis_some<true>(variant, [&](auto c) {
+      return decltype(c)::shared_bytes(kMaxExperts) <= static_cast<size_t>(gpu.shared);
+    });
+#endif
+  if (variant >= kTrellisFew)
+    return with_trellis_few(variant, [&](auto c) { return few_stages<decltype(c)>(gpu.shared, call.k, call.experts) > 0; });
+#ifdef CCQ_SM90A
+  return with_trellis_wide<true>(variant, [&](auto c) { return decltype(c)::shared_bytes(kMaxExperts) <= static_cast<size_t>(gpu.shared); });
 #else
   return false;
 #endif
@@ -108,22 +132,21 @@ int trellis_variant(const Gpu& gpu, const Call& call) {
 cudaError_t trellis_gemm(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
   if (variant < 0) return cudaErrorInvalidConfiguration;
 #ifdef CCQ_SM90A
+  if (variant >= kTrellisSome)
+    return a.dtype == CCQ_BF16 ? launch_some<true>(device, a, variant, stream) : launch_some<false>(device, a, variant, stream);
   if (variant < kTrellisFew)
     return a.dtype == CCQ_BF16 ? launch_wide<true>(device, a, variant, stream) : launch_wide<false>(device, a, variant, stream);
 #endif
-  const int part = part_of(variant, a.k);
-  for (int first = 0; first < a.k; first += part) {
-    TrellisFewParams p{};
-    p.x = a.x, p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.row_scale = a.row_scale, p.out = a.out;
-    p.rows = a.rows, p.k = std::min(part, a.k - first), p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
-    p.all_k = a.k, p.first_k = first, p.partial = static_cast<float*>(a.workspace), p.adds = first > 0, p.hands = first + part < a.k;
-    const cudaError_t error = with_trellis_few(variant, [&](auto config) {
-      using C = decltype(config);
-      return launch_few<C>(device, trellis_few_kernel<C>, p, C::shared_bytes(p.k, p.experts), C::kAllThreads, stream);
-    });
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  FewParams p{};
+  p.x = a.x, p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.row_scale = a.row_scale, p.out = a.out;
+  p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  return with_trellis_few(variant, [&](auto config) {
+    using C = decltype(config);
+    p.stages = few_stages<C>(device.shared, p.k, p.experts);
+    if (p.stages == 0) return cudaErrorInvalidConfiguration;
+    const size_t shared = C::shared_bytes(p.k, p.experts) + static_cast<size_t>(p.stages) * C::kStageBytes;
+    return launch_few<C>(device, trellis_few_kernel<C>, p, shared, C::kAllThreads, stream);
+  });
 }
 
 }  // namespace ccq
