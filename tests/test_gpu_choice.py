@@ -251,3 +251,27 @@ def test_trellis_choice_follows_the_gpu_and_its_shared_memory(tmp_path: Path) ->
         (8, 4, 14336, 4096, 8): -1,
     }
     assert trellis_choices(tmp_path, list(cases)) == list(cases.values())
+
+
+# Columns and rows of tiles of moe_wide.cuh and some_stream.cuh, by kernel.
+WIDE_TILES = {10: (512, 32), 11: (512, 48), 12: (512, 64), 13: (256, 96), 14: (256, 128),
+              15: (256, 144), 16: (128, 256), 52: (512, 48)}  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_few_rows_get_no_tile_whose_partial_results_have_no_room(
+    program: Path, tmp_path: Path
+) -> None:
+    """Below 8 rows an expert the workspace holds 4096 float4 of them a multiprocessor."""
+    calls = [
+        (rows, k, n, experts)
+        for experts in (1, 3, 6, 64, 384)
+        for k, n in ((128, 16), (640, 304), (1024, 256), (4096, 7168), (8192, 448))
+        for rows in {max(1, int(mean * experts)) for mean in (0.5, 7, 9, 11, 13, 17, 18, 20, 23.9)}
+    ]
+    found = [int(kernel) for kernel, *_ in choices(program, calls)]
+    found += trellis_choices(tmp_path, [(9, *call) for call in calls])
+    for call, kernel in zip(calls * 2, found, strict=True):
+        columns, rows = WIDE_TILES.get(kernel, (0, 0))
+        room = 4096 if call[0] // call[3] < 8 else 9216
+        assert columns * rows // 4 <= room, (call, kernel)

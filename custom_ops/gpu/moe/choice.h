@@ -13,8 +13,6 @@
 
 namespace ccq {
 
-// Rows an expert on average from which kernels are chosen that have large tiles, and so large partial results (gemm_launch.cuh).
-constexpr int kManyRows = 8;
 constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50;
 
 struct Gpu {
@@ -76,13 +74,19 @@ inline double wide_cost(const Gpu& gpu, const Call& call, const WideCost& c) {
   return work * columns / gpu.sms * std::max(1.0, 1 / std::min(1.0, 8 * waves));
 }
 
+// What the workspace holds of partial results for each multiprocessor, in float4, and what a tile of moe_wide.cuh needs of it.
+// Large tiles begin at kManyRows rows an expert on average.
+constexpr int kMostPartials = 9216, kPartialsOfFewRows = 4096, kManyRows = 8;
+inline int partial_room(int rows, int experts) { return rows / experts < kManyRows ? kPartialsOfFewRows : kMostPartials; }
+inline bool has_room(const Call& call, const WideCost& c) { return c.columns * c.rows / 4 <= partial_room(call.rows, call.experts); }
+
 template <typename F>
 int wide_choice(const Gpu& gpu, const Call& call, F&& fits) {
   int best = -1;
   double least = 0;
   for (const WideCost& c : kWideCosts) {
     const double cost = wide_cost(gpu, call, c);
-    if (fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
+    if (has_room(call, c) && fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
   }
   return best;
 }
@@ -201,6 +205,12 @@ inline double some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
   return c.start + work * call.experts * ceil_div(call.n, 512) / gpu.sms;
 }
 
+// Tiles of 16 rows and 256 columns are so few that narrow ones are better: not too many blocks then share each.
+inline bool few_tiles(const Gpu& gpu, const Call& call) {
+  const int blocks = std::min(call.rows, call.experts * ceil_div(ceil_div(call.rows, call.experts), 16));
+  return static_cast<int64_t>(blocks) * ceil_div(call.n, 256) <= gpu.sms / 2;
+}
+
 // Some rows of each of several experts, on Hopper: the least of three kernels' costs. -1: another kernel.
 template <typename F>
 int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
@@ -211,10 +221,12 @@ int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
     if (fits(variant) && (best < 0 || cost < least)) best = variant, least = cost;
   };
   const double mean = call.mean();
+  const bool narrow = few_tiles(gpu, call);
+  if (mean > 3.5 && narrow) return -1;
   if (mean <= 5)
     for (const StreamCost& c : kStreamCosts) offer(c.variant, stream_cost(gpu, call, c));
   for (const SomeCost& c : kSomeCosts) {
-    if (mean < (c.rows > 16 ? kManyRows : 1)) continue;
+    if (narrow || mean < (c.rows > 16 ? kManyRows : 1)) continue;
     // Stages of four units were measured on matrices of 29 and 59 million weights alone; large tiles lose on small matrices.
     const int64_t weights = static_cast<int64_t>(call.k) * call.n;
     if ((c.variant == kSome && weights < 1 << 24) || (c.variant == kSome + 2 && weights < 6 << 20)) continue;
@@ -234,9 +246,7 @@ int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   const int few = few_choice(gpu, call, fits);
   if (few >= 0) return few;
   const int mean = call.rows / call.experts;
-  // A matrix of few tiles: narrow ones, so that not too many blocks share each.
-  const int blocks = std::min(call.rows, call.experts * ceil_div(ceil_div(call.rows, call.experts), 16));
-  if (static_cast<int64_t>(blocks) * ceil_div(call.n, 256) <= gpu.sms / 2) return 3;
+  if (few_tiles(gpu, call)) return 3;
   if (has_wide && gpu.major == 9 && mean >= 18) return wide_choice(gpu, call, fits);
   for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
     if (fits(variant)) return variant;
@@ -252,12 +262,12 @@ constexpr int kTrellisFew = 40, kTrellisSome = 45;
 constexpr StreamCost kTrellisFewCosts[] = {
     {kTrellisFew, 1, 4.24, 0.310, 0.145}, {kTrellisFew + 1, 2, 5.11, 0.338, 0.172}, {kTrellisFew + 2, 4, 6.73, 0.363, 0.196},
 };
-// Of trellis_some.cuh and moe_wide.cuh as WideCost, besides what a launch takes.
+// Of trellis_some.cuh and moe_wide.cuh as WideCost, besides what a launch takes (with 8 rows 3 more, for tiles that are cut along K).
 struct TrellisCost : WideCost {
   double start;
 };
 constexpr TrellisCost kTrellisSomeCosts[] = {
-    {{kTrellisSome, 512, 8, 0.928, 0.746, 0.33}, 10.9}, {{kTrellisSome + 1, 512, 16, 1.303, 0.918, 0.46}, 12.4},
+    {{kTrellisSome, 512, 8, 0.928, 0.746, 0.33}, 14.0}, {{kTrellisSome + 1, 512, 16, 1.303, 0.918, 0.46}, 12.4},
 };
 constexpr TrellisCost kTrellisWideCosts[] = {
     {{kWide, 512, 32, 1.875, 1.776, 1.95}, 3},     {{kWide + 1, 512, 48, 2.150, 1.942, 1.08}, 3},
@@ -298,7 +308,8 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   if (mean <= 24)
     for (const TrellisCost& c : kTrellisSomeCosts) consider(c.variant, trellis_some_cost(gpu, call, c));
   if (mean > 8 || best < 0)
-    for (const TrellisCost& c : kTrellisWideCosts) consider(c.variant, c.start + wide_cost(gpu, call, c));
+    for (const TrellisCost& c : kTrellisWideCosts)
+      if (has_room(call, c)) consider(c.variant, c.start + wide_cost(gpu, call, c));
   return best;
 }
 

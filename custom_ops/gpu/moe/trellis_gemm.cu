@@ -53,6 +53,14 @@ auto with_trellis_wide(int variant, F&& use) {
   }
 }
 
+// One of choice.h's candidates has the configuration's tiles.
+template <typename C>
+constexpr bool of_trellis_wide() {
+  for (const TrellisCost& c : kTrellisWideCosts)
+    if (c.columns == C::kTiles * 16 && c.rows == C::kN) return c.columns * c.rows / 4 == C::kPartialFloat4;
+  return false;
+}
+
 template <bool kBf16>
 cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
   Arena arena(a.workspace);
@@ -109,7 +117,10 @@ bool fits(const Gpu& gpu, int variant, const Call& call) {
   if (variant >= kTrellisFew)
     return with_trellis_few(variant, [&](auto c) { return few_stages<decltype(c)>(gpu.shared, call.k, call.experts) > 0; });
 #ifdef CCQ_SM90A
-  return with_trellis_wide<true>(variant, [&](auto c) { return decltype(c)::shared_bytes(kMaxExperts) <= static_cast<size_t>(gpu.shared); });
+  return with_trellis_wide<true>(variant, [&](auto c) {
+    static_assert(of_trellis_wide<decltype(c)>(), "choice.h knows the same tiles");
+    return decltype(c)::shared_bytes(kMaxExperts) <= static_cast<size_t>(gpu.shared);
+  });
 #else
   return false;
 #endif
