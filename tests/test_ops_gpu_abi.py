@@ -19,6 +19,8 @@ STRUCTURES = {
     "ccq_moe_projection": gpu_abi.Projection,
     "ccq_moe_shape": gpu_abi.Shape,
     "ccq_moe_gemm_args": gpu_abi.GemmArgs,
+    "ccq_router_args": gpu_abi.RouterArgs,
+    "ccq_w4_gemm_args": gpu_abi.W4Args,
     "ccq_spare_gemm_args": gpu_abi.SpareArgs,
     "ccq_linear_w8_args": gpu_abi.LinearW8Args,
 }

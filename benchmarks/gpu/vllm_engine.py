@@ -231,6 +231,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     two.add_argument("--answer", type=int, default=128)
     two.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     two.add_argument("--prompts", type=int, nargs="*", default=[1024, 4096, 8192])
+    two.add_argument("--kv-bytes", type=int, help="of the KV cache; for engines side by side")
+    two.add_argument("--batched-tokens", type=int, default=8192, help="of a step, and of a text")
     two.add_argument("--few-graphs", action="store_true", help="CUDA graphs of --batches alone")
     two.add_argument("--profile", type=int, nargs="*", default=[], help="batches to look into")
     two.add_argument("--profile-prompts", type=int, nargs="*", default=[], help="prompts likewise")

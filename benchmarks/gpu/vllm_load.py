@@ -2,11 +2,11 @@
 """How long vLLM takes to load a checkpoint of the 300B's shape, beside reading its files.
 
     python benchmarks/gpu/vllm_load.py make FOLDER [--layers 54]
-    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json [--again]
+    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json [--again] [--kv-bytes N]
 
 `make` writes a whole checkpoint of random stored tensors. `time` reads its files and starts the
-engine, both with nothing of the files in the page cache, and generates a few tokens; `--again`
-leaves the reading out. Needs root.
+engine, both with nothing of the files in the page cache, and generates: a few tokens, then as
+vllm_speed.py does. `--again` leaves the reading out. Needs root.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 BUFFER = 64 << 20
+BATCHES = [1, 8, 32, 64]
+ANSWER = 96
 # Values that make sense, so that the model's outputs are finite numbers.
 CONSTANTS = {
     "super_scales": 2e-4,
@@ -186,12 +188,13 @@ def measure(
     memory.start()
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams
+    from vllm_speed import PROMPT, Runner
 
     result["import_seconds"] = time.perf_counter() - begin
     engine = LLM(
         str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=9216,
-        max_num_batched_tokens=8192, max_num_seqs=32, gpu_memory_utilization=0.94,
-        compilation_config={"cudagraph_capture_sizes": [1, 8, 32]}, **options,
+        max_num_batched_tokens=8192, max_num_seqs=64, enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": BATCHES}, **options,
     )  # fmt: skip
     result["up_seconds"] = time.perf_counter() - begin
     save(result | {"peak_host_bytes": memory.peak})
@@ -202,6 +205,17 @@ def measure(
     result["answer"] = list(answers[0].outputs[0].token_ids)
     memory.stopped.set()
     result["peak_host_bytes"] = memory.peak
+    save(result)
+    run = Runner(engine)
+    result |= {"decode": {}, "first_token": {}}
+    for batch in BATCHES:
+        result["decode"][batch] = batch * ANSWER / min(run(batch, PROMPT, ANSWER) for _ in range(2))
+        print("decode", batch, round(result["decode"][batch], 1), flush=True)
+        save(result)
+    for tokens in (1024, 4096, 8192):
+        result["first_token"][tokens] = min(run(1, tokens, 1) for _ in range(3))
+        print("first token", tokens, round(result["first_token"][tokens], 3), flush=True)
+        save(result)
     return result
 
 
@@ -216,6 +230,7 @@ def main(argv: list[str]) -> int:
     two.add_argument("folder", type=Path)
     two.add_argument("output", type=Path)
     two.add_argument("--tensor-parallel-size", type=int, default=1)
+    two.add_argument("--kv-bytes", type=int, help="of the KV cache; else all that is free")
     two.add_argument("--again", action="store_true", help="without reading the files before")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -227,7 +242,10 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[vllm_random.SPLIT] = "1"
     vllm_random.use_in_all_processes()
-    options = {"tensor_parallel_size": arguments.tensor_parallel_size}
+    options: dict[str, Any] = {"tensor_parallel_size": arguments.tensor_parallel_size}
+    options["gpu_memory_utilization"] = 0.3 if arguments.kv_bytes else 0.94
+    if arguments.kv_bytes:
+        options["kv_cache_memory_bytes"] = arguments.kv_bytes
 
     def save(result: dict[str, Any]) -> None:
         arguments.output.write_text(json.dumps(options | result, indent=1) + "\n")

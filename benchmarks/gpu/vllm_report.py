@@ -20,6 +20,7 @@ MATRICES = {
     "up_gate": (8192, 57344),
     "down": (28672, 8192),
 }
+LINEAR_ROWS = (1, 8, 16, 32, 64)
 # What was wanted of one card: tokens a second by batch, first token after so many tokens.
 WANTED = {"1": 120, "8": 380, "32": 1100, "64": 1800}
 WANTED_FIRST = {"1024": 0.2, "4096": 0.65, "8192": 1.3}
@@ -27,6 +28,8 @@ RUNS = {
     "speed": ("WINT2, one H200", 1),
     "speed_prefix": ("wint4 prefix, one H200", 1),
     "speed_two": ("WINT2, two H200", 2),
+    "speed_experts": ("WINT2, two H200, whole experts on each", 2),
+    "speed_pipeline": ("WINT2, two H200, half of the layers on each", 2),
     "speed_int4": ("4 bits (Humming), two H200", 2),
 }
 FIGURE = ROOT / "docs" / "notes" / "vllm.svg"
@@ -53,11 +56,11 @@ def linear(results: dict[str, Any]) -> str:
     rows = []
     for name, (k, n) in MATRICES.items():
         row = [f"{name} [{k}, {n}]"]
-        for count in (1, 8, 16, 32, 64, 128):
+        for count in LINEAR_ROWS:
             time = found[f"{name} {count} stored"]
             row.append(f"{time:.1f} ({k * n / time / 1e-6 / RATE:.0%})")
         rows.append(row)
-    return markdown(["matrix", *(f"{c} rows" for c in (1, 8, 16, 32, 64, 128))], rows)
+    return markdown(["matrix", *(f"{c} rows" for c in LINEAR_ROWS)], rows)
 
 
 def speed(results: dict[str, Any]) -> str:
@@ -126,6 +129,39 @@ def prompts(results: dict[str, Any]) -> str:
     return markdown(["tokens", "the step, ms", *PROMPT_KINDS, "all others", "idle"], rows)
 
 
+def experts4(results: dict[str, Any]) -> str:
+    """4-bit experts of few tokens, and the router's product."""
+    found = results["w4"]["microseconds, experts read"]
+    router = results["router"]["microseconds, cuBLAS"]
+    shapes = {"up_gate": (8192, 7168), "down": (3584, 8192)}
+    rows = []
+    for tokens in (1, 8, 16, 32, 64):
+        row = [str(tokens)]
+        for name, (k, n) in shapes.items():
+            time, used = found[f"{name} {tokens}"]
+            row.append(f"{time:.0f} ({used * k * n / 2 / time / 1e-6 / RATE:.0%})")
+        rows.append([*row, *(f"{v:.1f}" for v in router[str(tokens)])])
+    header = ["tokens", "up_gate, wint4", "down, wint4", "router", "router, cuBLAS"]
+    return markdown(header, rows)
+
+
+def loading(results: dict[str, Any]) -> str:
+    """Reading a checkpoint's files, and starting vLLM with it."""
+    rows = []
+    for name, found in results.get("load", {}).items():
+        peak = found.get("peak_host_bytes", {})
+        seconds = (found.get(key) for key in ("up_seconds", "first_answer_seconds"))
+        rows.append(
+            [
+                name,
+                *(f"{value:.0f}" if value else "" for value in seconds),
+                *(f"{peak.get(kind, 0) / 1e9:.1f}" for kind in ("RssAnon", "RssFile", "all")),
+            ]
+        )
+    header = ["start", "engine up, s", "first answer, s"]
+    return markdown([*header, "own memory, GB", "mapped files, GB", "both at once, GB"], rows)
+
+
 def rounding() -> str:
     """Where bfloat16 moves the 3M model's loss (vllm_rounding.py)."""
     found = json.loads((RESULTS / "vllm_rounding_3m.json").read_text(encoding="utf-8"))["places"]
@@ -153,7 +189,8 @@ def figure(results: dict[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "paddle-ccq"
     from matplotlib import pyplot
 
-    shown = {k: v for k, v in RUNS.items() if k in results and k != "speed_prefix"}
+    drawn = ("speed", "speed_two", "speed_int4")
+    shown = {k: v for k, v in RUNS.items() if k in results and k in drawn}
     drawing, axes = pyplot.subplots(figsize=(7.2, 2.9))
     width = 0.8 / len(shown)
     for i, (key, (label, _)) in enumerate(shown.items()):
@@ -181,6 +218,8 @@ def main() -> int:
         ("speed", speed),
         ("steps", steps),
         ("prompts", prompts),
+        ("loading", loading),
+        ("experts4", experts4),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
     put_into_doc(DOC, "vllm-rounding", rounding())

@@ -19,6 +19,7 @@ ROWS_PLAIN, ROWS_FASTDEPLOY = 0, 1  # enum ccq_row_order
 # enum ccq_format, as far as there are products with stored words.
 SPARE_FORMATS = {"ccq-2.5": 1, "ccq-2.75": 2}
 LINEAR_W8_MAX_ROWS = 64
+ROUTER_MAX_ROWS = 64
 
 
 def _pointers(*names: str) -> list[tuple[str, Any]]:
@@ -68,6 +69,21 @@ class LinearW8Args(ctypes.Structure):
     ]
 
 
+class W4Args(ctypes.Structure):
+    """struct ccq_w4_gemm_args (linear_w4.h)."""
+
+    _fields_ = [
+        *_pointers("x", "offsets", "weight", "scale", "out"),
+        *_integers("rows", "k", "n", "experts", "scale_stride", "tokens"),
+    ]
+
+
+class RouterArgs(ctypes.Structure):
+    """struct ccq_router_args (router.h)."""
+
+    _fields_ = [*_pointers("x", "weight", "out"), *_integers("rows", "k", "experts")]
+
+
 def trellis_bytes(k: int, n: int) -> tuple[int, int]:
     """Bytes of one CCQ-2T matrix's units and columns (trellis_repack.h)."""
     fours = -(-n // 64)
@@ -98,6 +114,8 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ccq_linear_w8_workspace": ([_I, _I, _I], _SIZE),
     "ccq_linear_w8_counters": ([_I], _I),
     "ccq_linear_w8": ([_P, _P], _I),
+    "ccq_router": ([_P, _P], _I),
+    "ccq_w4_gemm": ([_P, _P], _I),
     "ccq_dequant_w8": ([_P, _P, _I, _I, _I, _P, _P], _I),
 }
 

@@ -155,7 +155,10 @@ class SpareExpertsMethod(ExpertsMethod):
 
 
 class Wint4ExpertsMethod(Wint4Experts):
-    """On vLLM's own int4 experts: uint8 [E, N, K/2], the earlier row in the low nibble."""
+    """On vLLM's own int4 experts: uint8 [E, N, K/2], the earlier row in the low nibble.
+
+    The same bytes serve a few tokens by this package's product (custom_ops/gpu/moe/linear_w4.h).
+    """
 
     def allocate(self, layer: Any) -> None:
         self.group = group = _GROUP  # divides hidden size and width (ExpertsMethod)
@@ -187,6 +190,14 @@ class Wint4ExpertsMethod(Wint4Experts):
     ) -> torch.Tensor:
         from vllm.model_executor.layers.fused_moe import fused_experts
 
+        from . import torch_ops
+
+        if len(x) <= torch_ops.W4_TOKENS:
+            up_gate, down = (
+                [getattr(layer, f"ccq_{p}_{s}") for s in ("weight", "scale")] for p in PROJECTIONS
+            )
+            chosen = self.choices(layer, ids)
+            return torch_ops.experts_w4(x, weights.to(torch.float32), chosen, up_gate, down)
         if self.moe_quant_config is None:
             self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         return fused_experts(

@@ -14,7 +14,7 @@ from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.platforms import current_platform
 
-from . import cpu_router, loading, packed_loading
+from . import cpu_router, gpu_router, loading, packed_loading
 from .config import CcqConfig
 from .packed_config import PackedConfig
 from .packed_models import PACKED_MODELS, PREFIX
@@ -45,8 +45,12 @@ class _Loads(_LoadsPacked):
         if self.ccq is not None:
             self.ccq.check_parallel(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self.ccq is not None and current_platform.is_cpu():
+        if self.ccq is None:
+            return
+        if current_platform.is_cpu():
             cpu_router.correct(self)
+        else:
+            gpu_router.install(self, vllm_config.model_config.dtype)
 
     def load_weights(self, weights: loading.Weights) -> set[str]:
         if self.ccq is None:

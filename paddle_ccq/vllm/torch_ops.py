@@ -8,6 +8,7 @@ state of its own.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..ops import gpu_abi, gpu_library
 MOE_TOKENS = 4096
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
 LINEAR_ROWS = 128
+# Up to this many tokens of a step the product for few rows runs 4-bit experts; above, vLLM's own.
+W4_TOKENS = 128
 # Bytes of decoded weights at a time.
 DECODED_BYTES = 128 << 20
 
@@ -137,6 +140,43 @@ def _spare(
     return out
 
 
+def _sorted_by_expert(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: int, part: slice
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor, torch.Tensor], None]]:
+    """A part's rows sorted by expert, where each expert's end, and what adds up their results.
+
+    Rows of choices that belong to no expert here are never written and never read.
+    """
+    lib, hidden, rows, choices = library(), x.shape[1], x[part], ids[part]
+    offsets = torch.empty(experts, dtype=torch.int64, device=x.device)
+    place = torch.empty(choices.numel(), dtype=torch.int32, device=x.device)
+    sorted_rows = torch.empty((choices.numel(), hidden), dtype=x.dtype, device=x.device)
+    status = lib.ccq_moe_dispatch(
+        choices.data_ptr(), rows.data_ptr(), len(rows), ids.shape[1], experts, hidden,
+        offsets.data_ptr(), place.data_ptr(), sorted_rows.data_ptr(), _stream(),
+    )  # fmt: skip
+    _check(status, "dispatch")
+
+    def combine(result: torch.Tensor, out: torch.Tensor) -> None:
+        status = lib.ccq_moe_combine(
+            result.data_ptr(), place.data_ptr(), weights[part].data_ptr(), len(rows), ids.shape[1],
+            hidden, gpu_abi.BFLOAT16, out.data_ptr(), _stream(),
+        )  # fmt: skip
+        _check(status, "combine")
+
+    return sorted_rows, offsets, combine
+
+
+def _swiglu(both: torch.Tensor) -> torch.Tensor:
+    count, width = len(both), both.shape[1] // 2
+    middle = torch.empty((count, width), dtype=both.dtype, device=both.device)
+    status = library().ccq_swiglu(
+        both.data_ptr(), middle.data_ptr(), count, width, gpu_abi.BFLOAT16, _stream()
+    )
+    _check(status, "SwiGLU")
+    return middle
+
+
 def _experts_spare(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -145,35 +185,42 @@ def _experts_spare(
     down: list[torch.Tensor],
     format: int,
 ) -> torch.Tensor:
-    lib, (tokens, hidden), top_k = library(), x.shape, ids.shape[1]
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     out, experts = torch.empty_like(x), up_gate[1].shape[0]
-    for begin in range(0, tokens, MOE_TOKENS):
+    for begin in range(0, len(x), MOE_TOKENS):
         part = slice(begin, begin + MOE_TOKENS)
-        rows, choices = x[part], ids[part]
-        count = choices.numel()
-        offsets = torch.empty(experts, dtype=torch.int64, device=x.device)
-        place = torch.empty(count, dtype=torch.int32, device=x.device)
-        # Rows of choices that belong to no expert here are never written and never read.
-        sorted_rows = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
-        status = lib.ccq_moe_dispatch(
-            choices.data_ptr(), rows.data_ptr(), len(rows), top_k, experts, hidden,
-            offsets.data_ptr(), place.data_ptr(), sorted_rows.data_ptr(), _stream(),
-        )  # fmt: skip
-        _check(status, "dispatch")
-        both = _spare(sorted_rows, offsets, up_gate, format)
-        width = both.shape[1] // 2
-        middle = torch.empty((count, width), dtype=x.dtype, device=x.device)
-        status = lib.ccq_swiglu(
-            both.data_ptr(), middle.data_ptr(), count, width, gpu_abi.BFLOAT16, _stream()
-        )
-        _check(status, "SwiGLU")
-        result = _spare(middle, offsets, down, format)
-        status = lib.ccq_moe_combine(
-            result.data_ptr(), place.data_ptr(), weights[part].data_ptr(), len(rows), top_k,
-            hidden, gpu_abi.BFLOAT16, out[part].data_ptr(), _stream(),
-        )  # fmt: skip
-        _check(status, "combine")
+        rows, offsets, combine = _sorted_by_expert(x, weights, ids, experts, part)
+        middle = _swiglu(_spare(rows, offsets, up_gate, format))
+        combine(_spare(middle, offsets, down, format), out[part])
+    return out
+
+
+def _w4(
+    x: torch.Tensor, offsets: torch.Tensor, matrix: list[torch.Tensor], tokens: int
+) -> torch.Tensor:
+    weight, scale = matrix
+    experts, n, groups = scale.shape
+    out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
+    arguments = gpu_abi.W4Args(
+        x.data_ptr(), offsets.data_ptr(), weight.data_ptr(), scale.data_ptr(), out.data_ptr(),
+        len(x), x.shape[1], n, experts, groups, tokens,
+    )  # fmt: skip
+    _check(library().ccq_w4_gemm(ctypes.byref(arguments), _stream()), "the experts")
+    return out
+
+
+def _experts_w4(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    up_gate: list[torch.Tensor],
+    down: list[torch.Tensor],
+) -> torch.Tensor:
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    out, experts = torch.empty_like(x), up_gate[0].shape[0]
+    rows, offsets, combine = _sorted_by_expert(x, weights, ids, experts, slice(None))
+    middle = _swiglu(_w4(rows, offsets, up_gate, len(x)))
+    combine(_w4(middle, offsets, down, len(x)), out)
     return out
 
 
@@ -214,6 +261,18 @@ def _decoded(
         torch.mm(rows, decoded[:count].t(), out=out[:, first : first + count])
 
 
+def _router(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if len(x) > gpu_abi.ROUTER_MAX_ROWS:
+        return x.to(torch.float32) @ weight.t()
+    x, (experts, k) = x.contiguous(), weight.shape
+    out = torch.empty((len(x), experts), dtype=torch.float32, device=x.device)
+    arguments = gpu_abi.RouterArgs(
+        x.data_ptr(), parts.data_ptr(), out.data_ptr(), len(x), k, experts
+    )
+    _check(library().ccq_router(ctypes.byref(arguments), _stream()), "a router")
+    return out
+
+
 def counters_of(n: int) -> int:
     """Counters that a layer of n columns must own."""
     return library().ccq_linear_w8_counters(n)
@@ -221,6 +280,10 @@ def counters_of(n: int) -> int:
 
 def _like_x(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+def _scores(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((len(x), weight.shape[0]), dtype=torch.float32)
 
 
 def _columns_of_scale(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *_: Any) -> Any:
@@ -237,6 +300,7 @@ for _name, _schema, _function, _fake in (
         _like_x,
     ),
     ("experts_spare", f"({_MOE}, int format) -> Tensor", _experts_spare, _like_x),
+    ("experts_w4", f"({_MOE}) -> Tensor", _experts_w4, _like_x),
     # The counters are zero again at its end: for everybody else nothing changes.
     (
         "linear_w8",
@@ -244,6 +308,7 @@ for _name, _schema, _function, _fake in (
         _linear_w8,
         _columns_of_scale,
     ),
+    ("router", "(Tensor x, Tensor parts, Tensor weight) -> Tensor", _router, _scores),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _function, "CUDA")
@@ -251,4 +316,6 @@ for _name, _schema, _function, _fake in (
 
 experts_packed = torch.ops.paddle_ccq.experts_packed
 experts_spare = torch.ops.paddle_ccq.experts_spare
+experts_w4 = torch.ops.paddle_ccq.experts_w4
 linear_w8 = torch.ops.paddle_ccq.linear_w8
+router = torch.ops.paddle_ccq.router

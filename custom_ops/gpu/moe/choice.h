@@ -13,6 +13,8 @@
 
 namespace ccq {
 
+// Rows an expert on average from which kernels are chosen that have large tiles, and so large partial results (gemm_launch.cuh).
+constexpr int kManyRows = 8;
 constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50;
 
 struct Gpu {
@@ -74,19 +76,13 @@ inline double wide_cost(const Gpu& gpu, const Call& call, const WideCost& c) {
   return work * columns / gpu.sms * std::max(1.0, 1 / std::min(1.0, 8 * waves));
 }
 
-// What the workspace holds of partial results for each multiprocessor, in float4, and what a tile of moe_wide.cuh needs of it.
-// Large tiles begin at kManyRows rows an expert on average.
-constexpr int kMostPartials = 9216, kPartialsOfFewRows = 4096, kManyRows = 8;
-inline int partial_room(int rows, int experts) { return rows / experts < kManyRows ? kPartialsOfFewRows : kMostPartials; }
-inline bool has_room(const Call& call, const WideCost& c) { return c.columns * c.rows / 4 <= partial_room(call.rows, call.experts); }
-
 template <typename F>
 int wide_choice(const Gpu& gpu, const Call& call, F&& fits) {
   int best = -1;
   double least = 0;
   for (const WideCost& c : kWideCosts) {
     const double cost = wide_cost(gpu, call, c);
-    if (has_room(call, c) && fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
+    if (fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
   }
   return best;
 }
@@ -307,9 +303,8 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
     for (const StreamCost& c : kTrellisFewCosts) consider(c.variant, stream_cost(gpu, call, c));
   if (mean <= 24)
     for (const TrellisCost& c : kTrellisSomeCosts) consider(c.variant, trellis_some_cost(gpu, call, c));
-  if (mean > 8 || best < 0)
-    for (const TrellisCost& c : kTrellisWideCosts)
-      if (has_room(call, c)) consider(c.variant, c.start + wide_cost(gpu, call, c));
+  if (mean >= kManyRows || best < 0)
+    for (const TrellisCost& c : kTrellisWideCosts) consider(c.variant, c.start + wide_cost(gpu, call, c));
   return best;
 }
 

@@ -47,6 +47,7 @@ inline int& forced_variant() {
 #endif
 
 constexpr int kWarpsPerSm = 16;
+constexpr int kMaxPartialFloat4 = 9216;
 // Of trellis_some.cuh: its most rows an expert, on average; bytes of 8 rows and 256 input rows of activations.
 constexpr int kMostSome = 24, kTrellisRowsBytes = 8 * 256 * 4;
 
@@ -59,9 +60,9 @@ struct Workspace {
 
   Workspace(Arena& arena, int rows, int k, int experts, int sms) {
     const int64_t blocks = int64_t{rows} / 8 + experts + 1;  // of prepared rows, see first_prepared_block
-    partial_float4 = partial_room(rows, experts);
+    partial_float4 = rows / experts < kManyRows ? 4096 : kMaxPartialFloat4;
 #ifdef CCQ_TUNING
-    partial_float4 = kMostPartials;
+    partial_float4 = kMaxPartialFloat4;
 #endif
     prepared.counters = arena.take<int>(int64_t{kWarpsPerSm} * sms);
     partial = arena.take<float4>(static_cast<int64_t>(partial_float4) * sms);
@@ -94,7 +95,7 @@ int resident_blocks(const Device& device, K* kernel, cudaError_t* error) {
 template <typename C, typename K, typename... A>
 cudaError_t launch_gemm(const Device& device, K* kernel, GemmParams p, size_t partial_float4, cudaStream_t stream,
                         const A&... more) {
-  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMostPartials && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
+  static_assert(C::kPartialFloat4 * C::kMinBlocks <= kMaxPartialFloat4 && C::kWarps * C::kMinBlocks <= kWarpsPerSm,
                 "the workspace is laid out for less");
   if (C::kPartialFloat4 * C::kMinBlocks > partial_float4) return cudaErrorInvalidConfiguration;  // the bands disagree
   cudaError_t error = cudaSuccess;

@@ -101,7 +101,7 @@ extern "C" cudaError_t ccq_linear_w8(const ccq_linear_w8_args* args, cudaStream_
   if (a.rows == 0) return cudaSuccess;
   if (!a.x || !a.weight || !a.scale || !a.out || !a.workspace || !a.counters) return cudaErrorInvalidValue;
   cudaError_t error = cudaSuccess;
-  if (launch_few(a, stream, &error)) return error;
+  if (launch_few(a, stream, &error) || launch_many(a, stream, &error)) return error;
   return choose(a.rows, [&](auto kernel) { return decltype(kernel)::launch(a, stream); });
 }
 

@@ -177,8 +177,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kRows <= 2 ? 2 : 1)
       for (int u = 0; u < kUnits; ++u)
 #pragma unroll
         for (int h = 0; h < 2; ++h) q[u][h] = *reinterpret_cast<const uint4*>(unit + (2 * u + h) * 512);
-      __syncwarp();  // every lane has what it needs of the stage
-      request();
       if (++stage == kStages) stage = 0, parity ^= 1;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
@@ -192,6 +190,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kRows <= 2 ? 2 : 1)
         }
         digits += 128 * R;
       }
+      // Now every lane has what it needs of the stage; loads that were only issued might come after the copy.
+      __syncwarp();
+      request();
     }
     if (i >= C::kSlots) free[slot].wait((i / C::kSlots + 1) & 1);
     float* const to = sums + (slot * kWarps + warp) * C::kEntries;
