@@ -29,6 +29,7 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
     "source",
     [
         *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/linear_w8.cu"),
+        "moe/some_stream.cu",
         *("moe/trellis_repack.cu", "moe/trellis_gemm.cu"),
         *("encode/trellis.cu", "encode/host_trellis.cu", "encode/trellis_ldlq.cu"),
         *("encode/trellis_ldlq_narrow.cu", "encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),

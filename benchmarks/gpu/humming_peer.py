@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Humming's grouped GEMM (the package humming-kernels), which compiles itself where it runs.
 
-Weights of 2 bits with a scale for 64, and of 4 bits with a scale for 128, by its own choice of
-tiles. Of its interfaces for many experts the one for rows sorted by expert does the same work as
-ours (the other one, which fetches rows through an index, was slower from 1024 tokens on).
+Weights of 2 bits with a scale for 64, and of 4 bits with a scale for 128. It has no tuner; besides
+its own choice of tiles for a number of rows, those for half and for twice as many are tried, and
+the fastest counts. Of its interfaces for many experts the one for rows sorted by expert does the
+same work as ours (the other one, which fetches rows through an index, was slower from 1024 tokens
+on).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from measure import Routing, Shape
 
 INTERFACE = "grouped_contiguous"
 FORMATS = {"humming-int2": (2, 64), "humming-int4": (4, 128)}
+NEIGHBOURS = (1.0, 0.5, 2.0)
 
 
 class Humming:
@@ -70,8 +73,9 @@ class Humming:
 
     def compile(self, cases: Iterable[tuple[Shape, int]]) -> None:
         """Kernels of (shape, rows), side by side; afterwards they are there at once."""
+        every = {(shape, max(1, int(rows * by))) for shape, rows in cases for by in NEIGHBOURS}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(lambda case: self.chosen(self.config(case[0]), case[1]), cases))
+            list(pool.map(lambda case: self.chosen(self.config(case[0]), case[1]), every))
 
     def variants(self, shape: Shape, tokens: int, routes: list[Routing], weights: tuple) -> list:
         torch = self.torch
@@ -79,9 +83,15 @@ class Humming:
         rows = routes[0].ids.numel()
         x = torch.randn(rows, shape.k, device="cuda").bfloat16()
         out = torch.full((rows, shape.n), float("nan"), device="cuda", dtype=torch.bfloat16)
-        kernel = self.chosen(config, rows)
+        kernels = {  # the same object where the choice is the same
+            id(kernel): kernel
+            for kernel in (self.chosen(config, max(1, int(rows * by))) for by in NEIGHBOURS)
+        }
         ends = [torch.nn.functional.pad(r.offsets, (1, 0)) for r in routes]
-        return [[lambda e=e: self.call(kernel, x, out, e, tensors) for e in ends]]
+        return [
+            [lambda e=e, k=kernel: self.call(k, x, out, e, tensors) for e in ends]
+            for kernel in kernels.values()
+        ]
 
     def call(self, kernel: Any, x: Any, out: Any, ends: Any, tensors: dict[str, Any]) -> None:
         """One product; ends: int64 [experts + 1], sums of rows."""

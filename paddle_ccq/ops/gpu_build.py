@@ -12,9 +12,10 @@ SOURCES = (
     *("encode/encode.cu", "encode/host_encode.cu", "encode/trellis.cu", "encode/host_trellis.cu"),
     *("encode/trellis_ldlq.cu", "encode/trellis_ldlq_narrow.cu", "encode/host_trellis_ldlq.cu"),
     *("ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
-    *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/trellis_repack.cu"),
-    *("moe/trellis_gemm.cu", "moe/activation.cu", "moe/dispatch.cu", "moe/moe_block.cu"),
-    *("moe/linear_ccq.cu", "moe/linear_w8.cu", "moe/linear_w4.cu", "moe/router.cu"),
+    *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/some_stream.cu"),
+    *("moe/trellis_repack.cu", "moe/trellis_gemm.cu", "moe/activation.cu", "moe/dispatch.cu"),
+    *("moe/moe_block.cu", "moe/linear_ccq.cu", "moe/linear_w8.cu", "moe/linear_w4.cu"),
+    "moe/router.cu",
 )
 # The library's name in a wheel that brings it.
 PACKAGED = "_gpu_packaged.so"

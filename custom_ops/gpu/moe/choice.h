@@ -2,7 +2,8 @@
 // Which kernel serves a call of the grouped GEMM: candidates, those that are possible, the least cost. Host code alone, so that it
 // can be tried without a GPU.
 //
-// Kernels have numbers: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh, from kStreamFew few_stream.cuh.
+// Kernels have numbers: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh, from kStreamFew few_stream.cuh,
+// from kSome some_stream.cuh.
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +15,7 @@ namespace ccq {
 
 // Rows an expert on average from which kernels are chosen that have large tiles, and so large partial results (gemm_launch.cuh).
 constexpr int kManyRows = 8;
-constexpr int kWide = 10, kFew = 20, kStreamFew = 30;
+constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50;
 
 struct Gpu {
   int sms, major, shared;  // shared: bytes of shared memory that a block may have
@@ -148,14 +149,22 @@ constexpr StreamCost kStreamCosts[] = {
 // the experts.
 template <typename F>
 void for_rows(const Call& call, F&& use) {
-  if (call.experts == 1) return use(call.rows, 1.0);
   const int tokens = ceil_div(call.rows, 8);
-  const double chosen = std::min(1.0, call.mean() / tokens), odds = chosen / std::max(1 - chosen, 1e-9);
-  double share = std::pow(std::max(1 - chosen, 1e-9), tokens);
-  for (int rows = 0; rows <= tokens; ++rows) {
-    use(rows, share);
-    share *= odds * (tokens - rows) / (rows + 1);
-  }
+  const double chosen = call.mean() / tokens;
+  if (call.experts == 1 || chosen >= 1) return use(ceil_div(call.rows, call.experts), 1.0);
+  const double odds = chosen / (1 - chosen), spread = 5 * std::sqrt(call.mean()) + 2;
+  const int from = std::max(0, static_cast<int>(call.mean() - spread)), to = std::min(tokens, static_cast<int>(call.mean() + spread));
+  const int middle = static_cast<int>(call.mean());
+  auto more = [&](int rows) { return odds * (tokens - rows) / (rows + 1); };  // experts with a row more, for one with `rows`
+  auto walk = [&](auto&& each) {
+    double share = 1;
+    for (int rows = middle; rows <= to; share *= more(rows), ++rows) each(rows, share);
+    share = 1;
+    for (int rows = middle - 1; rows >= from; --rows) share /= more(rows), each(rows, share);
+  };
+  double all = 0;
+  walk([&](int, double share) { all += share; });
+  walk([&](int rows, double share) { use(rows, share / all); });
 }
 // Blocks of at most `block_rows` rows that the experts are expected to have.
 inline double expected_blocks(const Call& call, int block_rows) {
@@ -168,16 +177,59 @@ inline double stream_cost(const Gpu& gpu, const Call& call, const StreamCost& c)
   return c.start + expected_blocks(call, c.rows) * ceil_div(call.n, 64) / gpu.sms * (ceil_div(call.k, 512) * c.stage + c.tile);
 }
 
-// Several experts with few rows each and columns that are not short. -1: another kernel.
+// A configuration of some_stream.cuh: rows a tile (of 512 columns), rows that are multiplied at once, and microseconds: of a launch
+// and the kernel before it, of a tile besides its units, of a unit (128 input rows) besides its rows, of a unit for each `step` rows.
+// Fitted to measurements on an H200 (eight shapes, 8 to 256 tokens, bfloat16, integer pairs), which they meet within 6 to 8 % in the
+// mean; then moved by up to 15 %, so that the fastest of the kernels of those shapes cost the least.
+struct SomeCost {
+  int variant, rows, step;
+  double start, tile, unit, step_unit;
+};
+constexpr SomeCost kSomeCosts[] = {
+    {kSome, 16, 4, 8.0, 1.69, 0.338, 0.201},
+    {kSome + 1, 16, 4, 10.6, 0.88, 0.394, 0.216},
+    {kSome + 2, 48, 8, 22.0, 1.51, 0.509, 0.285},
+};
+
+inline double some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
+  double work = 0;
+  const int units = call.k / 128;
+  for_rows(call, [&](int rows, double share) {
+    const int steps = rows / c.rows * (c.rows / c.step) + ceil_div(rows % c.rows, c.step);
+    work += share * (ceil_div(rows, c.rows) * (units * c.unit + c.tile) + steps * units * c.step_unit);
+  });
+  return c.start + work * call.experts * ceil_div(call.n, 512) / gpu.sms;
+}
+
+// Tiles of 16 rows and 256 columns are so few that narrow ones are better: not too many blocks then share each.
+inline bool few_tiles(const Gpu& gpu, const Call& call) {
+  const int blocks = std::min(call.rows, call.experts * ceil_div(ceil_div(call.rows, call.experts), 16));
+  return static_cast<int64_t>(blocks) * ceil_div(call.n, 256) <= gpu.sms / 2;
+}
+
+// Some rows of each of several experts, on Hopper: the least of three kernels' costs. -1: another kernel.
 template <typename F>
-int stream_choice(const Gpu& gpu, const Call& call, F&& fits) {
-  if (call.experts == 1 || call.mean() > 3.5 || call.k < 1536) return -1;
+int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
+  if (call.experts == 1 || call.k < 1536) return -1;
   int best = -1;
   double least = 0;
-  for (const StreamCost& c : kStreamCosts) {
-    const double cost = stream_cost(gpu, call, c);
-    if (fits(c.variant) && (best < 0 || cost < least)) best = c.variant, least = cost;
+  auto offer = [&](int variant, double cost) {
+    if (fits(variant) && (best < 0 || cost < least)) best = variant, least = cost;
+  };
+  const double mean = call.mean();
+  const bool narrow = few_tiles(gpu, call);
+  if (mean > 3.5 && narrow) return -1;
+  if (mean <= 5)
+    for (const StreamCost& c : kStreamCosts) offer(c.variant, stream_cost(gpu, call, c));
+  for (const SomeCost& c : kSomeCosts) {
+    if (narrow || mean < (c.rows > 16 ? kManyRows : 1)) continue;
+    // Stages of four units were measured on matrices of 29 and 59 million weights alone; large tiles lose on small matrices.
+    const int64_t weights = static_cast<int64_t>(call.k) * call.n;
+    if ((c.variant == kSome && weights < 1 << 24) || (c.variant == kSome + 2 && weights < 6 << 20)) continue;
+    offer(c.variant, some_cost(gpu, call, c));
   }
+  if (mean >= 12)
+    for (const WideCost& c : kWideCosts) offer(c.variant, wide_cost(gpu, call, c));
   return best;
 }
 
@@ -185,14 +237,12 @@ int stream_choice(const Gpu& gpu, const Call& call, F&& fits) {
 // always is.
 template <typename F>
 int kernel_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
-  const int stream = has_wide && gpu.major == 9 ? stream_choice(gpu, call, fits) : -1;
-  if (stream >= 0) return stream;
+  const int hopper = has_wide && gpu.major == 9 ? hopper_choice(gpu, call, fits) : -1;
+  if (hopper >= 0) return hopper;
   const int few = few_choice(gpu, call, fits);
   if (few >= 0) return few;
   const int mean = call.rows / call.experts;
-  // A matrix of few tiles: narrow ones, so that not too many blocks share each.
-  const int blocks = std::min(call.rows, call.experts * ceil_div(ceil_div(call.rows, call.experts), 16));
-  if (static_cast<int64_t>(blocks) * ceil_div(call.n, 256) <= gpu.sms / 2) return 3;
+  if (few_tiles(gpu, call)) return 3;
   if (has_wide && gpu.major == 9 && mean >= 18) return wide_choice(gpu, call, fits);
   for (int variant = mean <= 16 ? 0 : 1; variant < 3; ++variant)
     if (fits(variant)) return variant;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
-// Four kernels: moe_few.cuh and few_stream.cuh for few rows an expert, moe_gemm.cuh for up to 17, moe_wide.cuh for more. few_stream.cuh
-// and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets; without it, and on other GPUs, the
-// other two serve all.
+// Five kernels: moe_few.cuh and few_stream.cuh for few rows an expert, some_stream.cuh and moe_gemm.cuh for some, moe_wide.cuh for
+// many. few_stream.cuh, some_stream.cuh and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets;
+// without it, and on other GPUs, the other two serve all.
 
 #include "moe_gemm.h"
 
@@ -13,6 +13,7 @@
 #include "gemm_launch.cuh"
 #include "moe_few.cuh"
 #include "moe_gemm.cuh"
+#include "some_stream.h"
 #include "trellis_gemm.h"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
@@ -79,6 +80,7 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
+  if (variant >= kSome) return some_stream_shared(variant);
   if (variant >= kStreamFew) return stream_few_shared(variant, k, experts);
   if (variant >= kFew)
     return with_few<Pairs::kGeneral>(variant, [&](auto c) { return decltype(c)::shared_bytes(k, experts); });
@@ -146,7 +148,7 @@ cudaError_t launch_prepare(const ccq_moe_gemm_args& a, const Device& device, int
                            cudaStream_t stream) {
   const int counters = kWarpsPerSm * device.sms;
   return launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
-                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, counters, out);
+                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, tile_rows, Prepare::kSome, counters, out);
 }
 
 // Prologue of moe_wide.cuh: activations in plain order are arranged in the workspace. *x: where the kernel shall read them.
@@ -187,6 +189,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
   if (a->pairs == CCQ_PAIRS_TRELLIS) return trellis_gemm(device, *a, variant, stream);
+  if (variant >= kSome) return some_stream_gemm(*a, variant, device, stream);
   if (variant >= kStreamFew) return stream_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {
     const FewParams p{a->x, a->offsets, a->quant, a->scales, a->columns, a->row_scale, a->out,

@@ -18,12 +18,15 @@ namespace ccq {
 
 constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are read once
 
-// What moe_gemm.cuh copies at once: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First what
-// accumulators begin with in each group (windows are 32 less than they are stored), as a lane t wants it; then the pieces.
-//   Tiles of up to 4 rows: integers; int [2 groups][4 t][2 digits], then 64 bytes of nothing, [2][4 rows][2 digits][4 t].
+// What moe_gemm.cuh and some_stream.cuh copy at once: 128 values of each of 8 rows, as both of two groups' pieces of 16 bytes. First
+// what accumulators begin with in each group (windows are 32 less than they are stored), as a lane t wants it; then the pieces; then
+// what undoes the scales of parts of rows, float [8 rows].
+//   Tiles of few rows: integers; int [2 halves of the rows][2 groups][4 rows][2 digits], then [2 halves][2 groups][4 rows]
+//   [2 digits][4 t]. For some_stream.cuh with a scale for each 1024 values of a row.
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
-constexpr int kRowsUnitBytes = 128 + 2048, kFourRowsBytes = 128 + 1024;
-constexpr int kMostIntegerRows = 4;
+//   For weights that are scaled when they are decoded (some_stream.cuh): fp16 for all tiles, nothing divided out.
+constexpr int kRowsScaleAt = 128 + 2048, kRowsUnitBytes = kRowsScaleAt + 32, kFourRowsBytes = 128 + 1024;
+constexpr int kMostIntegerRows = 4;  // of moe_gemm.cuh
 
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
@@ -107,11 +110,11 @@ struct RowScale {
 };
 
 // Half p of a chunk's sixteen scaled values, in the order of the fragments.
-__device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd) {
+__device__ inline uint4 fragment_half(const float (&v)[16], int p, float odd, float upper) {
   __half2 h[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float f = i % 2 ? 0.125f * odd : odd;
+    const float f = i % 2 ? upper * odd : odd;
     h[i] = __floats2half2_rn(v[fragment_row(p, i, 0)] * f, v[fragment_row(p, i, 1)] * f);
   }
   return *reinterpret_cast<uint4*>(h);
@@ -176,10 +179,13 @@ __device__ inline int quad_sum(int v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
+// What activations become: for moe_gemm.cuh, for some_stream.cuh with integers, or with weights that are scaled when they are decoded.
+enum class Prepare { kSome, kBlocks, kScaled };
+
 // static: more than one source launches it.
 static __global__ void __launch_bounds__(kPrepareThreads)
 prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, bool fastdeploy, const float* row_scale,
-               int tile_rows, int counters, Prepared out) {
+               int tile_rows, Prepare what, int counters, Prepared out) {
   // The GEMM reads weights and offsets as soon as it starts: not before all that comes before this kernel has ended.
   wait_for_prerequisites();
   dependents_may_start();
@@ -199,27 +205,31 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   const int start = expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0;
   const int place = first_prepared_block(start, expert) * 8 + (row - start);
 
-  uint32_t largest = first.largest(dtype);
-  for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
-    Chunk other;
-    other.load(from, c);
-    largest = max(largest, other.largest(dtype));
-  }
-  largest = __reduce_max_sync(~0u, largest);
-  if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
-  __syncthreads();
-  largest = 0;
+  uint32_t largest = 0;
+  if (what != Prepare::kBlocks) {
+    largest = first.largest(dtype);
+    for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
+      Chunk other;
+      other.load(from, c);
+      largest = max(largest, other.largest(dtype));
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
+    __syncthreads();
+    largest = 0;
 #pragma unroll
-  for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
+    for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
+  }
 
   // Rows of a tile; its mode goes by how many there are.
   const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);
   const int in_tile = (row - start) % tile_rows, count = min(tile_rows, end - (row - in_tile));
-  const bool integers = count <= kMostIntegerRows;
+  const bool blocks = what == Prepare::kBlocks, scaled = what == Prepare::kScaled;
+  const bool integers = blocks || (count <= kMostIntegerRows && !scaled);
   const RowScale half_scale(largest);
-  const IntegerScale integer_scale(largest);
+  IntegerScale integer_scale(largest);
   if (threadIdx.x == 0) {
-    const float back = integers ? integer_scale.back : half_scale.back;
+    const float back = blocks ? 1.f : integers ? integer_scale.back : half_scale.back;
     out.row_scale[row] = row_scale ? back * row_scale[row] : back;
   }
 
@@ -227,17 +237,28 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   // Quads share a group, so whole warps walk the loop together and guard inside it.
   for (int c0 = 0; c0 < chunks; c0 += kPrepareThreads) {
     const int c = c0 + threadIdx.x, group = c / 4, t = c % 4;
-    if (c0 > 0 && c < chunks) first.load(from, c);
-    if (fastdeploy) first.arrange();
+    if (c0 > 0) {
+      first = Chunk{};
+      if (c < chunks) first.load(from, c);
+    }
     char* const unit = to + static_cast<size_t>(group / 2) * kRowsUnitBytes;
+    if (blocks) {  // a warp has 512 values, two side by side have a scale
+      largest = __reduce_max_sync(~0u, first.largest(dtype));
+      if (c0 > 0) __syncthreads();
+      if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
+      __syncthreads();
+      integer_scale = IntegerScale(max(largest, largest_of_warp[threadIdx.x / 32 ^ 1]));
+      if (c < chunks && c % 8 == 0) reinterpret_cast<float*>(unit + kRowsScaleAt)[place % 8] = integer_scale.back;
+    }
+    if (fastdeploy) first.arrange();
     if (integers) {
       const Digits digits(first, dtype, integer_scale.scale);
 #pragma unroll
       for (int d = 0; d < 2; ++d) {
-        const int offset = quad_sum(digits.offset[d]), column = 2 * in_tile + d;
+        const int offset = quad_sum(digits.offset[d]), half = place % 8 / 4, column = 2 * (place % 4) + d;
         if (c >= chunks) continue;
-        if (t == 0) reinterpret_cast<int*>(unit)[group % 2 * 8 + column] = offset;
-        *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 512 + column * 64 + t * 16) = digits.bytes[d];
+        if (t == 0) reinterpret_cast<int*>(unit)[half * 16 + group % 2 * 8 + column] = offset;
+        *reinterpret_cast<uint4*>(unit + 128 + half * 1024 + group % 2 * 512 + column * 64 + t * 16) = digits.bytes[d];
       }
       continue;
     }
@@ -250,12 +271,12 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
-    const float odd = group % 2 ? kOddGroup : 1.f;
+    const float odd = group % 2 && !scaled ? kOddGroup : 1.f, upper = scaled ? 1.f : 0.125f;
     const int own = place % 8;
     if (t < 2) reinterpret_cast<float*>(unit)[group % 2 * 16 + own / 2 * 4 + t * 2 + own % 2] = sum * odd * kOffset;
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd);
+      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd, upper);
   }
 }
 

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "some_stream.h"
+
+#ifdef CCQ_SM90A
+#include "some_stream.cuh"
+#endif
+
+namespace ccq {
+
+#ifdef CCQ_SM90A
+namespace {
+
+template <Pairs kPairs, typename F>
+auto with_config(int variant, F&& use) {
+  switch (variant) {
+    case kSome: return use(SomeStream<kPairs, 2, 4>{});
+    case kSome + 1: return use(SomeStream<kPairs, 2, 2>{});
+    default: return use(SomeStream<kPairs, 6, 2>{});
+  }
+}
+
+}  // namespace
+
+size_t some_stream_shared(int variant) {
+  // With general pairs, which take more, for both kinds run the same kernel.
+  return with_config<Pairs::kGeneral>(variant, [](auto config) { return decltype(config)::shared_bytes(kMaxExperts); });
+}
+
+cudaError_t some_stream_gemm(const ccq_moe_gemm_args& a, int variant, const Device& device, cudaStream_t stream) {
+  Arena arena(a.workspace);
+  const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
+  GemmParams p{};
+  p.offsets = a.offsets, p.quant = a.quant, p.scales = a.scales, p.columns = a.columns;
+  p.prepared = w.prepared, p.partial = w.partial;
+  p.out = a.out, p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  auto use = [&](auto config) {
+    using C = decltype(config);
+    const cudaError_t error =
+        launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
+                     a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, C::kTileTokens,
+                     C::kIntegers ? Prepare::kBlocks : Prepare::kScaled, kWarpsPerSm * device.sms, p.prepared);
+    return error != cudaSuccess ? error : launch_gemm<C>(device, some_kernel<C>, p, w.partial_float4, stream);
+  };
+  return a.pairs == CCQ_PAIRS_INTEGER ? with_config<Pairs::kInteger>(variant, use) : with_config<Pairs::kGeneral>(variant, use);
+}
+#else
+size_t some_stream_shared(int) { return ~size_t{0}; }
+cudaError_t some_stream_gemm(const ccq_moe_gemm_args&, int, const Device&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
+#endif
+
+}  // namespace ccq
