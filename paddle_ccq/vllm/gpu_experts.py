@@ -192,7 +192,7 @@ class Wint4ExpertsMethod(Wint4Experts):
 
         from . import torch_ops
 
-        if len(x) <= torch_ops.W4_TOKENS:
+        if torch_ops.on_trial() and len(x) <= torch_ops.W4_TOKENS:
             up_gate, down = (
                 [getattr(layer, f"ccq_{p}_{s}") for s in ("weight", "scale")] for p in PROJECTIONS
             )

@@ -44,7 +44,11 @@ class RouterMethod(UnquantizedLinearMethod):
 
 def install(model: torch.nn.Module, dtype: torch.dtype) -> int:
     """Give every router that this product fits its method; how many."""
+    from .torch_ops import on_trial
+
     found = 0
+    if not on_trial():
+        return found
     if dtype != torch.bfloat16 or torch.cuda.get_device_capability() < CAPABILITY:
         return found
     for module in model.modules():

@@ -8,6 +8,7 @@ state of its own.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,6 +25,11 @@ LINEAR_ROWS = 128
 W4_TOKENS = 128
 # Bytes of decoded weights at a time.
 DECODED_BYTES = 128 << 20
+
+
+def on_trial() -> bool:
+    """Whether products run that were measured alone on a GPU, but not yet inside vLLM."""
+    return os.environ.get("PADDLE_CCQ_VLLM_TRIAL") == "1"
 
 
 @cache
@@ -283,7 +289,7 @@ def _like_x(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _scores(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((len(x), weight.shape[0]), dtype=torch.float32)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
 
 
 def _columns_of_scale(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *_: Any) -> Any:
