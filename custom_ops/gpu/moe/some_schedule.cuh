@@ -166,10 +166,10 @@ struct SomeConsumer {
   uint32_t parity = 0;
 
   __device__ static int first_row(int, int nt) { return nt * 8; }  // of an accumulator
+  __device__ int blocks_k() const { return p.k / 128; }  // units of a tile
   __device__ int owner(const WorkTile& work, int kb) const {
     return S::schedule(p).owner(work.expert, work.column, work.block, kb);
   }
-  __device__ int blocks_k() const { return p.k / 128; }  // units of a tile
   __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
 };
 
