@@ -40,6 +40,16 @@ def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("name", ["moe_gemm", "few_stream", "some_stream", "trellis_gemm"])
+def test_what_needs_hoppers_own_instructions_compiles(tmp_path: Path, name: str) -> None:
+    """Templates are used where -DCCQ_SM90A is given alone; to PTX, for that takes seconds."""
+    command = ["nvcc", "-std=c++17", "-DCCQ_SM90A", "-ptx", "-arch=compute_90a"]
+    command += [str(SOURCES / "moe" / f"{name}.cu"), "-o", str(tmp_path / "o.ptx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_calibrated_search_compiles_without_warnings_and_local_memory(
     tmp_path: Path, arch: str
