@@ -35,6 +35,8 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
 # The names that templates know; further ones that end in _token are taken from the settings.
 TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# The names under which messages have what was thought, the usual one first.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
 
@@ -64,7 +66,7 @@ class ChatTemplate:
         """
         try:
             return self.template.render(
-                messages=messages,
+                messages=[_with_every_name(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -72,6 +74,15 @@ class ChatTemplate:
             )
         except Exception as error:  # a program of the checkpoint's may fail in any way
             raise ValueError(f"the chat template: {_described(error)}") from None
+
+
+def _with_every_name(message: Message) -> Message:
+    """What the assistant thought, under each name that templates read, as transformers does."""
+    said = (message[name] for name in _REASONING if message.get(name) is not None)
+    thought = next(said, None)
+    if thought is None:
+        return message
+    return {"thinking": thought, **message, "reasoning_content": thought}
 
 
 class GenerationBlock(Extension):
