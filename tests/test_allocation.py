@@ -240,7 +240,7 @@ def test_a_dry_run_without_costs_says_when_they_come(folder, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--sensitivity", "COSTS"], "--sensitivity needs --allocate"),
-        (["--allocate", "2.9bpw"], "--allocate needs costs"),
+        (["--allocate", "2.9bpw"], "--allocate needs costs, which are measured of ERNIE-4.5 alone"),
         (["--allocate", "2.9"], "write 2.9bpw"),
         (["--allocate", "2.9bpw", "--sensitivity", "none.json"], "no such file"),
         (["--allocate", "2.9bpw", "--sensitivity", "MODEL/config.json"], "not a file of"),

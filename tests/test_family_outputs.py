@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.family_models import (
-    by_name,
-)
+from helpers.family_models import by_name, write_source
 from helpers.family_runs import OPTIONS, Made, stored
 from helpers.synthetic import write_tensors
 from paddle_ccq.dequantize import dequantize
@@ -74,6 +72,22 @@ def test_verify_finds_what_is_wrong(change, problem, made, tmp_path):
     assert any(problem in found for found in problems), problems
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3.5-moe", "qwen3.5-moe-vision"])
+@pytest.mark.parametrize("family", [None, "generic"])
+def test_a_missing_quant_weight_is_told_once(name, family, made, tmp_path):
+    found = made(by_name(name))
+    quantize(found.source, tmp_path / "output", family=family, **OPTIONS)
+    tensors = stored(tmp_path / "output")
+    gone = next(n for n in tensors if n.endswith(".experts.2.gate_up_proj.quant_weight"))
+    del tensors[gone]
+    config = json.loads((tmp_path / "output" / "config.json").read_text())
+    folder = write_source(tmp_path / "broken", config, tensors)
+    for reference in (None, found.source):
+        assert verify(folder, reference).problems == [f"{gone}: missing"]
+    with pytest.raises(CcqError, match="is there, but no quant_weight beside it"):
+        dequantize(folder, tmp_path / "float", log=lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -104,6 +118,20 @@ def test_fastdeploys_check_says_whose_layout_it_is(made, capsys):
 def test_a_packed_checkpoint_is_not_quantized_again(made, tmp_path):
     with pytest.raises(CcqError, match="quantized already"):
         quantize(made(by_name("qwen3-moe")).output, tmp_path / "again", **OPTIONS)
+    with pytest.raises(CcqError, match="quant_weight is packed, so the model is quantized already"):
+        quantize(made(by_name("qwen3-moe")).output, tmp_path / "again", family="generic", **OPTIONS)
+
+
+@pytest.mark.parametrize("command", [verify, lambda folder: dequantize(folder, folder / "float")])
+def test_what_generic_has_found_must_be_recorded(command, made, tmp_path):
+    found = made(by_name("qwen3-moe"))
+    shutil.copytree(found.output, tmp_path / "output")
+    _change(
+        tmp_path / "output",
+        lambda content: content["quantization_config"].update(family="generic"),
+    )
+    with pytest.raises(CcqError, match=r"quantization_config\.found: missing"):
+        command(tmp_path / "output")
 
 
 def _change(folder: Path, change: Any) -> None:

@@ -19,7 +19,7 @@ from ..checkpoint.rules import Rule
 from ..checkpoint.writer import SENSITIVITY_FILE, json_bytes, write_file
 from ..codec.formats import FORMATS
 from ..errors import CcqError
-from ..families.ernie45 import ErnieConfig
+from ..families.ernie45 import ERNIE45, ErnieConfig
 from ..families.tensor import Role
 from ..units import gigabytes
 from .costs import (
@@ -141,8 +141,9 @@ def make_request(
         )
     if path is None and not calibrated:
         raise CcqError(
-            "--allocate needs costs: give --calibration FILE to measure them in this run, or"
-            " --sensitivity FILE.json of `python -m paddle_ccq.sensitivity`"
+            f"--allocate needs costs, which are measured of {ERNIE45.name} alone: give"
+            " --calibration FILE to measure them in this run, or --sensitivity FILE.json of"
+            " `python -m paddle_ccq.sensitivity`"
         )
     return AllocationRequest(
         wanted, format, rules, None if path is None else Path(path), plugin_layout, calibrated

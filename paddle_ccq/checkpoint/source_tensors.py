@@ -89,6 +89,7 @@ def of_folder(
         config = config.family.discover(config, shapes)
     matrices = {stem for stem, found in packed.items() if "quant_weight" in found}
     reading = _Reading(config, scheme, tensors, matrices, problems)
+    reading.lonely = {stem: set(packed[stem].values()) for stem in packed.keys() - matrices}
     specs = list(reading.named())
     if config.family.keeps_others:
         specs += reading.others()
@@ -110,6 +111,8 @@ class _Reading:
         self.problems = problems
         self.naming = config.family.detect_naming(tensors.names(), tensors.folder).name
         self.used: set[str] = set()
+        # What names begin with -> tensors named like parts of a packed matrix without quant_weight.
+        self.lonely: dict[str, set[str]] = {}
 
     def named(self) -> Iterator[TensorSpec]:
         """The tensors that the family names."""
@@ -153,7 +156,10 @@ class _Reading:
 
     def others(self) -> Iterator[TensorSpec]:
         """The tensors that the family does not name, but for what belongs to its experts."""
+        lonely = self._lonely_parts()
         for name in sorted(self.tensors.names()):
+            if name in lonely:
+                continue  # the family's matrix is reported as missing
             if name in self.used or self._is_packed(name) or self.config.family.is_mine(name):
                 continue
             if any(
@@ -162,6 +168,14 @@ class _Reading:
             ):
                 continue  # beside the values that it belongs to
             yield self._other(name)
+
+    def _lonely_parts(self) -> set[str]:
+        """Those of the lonely tensors that would belong to a matrix which the family names."""
+        if not self.lonely:
+            return set()
+        storages = [t.sources[self.naming] for t in self.config.tensors.values() if t.is_linear]
+        stems = {stem for s in storages for stem in (s.packed, s.packed_here)}
+        return {name for stem, names in self.lonely.items() if stem in stems for name in names}
 
     def _is_packed(self, name: str) -> bool:
         return name.rpartition(".")[0] in self.packed

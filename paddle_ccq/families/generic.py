@@ -24,7 +24,7 @@ from .common import (
     expert_tensors,
     read_dtype,
 )
-from .config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
+from .config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, is_packed_entry
 from .family import Family, Naming
 from .fields import Fields, show
 from .tensor import TensorSpec
@@ -44,6 +44,8 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,4})\.")
 _MATRIX = re.compile(r"(?P<projection>\w+)\.(?P<what>weight|weight_packed)")
 _BESIDE = re.compile(r"\w+\.(weight_(scale|scale_inv|shape|zero_point|g_idx)|input_scale)")
 _PER_WORD = 8
+# What every packed matrix of this package and of FastDeploy has.
+_PACKED = ".quant_weight"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ def parse(fields: Fields, family: Family, _: list[str] | None) -> GenericConfig:
     inner = Fields(dict(values), fields.where)
     quantization = raw.get("quantization_config")
     recorded = quantization.get(FOUND) if isinstance(quantization, Mapping) else None
+    if recorded is None and is_packed_entry(quantization, fields.where):
+        assert isinstance(quantization, Mapping)
+        if quantization.get("family") == NAME:
+            raise fields.fail(f"quantization_config.{FOUND}", "missing")
     config = GenericConfig(
         family=family,
         architectures=tuple(fields.get("architectures", [])),
@@ -160,10 +166,16 @@ def discover(config: GenericConfig, shapes: Mapping[str, tuple[int, ...]]) -> Ge
     """The config with the modules of experts among stored tensors, by name and shape.
 
     Raises:
-        CcqError: if there is none, or one that is not understood as a whole.
+        CcqError: if there is none, or one that is not understood as a whole, or packed matrices.
     """
     if config.modules:
         return config
+    packed = next((name for name in shapes if name.endswith(_PACKED)), None)
+    if packed is not None:
+        raise CcqError(
+            f"--family generic: {packed} is packed, so the model is quantized already; quantize the"
+            " original float checkpoint instead"
+        )
     parts: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
     stacks: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():

@@ -228,6 +228,8 @@ class Inspection:
                     yield f"{name}: {bad} of {values.size} values are NaN or infinite"
                     return
                 floats[name.rpartition(".")[2]] = values
+        if not planned.quantized:
+            return  # what is kept may have such a name, and no scales
         stem = planned.tensor.stem
         for suffix in ("super_scales", "weight_scale"):
             if suffix in floats and np.any(floats[suffix].astype(np.float32) < 0):
