@@ -72,6 +72,23 @@ def test_verify_finds_what_is_wrong(change, problem, made, tmp_path):
     assert any(problem in found for found in problems), problems
 
 
+@pytest.mark.parametrize("suffix", ["code_scale", "code_zp"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_codes_of_no_number_are_not_decoded(suffix, value, made, tmp_path):
+    found = made(by_name("qwen3-moe"))
+    tensors = stored(found.output)
+    changed = tensors[f"{PACKED}.{suffix}"].copy()
+    changed[3] = value
+    tensors[f"{PACKED}.{suffix}"] = changed
+    config = json.loads((found.output / "config.json").read_text())
+    folder = write_source(tmp_path / "broken", config, tensors)
+    problem = rf"{PACKED}\.{suffix}: 1 of 256 values are NaN or infinite; the file is damaged"
+    with pytest.raises(CcqError, match=problem):
+        dequantize(folder, tmp_path / "float", log=lambda _: None)
+    assert not (tmp_path / "float").exists()
+    assert any("NaN or infinite" in text for text in verify(folder, found.source).problems)
+
+
 @pytest.mark.parametrize("name", ["qwen3-moe", "qwen3.5-moe", "qwen3.5-moe-vision"])
 @pytest.mark.parametrize("family", [None, "generic"])
 def test_a_missing_quant_weight_is_told_once(name, family, made, tmp_path):

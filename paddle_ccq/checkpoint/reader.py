@@ -29,13 +29,15 @@ from .sources.scheme import KEYS as ENTRY_KEYS
 from .sources.scheme import SourceScheme
 from .sources.stored import StoredWeight
 from .unexpected import pass_over, resolve_head, resolve_mtp
+from .values import count_nonfinite
 
 # Our own key in config.json; FastDeploy does not look at it.
 PROVENANCE_KEY = "paddle_ccq"
 PARTIAL_SUFFIX = ".ccq-partial"
 JOURNAL_FILE = "journal.jsonl"
 
-SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+CODE_SUFFIXES = ("code_scale", "code_zp")
+SUFFIXES = ("quant_weight", "weight_scale", "super_scales", *CODE_SUFFIXES)
 
 # Rows that are turned at a time: enough to fill cache lines on both sides of the transposition.
 _TURN_ROWS = 64
@@ -206,13 +208,27 @@ class Checkpoint:
         return changed
 
     def packed(self, name: str) -> dict[str, np.ndarray]:
-        """The stored tensors of a quantized matrix by suffix, in the dtypes of its format."""
+        """The stored tensors of a quantized matrix by suffix, in the dtypes of its format.
+
+        Raises:
+            CcqError: for a code scale or zero-point that is NaN or infinite: of these come some
+                codes, so that the weights would not show it.
+        """
         entry = self._entries[name]
         specs = formats.tensor_specs(entry.format, *entry.shape)
-        return {
+        found = {
             suffix: self.tensors.read(stored).astype(DTYPES[specs[suffix][1]], copy=False)
             for suffix, stored in entry.packed.items()
         }
+        for suffix in CODE_SUFFIXES:
+            bad = count_nonfinite(found[suffix]) if suffix in found else 0
+            if bad:
+                stored = entry.packed[suffix]
+                raise CcqError(
+                    f"{self.tensors.path_of(stored)}: {stored}: {bad} of {found[suffix].size}"
+                    " values are NaN or infinite; the file is damaged"
+                )
+        return found
 
     def row_order_of(self, name: str) -> str:
         """The order in which a matrix's input rows are stored (codec/row_order.py)."""
