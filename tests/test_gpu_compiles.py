@@ -6,10 +6,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import pytest
+
+from paddle_ccq.host import default_threads
 
 SOURCES = Path(__file__).resolve().parents[1] / "custom_ops" / "gpu"
 ARCHITECTURES = ["80", "90"]
@@ -21,6 +25,25 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
+
+
+@pytest.fixture(scope="module")
+def compilations(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, str], Future[str]]]:
+    """Those of test_compiles that were asked for, on all processors: one by one takes minutes."""
+    with ThreadPoolExecutor(default_threads()) as pool:
+        asked = [
+            (item.callspec.params["source"], item.callspec.params["arch"])
+            for item in request.session.items
+            if getattr(item, "originalname", "") == "test_compiles"
+        ]
+        yield {
+            (source, arch): pool.submit(
+                compiled, tmp_path_factory.mktemp("compiled"), source, arch, "-O1"
+            )
+            for source, arch in asked
+        }
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
@@ -35,8 +58,8 @@ def compiled(tmp_path: Path, source: str, arch: str, *flags: str) -> str:
         *("encode/trellis_ldlq_narrow.cu", "encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),
     ],
 )
-def test_compiles(tmp_path: Path, source: str, arch: str) -> None:
-    compiled(tmp_path, source, arch, "-O1")
+def test_compiles(compilations: dict[tuple[str, str], Future[str]], source: str, arch: str) -> None:
+    compilations[source, arch].result()
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
