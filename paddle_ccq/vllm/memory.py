@@ -8,9 +8,11 @@ and cache are exact; the others are estimates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..checkpoint.plan import Plan
+from ..checkpoint.planned import PlannedTensor
 from ..engine_check import GIB, CardMemory, loaded_bytes
 from ..families.tensor import Role
 
@@ -22,8 +24,18 @@ MOE_TOKENS = 4096
 DECODED_BYTES = 128 << 20
 
 
-def _weights(plan: Plan, serve: Any) -> int:
-    """Of the fullest card: every matrix in the share that it has there."""
+def fullest_stage(
+    plan: Plan,
+    serve: Any,
+    is_shared: Callable[[PlannedTensor], bool],
+    is_first: Callable[[PlannedTensor], bool],
+) -> int:
+    """Bytes of weights on a card of the fullest pipeline stage.
+
+    Args:
+        is_shared: whether the cards of a stage hold a share of a matrix each, not all of it.
+        is_first: of a tensor outside the layers, whether it is the first stage's; else the last's.
+    """
     parallel, config = serve.parallel, plan.config
     stages = [0] * parallel.pipeline
     per_stage = -(-config.num_hidden_layers // parallel.pipeline)
@@ -31,14 +43,23 @@ def _weights(plan: Plan, serve: Any) -> int:
         if config.is_prediction(planned.tensor):
             continue  # not loaded
         size = loaded_bytes(planned)
-        expert = planned.tensor.is_expert and parallel.experts
-        if plan.tensor_parallel_size == 1 and (expert or planned.cut):
+        if is_shared(planned):
             size = -(-size // parallel.tensor)
         if planned.layer is None:
-            stages[0 if planned.tensor.role is Role.EMBEDDING else -1] += size
+            stages[0 if is_first(planned) else -1] += size
         else:
             stages[min(planned.layer // per_stage, parallel.pipeline - 1)] += size
     return max(stages)
+
+
+def _weights(plan: Plan, serve: Any) -> int:
+    """Of the fullest card: every matrix in the share that it has there."""
+
+    def is_shared(planned: PlannedTensor) -> bool:
+        expert = planned.tensor.is_expert and serve.parallel.experts
+        return plan.tensor_parallel_size == 1 and bool(expert or planned.cut)
+
+    return fullest_stage(plan, serve, is_shared, lambda p: p.tensor.role is Role.EMBEDDING)
 
 
 def _activations(plan: Plan, serve: Any) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
-from ..engine_check import CardMemory, loaded_bytes
+from ..engine_check import CardMemory
 from ..families.tensor import DENSE_ROLES, Role
-from .memory import BLOCK_TOKENS, DECODED_BYTES, LIBRARY_BYTES, MOE_TOKENS
+from .memory import BLOCK_TOKENS, DECODED_BYTES, LIBRARY_BYTES, MOE_TOKENS, fullest_stage
 
 _CUT_ROLES = DENSE_ROLES | {Role.EMBEDDING, Role.HEAD}
 # Latent attention's first matrices, which vLLM holds whole on every card.
@@ -33,20 +33,7 @@ def attention_layers(plan: Plan) -> int:
 
 def _weights(plan: Plan, serve: Any) -> int:
     """Of the fullest card."""
-    config, parallel = plan.config, serve.parallel
-    stages = [0] * parallel.pipeline
-    per_stage = -(-config.num_hidden_layers // parallel.pipeline)
-    for planned in plan.tensors:
-        if config.is_prediction(planned.tensor):
-            continue  # not loaded
-        size = loaded_bytes(planned)
-        if _is_shared(planned):
-            size = -(-size // parallel.tensor)
-        if planned.layer is None:
-            stages[-1 if planned.tensor.role is Role.HEAD else 0] += size
-        else:
-            stages[min(planned.layer // per_stage, parallel.pipeline - 1)] += size
-    return max(stages)
+    return fullest_stage(plan, serve, _is_shared, lambda p: p.tensor.role is not Role.HEAD)
 
 
 def _activations(plan: Plan, serve: Any) -> int:
