@@ -24,9 +24,11 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 //   Tiles of few rows: integers; int [2 halves of the rows][2 groups][4 rows][2 digits], then [2 halves][2 groups][4 rows]
 //   [2 digits][4 t]. For some_stream.cuh with a scale for each 1024 values of a row.
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
-//   For weights that are scaled when they are decoded (some_stream.cuh): fp16 for all tiles, nothing divided out.
+//   For some_stream.cuh with fp16: so for all tiles; of more than kMostHalfRows rows, whose weights are scaled when they are decoded,
+//   nothing divided out.
 constexpr int kRowsScaleAt = 128 + 2048, kRowsUnitBytes = kRowsScaleAt + 32, kFourRowsBytes = 128 + 1024;
 constexpr int kMostIntegerRows = 4;  // of moe_gemm.cuh
+constexpr int kMostHalfRows = 32;  // of some_stream.cuh with scales on sums
 
 struct Prepared {
   char* x;           // [blocks of 8 rows, K/128, kRowsUnitBytes]
@@ -179,8 +181,8 @@ __device__ inline int quad_sum(int v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// What activations become: for moe_gemm.cuh, for some_stream.cuh with integers, or with weights that are scaled when they are decoded.
-enum class Prepare { kSome, kBlocks, kScaled };
+// What activations become: for moe_gemm.cuh, for some_stream.cuh with integers or with fp16.
+enum class Prepare { kSome, kBlocks, kHalf };
 
 // static: more than one source launches it.
 static __global__ void __launch_bounds__(kPrepareThreads)
@@ -224,8 +226,8 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   // Rows of a tile; its mode goes by how many there are.
   const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);
   const int in_tile = (row - start) % tile_rows, count = min(tile_rows, end - (row - in_tile));
-  const bool blocks = what == Prepare::kBlocks, scaled = what == Prepare::kScaled;
-  const bool integers = blocks || (count <= kMostIntegerRows && !scaled);
+  const bool blocks = what == Prepare::kBlocks, scaled = what == Prepare::kHalf && count > kMostHalfRows;
+  const bool integers = blocks || (what == Prepare::kSome && count <= kMostIntegerRows);
   const RowScale half_scale(largest);
   IntegerScale integer_scale(largest);
   if (threadIdx.x == 0) {
