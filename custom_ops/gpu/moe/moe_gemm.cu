@@ -54,15 +54,16 @@ constexpr int kLeastShared = 99 * 1024;  // of the GPUs we compile for: 8.6, 8.9
 static_assert(Config<Pairs::kGeneral, 1, 2, 3>::shared_bytes(kMaxExperts) <= kLeastShared, "one must fit everywhere");
 
 #ifdef CCQ_SM90A
-// Of moe_wide.cuh: 16-column tiles a warp, rows, stages.
+// Of moe_wide.cuh: 16-column tiles a warp, rows, stages, units of a stage.
 template <Pairs kPairs, bool kBf16, typename F>
 auto with_wide(int variant, F&& use) {
   switch (variant) {
-    case kWide: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 32, 6>{});
-    case kWide + 1: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 48, 5>{});
-    case kWide + 2: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 64, 5>{});
+    case kWide: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 32, 3, 2>{});
+    case kWide + 1: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 48, 3, 2>{});
+    case kWide + 2: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 64, 2, 2>{});
     case kWide + 3: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 128, 4>{});
+    case kWide + 6: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 16, 4, 2>{});
     default: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 144, 4>{});
   }
 }

@@ -5,10 +5,10 @@
 // that wide_weights.cuh fills, and B (activations, as the caller has them) from shared memory. Scaling accumulators group by
 // group, as moe_gemm.cuh does, would cost per row; so the scales are in the weights, and accumulators run through all of K.
 //
-// Warp specialization. The producer, a ninth warp, requests everything, weights and activations, by bulk copies into a ring of
-// stages, and does nothing else (it and three idle warps make a warpgroup, so that it can hand its registers over). The eight
-// consumer warps, two warpgroups, wait for full stages and release them, each at its own pace. Every copy is an instruction,
-// and dozens of cycles, of its own: so few, large ones. The kernel is persistent; tiles go in waves (waves.cuh).
+// Warp specialization. Four producers, a warpgroup, request everything, weights and activations, by bulk copies into a ring of
+// stages, and do nothing else. The eight consumer warps, two warpgroups, wait for full stages and release them, each at its own pace.
+// Every copy is an instruction of its own, after which its warp waits some 200 cycles: so few, large ones, and four warps for them.
+// The kernel is persistent; tiles go in waves (waves.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -22,22 +22,23 @@ namespace ccq {
 
 // kR: 16-column tiles a warp; kN: the most rows of a tile.
 // Weights_: their format (wide_weights.cuh, wide_trellis.cuh).
-template <typename Weights_, bool kBf16_, int kR_, int kN_, int kStages_>
+// kUnits: of a stage, each 128 input rows.
+template <typename Weights_, bool kBf16_, int kR_, int kN_, int kStages_, int kUnits_ = 1>
 struct WideConfig {
   using Weights = Weights_;
   static constexpr bool kBf16 = kBf16_;  // the activations' type
-  static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kMinBlocks = 1;
+  static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kUnits = kUnits_, kMinBlocks = 1;
   // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
   // three the compiler would serialize `wgmma`.)
   static constexpr int kClasses = kN <= 128 ? 2 : 1;
-  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;  // consumer warps; with the producer and three idle warps
+  static constexpr int kWarps = 8, kProducers = 4, kThreads = (kWarps + kProducers) * 32;  // kWarps: consumers
   static constexpr int kTiles = kR * kWarps;
-  // Registers of a thread: 168 at the beginning; then those of the producer's warpgroup and of the consumers'.
+  // Registers of a thread: 168 at the beginning; then those of the producers and of the consumers.
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  // A stage: the activations in two groups of 64 values along K, [2][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
+  // A stage: the activations in groups of 64 values along K, [2 kUnits][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
   // their place (the 128-byte swizzle); the tiles' weights.
-  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kRowsGroup;
-  static constexpr int kStageBytes = (kRowsBytes + Weights::unit_bytes(kTiles) + 1023) / 1024 * 1024;
+  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kUnits * kRowsGroup;
+  static constexpr int kStageBytes = (kRowsBytes + kUnits * Weights::unit_bytes(kTiles) + 1023) / 1024 * 1024;
   // Tiles on their way or in work: a WideWorkTile and the columns of each.
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + Weights::columns_bytes(kTiles);
   static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
@@ -63,40 +64,50 @@ struct WideShared {
   }
 };
 
-// The producer warp.
+// How many of the units of a work tile, from `kb` on, are a stage: none lies across a border of kUnits.
 template <typename C>
-__device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows) {
+__device__ int units_of_wide_stage(int kb, int kb_end) {
+  return min(C::kUnits - kb % C::kUnits, kb_end - kb);
+}
+
+// Producer `own`: every kProducers-th group of four tiles, and box of activations. The first one also says what the tile is.
+template <typename C>
+__device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows, int own) {
   using S = WideShared<C>;
   using Weights = typename C::Weights;
   const WaveSchedule<C> schedule = S::schedule(p);
   const int lane = threadIdx.x % 32, tiles_n = p.n / 16;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
-  for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
+  for (WaveIterator<C> at(schedule); at.left > 0;) {
     const WideWorkTile work = at.work_tile(schedule);
     const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
+    const int units = units_of_wide_stage<C>(work.kb, work.kb_end);
     const int halves = work.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
-    const bool new_tile = at.tile != last_tile;
+    const int boxes = 2 * units * halves;
+    const bool new_tile = at.tile != last_tile, speaks = own == 0 && new_tile;
     last_tile = at.tile;
     S::free()[stage].wait(parity);
     Barrier* const full = S::full() + stage;
     char* const to = S::stage(stage);
     if (lane == 0) {
-      if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
-      full->arrive_and_expect(halves * C::kRowsGroup + Weights::unit_bytes(there) + (new_tile ? Weights::columns_bytes(there) : 0));
-      for (int half = 0; half < halves; ++half)
-#pragma unroll
-        for (int group = 0; group < 2; ++group)
-          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
-                   work.row + half * (C::kN / 2), full);
+      if (speaks) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
+      const int own_boxes = max(0, (boxes - own + C::kProducers - 1) / C::kProducers);
+      full->arrive_and_expect(own_boxes * (C::kRowsGroup / 2) + Weights::template own_bytes<C::kProducers>(there, units, own) +
+                              (speaks ? Weights::columns_bytes(there) : 0));
+      for (int box = own; box < boxes; box += C::kProducers) {
+        const int group = box / halves, half = box % halves;
+        box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
+                 work.row + half * (C::kN / 2), full);
+      }
     }
     __syncwarp();
-    Weights::template request_unit<C::kTiles>(p, work.expert, first, there, work.kb, to + C::kRowsBytes, full);
-    if (new_tile) {
-      Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
-      if (++slot == C::kSlots) slot = 0;
-    }
+    Weights::template request_units<C::kTiles, C::kUnits, C::kProducers>(p, work.expert, first, there, work.kb, units, own,
+                                                                         to + C::kRowsBytes, full);
+    if (speaks) Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
+    if (new_tile && ++slot == C::kSlots) slot = 0;
     if (++stage == C::kStages) stage = 0, parity ^= 1;
+    for (int i = 0; i < units; ++i) at.next(schedule);
   }
 }
 
@@ -124,38 +135,43 @@ struct ConsumerWarp {
   }
 };
 
-// Main loop: `units` units of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
+// Main loop: units `kb` to `kb_end` of one tile into `acc`; kNT: blocks of 8 rows that are multiplied.
 template <typename C, int kNT>
-__device__ void wide_main_loop(ConsumerWarp<C>& w, int units, const char* columns, Accumulator<C, kNT>& acc) {
+__device__ void wide_main_loop(ConsumerWarp<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, kNT>& acc) {
   using S = WideShared<C>;
   constexpr int kR = C::kR;
-  typename C::Weights::template Decoder<C::kBf16, kR, C::kTiles> decoder(w.p, w.warp * kR);
+  typename C::Weights::template Decoder<C::kBf16, kR, C::kTiles, C::kUnits> decoder(w.p, w.warp * kR);
+  decoder.begin(columns);
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
-  int last = -1;  // the stage of the unit before
+  int last = -1;  // the stage before
   uint32_t a[2][4][4];  // two steps' weights: one is multiplied while the other is decoded
-  for (int i = 0; i < units; ++i) {
+  while (kb < kb_end) {
+    const int units = C::kUnits == 1 ? 1 : units_of_wide_stage<C>(kb, kb_end);
+    kb += units;
     S::full()[w.stage].wait(w.parity);
-    if (i == 0) decoder.begin(columns);
     const char* const stage = S::stage(w.stage);
-    const uint64_t b = descriptor(shared_address(stage), 1024);
+#pragma unroll 1
+    for (int u = 0; u < units; ++u) {
+      const uint64_t b = descriptor(shared_address(stage) + u * (2 * C::kRowsGroup), 1024);
 #pragma unroll
-    for (int r = 0; r < kR; ++r) {
-      decoder.load(stage + C::kRowsBytes, r);
+      for (int r = 0; r < kR; ++r) {
+        decoder.load(stage + C::kRowsBytes, u, r);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t(&v)[4][4] = a[half];
-        wgmma_wait<1>();  // the step before the last one, which read these registers
-        if (r == 0 && half == 1) w.release_if(last >= 0, last);  // nor is the unit before read any more
-        decoder.decode(half, r, v);
-        wgmma_fence();
+        for (int half = 0; half < 2; ++half) {
+          uint32_t(&v)[4][4] = a[half];
+          wgmma_wait<1>();  // the step before the last one, which read these registers
+          if (r == 0 && half == 1) w.release_if(u == 0 && last >= 0, last);  // nor is the stage before read any more
+          decoder.decode(half, r, v);
+          wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
-        wgmma_commit();
+          for (int j = 0; j < 4; ++j) wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
+          wgmma_commit();
+        }
       }
     }
     last = w.stage;
@@ -228,7 +244,7 @@ template <typename C, int kNT>
 __device__ void run_wide_work_tile(ConsumerWarp<C>& w, const char* slot, PartialSignal<C>& signal) {
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   Accumulator<C, kNT> acc;
-  wide_main_loop<C, kNT>(w, work.kb_end - work.kb, slot + 128, acc);
+  wide_main_loop<C, kNT>(w, work.kb, work.kb_end, slot + 128, acc);
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
@@ -239,7 +255,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {
-    if (warp < C::kStages) S::full()[warp].init(1), S::free()[warp].init(C::kWarps * kWarpArrivals);
+    if (warp < C::kStages) S::full()[warp].init(C::kProducers), S::free()[warp].init(C::kWarps * kWarpArrivals);
     if (warp == C::kWarps) S::partials_stored()->init(C::kWarps * kWarpArrivals);
     publish_barriers();
   }
@@ -248,7 +264,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
     deallocate_registers<C::kProducerRegisters>();
-    if (warp == C::kWarps) produce_stages<C>(p, rows);
+    produce_stages<C>(p, rows, warp - C::kWarps);
   } else {
     allocate_registers<C::kConsumerRegisters>();
     ConsumerWarp<C> w{p, lane, warp};

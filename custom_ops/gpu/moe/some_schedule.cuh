@@ -10,12 +10,12 @@ namespace ccq {
 template <Pairs kPairs_, int kNT_, int kUnits_>
 struct SomeStream {
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kR = 4, kNT = kNT_, kTileTokens = 8 * kNT, kMinBlocks = 1;
+  static constexpr int kR = 2, kNT = kNT_, kTileTokens = 8 * kNT, kMinBlocks = 1;
   static constexpr bool kIntegers = kNT <= 2;  // what activations are
-  static constexpr int kWarps = 8, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
+  static constexpr int kWarps = 16, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
   static constexpr int kTiles = kR * kWarps, kFours = kTiles / 4;  // 16-column tiles; groups of four, which lie side by side
-  // Registers of a thread: 168 at the beginning; then those of the warps that request and of those that multiply.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Registers of a thread: 96 at the beginning; then those of the warps that request and of those that multiply.
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
   static constexpr int kUnits = kUnits_, kStages = kUnits > 2 ? 2 : kNT > 2 ? 3 : 4;
   // A stage: codes [group of four tiles][unit][4 tiles][512], scales [group][unit][4][16], activations [8 rows][unit].
   static constexpr int kScalesAt = kUnits * kTiles * 512, kRowsAt = kScalesAt + kUnits * kTiles * 16;
@@ -170,49 +170,7 @@ struct SomeConsumer {
   __device__ int owner(const WorkTile& work, int kb) const {
     return S::schedule(p).owner(work.expert, work.column, work.block, kb);
   }
-  // Done with the stage.
-  __device__ void next_stage() {
-    S::free()[stage].arrive_together();
-    if (++stage == C::kStages) stage = 0, parity ^= 1;
-  }
   __device__ int tile16(int column) const { return column * C::kTiles + warp * C::kR; }
-};
-
-template <typename C>
-__device__ void load_warp_columns(const SomeConsumer<C>& w, const char* columns, Column<C::kPairs> (&to)[C::kR][2]) {
-#pragma unroll
-  for (int r = 0; r < C::kR; ++r) {
-    const char* const at = columns + (w.warp * C::kR + r) * kPlaneBytes;
-    load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, w.lane / 4, to[r]);
-  }
-}
-
-// Where a warp's part of a stage begins.
-template <typename C>
-struct StagePart {
-  const char *codes, *scales, *rows;
-  __device__ StagePart(const SomeConsumer<C>& w) {
-    const char* const stage = SomeShared<C>::stage(w.stage);
-    const int first = w.warp * C::kR;
-    codes = stage + first / 4 * (C::kUnits * 2048) + first % 4 * 512 + w.lane * 16;
-    scales = stage + C::kScalesAt + first / 4 * (C::kUnits * 64) + first % 4 * 16 + w.lane / 4 * 2;
-    rows = stage + C::kRowsAt;
-  }
-};
-
-// The codes of a unit and the bytes of its scales, of all of a warp's tiles.
-template <int kR>
-struct UnitWeights {
-  uint4 q[kR];
-  uint32_t scale[kR];  // bytes of columns g and g + 8
-  __device__ void load(const char* codes, const char* scales) {
-#pragma unroll
-    for (int r = 0; r < kR; ++r) {
-      q[r] = *reinterpret_cast<const uint4*>(codes + r * 512);
-      scale[r] = *reinterpret_cast<const uint16_t*>(scales + r * 16);
-      asm("" : "+r"(scale[r]));
-    }
-  }
 };
 
 }  // namespace ccq

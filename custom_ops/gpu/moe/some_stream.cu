@@ -38,7 +38,7 @@ cudaError_t some_stream_gemm(const ccq_moe_gemm_args& a, int variant, const Devi
     const cudaError_t error =
         launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
                      a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, C::kTileTokens,
-                     C::kIntegers ? Prepare::kBlocks : Prepare::kHalf, kWarpsPerSm * device.sms, p.prepared);
+                     C::kIntegers ? Prepare::kBlocks : Prepare::kScaled, kWarpsPerSm * device.sms, p.prepared);
     return error != cudaSuccess ? error : launch_gemm<C>(device, some_kernel<C>, p, w.partial_float4, stream);
   };
   return a.pairs == CCQ_PAIRS_INTEGER ? with_config<Pairs::kInteger>(variant, use) : with_config<Pairs::kGeneral>(variant, use);

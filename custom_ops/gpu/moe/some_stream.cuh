@@ -1,38 +1,256 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM for some rows of several experts, on Hopper (sm_90a). Up to 16 rows a tile: activations as integers, multiplied by
-// the integer tensor cores, four rows at a time (some_integers.cuh). Up to 48: in fp16, eight rows at a time (some_halves.cuh).
+// the integer tensor cores, four rows at a time. Up to 48: in fp16, eight rows at a time, with scales in the weights.
 //
 // Work. A tile has 512 columns; the scheduler, partial results and the epilogue are those of moe_gemm.cuh (stream_k.cuh,
 // epilogue.cuh). How many blocks of rows a tile multiplies goes by the rows that it has.
 //
 // Warps. Four request: a stage is two or four units of 128 input rows, the codes and scales of all columns and the prepared activations.
-// Eight multiply, two on each scheduler; each has 64 columns and so many registers that it works on four tiles of 16 columns at
-// once and has read of shared memory, before it needs it, what comes next: a group's rows once the tensor cores have those of the
-// group before, the next unit's codes once the last ones are decoded.
+// Sixteen multiply; each has 32 columns, so that what it reads of the activations serves two tiles of 16 columns. They do
+// nothing but decode, multiply and scale: instructions are what this kernel is short of.
 #pragma once
 
-#include "some_halves.cuh"
-#include "some_integers.cuh"
+#include "some_schedule.cuh"
 #include "wgmma.cuh"  // registers from warps to warps
 
 namespace ccq {
 
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
+};
+
+// Two words of shared memory, and the same again: of accumulators' four registers, without moves.
+__device__ inline int4 load_twice(const void* from) {
+  int4 v;
+  const uint32_t at = shared_address(from);
+  asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%4];\nld.volatile.shared.v2.b32 {%2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at));
+  return v;
+}
+
+// Units `kb` to `kb_end` of one tile; kFours: blocks of four rows that it really has. A lane has row t of each four.
+template <typename C, int kFours>
+__device__ void some_main_loop(SomeConsumer<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, (kFours + 1) / 2>& acc) {
+  using S = SomeShared<C>;
+  constexpr int kR = C::kR;
+  const int g = w.lane / 4, t = w.lane % 4;
+  uint32_t four = 4;
+  asm volatile("" : "+r"(four));
+  int o[kR][kFours][4] = {};
+  float sum[kR][kFours][2] = {};  // of columns g and g + 8
+  Column<C::kPairs> column[kR][2];
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const char* const at = columns + (w.warp * kR + r) * kPlaneBytes;
+    load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
+  }
+#pragma unroll 1
+  while (kb < kb_end) {
+    const int units = units_of_stage<C>(kb, kb_end - kb);
+    const char* const stage = S::stage(w.stage);
+    const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
+    const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
+    const char* const rows = stage + C::kRowsAt;
+    S::full()[w.stage].wait(w.parity);
+#pragma unroll
+    for (int u = 0; u < C::kUnits; ++u) {
+      if (u >= units) break;
+      uint4 q[kR];
+      uint32_t nibbles[kR][2];
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        q[r] = *reinterpret_cast<const uint4*>(codes + u * 2048 + r * 512);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          nibbles[r][i] = *reinterpret_cast<const uint8_t*>(scales + u * 64 + r * 16 + i);
+          asm("" : "+r"(nibbles[r][i]));  // else the compiler, which knows that they are bytes, masks and shifts
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t steps[kR][2][4];
+        int f[kR][2];
+#pragma unroll
+        for (int r = 0; r < kR; ++r) {
+          const uint32_t low = half ? q[r].z : q[r].x, high = half ? q[r].w : q[r].y;
+          const ByteWindows v(column[r][0].template codes<0>(low), four), e(column[r][1].template codes<0>(high), four);
+          steps[r][0][0] = v.even, steps[r][0][1] = e.even, steps[r][0][2] = v.odd, steps[r][0][3] = e.odd;
+          const ByteWindows y(column[r][0].template codes<1>(low), four), z(column[r][1].template codes<1>(high), four);
+          steps[r][1][0] = y.even, steps[r][1][1] = z.even, steps[r][1][2] = y.odd, steps[r][1][3] = z.odd;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) f[r][i] = half ? nibbles[r][i] >> 4 : nibbles[r][i] & 15;
+        }
+#pragma unroll
+        for (int j = 0; j < kFours; ++j) {
+          const char* const from = rows + j / 2 * (C::kUnits * kRowsUnitBytes) + u * kRowsUnitBytes + j % 2 * 1024;
+          const uint4 b = *reinterpret_cast<const uint4*>(from + 128 + half * 512 + w.lane * 16);
+          const int4 c = load_twice(from - j % 2 * (1024 - 64) + half * 32 + t * 8);
+#pragma unroll
+          for (int r = 0; r < kR; ++r) {
+            int d[4] = {c.x, c.y, c.z, c.w};
+            const uint32_t(&v)[2][4] = steps[r];
+            mma_bytes(d, v[0][0], v[0][1], v[0][2], v[0][3], b.x, b.y);
+            mma_bytes(d, v[1][0], v[1][1], v[1][2], v[1][3], b.z, b.w);
+            o[r][j][0] += f[r][0] * d[0], o[r][j][1] += f[r][0] * d[1];
+            o[r][j][2] += f[r][1] * d[2], o[r][j][3] += f[r][1] * d[3];
+          }
+        }
+      }
+    }
+    kb += units;
+    if (kb % 8 == 0 || kb == kb_end) {  // the end of 1024 values, which have a scale
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) {
+        const float back = 8.f * *reinterpret_cast<const float*>(rows + j / 2 * (C::kUnits * kRowsUnitBytes) + kRowsScaleAt + (j % 2 * 4 + t) * 4);
+#pragma unroll
+        for (int r = 0; r < kR; ++r)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {  // digits together: 2^8 upper + lower, less three bits so that they fit
+            int* const d = o[r][j] + 2 * i;
+            sum[r][j][i] = fmaf(static_cast<float>(d[0] * 32 + (d[1] >> 3)), back, sum[r][j][i]);
+            d[0] = d[1] = 0;
+          }
+      }
+    }
+    S::free()[w.stage].arrive_together();
+    if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
+  }
+  // What comes after wants rows 2t and 2t + 1 of each eight.
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < (kFours + 1) / 2; ++nt)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float v[2] = {0.f, 0.f};
+#pragma unroll
+          for (int f = 0; f < 2 && 2 * nt + f < kFours; ++f) v[f] = __shfl_sync(~0u, sum[r][2 * nt + f][h], g * 4 + t % 2 * 2 + i);
+          acc.o[r][nt][2 * h + i] = t < 2 ? v[0] : v[1];
+        }
+}
+
+// Two fp16 in a register.
+__device__ inline uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t v;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+  return v;
+}
+
+// What turns a column's windows, subnormals w * 2^-24 or eight times that (decode.cuh), into weights (w - 32) * n * 2^-19 with the
+// group's scale n: multiplications by `one` or `eighth` and an addition. All of it is exact in fp16.
+struct HalfScale {
+  uint32_t one, eighth, offset;
+  HalfScale() = default;
+  // `both`: the column's byte of scales in both halves of a word; kGroup: which of its nibbles.
+  template <int kGroup>
+  __device__ static HalfScale of(uint32_t both, uint32_t magic) {
+    HalfScale s;
+    if (kGroup == 0) {  // 2^10 + n: times 2^5, 2^2 and -2^-14
+      const uint32_t v = (both & 0x000F000Fu) | magic;
+      s.one = multiply_add_half2(v, 0x50005000u, 0xF800F800u), s.eighth = multiply_add_half2(v, 0x44004400u, 0xEC00EC00u);
+      s.offset = multiply_add_half2(v, 0x84008400u, 0x2C002C00u);
+    } else {  // 2^10 + 16 n: times 2, 2^-2 and -2^-18
+      const uint32_t v = (both & 0x00F000F0u) | magic;
+      s.one = multiply_add_half2(v, 0x40004000u, 0xE800E800u), s.eighth = multiply_add_half2(v, 0x34003400u, 0xDC00DC00u);
+      s.offset = multiply_add_half2(v, 0x80408040u, 0x1C001C00u);
+    }
+    return s;
+  }
+};
+
+// The same for more rows, in fp16; kNT: blocks of eight rows that the tile really has. A group's scale is multiplied into its
+// weights, so that the accumulators run through all of K.
+template <typename C, int kNT>
+__device__ void some_half_loop(SomeConsumer<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, kNT>& acc) {
+  using S = SomeShared<C>;
+  constexpr int kR = C::kR;
+  const int g = w.lane / 4;
+  const uint32_t magic = 0x64006400u | (w.p.k & 0x80000000u);  // in a register: p.k is positive, but the compiler does not know
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
+  Column<C::kPairs> column[kR][2];
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const char* const at = columns + (w.warp * kR + r) * kPlaneBytes;
+    load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
+  }
+#pragma unroll 1
+  while (kb < kb_end) {
+    const int units = units_of_stage<C>(kb, kb_end - kb);
+    const char* const stage = S::stage(w.stage);
+    const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
+    const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
+    const char* const rows = stage + C::kRowsAt + 128 + w.lane * 16;
+    S::full()[w.stage].wait(w.parity);
+#pragma unroll
+    for (int u = 0; u < C::kUnits; ++u) {
+      if (u >= units) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint2 q[kR];
+        HalfScale scale[kR][2];
+#pragma unroll
+        for (int r = 0; r < kR; ++r) {
+          q[r] = *reinterpret_cast<const uint2*>(codes + u * 2048 + r * 512 + half * 8);
+          const uint32_t word = *reinterpret_cast<const uint16_t*>(scales + u * 64 + r * 16);
+          scale[r][0] = half ? HalfScale::of<1>(__byte_perm(word, 0, 0x4040), magic) : HalfScale::of<0>(__byte_perm(word, 0, 0x4040), magic);
+          scale[r][1] = half ? HalfScale::of<1>(__byte_perm(word, 0, 0x4141), magic) : HalfScale::of<0>(__byte_perm(word, 0, 0x4141), magic);
+        }
+        auto step = [&](auto pair) {
+          constexpr int kPair = decltype(pair)::value;
+          uint32_t a[kR][2][4];  // [..][step]
+#pragma unroll
+          for (int r = 0; r < kR; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const Windows v(column[r][i].template codes<kPair>(i ? q[r].y : q[r].x));
+              const HalfScale& s = scale[r][i];
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+                a[r][j / 2][j % 2 * 2 + i] = multiply_add_half2(v.w[j], j % 2 ? s.eighth : s.one, s.offset);
+            }
+#pragma unroll
+          for (int nt = 0; nt < kNT; ++nt) {
+            const uint4 b = *reinterpret_cast<const uint4*>(rows + nt * (C::kUnits * kRowsUnitBytes) + u * kRowsUnitBytes +
+                                                            half * 1024 + kPair * 512);
+#pragma unroll
+            for (int r = 0; r < kR; ++r) {
+              mma(acc.o[r][nt], a[r][0][0], a[r][0][1], a[r][0][2], a[r][0][3], b.x, b.y);
+              mma(acc.o[r][nt], a[r][1][0], a[r][1][1], a[r][1][2], a[r][1][3], b.z, b.w);
+            }
+          }
+        };
+        step(Number<0>{}), step(Number<1>{});
+      }
+    }
+    kb += units;
+    S::free()[w.stage].arrive_together();
+    if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
+  }
+}
+
 template <typename C, int kRows>
 __device__ void run_some_tile(SomeConsumer<C>& w, const char* slot, PartialSignal<C>& signal) {
   constexpr int kNT = (kRows + 7) / 8;
-  constexpr bool kScaled = kRows > kMostHalfRows;
-  constexpr float kFactor = C::kIntegers ? 1.f : kScaled ? 524288.f : 16777216.f, kUpper = C::kIntegers || kScaled ? 1.f : kUpperColumns;
+  constexpr float kFactor = C::kIntegers ? 1.f : 524288.f;
   const WorkTile& work = *reinterpret_cast<const WorkTile*>(slot);
   const char* const columns = slot + 128;
   Accumulator<C, kNT> acc;
-  if constexpr (C::kIntegers) some_integer_loop<C, kRows / 4>(w, work.kb, work.kb_end, columns, acc);
-  else if constexpr (kScaled) some_scaled_loop<C, kNT>(w, work.kb, work.kb_end, columns, acc);
+  if constexpr (C::kIntegers) some_main_loop<C, kRows / 4>(w, work.kb, work.kb_end, columns, acc);
   else some_half_loop<C, kNT>(w, work.kb, work.kb_end, columns, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
     const float2 s = load_supers(columns + (w.warp * C::kR + r) * kPlaneBytes, w.lane / 4);
-    super[r][0] = s.x * kFactor, super[r][1] = s.y * (kFactor * kUpper);
+    super[r][0] = s.x * kFactor, super[r][1] = s.y * kFactor;
   }
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_tile<C, kNT>(w, work, super, acc); });
 }

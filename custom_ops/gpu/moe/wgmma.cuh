@@ -62,6 +62,10 @@ __device__ inline uint64_t descriptor(uint32_t shared, uint32_t blocks) {
 
 // d[64 x kN] += a[64 x 16] * b[16 x kN], bfloat16 or float16 operands; of the 64 rows a warp has 16.
 template <bool kBf16>
+__device__ inline void wgmma(float (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
+  CCQ_WGMMA("8", "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", CCQ_F4(d, 0));
+}
+template <bool kBf16>
 __device__ inline void wgmma(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
   CCQ_WGMMA("16", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12",
             CCQ_F4(d, 0), CCQ_F4(d, 1));

@@ -20,13 +20,20 @@ struct TrellisWeights {
   __host__ __device__ static constexpr int unit_bytes(int tiles) { return (tiles + 3) / 4 * kFour; }
   __host__ __device__ static constexpr int columns_bytes(int tiles) { return (tiles + 3) / 4 * 256; }
 
-  template <int kTiles>
-  __device__ static void request_unit(const GemmParams& p, int expert, int first, int there, int kb, char* to, Barrier* full) {
-    static_assert(kTiles % 4 == 0, "a block's tiles are whole units");
-    const int unit = threadIdx.x % 32;
-    if (unit * 4 >= there) return;
-    const size_t four = static_cast<size_t>(expert) * ((p.n + 63) / 64) + first / 4 + unit;
-    bulk_copy(to + unit * kFour, p.quant + (four * (p.k / 128) + kb) * kFour, kFour, full);
+  // As PairWeights.
+  template <int kProducers>
+  __device__ static int own_bytes(int there, int units, int own) {
+    const int groups = (there + 3) / 4;
+    return max(0, (groups - own + kProducers - 1) / kProducers) * units * kFour;
+  }
+  template <int kTiles, int kUnits, int kProducers>
+  __device__ static void request_units(const GemmParams& p, int expert, int first, int there, int kb, int units, int own, char* to,
+                                       Barrier* full) {
+    static_assert(kTiles % 4 == 0, "a block's tiles are whole groups");
+    const int group = threadIdx.x % 32 * kProducers + own;
+    if (group * 4 >= there) return;
+    const size_t four = static_cast<size_t>(expert) * ((p.n + 63) / 64) + first / 4 + group;
+    bulk_copy(to + group * (kUnits * kFour), p.quant + (four * (p.k / 128) + kb) * kFour, units * kFour, full);
   }
   template <int kTiles>
   __device__ static void request_columns(const GemmParams& p, int expert, int first, int there, char* to, Barrier* full) {
@@ -42,7 +49,7 @@ struct TrellisWeights {
     return make_float2(own[0] * kBack, own[8] * kBack);
   }
 
-  template <bool kBf16, int kR, int kTiles>
+  template <bool kBf16, int kR, int kTiles, int kUnits>
   struct Decoder {
     using T = Two<kBf16>;
     static constexpr uint32_t kOnes = T::kOne, kMinusOnes = T::kOne ^ T::kMinus;
@@ -59,8 +66,9 @@ struct TrellisWeights {
       asm volatile("" : "+r"(multiplier), "+r"(addend), "+r"(low_bytes), "+r"(high_bytes));
     }
     __device__ void begin(const char*) {}
-    __device__ void load(const char* unit, int r) {
+    __device__ void load(const char* stage, int u, int r) {
       const int tile = first + r, g = threadIdx.x % 32 / 4;
+      const char* const unit = stage + tile / 4 * ((kUnits - 1) * kFour) + u * kFour;
       at = unit + tile / 4 * kFour + tile % 4 * 512 + g * 16;
       side = *reinterpret_cast<const uint32_t*>(unit + tile / 4 * kFour + 2048 + tile % 4 * 32 + g * 4);
     }

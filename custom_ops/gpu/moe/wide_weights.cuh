@@ -55,21 +55,39 @@ struct WideScale {
 };
 
 // WINT2 as moe_wide.cuh's weights. Bytes of a unit of `tiles` 16-column tiles and of what is known of their columns; copies of them,
-// by all lanes of the producer warp; decoding, by a consumer warp.
+// by all lanes of a producer warp; decoding, by a consumer warp.
 template <Pairs kPairs>
 struct PairWeights {
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1;
   __host__ __device__ static constexpr int unit_bytes(int tiles) { return tiles * 528; }
   __host__ __device__ static constexpr int columns_bytes(int tiles) { return tiles * kPlaneBytes * kPlanes; }
 
-  // Tiles `first` to `first` + `there` of an expert and their 128 input rows `kb`: codes, then scales.
-  template <int kTiles>
-  __device__ static void request_unit(const GemmParams& p, int expert, int first, int there, int kb, char* to, Barrier* full) {
-    const int tiles_n = p.n / 16, t16 = threadIdx.x % 32 * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
+  // A stage has of each group of four tiles, which lie side by side (repack.h), the codes of its kUnits units, then their scales.
+  // Bytes of those groups that producer `own` requests, every kProducers-th, with `there` tiles and `units` units.
+  template <int kProducers>
+  __device__ static int own_bytes(int there, int units, int own) {
+    int tiles = 0;
+    for (int t16 = own * 4; t16 < there; t16 += kProducers * 4) tiles += min(4, there - t16);
+    return tiles * units * 528;
+  }
+  // Tiles `first` to `first` + `there` of an expert and `units` times 128 input rows from `kb` on.
+  template <int kTiles, int kUnits, int kProducers>
+  __device__ static void request_units(const GemmParams& p, int expert, int first, int there, int kb, int units, int own, char* to,
+                                       Barrier* full) {
+    const int group = threadIdx.x % 32 * kProducers + own, t16 = group * 4, tiles = min(4, there - t16);
     if (tiles <= 0) return;
-    const size_t unit = ccq_unit_index(expert, first + t16, kb, tiles_n, p.k / 128);
-    bulk_copy(to + t16 * 512, p.quant + unit * 512, tiles * 512, full);
-    bulk_copy(to + kTiles * 512 + t16 * 16, p.scales + unit * 16, tiles * 16, full);
+    const size_t unit = ccq_unit_index(expert, first + t16, kb, p.n / 16, p.k / 128);
+    char* const codes = to + group * (kUnits * 2048);
+    char* const scales = to + kUnits * kTiles * 512 + group * (kUnits * 64);
+    if (kUnits == 1 || tiles == 4) {
+      bulk_copy(codes, p.quant + unit * 512, tiles * units * 512, full);
+      bulk_copy(scales, p.scales + unit * 16, tiles * units * 16, full);
+    } else {
+      for (int u = 0; u < units; ++u) {
+        bulk_copy(codes + u * 2048, p.quant + (unit + u * tiles) * 512, tiles * 512, full);
+        bulk_copy(scales + u * 64, p.scales + (unit + u * tiles) * 16, tiles * 16, full);
+      }
+    }
   }
   template <int kTiles>
   __device__ static void request_columns(const GemmParams& p, int expert, int first, int there, char* to, Barrier* full) {
@@ -82,8 +100,8 @@ struct PairWeights {
   template <bool kBf16>
   __device__ static float2 supers(const char* columns, int tile, int g) { return load_supers(columns + tile * kPlaneBytes, g); }
 
-  // kR tiles of a warp, of the block's kTiles.
-  template <bool kBf16, int kR, int kTiles>
+  // kR tiles of a warp, of the block's kTiles, in stages of kUnits units.
+  template <bool kBf16, int kR, int kTiles, int kUnits>
   struct Decoder {
     const int first;  // tile
     Column<kPairs> column[kR][2];
@@ -99,11 +117,12 @@ struct PairWeights {
         load_columns<kPairs>(c, c + kTiles * kPlaneBytes, threadIdx.x % 32 / 4, column[r]);
       }
     }
-    // The unit at `unit`, of tile r.
-    __device__ void load(const char* unit, int r) {
-      const int lane = threadIdx.x % 32;
-      q = *reinterpret_cast<const uint4*>(unit + (first + r) * 512 + lane * 16);
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(unit + kTiles * 512 + (first + r) * 16 + lane / 4 * 2);
+    // Unit u of the stage at `stage`, of tile r.
+    __device__ void load(const char* stage, int u, int r) {
+      const int lane = threadIdx.x % 32, tile = first + r, group = tile / 4 * kUnits + u;
+      q = *reinterpret_cast<const uint4*>(stage + group * 2048 + tile % 4 * 512 + lane * 16);
+      const char* const scales = stage + kUnits * kTiles * 512 + group * 64 + tile % 4 * 16;
+      const uint32_t scale = *reinterpret_cast<const uint16_t*>(scales + lane / 4 * 2);
       left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
     }
     // A's registers of the four steps of its group `half`.
