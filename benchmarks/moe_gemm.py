@@ -5,9 +5,10 @@
     python benchmarks/moe_gemm.py --library /tmp/libccq.so [--peers humming,cublas] [--marlin SO]
 
 Method: a CUDA graph of calls, each with another random top-8 routing (so that weights come from
-memory and not from L2), replayed; the median replay over the number of calls. The roof counts the
-bytes of the experts hit at 2.0625 bits a weight, activations read and outputs written, over the
-rate at which this GPU reads, measured first. Peers: Humming (humming_peer.py, pip install
+memory and not from L2), replayed; the median replay over the number of calls. Contestants take
+turns, a replay each, from 512 tokens on after 0.3 s at work, when the GPU has slowed down. The
+roof counts the bytes of the experts hit at 2.0625 bits a weight, activations read and outputs
+written, over the rate at which this GPU reads, measured first. Peers: Humming (humming_peer.py, pip install
 humming-kernels), vLLM's Marlin (benchmarks/gpu/marlin.py), plain Triton kernels
 (triton_kernels.py), a dense product by cuBLAS.
 """
@@ -102,6 +103,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def variant_of(peer: peers.Peer) -> int:
+    """The kernel of the project's that was timed, or -1."""
+    if not isinstance(peer, peers.Ccq):
+        return -1
+    return peer.variant if peer.variant >= 0 else peer.ran()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse(argv)
@@ -128,19 +136,20 @@ def main(argv: list[str] | None = None) -> None:
     for pairs in args.pairs.split(","):
         shapes = [s for s in every if args.only in s.name and not args.no_gemm]
         cases = [(s, t * min(measure.TOP_K, s.experts)) for s in shapes for t in tokens]
-        runners = peers.chosen(torch, library, args.peers.split(","), args.marlin, pairs, cases)
+        names = args.peers.split(",")
+        runners = peers.chosen(torch, library, names, args.marlin, pairs, variants, cases)
         for shape in shapes:
+            weights: dict[str, Any] = {}
             for peer in runners:
-                weights = peer.weights(shape)
-                torch.cuda.empty_cache()
-                for variant in variants if peer.who == "ccq" else [-1]:
-                    if peer.who == "ccq" and variants != [-1]:
-                        library.force_variant(variant)
-                    for t in tokens:
-                        row = peers.best(torch, peer, shape, t, weights, args.replays, bandwidth)
-                        if row:
-                            note(row, pairs, variant)
-                del weights
+                if peer.who not in weights:
+                    weights[peer.who] = peer.weights(shape)
+                    torch.cuda.empty_cache()
+            contestants = [(peer, weights[peer.who]) for peer in runners]
+            for t in tokens:
+                timed = peers.side_by_side(torch, contestants, shape, t, args.replays, bandwidth)
+                for peer, row in timed:
+                    note(row, pairs, variant_of(peer))
+            del weights, contestants
         for shape in measure.LINEAR:
             if not args.no_linear and args.only in shape.name:
                 for row in linear(torch, library, shape, pairs, args.replays, bandwidth):

@@ -17,6 +17,9 @@ BITS = {"ccq": 2.0625, "ccq-2t": 2.125,
         "humming-int2": 2.25, "humming-int4": 4.125}  # fmt: skip
 # Replays of one case end after this, so that slow peers do not eat the session.
 SECONDS_PER_CASE = 0.3
+# A GPU at work on tensor instructions draws its full power and slows down within some tenths of a
+# second. Where tokens are this many, contestants run for WARM_SECONDS before they are timed.
+WARM_TOKENS, WARM_SECONDS = 512, 0.3
 MAX_ROUTINGS = 16
 
 
@@ -82,8 +85,8 @@ def routings(torch: Any, shape: Shape, tokens: int, device: str = "cuda") -> lis
     return [route(torch, tokens, shape.experts, 100 * tokens + i, device) for i in range(count)]
 
 
-def time_calls(torch: Any, calls: Sequence[Callable[[], object]], replays: int) -> float:
-    """Seconds a call: the median over replays of one CUDA graph of all calls."""
+def captured(torch: Any, calls: Sequence[Callable[[], object]]) -> Any:
+    """A CUDA graph of all calls, replayed once."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -93,15 +96,45 @@ def time_calls(torch: Any, calls: Sequence[Callable[[], object]], replays: int) 
             call()
     graph.replay()
     torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < replays and sum(times) < SECONDS_PER_CASE):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(times) / len(calls)
+    return graph
+
+
+def seconds_of(torch: Any, graph: Any) -> float:
+    """Seconds of one replay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def time_side_by_side(
+    torch: Any, lists: Sequence[Sequence[Callable[[], object]]], replays: int, warm: float = 0.0
+) -> list[float]:
+    """Seconds a call of each list: the median over replays of one CUDA graph of its calls.
+
+    The lists take turns, one replay each, so that all see the GPU in the same state.
+
+    warm: seconds for which they run before.
+    """
+    graphs = [captured(torch, calls) for calls in lists]
+    spent = 0.0
+    while spent < warm:
+        spent += sum(seconds_of(torch, graph) for graph in graphs)
+    times: list[list[float]] = [[] for _ in graphs]
+    spent, limit = 0.0, SECONDS_PER_CASE * len(graphs)
+    while len(times[0]) < 3 or (len(times[0]) < replays and spent < limit):
+        for graph, own in zip(graphs, times, strict=True):
+            own.append(seconds_of(torch, graph))
+            spent += own[-1]
+    pairs = zip(times, lists, strict=True)
+    return [statistics.median(own) / len(calls) for own, calls in pairs]
+
+
+def time_calls(torch: Any, calls: Sequence[Callable[[], object]], replays: int) -> float:
+    """Seconds a call, as time_side_by_side of one list."""
+    return time_side_by_side(torch, [calls], replays)[0]
 
 
 def memory_rates(torch: Any) -> dict[str, float]:
@@ -119,13 +152,18 @@ def memory_rates(torch: Any) -> dict[str, float]:
 
 
 def device_rates(torch: Any) -> dict[str, float]:
-    """Memory in TB/s, a dense bf16 product in TFLOP/s, a kernel that does nothing in µs."""
+    """Memory in TB/s, a dense bf16 product in TFLOP/s, a kernel that does nothing in µs.
+
+    dense: of the first tenth of a second; sustained: once the GPU has slowed down under the load.
+    """
     rates = {name: rate / 1e12 for name, rate in memory_rates(torch).items()}
     torch.cuda.empty_cache()
     x, w = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     out, one = torch.empty_like(x), torch.zeros(1, device="cuda")
-    dense = time_calls(torch, [lambda: torch.mm(x, w, out=out)] * 4, 10)
-    rates["dense"] = 2 * 8192**3 / dense / 1e12
+    calls = [lambda: torch.mm(x, w, out=out)] * 4
+    for name, warm in (("dense", 0.0), ("sustained", 2 * WARM_SECONDS)):
+        (seconds,) = time_side_by_side(torch, [calls], 10, warm)
+        rates[name] = 2 * 8192**3 / seconds / 1e12
     rates["empty_us"] = time_calls(torch, [lambda: one.fill_(1.0)] * 64, 20) * 1e6
     return rates
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import ccqlib
@@ -37,22 +38,35 @@ class Ccq:
 
     who = "ccq"
 
-    def __init__(self, torch: Any, library: ccqlib.Library, pairs: str = "integer") -> None:
-        self.torch, self.library, self.pairs = torch, library, pairs
+    def __init__(
+        self, torch: Any, library: ccqlib.Library, pairs: str = "integer", variant: int = -1
+    ) -> None:
+        """variant: the kernel to force, in tuning builds; -1: the library's own choice."""
+        self.torch, self.library, self.pairs, self.variant = torch, library, pairs, variant
 
     def weights(self, shape: Shape) -> ccqlib.Packed:
         stored = ccqlib.random_weights(self.torch, shape.experts, shape.k, shape.n, self.pairs)
         return self.library.repack(*stored)
+
+    def ran(self) -> int:
+        """Number of the kernel of the last call."""
+        return self.library.variant
 
     def variants(
         self, shape: Shape, tokens: int, routes: list[Routing], weights: ccqlib.Packed
     ) -> list:
         x, out = buffers(self.torch, routes, shape)
         workspace = self.library.workspace(len(x), shape.k, shape.n, shape.experts)
-        gemm, order = self.library.gemm, ccqlib.FASTDEPLOY  # that of checkpoints
-        return [
-            [lambda r=r: gemm(x, r.offsets, weights, out, workspace, order=order) for r in routes]
-        ]
+
+        def call(route: Routing) -> None:
+            if self.variant >= 0:
+                self.library.force_variant(self.variant)
+            order = ccqlib.FASTDEPLOY  # that of checkpoints
+            self.library.gemm(x, route.offsets, weights, out, workspace, order=order)
+            if self.variant >= 0:
+                self.library.force_variant(-1)
+
+        return [[partial(call, r) for r in routes]]
 
     def check(self) -> float:
         return 0.0
@@ -162,16 +176,17 @@ def buffers(torch: Any, routes: list[Routing], shape: Shape) -> tuple[Any, Any]:
     return x, out
 
 
-def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | None,
-           pairs: str, cases: list[tuple[Shape, int]]) -> list[Peer]:  # fmt: skip
+def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | None, pairs: str,
+           variants: list[int], cases: list[tuple[Shape, int]]) -> list[Peer]:  # fmt: skip
     """The project's kernel first, then the peers asked for, each checked.
 
+    variants: kernels of the project's to force, -1 for its choice.
     cases: (shape, rows) to come, for peers that compile themselves.
 
     Raises:
         SystemExit: naming the peer whose result is wrong.
     """
-    found: list[Peer] = [Ccq(torch, library, pairs)]
+    found: list[Peer] = [Ccq(torch, library, pairs, variant) for variant in variants]
     if "ccq-2t" in names:
         found.append(Ccq2t(torch, library))
     if marlin:
@@ -195,14 +210,30 @@ def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | 
     return found
 
 
-def best(torch: Any, peer: Peer, shape: Shape, tokens: int, weights: Any, replays: int,
-         bandwidth: float) -> dict | None:  # fmt: skip
-    """The figures of one contestant on one case."""
+def side_by_side(
+    torch: Any, contestants: list[tuple[Peer, Any]], shape: Shape, tokens: int, replays: int,
+    bandwidth: float,
+) -> list[tuple[Peer, dict]]:  # fmt: skip
+    """The figures of all contestants that have something for one case, timed in turns.
+
+    contestants: peers and their weights of the shape. The fastest of a peer's lists counts.
+    """
     routes = measure.routings(torch, shape, tokens)
-    lists = peer.variants(shape, tokens, routes, weights)
+    lists, whose = [], []
+    for peer, weights in contestants:
+        own = peer.variants(shape, tokens, routes, weights)
+        lists += own
+        whose += [peer] * len(own)
     if not lists:
-        return None
-    seconds = min(measure.time_calls(torch, calls, replays) for calls in lists)
+        return []
+    warm = measure.WARM_SECONDS if tokens >= measure.WARM_TOKENS else 0.0
+    times = measure.time_side_by_side(torch, lists, replays, warm)
     rows = routes[0].ids.numel()
     hit = sum(r.hit for r in routes) / len(routes)
-    return measure.figures(peer.who, tokens, rows, shape, hit, seconds, bandwidth)
+    found = []
+    for peer, _ in contestants:
+        own = [seconds for who, seconds in zip(whose, times, strict=True) if who is peer]
+        if own:
+            case = (peer.who, tokens, rows, shape, hit, min(own), bandwidth)
+            found.append((peer, measure.figures(*case)))
+    return found

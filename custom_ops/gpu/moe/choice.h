@@ -15,7 +15,7 @@ namespace ccq {
 
 // Rows an expert on average from which kernels are chosen that have large tiles, and so large partial results (gemm_launch.cuh).
 constexpr int kManyRows = 8;
-constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50;
+constexpr int kWide = 10, kFew = 20, kStreamFew = 30, kSome = 50, kHalves = 60;
 
 struct Gpu {
   int sms, major, shared;  // shared: bytes of shared memory that a block may have

@@ -15,6 +15,7 @@
 #include "moe_gemm.cuh"
 #include "some_stream.h"
 #include "trellis_gemm.h"
+#include "wide_halves.h"
 #ifdef CCQ_SM90A
 #include "moe_wide.cuh"
 #include "wide_map.h"
@@ -81,6 +82,7 @@ constexpr bool of_wide() {
 
 // Bytes of shared memory for a call: with general pairs, which take more, for both kinds run the same kernel.
 size_t shared_of(int variant, int k, int experts) {
+  if (variant >= kHalves) return wide_halves_shared(variant);
   if (variant >= kSome) return some_stream_shared(variant);
   if (variant >= kStreamFew) return stream_few_shared(variant, k, experts);
   if (variant >= kFew)
@@ -190,6 +192,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   if (error != cudaSuccess) return error;
   const int variant = variant_of(device, *a);
   if (a->pairs == CCQ_PAIRS_TRELLIS) return trellis_gemm(device, *a, variant, stream);
+  if (variant >= kHalves) return wide_halves_gemm(*a, variant, device, stream);
   if (variant >= kSome) return some_stream_gemm(*a, variant, device, stream);
   if (variant >= kStreamFew) return stream_few_gemm(*a, variant, device.sms, device.shared, stream);
   if (variant >= kFew) {

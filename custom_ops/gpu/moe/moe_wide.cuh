@@ -26,7 +26,8 @@ namespace ccq {
 template <typename Weights_, bool kBf16_, int kR_, int kN_, int kStages_, int kUnits_ = 1>
 struct WideConfig {
   using Weights = Weights_;
-  static constexpr bool kBf16 = kBf16_;  // the activations' type
+  // The outputs' type; the operands'.
+  static constexpr bool kBf16 = kBf16_, kBf16Operands = kBf16 && !Weights::kHalves;
   static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kUnits = kUnits_, kMinBlocks = 1;
   // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
   // three the compiler would serialize `wgmma`.)
@@ -140,7 +141,7 @@ template <typename C, int kNT>
 __device__ void wide_main_loop(ConsumerWarp<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, kNT>& acc) {
   using S = WideShared<C>;
   constexpr int kR = C::kR;
-  typename C::Weights::template Decoder<C::kBf16, kR, C::kTiles, C::kUnits> decoder(w.p, w.warp * kR);
+  typename C::Weights::template Decoder<C::kBf16Operands, kR, C::kTiles, C::kUnits> decoder(w.p, w.warp * kR);
   decoder.begin(columns);
 #pragma unroll
   for (int r = 0; r < kR; ++r)
@@ -169,7 +170,7 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int kb, int kb_end, const cha
           decoder.decode(half, r, v);
           wgmma_fence();
 #pragma unroll
-          for (int j = 0; j < 4; ++j) wgmma<C::kBf16>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
+          for (int j = 0; j < 4; ++j) wgmma<C::kBf16Operands>(acc.o[r], v[j], b + half * (C::kRowsGroup / 16) + j * 2);
           wgmma_commit();
         }
       }

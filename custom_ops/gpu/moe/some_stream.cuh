@@ -12,6 +12,7 @@
 
 #include "some_schedule.cuh"
 #include "wgmma.cuh"  // registers from warps to warps
+#include "wide_halves.cuh"  // scales
 
 namespace ccq {
 
@@ -132,35 +133,6 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int kb, int kb_end, const cha
           acc.o[r][nt][2 * h + i] = t < 2 ? v[0] : v[1];
         }
 }
-
-// Two fp16 in a register.
-__device__ inline uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t v;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(v) : "r"(a), "r"(b), "r"(c));
-  return v;
-}
-
-// What turns a column's windows, subnormals w * 2^-24 or eight times that (decode.cuh), into weights (w - 32) * n * 2^-19 with the
-// group's scale n: multiplications by `one` or `eighth` and an addition. All of it is exact in fp16.
-struct HalfScale {
-  uint32_t one, eighth, offset;
-  HalfScale() = default;
-  // `both`: the column's byte of scales in both halves of a word; kGroup: which of its nibbles.
-  template <int kGroup>
-  __device__ static HalfScale of(uint32_t both, uint32_t magic) {
-    HalfScale s;
-    if (kGroup == 0) {  // 2^10 + n: times 2^5, 2^2 and -2^-14
-      const uint32_t v = (both & 0x000F000Fu) | magic;
-      s.one = multiply_add_half2(v, 0x50005000u, 0xF800F800u), s.eighth = multiply_add_half2(v, 0x44004400u, 0xEC00EC00u);
-      s.offset = multiply_add_half2(v, 0x84008400u, 0x2C002C00u);
-    } else {  // 2^10 + 16 n: times 2, 2^-2 and -2^-18
-      const uint32_t v = (both & 0x00F000F0u) | magic;
-      s.one = multiply_add_half2(v, 0x40004000u, 0xE800E800u), s.eighth = multiply_add_half2(v, 0x34003400u, 0xDC00DC00u);
-      s.offset = multiply_add_half2(v, 0x80408040u, 0x1C001C00u);
-    }
-    return s;
-  }
-};
 
 // The same for more rows, in fp16; kNT: blocks of eight rows that the tile really has. A group's scale is multiplied into its
 // weights, so that the accumulators run through all of K.

@@ -16,6 +16,7 @@
 namespace ccq {
 
 struct TrellisWeights {
+  static constexpr bool kHalves = false;
   static constexpr int kFour = 4 * 512 + 4 * 32;  // bytes of a unit of four tiles (trellis_repack.h)
   __host__ __device__ static constexpr int unit_bytes(int tiles) { return (tiles + 3) / 4 * kFour; }
   __host__ __device__ static constexpr int columns_bytes(int tiles) { return (tiles + 3) / 4 * 256; }

@@ -10,7 +10,10 @@
 // bfloat16 activations need, odd numbers above 256 round to their even neighbours, 1.2e-3 of the weights' norm.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue.cuh"
+#include "wide_halves.cuh"
 
 namespace ccq {
 
@@ -54,10 +57,63 @@ struct WideScale {
   }
 };
 
+// The codes of a unit's tile and its columns' bytes of scales, in both halves of a word; of kR tiles of a warp, of the block's kTiles, in
+// stages of kUnits units.
+template <Pairs kPairs, int kR, int kTiles, int kUnits>
+struct TileCodes {
+  const int first;  // tile
+  Column<kPairs> column[kR][2];
+  uint32_t left, right;
+  uint4 q;
+
+  __device__ explicit TileCodes(int first_) : first(first_) {}
+  __device__ void begin(const char* columns) {
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      const char* const c = columns + (first + r) * kPlaneBytes;
+      load_columns<kPairs>(c, c + kTiles * kPlaneBytes, threadIdx.x % 32 / 4, column[r]);
+    }
+  }
+  // Unit u of the stage at `stage`, of tile r.
+  __device__ void load(const char* stage, int u, int r) {
+    const int lane = threadIdx.x % 32, tile = first + r, group = tile / 4 * kUnits + u;
+    q = *reinterpret_cast<const uint4*>(stage + group * 2048 + tile % 4 * 512 + lane * 16);
+    const char* const scales = stage + kUnits * kTiles * 512 + group * 64 + tile % 4 * 16;
+    const uint32_t scale = *reinterpret_cast<const uint16_t*>(scales + lane / 4 * 2);
+    left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
+  }
+};
+
+template <Pairs kPairs, bool kBf16, int kR, int kTiles, int kUnits>
+struct WideDecoder : TileCodes<kPairs, kR, kTiles, kUnits> {
+  uint32_t magic;
+  // K is even: a constant that the compiler does not know, and so leaves in a register.
+  __device__ WideDecoder(const GemmParams& p, int first) : TileCodes<kPairs, kR, kTiles, kUnits>(first), magic(Two<kBf16>::kMagic | (p.k & 1)) {}
+  // A's registers of the four steps of its group `half`.
+  __device__ void decode(int half, int r, uint32_t (&v)[4][4]) const {
+    const uint32_t low = half ? this->q.z : this->q.x, high = half ? this->q.w : this->q.y;
+    const auto s = WideScale<kBf16>::of(half ? this->left >> 4 : this->left);
+    const auto u = WideScale<kBf16>::of(half ? this->right >> 4 : this->right);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t first[2][2], second[2][2];
+      s.weights(pair ? this->column[r][0].template codes<1>(low) : this->column[r][0].template codes<0>(low), magic, first[0], second[0]);
+      u.weights(pair ? this->column[r][1].template codes<1>(high) : this->column[r][1].template codes<0>(high), magic, first[1], second[1]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t(&step)[4] = v[pair + 2 * i];
+        step[0] = first[0][i], step[1] = first[1][i], step[2] = second[0][i], step[3] = second[1][i];
+      }
+    }
+  }
+  };
 // WINT2 as moe_wide.cuh's weights. Bytes of a unit of `tiles` 16-column tiles and of what is known of their columns; copies of them,
 // by all lanes of a producer warp; decoding, by a consumer warp.
-template <Pairs kPairs>
+//
+// kHalves: activations are fp16 in the order of wide_halves.cuh, whatever the outputs' type, and weights are read once.
+template <Pairs kPairs, bool kHalves_ = false>
 struct PairWeights {
+  static constexpr bool kHalves = kHalves_;
   static constexpr int kPlanes = kPairs == Pairs::kGeneral ? 2 : 1;
   __host__ __device__ static constexpr int unit_bytes(int tiles) { return tiles * 528; }
   __host__ __device__ static constexpr int columns_bytes(int tiles) { return tiles * kPlaneBytes * kPlanes; }
@@ -79,15 +135,13 @@ struct PairWeights {
     const size_t unit = ccq_unit_index(expert, first + t16, kb, p.n / 16, p.k / 128);
     char* const codes = to + group * (kUnits * 2048);
     char* const scales = to + kUnits * kTiles * 512 + group * (kUnits * 64);
-    if (kUnits == 1 || tiles == 4) {
-      bulk_copy(codes, p.quant + unit * 512, tiles * units * 512, full);
-      bulk_copy(scales, p.scales + unit * 16, tiles * units * 16, full);
-    } else {
-      for (int u = 0; u < units; ++u) {
-        bulk_copy(codes + u * 2048, p.quant + (unit + u * tiles) * 512, tiles * 512, full);
-        bulk_copy(scales + u * 64, p.scales + (unit + u * tiles) * 16, tiles * 16, full);
-      }
-    }
+    const uint64_t policy = streaming_policy(!kHalves);
+    auto copy = [&](char* c, char* s, size_t from, int count) {
+      bulk_copy(c, p.quant + from * 512, count * 512, full, policy);
+      bulk_copy(s, p.scales + from * 16, count * 16, full, policy);
+    };
+    if (kUnits == 1 || tiles == 4) copy(codes, scales, unit, tiles * units);
+    else for (int u = 0; u < units; ++u) copy(codes + u * 2048, scales + u * 64, unit + u * tiles, tiles);
   }
   template <int kTiles>
   __device__ static void request_columns(const GemmParams& p, int expert, int first, int there, char* to, Barrier* full) {
@@ -98,51 +152,13 @@ struct PairWeights {
               there * kPlaneBytes, full);
   }
   template <bool kBf16>
-  __device__ static float2 supers(const char* columns, int tile, int g) { return load_supers(columns + tile * kPlaneBytes, g); }
+  __device__ static float2 supers(const char* columns, int tile, int g) {
+    const float2 s = load_supers(columns + tile * kPlaneBytes, g);
+    return kHalves ? make_float2(s.x * kHalfWeights, s.y * kHalfWeights) : s;
+  }
 
-  // kR tiles of a warp, of the block's kTiles, in stages of kUnits units.
   template <bool kBf16, int kR, int kTiles, int kUnits>
-  struct Decoder {
-    const int first;  // tile
-    Column<kPairs> column[kR][2];
-    uint32_t magic, left, right;
-    uint4 q;
-
-    // K is even: a constant that the compiler does not know, and so leaves in a register.
-    __device__ Decoder(const GemmParams& p, int first_) : first(first_), magic(Two<kBf16>::kMagic | (p.k & 1)) {}
-    __device__ void begin(const char* columns) {
-#pragma unroll
-      for (int r = 0; r < kR; ++r) {
-        const char* const c = columns + (first + r) * kPlaneBytes;
-        load_columns<kPairs>(c, c + kTiles * kPlaneBytes, threadIdx.x % 32 / 4, column[r]);
-      }
-    }
-    // Unit u of the stage at `stage`, of tile r.
-    __device__ void load(const char* stage, int u, int r) {
-      const int lane = threadIdx.x % 32, tile = first + r, group = tile / 4 * kUnits + u;
-      q = *reinterpret_cast<const uint4*>(stage + group * 2048 + tile % 4 * 512 + lane * 16);
-      const char* const scales = stage + kUnits * kTiles * 512 + group * 64 + tile % 4 * 16;
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(scales + lane / 4 * 2);
-      left = __byte_perm(scale, 0, 0x4040), right = __byte_perm(scale, 0, 0x4141);
-    }
-    // A's registers of the four steps of its group `half`.
-    __device__ void decode(int half, int r, uint32_t (&v)[4][4]) const {
-      const uint32_t low = half ? q.z : q.x, high = half ? q.w : q.y;
-      const auto s = WideScale<kBf16>::of(half ? left >> 4 : left);
-      const auto u = WideScale<kBf16>::of(half ? right >> 4 : right);
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        uint32_t first[2][2], second[2][2];
-        s.weights(pair ? column[r][0].template codes<1>(low) : column[r][0].template codes<0>(low), magic, first[0], second[0]);
-        u.weights(pair ? column[r][1].template codes<1>(high) : column[r][1].template codes<0>(high), magic, first[1], second[1]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t(&step)[4] = v[pair + 2 * i];
-          step[0] = first[0][i], step[1] = first[1][i], step[2] = second[0][i], step[3] = second[1][i];
-        }
-      }
-    }
-  };
+  using Decoder = std::conditional_t<kHalves, HalfDecoder<kPairs, kR, kTiles, kUnits>, WideDecoder<kPairs, kBf16, kR, kTiles, kUnits>>;
 };
 
 }  // namespace ccq
