@@ -8,9 +8,9 @@ Method: a CUDA graph of calls, each with another random top-8 routing (so that w
 memory and not from L2), replayed; the median replay over the number of calls. Contestants take
 turns, a replay each, from 512 tokens on after 0.3 s at work, when the GPU has slowed down. The
 roof counts the bytes of the experts hit at 2.0625 bits a weight, activations read and outputs
-written, over the rate at which this GPU reads, measured first. Peers: Humming (humming_peer.py, pip install
-humming-kernels), vLLM's Marlin (benchmarks/gpu/marlin.py), plain Triton kernels
-(triton_kernels.py), a dense product by cuBLAS.
+written, over the rate at which this GPU reads, measured first. Peers: Humming
+(humming_peer.py, pip install humming-kernels), vLLM's Marlin (benchmarks/gpu/marlin.py), plain
+Triton kernels (triton_kernels.py), a dense product by cuBLAS.
 """
 
 from __future__ import annotations
