@@ -7,8 +7,8 @@
 // The warps' sums of a tile are added in their order by one warp while the others are at the next tile.
 #include <algorithm>
 
+#include "linear_slice.cuh"
 #include "linear_w4.h"
-#include "linear_w8_few.cuh"
 
 namespace ccq_w4 {
 
@@ -164,41 +164,21 @@ __global__ void __launch_bounds__(C::kThreads, 1) gemm(const __grid_constant__ c
 #pragma unroll 1
       for (int r = 0; r < min(R, at.last_row - at.row); ++r) {
         const char* const row = static_cast<const char*>(a.x) + (static_cast<int64_t>(at.row + r) * a.k + first * 64) * 2;
-        Chunk kept{};
-        if (lane < 4 * units) kept.load(row, lane);
-        uint32_t largest = kept.largest(CCQ_BF16);
-#pragma unroll 1
-        for (int c = lane + 32; c < 4 * units; c += 32) {
-          Chunk other;
-          other.load(row, c);
-          largest = max(largest, other.largest(CCQ_BF16));
-        }
-        const IntegerScale scale(__reduce_max_sync(~0u, largest));
-        int sum[2] = {0, 0};
-#pragma unroll 1
-        for (int c = lane; c < 4 * units; c += 32) {
-          if (c >= 32) kept.load(row, c);
+        const ccq_w8::SliceDigits made = ccq_w8::SliceDigits::make<C::kDigits>(row, units, x + 2 * r * 64, [](const Chunk& chunk) {
           // Even values of every eight come before the odd ones, as halves of bytes do.
           Chunk mixed;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const uint32_t* const w = kept.words + 4 * h;
+            const uint32_t* const w = chunk.words + 4 * h;
             mixed.words[4 * h] = __byte_perm(w[0], w[1], 0x5410), mixed.words[4 * h + 1] = __byte_perm(w[2], w[3], 0x5410);
             mixed.words[4 * h + 2] = __byte_perm(w[0], w[1], 0x7632), mixed.words[4 * h + 3] = __byte_perm(w[2], w[3], 0x7632);
           }
-          const ccq_w8::PlainDigits digits(mixed, scale.scale);
-#pragma unroll
-          for (int d = 0; d < 2; ++d) {
-            *reinterpret_cast<uint4*>(x + (c / 4 * C::kDigits + 2 * r + d) * 64 + c % 4 * 16) = digits.bytes[d];
-            sum[d] += digits.sum[d];
-          }
-        }
-#pragma unroll
-        for (int d = 0; d < 2; ++d) sum[d] = __reduce_add_sync(~0u, sum[d]);
+          return mixed;
+        });
         if (t == r % 4) {
 #pragma unroll
           for (int q = 0; q < (R + 3) / 4; ++q)
-            if (q == r / 4) back[q] = scale.back, offset[q][0] = sum[0] * 8, offset[q][1] = sum[1] * 8;
+            if (q == r / 4) back[q] = made.back, offset[q][0] = made.sum[0] * 8, offset[q][1] = made.sum[1] * 8;
         }
       }
       __syncwarp();
