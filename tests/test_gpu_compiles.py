@@ -52,7 +52,7 @@ def compilations(
     "source",
     [
         *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/linear_w8.cu"),
-        "moe/some_stream.cu",
+        *("moe/some_stream.cu", "moe/wide_halves.cu"),
         *("moe/trellis_repack.cu", "moe/trellis_gemm.cu"),
         *("encode/trellis.cu", "encode/host_trellis.cu", "encode/trellis_ldlq.cu"),
         *("encode/trellis_ldlq_narrow.cu", "encode/host_trellis_ldlq.cu", "ldlq/host_ldlq.cu"),
@@ -63,7 +63,7 @@ def test_compiles(compilations: dict[tuple[str, str], Future[str]], source: str,
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("name", ["moe_gemm", "few_stream", "some_stream", "trellis_gemm"])
+@pytest.mark.parametrize("name", ["moe_gemm", "few_stream", "some_stream", "wide_halves", "trellis_gemm"])
 def test_what_needs_hoppers_own_instructions_compiles(tmp_path: Path, name: str) -> None:
     """Templates are used where -DCCQ_SM90A is given alone; to PTX, for that takes seconds."""
     command = ["nvcc", "-std=c++17", "-DCCQ_SM90A", "-ptx", "-arch=compute_90a"]

@@ -13,6 +13,7 @@ SOURCES = (
     *("encode/trellis_ldlq.cu", "encode/trellis_ldlq_narrow.cu", "encode/host_trellis_ldlq.cu"),
     *("ldlq/ldlq.cu", "ldlq/host_ldlq.cu"),
     *("moe/repack.cu", "moe/moe_gemm.cu", "moe/few_stream.cu", "moe/some_stream.cu"),
+    "moe/wide_halves.cu",
     *("moe/trellis_repack.cu", "moe/trellis_gemm.cu", "moe/activation.cu", "moe/dispatch.cu"),
     *("moe/moe_block.cu", "moe/linear_ccq.cu", "moe/linear_w8.cu", "moe/linear_w4.cu"),
     "moe/router.cu",

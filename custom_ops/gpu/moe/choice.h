@@ -3,7 +3,7 @@
 // can be tried without a GPU.
 //
 // Kernels have numbers: from 0 moe_gemm.cuh, from kWide moe_wide.cuh, from kFew moe_few.cuh, from kStreamFew few_stream.cuh,
-// from kSome some_stream.cuh.
+// from kSome some_stream.cuh, from kHalves moe_wide.cuh with activations in fp16.
 #pragma once
 
 #include <stdint.h>
@@ -39,7 +39,6 @@ constexpr WideCost kWideCosts[] = {
     {kWide, 512, 32, 1.482, 1.627, 3.05},     {kWide + 1, 512, 48, 1.835, 1.625, 2.90},
     {kWide + 2, 512, 64, 2.064, 1.754, 4.86}, {kWide + 3, 256, 96, 1.301, 1.003, 2.00},
     {kWide + 4, 256, 128, 1.633, 1.083, 2.34}, {kWide + 5, 256, 144, 1.613, 1.613, 3.16},
-    {kWide + 6, 512, 16, 9, 9, 9},
 };
 
 // Tiles that an expert is expected to have. Its rows are taken to be spread as random routing spreads them: by the square root of

@@ -2,7 +2,7 @@
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
 // Five kernels: moe_few.cuh and few_stream.cuh for few rows an expert, some_stream.cuh and moe_gemm.cuh for some, moe_wide.cuh for
-// many. few_stream.cuh, some_stream.cuh and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets;
+// some (wide_halves.cu) and many. few_stream.cuh, some_stream.cuh and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets;
 // without it, and on other GPUs, the other two serve all.
 
 #include "moe_gemm.h"
@@ -64,7 +64,6 @@ auto with_wide(int variant, F&& use) {
     case kWide + 2: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 64, 2, 2>{});
     case kWide + 3: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 128, 4>{});
-    case kWide + 6: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 16, 4, 2>{});
     default: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 144, 4>{});
   }
 }

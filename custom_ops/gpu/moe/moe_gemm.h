@@ -42,7 +42,8 @@ size_t ccq_moe_gemm_workspace(int rows, int k, int n, int experts);
 cudaError_t ccq_moe_gemm(const struct ccq_moe_gemm_args* args, cudaStream_t stream);
 
 // Which kernel serves a call, for tests and profiles: below 10 moe_gemm.cuh, below 20 moe_wide.cuh, below 30 moe_few.cuh, below 40
-// few_stream.cuh, below 45 trellis_few.cuh, below 50 trellis_some.cuh, else some_stream.cuh.
+// few_stream.cuh, below 45 trellis_few.cuh, below 50 trellis_some.cuh, below 60 some_stream.cuh, else
+// moe_wide.cuh with activations in fp16 (wide_halves.cuh).
 // -1: an argument is wrong, or there are no rows.
 int ccq_moe_gemm_variant(const struct ccq_moe_gemm_args* args);
 
