@@ -63,7 +63,9 @@ def test_compiles(compilations: dict[tuple[str, str], Future[str]], source: str,
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("name", ["moe_gemm", "few_stream", "some_stream", "wide_halves", "trellis_gemm"])
+@pytest.mark.parametrize(
+    "name", ["moe_gemm", "few_stream", "some_stream", "wide_halves", "trellis_gemm"]
+)
 def test_what_needs_hoppers_own_instructions_compiles(tmp_path: Path, name: str) -> None:
     """Templates are used where -DCCQ_SM90A is given alone; to PTX, for that takes seconds."""
     command = ["nvcc", "-std=c++17", "-DCCQ_SM90A", "-ptx", "-arch=compute_90a"]
