@@ -16,8 +16,7 @@ template <Pairs kPairs, bool kBf16, typename F>
 auto with_config(int variant, F&& use) {
   using Weights = PairWeights<kPairs, true>;
   switch (variant) {
-    case kHalves: return use(WideConfig<Weights, kBf16, 4, 16, 4, 2>{});
-    case kHalves + 1: return use(WideConfig<Weights, kBf16, 4, 32, 3, 2>{});
+    case kHalves: return use(WideConfig<Weights, kBf16, 4, 32, 3, 2>{});
     default: return use(WideConfig<Weights, kBf16, 4, 48, 3, 2>{});
   }
 }
