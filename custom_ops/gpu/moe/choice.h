@@ -29,16 +29,20 @@ struct Call {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A configuration of moe_wide.cuh: its tile, and what a multiprocessor needs for a unit (128 input rows) of a tile that multiplies
-// all its rows, or half of them, and for a tile besides its units. Microseconds, fitted to measurements on an H200 (seven
-// shapes, 256 to 4096 tokens, bfloat16, integer pairs), which they meet within 4 to 8 % in the mean.
+// all its rows, or half of them, for a tile besides its units, and for a launch. Microseconds, fitted to measurements on an H200
+// (seven and eight shapes, 32 to 4096 tokens, bfloat16, integer pairs), which they meet within 1 to 8 % in the mean.
 struct WideCost {
   int variant, columns, rows;
-  double unit, half_unit, tile;
+  double unit, half_unit, tile, start = 0;
 };
 constexpr WideCost kWideCosts[] = {
-    {kWide, 512, 32, 1.482, 1.627, 3.05},     {kWide + 1, 512, 48, 1.835, 1.625, 2.90},
-    {kWide + 2, 512, 64, 2.064, 1.754, 4.86}, {kWide + 3, 256, 96, 1.301, 1.003, 2.00},
-    {kWide + 4, 256, 128, 1.633, 1.083, 2.34}, {kWide + 5, 256, 144, 1.613, 1.613, 3.16},
+    {kWide, 512, 32, 1.590, 1.346, 0.72, 11.9},     {kWide + 1, 512, 48, 1.832, 1.440, 0.86, 12.1},
+    {kWide + 2, 512, 64, 2.029, 1.583, 1.34, 15.4}, {kWide + 3, 256, 96, 1.363, 1.108, 0.92, 7.5},
+    {kWide + 4, 256, 128, 1.633, 1.083, 2.34, 8.0},  {kWide + 5, 256, 144, 1.613, 1.613, 3.16, 8.0},
+};
+// With activations in fp16, which a kernel before prepares.
+constexpr WideCost kHalvesCosts[] = {
+    {kHalves, 512, 32, 1.434, 1.050, 1.29, 13.2}, {kHalves + 1, 512, 48, 1.750, 1.250, 1.84, 15.3},
 };
 
 // Tiles that an expert is expected to have. Its rows are taken to be spread as random routing spreads them: by the square root of
@@ -73,7 +77,7 @@ inline double wide_cost(const Gpu& gpu, const Call& call, const WideCost& c) {
   const double work = (tiles.whole * (c.unit * units + c.tile) + tiles.half * (c.half_unit * units + c.tile)) * call.experts;
   const double waves = (tiles.whole + tiles.half) * call.experts * columns / gpu.sms;
   // Fewer tiles than multiprocessors are cut along K, into eight at most (waves.cuh).
-  return work * columns / gpu.sms * std::max(1.0, 1 / std::min(1.0, 8 * waves));
+  return c.start + work * columns / gpu.sms * std::max(1.0, 1 / std::min(1.0, 8 * waves));
 }
 
 template <typename F>
@@ -186,9 +190,8 @@ struct SomeCost {
   double start, tile, unit, step_unit;
 };
 constexpr SomeCost kSomeCosts[] = {
-    {kSome, 16, 4, 8.0, 1.69, 0.338, 0.201},
-    {kSome + 1, 16, 4, 10.6, 0.88, 0.394, 0.216},
-    {kSome + 2, 48, 8, 22.0, 1.51, 0.509, 0.285},
+    {kSome, 16, 4, 14.3, 1.17, 0.315, 0.235},
+    {kSome + 1, 16, 4, 13.2, 0.93, 0.410, 0.217},
 };
 
 inline double some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
@@ -222,14 +225,16 @@ int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
   if (mean <= 5)
     for (const StreamCost& c : kStreamCosts) offer(c.variant, stream_cost(gpu, call, c));
   for (const SomeCost& c : kSomeCosts) {
-    if (narrow || mean < (c.rows > 16 ? kManyRows : 1)) continue;
-    // Stages of four units were measured on matrices of 29 and 59 million weights alone; large tiles lose on small matrices.
-    const int64_t weights = static_cast<int64_t>(call.k) * call.n;
-    if ((c.variant == kSome && weights < 1 << 24) || (c.variant == kSome + 2 && weights < 6 << 20)) continue;
+    if (narrow || mean < 1) continue;
+    // On small matrices stages of four units lose where few rows meet them.
+    if (c.variant == kSome && mean < 3.5 && static_cast<int64_t>(call.k) * call.n < 1 << 24) continue;
     offer(c.variant, some_cost(gpu, call, c));
   }
   if (mean >= 12)
     for (const WideCost& c : kWideCosts) offer(c.variant, wide_cost(gpu, call, c));
+  // Large tiles have large partial results (gemm_launch.cuh).
+  for (const WideCost& c : kHalvesCosts)
+    if (call.rows / call.experts >= kManyRows) offer(c.variant, wide_cost(gpu, call, c));
   return best;
 }
 

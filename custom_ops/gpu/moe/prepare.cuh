@@ -24,7 +24,6 @@ constexpr int kPrepareThreads = 512;  // 16 values each: rows up to 8192 are rea
 //   Tiles of few rows: integers; int [2 halves of the rows][2 groups][4 rows][2 digits], then [2 halves][2 groups][4 rows]
 //   [2 digits][4 t]. For some_stream.cuh with a scale for each 1024 values of a row.
 //   Larger tiles: fp16; float [2][4 t][rows 2t, 2t + 1, 2t, 2t + 1], then [2][both halves p (decode.cuh)][8 rows][4 t].
-//   For weights that are scaled when they are decoded (some_stream.cuh): fp16 for all tiles, nothing divided out.
 constexpr int kRowsScaleAt = 128 + 2048, kRowsUnitBytes = kRowsScaleAt + 32, kFourRowsBytes = 128 + 1024;
 constexpr int kMostIntegerRows = 4;  // of moe_gemm.cuh
 
@@ -216,8 +215,8 @@ struct RowToPrepare {
   }
 };
 
-// What activations become: for moe_gemm.cuh, for some_stream.cuh with integers, or with weights that are scaled when they are decoded.
-enum class Prepare { kSome, kBlocks, kScaled };
+// What activations become: for moe_gemm.cuh, or for some_stream.cuh.
+enum class Prepare { kSome, kBlocks };
 
 // static: more than one source launches it.
 static __global__ void __launch_bounds__(kPrepareThreads)
@@ -243,8 +242,7 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   // Rows of a tile; its mode goes by how many there are.
   const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);
   const int in_tile = (row - start) % tile_rows, count = min(tile_rows, end - (row - in_tile));
-  const bool blocks = what == Prepare::kBlocks, scaled = what == Prepare::kScaled;
-  const bool integers = blocks || (count <= kMostIntegerRows && !scaled);
+  const bool blocks = what == Prepare::kBlocks, integers = blocks || count <= kMostIntegerRows;
   const RowScale half_scale(largest);
   IntegerScale integer_scale(largest);
   if (threadIdx.x == 0) {
@@ -290,12 +288,12 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (c >= chunks) continue;
-    const float odd = group % 2 && !scaled ? kOddGroup : 1.f, upper = scaled ? 1.f : 0.125f;
+    const float odd = group % 2 ? kOddGroup : 1.f;
     const int own = place % 8;
     if (t < 2) reinterpret_cast<float*>(unit)[group % 2 * 16 + own / 2 * 4 + t * 2 + own % 2] = sum * odd * kOffset;
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd, upper);
+      *reinterpret_cast<uint4*>(unit + 128 + group % 2 * 1024 + p * 512 + own * 64 + t * 16) = fragment_half(v, p, odd, 0.125f);
   }
 }
 

@@ -6,17 +6,16 @@
 
 namespace ccq {
 
-// kNT: blocks of 8 rows a tile may have. kUnits: of a stage; the more, the longer its copies.
-template <Pairs kPairs_, int kNT_, int kUnits_>
+// kUnits: of a stage; the more, the longer its copies.
+template <Pairs kPairs_, int kUnits_>
 struct SomeStream {
   static constexpr Pairs kPairs = kPairs_;
-  static constexpr int kR = 2, kNT = kNT_, kTileTokens = 8 * kNT, kMinBlocks = 1;
-  static constexpr bool kIntegers = kNT <= 2;  // what activations are
+  static constexpr int kR = 2, kNT = 2, kTileTokens = 8 * kNT, kMinBlocks = 1;
   static constexpr int kWarps = 16, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
   static constexpr int kTiles = kR * kWarps, kFours = kTiles / 4;  // 16-column tiles; groups of four, which lie side by side
   // Registers of a thread: 96 at the beginning; then those of the warps that request and of those that multiply.
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
-  static constexpr int kUnits = kUnits_, kStages = kUnits > 2 ? 2 : kNT > 2 ? 3 : 4;
+  static constexpr int kUnits = kUnits_, kStages = kUnits > 2 ? 2 : 4;
   // A stage: codes [group of four tiles][unit][4 tiles][512], scales [group][unit][4][16], activations [8 rows][unit].
   static constexpr int kScalesAt = kUnits * kTiles * 512, kRowsAt = kScalesAt + kUnits * kTiles * 16;
   static constexpr int kStageBytes = kRowsAt + kNT * kUnits * kRowsUnitBytes;
@@ -27,9 +26,7 @@ struct SomeStream {
   static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
   // Time of a unit by its tile's rows, roughly (stream_k.cuh).
-  __host__ __device__ static constexpr int weight(int rows) {
-    return kIntegers ? 5 + (rows + 3) / 4 * 2 : 7 + (rows + 7) / 8 * 3;
-  }
+  __host__ __device__ static constexpr int weight(int rows) { return 5 + (rows + 3) / 4 * 2; }
   static constexpr int kMaxWeight = weight(kTileTokens);
   static constexpr size_t shared_bytes(int experts) { return kScheduleAt + StreamK<SomeStream>::shared_bytes(experts); }
   static_assert(kStageBytes % 128 == 0 && kSlotBytes % 16 == 0);

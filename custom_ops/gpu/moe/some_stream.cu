@@ -12,11 +12,7 @@ namespace {
 
 template <Pairs kPairs, typename F>
 auto with_config(int variant, F&& use) {
-  switch (variant) {
-    case kSome: return use(SomeStream<kPairs, 2, 4>{});
-    case kSome + 1: return use(SomeStream<kPairs, 2, 2>{});
-    default: return use(SomeStream<kPairs, 6, 2>{});
-  }
+  return variant == kSome ? use(SomeStream<kPairs, 4>{}) : use(SomeStream<kPairs, 2>{});
 }
 
 }  // namespace
@@ -37,8 +33,8 @@ cudaError_t some_stream_gemm(const ccq_moe_gemm_args& a, int variant, const Devi
     using C = decltype(config);
     const cudaError_t error =
         launch_early(prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k, a.dtype,
-                     a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, C::kTileTokens,
-                     C::kIntegers ? Prepare::kBlocks : Prepare::kScaled, kWarpsPerSm * device.sms, p.prepared);
+                     a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, C::kTileTokens, Prepare::kBlocks, kWarpsPerSm * device.sms,
+                     p.prepared);
     return error != cudaSuccess ? error : launch_gemm<C>(device, some_kernel<C>, p, w.partial_float4, stream);
   };
   return a.pairs == CCQ_PAIRS_INTEGER ? with_config<Pairs::kInteger>(variant, use) : with_config<Pairs::kGeneral>(variant, use);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped GEMM for some rows of several experts, on Hopper (sm_90a). Up to 16 rows a tile: activations as integers, multiplied by
-// the integer tensor cores, four rows at a time. Up to 48: in fp16, eight rows at a time, with scales in the weights.
+// The grouped GEMM for some rows of several experts, on Hopper (sm_90a): up to 16 rows a tile, activations as integers, multiplied by
+// the integer tensor cores, four rows at a time.
 //
 // Work. A tile has 512 columns; the scheduler, partial results and the epilogue are those of moe_gemm.cuh (stream_k.cuh,
 // epilogue.cuh). How many blocks of rows a tile multiplies goes by the rows that it has.
@@ -12,14 +12,8 @@
 
 #include "some_schedule.cuh"
 #include "wgmma.cuh"  // registers from warps to warps
-#include "wide_halves.cuh"  // scales
 
 namespace ccq {
-
-template <int kNumber>
-struct Number {
-  static constexpr int value = kNumber;
-};
 
 // Two words of shared memory, and the same again: of accumulators' four registers, without moves.
 __device__ inline int4 load_twice(const void* from) {
@@ -134,95 +128,18 @@ __device__ void some_main_loop(SomeConsumer<C>& w, int kb, int kb_end, const cha
         }
 }
 
-// The same for more rows, in fp16; kNT: blocks of eight rows that the tile really has. A group's scale is multiplied into its
-// weights, so that the accumulators run through all of K.
-template <typename C, int kNT>
-__device__ void some_half_loop(SomeConsumer<C>& w, int kb, int kb_end, const char* columns, Accumulator<C, kNT>& acc) {
-  using S = SomeShared<C>;
-  constexpr int kR = C::kR;
-  const int g = w.lane / 4;
-  const uint32_t magic = 0x64006400u | (w.p.k & 0x80000000u);  // in a register: p.k is positive, but the compiler does not know
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
-  Column<C::kPairs> column[kR][2];
-#pragma unroll
-  for (int r = 0; r < kR; ++r) {
-    const char* const at = columns + (w.warp * kR + r) * kPlaneBytes;
-    load_columns<C::kPairs>(at, at + C::kTiles * kPlaneBytes, g, column[r]);
-  }
-#pragma unroll 1
-  while (kb < kb_end) {
-    const int units = units_of_stage<C>(kb, kb_end - kb);
-    const char* const stage = S::stage(w.stage);
-    const char* const codes = stage + w.warp / 2 * (C::kUnits * 2048) + w.warp % 2 * 1024 + w.lane * 16;
-    const char* const scales = stage + C::kScalesAt + w.warp / 2 * (C::kUnits * 64) + w.warp % 2 * 32 + g * 2;
-    const char* const rows = stage + C::kRowsAt + 128 + w.lane * 16;
-    S::full()[w.stage].wait(w.parity);
-#pragma unroll
-    for (int u = 0; u < C::kUnits; ++u) {
-      if (u >= units) break;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint2 q[kR];
-        HalfScale scale[kR][2];
-#pragma unroll
-        for (int r = 0; r < kR; ++r) {
-          q[r] = *reinterpret_cast<const uint2*>(codes + u * 2048 + r * 512 + half * 8);
-          const uint32_t word = *reinterpret_cast<const uint16_t*>(scales + u * 64 + r * 16);
-          scale[r][0] = half ? HalfScale::of<1>(__byte_perm(word, 0, 0x4040), magic) : HalfScale::of<0>(__byte_perm(word, 0, 0x4040), magic);
-          scale[r][1] = half ? HalfScale::of<1>(__byte_perm(word, 0, 0x4141), magic) : HalfScale::of<0>(__byte_perm(word, 0, 0x4141), magic);
-        }
-        auto step = [&](auto pair) {
-          constexpr int kPair = decltype(pair)::value;
-          uint32_t a[kR][2][4];  // [..][step]
-#pragma unroll
-          for (int r = 0; r < kR; ++r)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const Windows v(column[r][i].template codes<kPair>(i ? q[r].y : q[r].x));
-              const HalfScale& s = scale[r][i];
-#pragma unroll
-              for (int j = 0; j < 4; ++j)
-                a[r][j / 2][j % 2 * 2 + i] = multiply_add_half2(v.w[j], j % 2 ? s.eighth : s.one, s.offset);
-            }
-#pragma unroll
-          for (int nt = 0; nt < kNT; ++nt) {
-            const uint4 b = *reinterpret_cast<const uint4*>(rows + nt * (C::kUnits * kRowsUnitBytes) + u * kRowsUnitBytes +
-                                                            half * 1024 + kPair * 512);
-#pragma unroll
-            for (int r = 0; r < kR; ++r) {
-              mma(acc.o[r][nt], a[r][0][0], a[r][0][1], a[r][0][2], a[r][0][3], b.x, b.y);
-              mma(acc.o[r][nt], a[r][1][0], a[r][1][1], a[r][1][2], a[r][1][3], b.z, b.w);
-            }
-          }
-        };
-        step(Number<0>{}), step(Number<1>{});
-      }
-    }
-    kb += units;
-    S::free()[w.stage].arrive_together();
-    if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
-  }
-}
-
 template <typename C, int kRows>
 __device__ void run_some_tile(SomeConsumer<C>& w, const char* slot, PartialSignal<C>& signal) {
   constexpr int kNT = (kRows + 7) / 8;
-  constexpr float kFactor = C::kIntegers ? 1.f : 524288.f;
   const WorkTile& work = *reinterpret_cast<const WorkTile*>(slot);
   const char* const columns = slot + 128;
   Accumulator<C, kNT> acc;
-  if constexpr (C::kIntegers) some_main_loop<C, kRows / 4>(w, work.kb, work.kb_end, columns, acc);
-  else some_half_loop<C, kNT>(w, work.kb, work.kb_end, columns, acc);
+  some_main_loop<C, kRows / 4>(w, work.kb, work.kb_end, columns, acc);
   float super[C::kR][2];
 #pragma unroll
   for (int r = 0; r < C::kR; ++r) {
     const float2 s = load_supers(columns + (w.warp * C::kR + r) * kPlaneBytes, w.lane / 4);
-    super[r][0] = s.x * kFactor, super[r][1] = s.y * kFactor;
+    super[r][0] = s.x, super[r][1] = s.y;
   }
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_tile<C, kNT>(w, work, super, acc); });
 }
@@ -258,19 +175,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) some_kernel(const GemmParams p
       const WorkTile& work = *reinterpret_cast<const WorkTile*>(at);
       left -= work.kb_end - work.kb;
       const int rows = work.rows;
-      if constexpr (C::kIntegers) {
-        if (rows <= 4) run_some_tile<C, 4>(w, at, signal);
-        else if (rows <= 8) run_some_tile<C, 8>(w, at, signal);
-        else if (rows <= 12) run_some_tile<C, 12>(w, at, signal);
-        else run_some_tile<C, 16>(w, at, signal);
-      } else {
-        if (rows <= 8) run_some_tile<C, 8>(w, at, signal);
-        else if (rows <= 16) run_some_tile<C, 16>(w, at, signal);
-        else if (rows <= 24) run_some_tile<C, 24>(w, at, signal);
-        else if (rows <= 32) run_some_tile<C, 32>(w, at, signal);
-        else if (rows <= 40) run_some_tile<C, 40>(w, at, signal);
-        else run_some_tile<C, 48>(w, at, signal);
-      }
+      if (rows <= 4) run_some_tile<C, 4>(w, at, signal);
+      else if (rows <= 8) run_some_tile<C, 8>(w, at, signal);
+      else if (rows <= 12) run_some_tile<C, 12>(w, at, signal);
+      else run_some_tile<C, 16>(w, at, signal);
       if (++slot == C::kSlots) slot = 0;
     }
     signal.publish(w);
