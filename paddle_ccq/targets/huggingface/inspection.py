@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...checkpoint.entries import packed_tensors
 from ...checkpoint.plan import LayerFormats, Plan, PlanOptions, make_plan
 from ...checkpoint.planned import KEPT, PlannedTensor
-from ...checkpoint.reader import PROVENANCE_KEY, packed_tensors
+from ...checkpoint.reader import PROVENANCE_KEY
 from ...checkpoint.safetensors_io import DTYPES, TensorFolder
 from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
 from ...checkpoint.sources.locate import locate
