@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every tensor of a model lies in a folder, as floats or packed; what is missing is an error."""
+"""How every tensor of a model lies in a folder: as floats, or packed in one of the formats."""
 
 from __future__ import annotations
 
