@@ -15,17 +15,13 @@ from typing import Any
 import torch
 
 from ..ops import gpu_abi, gpu_library
+from .memory import DECODED_BYTES, MOE_TOKENS
 
-# Tokens of one call of the expert block: bounds its workspace, 0.4 MB a token of the 300B. A prompt
-# of 8192 tokens took 1.44 s in halves, 1.39 s whole (docs/notes/vllm.md).
-MOE_TOKENS = 8192
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
 LINEAR_ROWS = 128
 # Up to this many tokens of a step the product for few rows runs 4-bit experts; from the other on
 # they are decoded one by one and cuBLAS runs; between them, vLLM's own.
 W4_TOKENS, W4_DECODED_TOKENS = 128, 1024
-# Bytes of decoded weights at a time.
-DECODED_BYTES = 128 << 20
 
 
 @cache
