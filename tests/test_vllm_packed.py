@@ -184,7 +184,7 @@ def test_cards_that_do_not_fit_are_refused_with_those_that_do(
 
 @needs_vllm
 def test_a_class_of_text_alone_answers_for_its_states() -> None:
-    """As in vLLM up to 0.31, where only the class that reads images too does."""
+    """As in vLLM 0.24 and 0.26, where only the class that reads images too does."""
     from types import SimpleNamespace
 
     from paddle_ccq.vllm.model import _what_it_lacks
