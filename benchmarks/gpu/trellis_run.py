@@ -7,7 +7,6 @@ import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +93,6 @@ class TrellisLab:
         self.rounded = in_wint8(self.net, self.float)
         self.texts = {name: torch.from_numpy(w).to(device) for name, w in texts.items()}
         self.codes: dict[str, Layers] = {}
-        self.folder: Path | None = None  # for trellis_store.save
         self._lock = threading.Lock()
         self.hessians = Kept()
         generator = torch.Generator(device=device).manual_seed(0)
