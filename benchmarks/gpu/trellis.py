@@ -38,7 +38,7 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
     from trellis_run import TRELLIS_LDLQ_RECIPES, Choice, Relaxation
 
     default, best = (TRELLIS_LDLQ_RECIPES[name] for name in ("default", "best"))
-    router, plain = Choice("ab", "router"), "gradient, default"
+    router, plain, made = Choice("ab", "router"), "gradient, default", "gradient and made-up, best"
 
     def codes(choice: Choice):
         def make():
@@ -60,8 +60,8 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
     def gain(label: str, weights: str):
         return from_codes(label, lambda found: lab.gain_in_down(found, weights))
 
-    def tuned(label: str, way: Way):
-        return lambda: (None, lab.tuned(lab.codes[label], way))
+    def tuned(label: str, way: Way, made: bool = False):
+        return lambda: (None, lab.tuned(lab.codes[label], way, made))
 
     return {
         "EXL3, 2 bits, router": lambda: (None, lab.exl3(router, mul1=True)),
@@ -80,6 +80,8 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
         "gradient, relaxed, tuned on all": tuned("gradient, relaxed", Way(ALL)),
         "gradient, best, tuned on all, twice": tuned("gradient, best", Way(ALL, passes=2)),
         "gradient, best, tuned on all, four times": tuned("gradient, best", Way(ALL, passes=4)),
+        made: codes(Choice("abm", recipe=best)),
+        f"{made}, tuned on all, twice": tuned(made, Way(ALL, passes=2), made=True),
         "gradient, default, tuned on all, twice": tuned(plain, Way(ALL, passes=2)),
         "gradient, gain in down, tuned on all": tuned("gradient, gain in down", Way(ALL)),
         "gradient, two super scales": codes(Choice(recipe=replace(default, kappas=(11.0, 9.0)))),
@@ -95,6 +97,8 @@ def measure(lab: Any, args: argparse.Namespace, start: float) -> None:
     from trellis_run import Choice
 
     known = rows(lab)
+    if unknown := [label for label in args.rows or () if label not in known]:
+        raise SystemExit(f"--rows: no such row: {', '.join(unknown)}; there are: {list(known)}")
     stored = math.inf  # held-out KL of the stored model
     result: dict[str, Any] = {"device": lab.device_name, "model": args.name, "rows": {}}
     for label in args.rows or known:
@@ -135,7 +139,7 @@ def measure(lab: Any, args: argparse.Namespace, start: float) -> None:
             args.json.write_text(json.dumps(result), encoding="utf-8")
 
 
-def write(result: dict[str, Any]) -> None:
+def write(result: dict[str, Any], marker: str) -> None:
     """The table, with paired differences on the held-out windows to its first row."""
 
     def difference(found: dict, base: dict, what: str) -> str:
@@ -143,9 +147,10 @@ def write(result: dict[str, Any]) -> None:
         return f"{values.mean():+.4f} ({values.std(ddof=1) / math.sqrt(len(values)):.4f})"
 
     measured = result["rows"]
-    base = measured[BASE]
+    first = BASE if BASE in measured else next(iter(measured))
+    base = measured[first]
     table = []
-    for label in [BASE, *(label for label in measured if label != BASE)]:
+    for label in [first, *(label for label in measured if label != first)]:
         found = measured[label]
         held = found[HELD]
         table.append(
@@ -169,22 +174,24 @@ def write(result: dict[str, Any]) -> None:
         " row saw; differences on the same windows with standard errors;"
         f" {result['device']}."
     )
-    put_into_doc("docs/notes/ccq-2t.md", "trellis-choices", f"{markdown(header, table)}\n\n{note}")
+    put_into_doc("docs/notes/ccq-2t.md", marker, f"{markdown(header, table)}\n\n{note}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--made", type=Path, help="text that the model made up (sample)")
     parser.add_argument("--text", type=Path, help="validation text")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="put the table of a run into the docs")
+    parser.add_argument("--marker", default="trellis-choices", help="table of --write")
     parser.add_argument("--rows", nargs="+", metavar="LABEL")
     parser.add_argument("--store", type=Path, help="folder for the best tuned model")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
     args = parser.parse_args()
     if args.write:
-        write(json.loads(args.write.read_text(encoding="utf-8")))
+        write(json.loads(args.write.read_text(encoding="utf-8")), args.marker)
         return
     from choices import texts
     from trellis_run import TrellisLab
@@ -196,7 +203,7 @@ def main() -> None:
     start = time.perf_counter()
     source = open_checkpoint(args.model)
     args.name = source.path.name
-    windows = texts(args.model, args.calibration, None)
+    windows = texts(args.model, args.calibration, args.made)
     stream = token_stream(
         list(read_documents(args.text)), Tokenizer(source.path, source.config.raw)
     )
