@@ -11,12 +11,37 @@ from typing import Any
 from . import reporting
 from .checkpoint.manifest import check_manifest
 from .checkpoint.planned import PlannedTensor
+from .checkpoint.source import snapshot_folder
 from .codec import trellis
 from .codec.wint2 import ROWS_PER_BYTE
 from .errors import CcqError, visible
+from .families.config import CONFIG_FILE
+from .json_files import load_json
 from .ops.gpu_abi import trellis_bytes
 
 GIB = 1 << 30
+# Tokens of a sequence where --max-model-len is not given and the model was made for more.
+DEFAULT_LENGTH = 32768
+
+
+def default_length(folder: Path, multiple: int = 1) -> int:
+    """--max-model-len where it is not given: not beyond the positions that a folder states.
+
+    Args:
+        multiple: of which the length is to be one; the length is at least that.
+
+    Raises:
+        CcqError: if config.json is no JSON. One that is missing is the check's to report.
+    """
+    path = snapshot_folder(folder) / CONFIG_FILE
+    stated = load_json(path) if path.is_file() else None
+    fields = stated if isinstance(stated, dict) else {}
+    text = fields.get("text_config")
+    for values in (text if isinstance(text, dict) else {}, fields):
+        positions = values.get("max_position_embeddings")
+        if isinstance(positions, int) and positions > 0:
+            return max(min(positions, DEFAULT_LENGTH) // multiple * multiple, multiple)
+    return DEFAULT_LENGTH
 
 
 def loaded_bytes(planned: PlannedTensor) -> int:

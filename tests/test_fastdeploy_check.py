@@ -250,6 +250,14 @@ def test_serve_configs_that_cannot_be(made, capsys, arguments, text) -> None:
     assert error.startswith("error: ") and error.count("\n") == 1 and text in error
 
 
+def test_the_printed_command_stays_within_the_model(tmp_path, capsys) -> None:
+    write_checkpoint(tmp_path / "m", CONFIG | {"max_position_embeddings": 1000})
+    quantize(tmp_path / "m", tmp_path / "out", preset="fast", quiet=True)
+    assert main([str(tmp_path / "out"), "--gpu-memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "--max-model-len 960 " in out and "positions" not in out
+
+
 def test_not_a_checkpoint(tmp_path, capsys) -> None:
     assert main([str(tmp_path), "--gpu-memory", "24"]) == 2
     assert "config.json" in capsys.readouterr().err

@@ -57,6 +57,23 @@ def test_a_local_source(model, tmp_path):
     assert "datasets" not in card and "base_model_relation" not in card
 
 
+@pytest.mark.parametrize(
+    ("positions", "length"), [(131072, 32768), (2048, 2048), (1000, 960), (32, 64)]
+)
+def test_the_command_of_the_card_stays_within_the_model(tmp_path, positions, length):
+    write_checkpoint(tmp_path / "m", CONFIG | {"max_position_embeddings": positions})
+    quantize(tmp_path / "m", tmp_path / "out", preset="fast", quiet=True)
+    text = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"--max-model-len {length} " in text and "vllm serve .\n" in text
+
+
+def test_rank_folders_say_how_many_cards_vllm_needs(tmp_path):
+    write_checkpoint(tmp_path / "m", CONFIG | {"moe_intermediate_size": 256})
+    quantize(tmp_path / "m", tmp_path / "out", preset="fast", quiet=True, tensor_parallel_size=2)
+    text = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "vllm serve . --tensor-parallel-size 2\n" in text and "cut at load" not in text
+
+
 def test_a_cached_source_is_itself_the_base(model, tmp_path):
     snapshot = tmp_path / "models--baidu--ERNIE-X" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.configs import tiny_config
-from paddle_ccq.engine_check import GIB
+from paddle_ccq.engine_check import GIB, default_length
 from paddle_ccq.quantize import quantize
 from paddle_ccq.vllm.check import ServeConfig, check, main
 from paddle_ccq.vllm.claims import Parallel
@@ -96,6 +96,7 @@ def test_names_cannot_command_the_terminal(made: Path, tmp_path: Path, capsys) -
         ({"card_bytes": 0}, "--gpu-memory must be positive"),
         ({"max_num_seqs": 0}, "--max-num-seqs must be positive"),
         ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization 1.5"),
+        ({"max_num_batched_tokens": 64}, "64: vLLM wants at least --max-num-seqs, 128"),
         ({"parallel": Parallel(tensor=0)}, "--tensor-parallel-size must be positive"),
     ],
 )
@@ -104,3 +105,47 @@ def test_what_cannot_be_served_is_refused(made: Path, change: dict, text: str) -
 
     with pytest.raises(CcqError, match=text):
         check(made, replace(SERVE, **change))
+
+
+SHORT = CONFIG | {"max_position_embeddings": 2048}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> Path:
+    folder = tmp_path_factory.mktemp("short") / "quantized"
+    quantize(tiny_model(SHORT), folder, preset="fast", quiet=True)
+    return folder
+
+
+def test_the_printed_command_stays_within_the_model(short: Path, capsys) -> None:
+    """vLLM refuses a --max-model-len beyond what config.json and the tokenizer state."""
+    assert main([str(short), "--gpu-memory", "24"]) == 0
+    assert "--max-model-len 2048 " in capsys.readouterr().out
+    assert main([str(short), "--gpu-memory", "24", "--max-model-len", "2049"]) == 1
+    said = capsys.readouterr().out
+    assert "max_position_embeddings of the model is 2048" in said and "vllm serve" not in said
+
+
+def test_the_tokenizer_can_allow_less(short: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(short, tmp_path / "copy"))
+    (copy / "ccq-manifest.json").unlink()
+    (copy / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    problems = check(copy, replace(SERVE, max_model_len=2048)).problems
+    assert any("model_max_length of the model is 1024" in problem for problem in problems)
+    assert not check(copy, replace(SERVE, max_model_len=1024)).problems
+    # What transformers writes for "no limit".
+    (copy / "tokenizer_config.json").write_text('{"model_max_length": 1e30}')
+    assert not check(copy, replace(SERVE, max_model_len=2048)).problems
+
+
+@pytest.mark.parametrize("positions", [None, "many", 0])
+def test_the_default_length_without_positions(tmp_path: Path, positions: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    assert default_length(tmp_path) == 32768
+
+
+def test_the_default_length_of_a_text_config(tmp_path: Path) -> None:
+    nested = {"text_config": {"max_position_embeddings": 1000}, "max_position_embeddings": 9}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert default_length(tmp_path) == 1000 and default_length(tmp_path, 64) == 960
+    assert default_length(tmp_path, 4096) == 4096 and default_length(tmp_path / "no") == 32768

@@ -100,7 +100,8 @@ def test_every_format_and_a_missing_file(tmp_path: Path) -> None:
 def test_ernie_in_this_layout(tmp_path: Path, tiny_model) -> None:
     from helpers.configs import tiny_config
 
-    source = tiny_model(tiny_config(tie_word_embeddings=False))
+    config = tiny_config(tie_word_embeddings=False, max_position_embeddings=65536)
+    source = tiny_model(config)
     quantize(source, tmp_path / "packed", preset="fast", quiet=True, target="huggingface")
     found = check(tmp_path / "packed", SERVE)
     assert found.good and found.memory is not None
@@ -136,3 +137,19 @@ def test_what_the_structure_refuses(tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(content))
     with pytest.raises(CcqError, match="version: 9"):
         check(copy, SERVE)
+
+
+@pytest.mark.parametrize("kind,refused", [(None, True), ("default", True), ("yarn", False)])
+def test_a_length_beyond_the_positions(kind: str | None, refused: bool, tmp_path: Path) -> None:
+    """With scaled rotary positions it is the engine's release that says how much is allowed."""
+    folder = made(tmp_path, "qwen3-moe")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 4096
+    if kind is not None:
+        config["rope_scaling"] = {"rope_type": kind, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "ccq-manifest.json").unlink()
+    found = check(folder, replace(SERVE, max_model_len=4097))
+    said = found.problems if refused else found.warnings
+    assert [text for text in said if "max_position_embeddings of the model is 4096" in text]
+    assert found.good is not refused

@@ -12,9 +12,15 @@ from pathlib import Path
 
 from .. import engine_check, reporting
 from ..arguments import Arguments, number, whole
-from ..checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ..checkpoint.manifest import NO_MANIFEST, read_manifest
 from ..command import run_command
-from ..engine_check import GIB, check_positive, check_utilization
+from ..engine_check import (
+    DEFAULT_LENGTH,
+    GIB,
+    check_positive,
+    check_utilization,
+    default_length,
+)
 from ..errors import CcqError
 from ..host import available_memory
 from ..targets.fastdeploy.inspection import FastDeployInspection
@@ -31,7 +37,6 @@ from .plugin import NAME as PLUGIN
 from .releases import DEFAULT_RELEASE, RELEASES, Release, release_of
 from .server_flags import four_ports, server_command, shown
 
-DEFAULT_MODEL_LEN = 32768
 DEFAULT_SEQUENCES = 128
 DEFAULT_PORT = 8180
 
@@ -50,7 +55,7 @@ class ServeConfig:
 
     tensor_parallel_size: int = 1
     card_bytes: int | None = None
-    max_model_len: int = DEFAULT_MODEL_LEN
+    max_model_len: int = DEFAULT_LENGTH
     max_num_seqs: int = DEFAULT_SEQUENCES
     max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
     gpu_memory_utilization: float = DEFAULT_UTILIZATION
@@ -97,7 +102,7 @@ def check(
     result = CheckResult(str(folder), inspection.problems)
     result.add_manifest(inspection.folder, hashes)
     if hashes and read_manifest(inspection.folder) is None:
-        result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
+        result.warnings.append(NO_MANIFEST)
     result.problems += contract_problems(
         inspection, serve.release, serve.tensor_parallel_size, serve.plugin
     )
@@ -246,12 +251,7 @@ def build_parser() -> Arguments:
         metavar="GIB",
         help="memory of one card as nvidia-smi reports it, in GiB (this machine's cards)",
     )
-    add(
-        "--max-model-len",
-        type=whole,
-        default=DEFAULT_MODEL_LEN,
-        help="tokens of a sequence (32768)",
-    )
+    add("--max-model-len", type=whole, help="tokens of a sequence (32768, or what the model has)")
     add("--max-num-seqs", type=whole, default=DEFAULT_SEQUENCES, help="sequences at once (128)")
     add("--max-num-batched-tokens", type=whole, help="tokens of one step (8192)")
     add("--gpu-memory-utilization", type=number, default=DEFAULT_UTILIZATION, help="(0.9)")
@@ -273,13 +273,16 @@ def serve_config_from_arguments(args: argparse.Namespace, cards: list[Card]) -> 
     if memory is None and not cards:
         raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")
     smallest = min((card.memory for card in cards), default=0)
+    length = args.max_model_len
+    if length is None:
+        length = default_length(Path(args.folder), max(1, args.block_size))
     batched = args.max_num_batched_tokens
     if batched is None:
-        batched = min(DEFAULT_BATCHED_TOKENS, args.max_model_len * args.max_num_seqs)
+        batched = min(DEFAULT_BATCHED_TOKENS, length * args.max_num_seqs)
     return ServeConfig(
         tensor_parallel_size=args.tensor_parallel_size,
         card_bytes=smallest if memory is None else int(memory * GIB),
-        max_model_len=args.max_model_len,
+        max_model_len=length,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=batched,
         gpu_memory_utilization=args.gpu_memory_utilization,

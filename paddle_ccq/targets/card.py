@@ -13,16 +13,11 @@ from ..units import gigabytes
 from ..version import __version__
 from .recipe import Recipe
 
-VLLM = (
+_VLLM = (
     "## Serve with vLLM",
     "",
     "```",
     "pip install vllm paddle-ccq    # and the GPU library: python -m paddle_ccq.ops.gpu_library",
-    "vllm serve .",
-    "```",
-    "",
-    "vLLM finds paddle-ccq's plugin by itself; several cards are cut at load"
-    " (`--tensor-parallel-size N`).",
 )
 # Rows of the table of errors: what is counted together.
 _KINDS = {
@@ -30,6 +25,19 @@ _KINDS = {
     "attention": (frozenset({Role.ATTENTION}), (QKV, OUT)),
     "dense and shared MLP": (frozenset({Role.MLP, Role.SHARED_EXPERT}), PROJECTIONS),
 }
+
+
+def vllm(ranks: int = 1) -> list[str]:
+    """How vLLM is started; with `ranks` folders, on as many cards."""
+    if ranks > 1:
+        flag, cards = (
+            f" --tensor-parallel-size {ranks}",
+            f"rank folders need {ranks} cards there too",
+        )
+    else:
+        flag, cards = "", "several cards are cut at load (`--tensor-parallel-size N`)"
+    use = f"vLLM finds paddle-ccq's plugin by itself; {cards}."
+    return [*_VLLM, f"vllm serve .{flag}", "```", "", use]
 
 
 def metadata(recipe: Recipe, library: str, tags: Sequence[str]) -> str:

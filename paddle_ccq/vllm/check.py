@@ -16,17 +16,21 @@ from typing import Any
 
 from .. import reporting
 from ..arguments import Arguments, count, number
+from ..checkpoint.companions import TOKENIZER_CONFIG
 from ..command import run_command
 from ..engine_check import (
+    DEFAULT_LENGTH,
     GIB,
     CardMemory,
     CheckResult,
     check_positive,
     check_utilization,
+    default_length,
     print_result,
 )
 from ..errors import CcqError
 from ..families.generic import GENERIC
+from ..json_files import load_json
 from ..ops import gpu_library
 from ..targets.huggingface.inspection import HuggingFaceInspection
 from ..targets.inspect import inspect
@@ -47,7 +51,7 @@ class ServeConfig:
 
     card_bytes: int
     parallel: Parallel = field(default_factory=Parallel)
-    max_model_len: int = 32768
+    max_model_len: int = DEFAULT_LENGTH
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.92
@@ -65,21 +69,18 @@ def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
     inspection.check_structure()
     result = CheckResult(str(folder))
     if isinstance(inspection, HuggingFaceInspection):
-        memory, positions = _judge_packed(inspection, serve, result)
+        memory = _judge_packed(inspection, serve, result)
     else:
         config: Any = inspection.config
         claim = Claim.read(config.raw["quantization_config"])
         claim.check_model(config)
         check_parallel(config, claim, serve.parallel, inspection.plan.tensor_parallel_size)
-        memory, positions = card_memory(inspection.plan, serve), config.max_position_embeddings
+        memory = card_memory(inspection.plan, serve)
     result.problems += inspection.problems
     result.add_manifest(inspection.folder, False)
     if memory is not None:
         result.judge_memory(memory, serve.max_model_len, serve.max_num_seqs)
-    if isinstance(positions, int) and serve.max_model_len > positions:
-        result.warnings.append(
-            f"--max-model-len {serve.max_model_len}: the model was made for {positions} positions"
-        )
+    _judge_length(serve, inspection.config, inspection.folder, result)
     _judge_machine(result)
     result.command = command(folder, serve)
     return result
@@ -87,24 +88,46 @@ def check(folder: str | os.PathLike[str], serve: ServeConfig) -> CheckResult:
 
 def _judge_packed(
     inspection: HuggingFaceInspection, serve: ServeConfig, result: CheckResult
-) -> tuple[CardMemory | None, Any]:
-    """The memory of a card, if it can be told, and the positions that the model was made for."""
+) -> CardMemory | None:
+    """The memory of a card, if it can be told."""
     config = inspection.config
     PackedClaim.read(config.raw["quantization_config"])
     inspection.check_config()
     unserved = architecture_problem(config)
     if unserved:
         result.problems.append(unserved)
-        return None, None
+        return None
     if config.family is GENERIC:
         result.warnings.append(
             "memory: not judged; of --family generic only the routed experts are known"
         )
-        return None, None
+        return None
     check_packed_parallel(config, serve.parallel)
-    stated = getattr(config, "values", config.raw)
-    positions = stated.get("max_position_embeddings")
-    return packed_memory.card_memory(inspection.plan, serve), positions
+    return packed_memory.card_memory(inspection.plan, serve)
+
+
+def _judge_length(serve: ServeConfig, config: Any, folder: Path, result: CheckResult) -> None:
+    """What vLLM makes of --max-model-len (config/model.py, _get_and_verify_max_len)."""
+    values = getattr(config, "values", config.raw)
+    stated = {"max_position_embeddings": values.get("max_position_embeddings")}
+    tokenizer = folder / TOKENIZER_CONFIG
+    if tokenizer.is_file():
+        found = load_json(tokenizer)
+        stated["model_max_length"] = found.get("model_max_length") if isinstance(found, dict) else 0
+    numbers = {key: n for key, n in stated.items() if isinstance(n, (int, float)) and n > 0}
+    if not numbers:
+        return
+    key = min(numbers, key=lambda name: numbers[name])
+    length, limit = serve.max_model_len, int(numbers[key])
+    if length <= limit:
+        return
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    text = f"--max-model-len {length}: {key} of the model is {limit}"
+    if kind in (None, "default"):
+        result.problems.append(f"{text}, and vLLM refuses more; at most --max-model-len {limit}")
+    else:
+        result.warnings.append(f"{text}; whether its {kind} scaling allows more is vLLM's to say")
 
 
 def _check_serve_config(serve: ServeConfig) -> None:
@@ -119,6 +142,11 @@ def _check_serve_config(serve: ServeConfig) -> None:
         }
     )
     check_utilization(serve.gpu_memory_utilization)
+    if serve.max_num_batched_tokens < serve.max_num_seqs:
+        raise CcqError(
+            f"--max-num-batched-tokens {serve.max_num_batched_tokens}: vLLM wants at least"
+            f" --max-num-seqs, {serve.max_num_seqs}"
+        )
 
 
 def _judge_machine(result: CheckResult) -> None:
@@ -162,7 +190,7 @@ def build_parser() -> Arguments:
     add("--tensor-parallel-size", type=count, default=1, metavar="N", help="(1)")
     add("--pipeline-parallel-size", type=count, default=1, metavar="N", help="(1)")
     add("--enable-expert-parallel", action="store_true", help="whole experts on each card")
-    add("--max-model-len", type=count, default=32768, help="tokens of a sequence (32768)")
+    add("--max-model-len", type=count, help="tokens of a sequence (32768, or what the model has)")
     add("--max-num-seqs", type=count, default=128, help="sequences at once (128)")
     add("--max-num-batched-tokens", type=count, default=8192, help="tokens of one step (8192)")
     add("--gpu-memory-utilization", type=number, default=0.92, help="(0.92)")
@@ -179,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             parallel=Parallel(
                 args.tensor_parallel_size, args.pipeline_parallel_size, args.enable_expert_parallel
             ),
-            max_model_len=args.max_model_len,
+            max_model_len=args.max_model_len or default_length(Path(args.folder)),
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             gpu_memory_utilization=args.gpu_memory_utilization,

@@ -7,8 +7,8 @@
 // The warps' sums of a tile are added in their order by one warp while the others are at the next tile.
 #include <algorithm>
 
+#include "linear_slice.cuh"
 #include "linear_w4.h"
-#include "linear_w8_few.cuh"
 
 namespace ccq_w4 {
 
@@ -164,41 +164,21 @@ __global__ void __launch_bounds__(C::kThreads, 1) gemm(const __grid_constant__ c
 #pragma unroll 1
       for (int r = 0; r < min(R, at.last_row - at.row); ++r) {
         const char* const row = static_cast<const char*>(a.x) + (static_cast<int64_t>(at.row + r) * a.k + first * 64) * 2;
-        Chunk kept{};
-        if (lane < 4 * units) kept.load(row, lane);
-        uint32_t largest = kept.largest(CCQ_BF16);
-#pragma unroll 1
-        for (int c = lane + 32; c < 4 * units; c += 32) {
-          Chunk other;
-          other.load(row, c);
-          largest = max(largest, other.largest(CCQ_BF16));
-        }
-        const IntegerScale scale(__reduce_max_sync(~0u, largest));
-        int sum[2] = {0, 0};
-#pragma unroll 1
-        for (int c = lane; c < 4 * units; c += 32) {
-          if (c >= 32) kept.load(row, c);
+        const ccq_w8::SliceDigits made = ccq_w8::SliceDigits::make<C::kDigits>(row, units, x + 2 * r * 64, [](const Chunk& chunk) {
           // Even values of every eight come before the odd ones, as halves of bytes do.
           Chunk mixed;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const uint32_t* const w = kept.words + 4 * h;
+            const uint32_t* const w = chunk.words + 4 * h;
             mixed.words[4 * h] = __byte_perm(w[0], w[1], 0x5410), mixed.words[4 * h + 1] = __byte_perm(w[2], w[3], 0x5410);
             mixed.words[4 * h + 2] = __byte_perm(w[0], w[1], 0x7632), mixed.words[4 * h + 3] = __byte_perm(w[2], w[3], 0x7632);
           }
-          const ccq_w8::PlainDigits digits(mixed, scale.scale);
-#pragma unroll
-          for (int d = 0; d < 2; ++d) {
-            *reinterpret_cast<uint4*>(x + (c / 4 * C::kDigits + 2 * r + d) * 64 + c % 4 * 16) = digits.bytes[d];
-            sum[d] += digits.sum[d];
-          }
-        }
-#pragma unroll
-        for (int d = 0; d < 2; ++d) sum[d] = __reduce_add_sync(~0u, sum[d]);
+          return mixed;
+        });
         if (t == r % 4) {
 #pragma unroll
           for (int q = 0; q < (R + 3) / 4; ++q)
-            if (q == r / 4) back[q] = scale.back, offset[q][0] = sum[0] * 8, offset[q][1] = sum[1] * 8;
+            if (q == r / 4) back[q] = made.back, offset[q][0] = made.sum[0] * 8, offset[q][1] = made.sum[1] * 8;
         }
       }
       __syncwarp();
@@ -261,7 +241,36 @@ bool launch(const ccq_w4_gemm_args& a, cudaStream_t stream, cudaError_t* error) 
   return true;
 }
 
+// 16 bytes, 32 rows of one column, for each thread.
+__global__ void dequant(const uint4* weight, const __nv_bfloat16* scale, int scale_stride, int k, int64_t pieces, uint4* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= pieces) return;
+  const uint4 bytes = weight[i];
+  const float s = __bfloat162float(scale[i / (k / 32) * scale_stride]);
+  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    __nv_bfloat162 values[4];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int pair = words[w] >> 8 * b;
+      values[b] = __floats2bfloat162_rn(static_cast<float>((pair & 15) - 8) * s, static_cast<float>((pair >> 4 & 15) - 8) * s);
+    }
+    out[4 * i + w] = *reinterpret_cast<const uint4*>(values);
+  }
+}
+
 }  // namespace ccq_w4
+
+extern "C" cudaError_t ccq_dequant_w4(const void* weight, const void* scale, int scale_stride, int k, int n, void* out,
+                                      cudaStream_t stream) {
+  if (k <= 0 || k % 32 || n <= 0 || scale_stride <= 0 || !weight || !scale || !out) return cudaErrorInvalidValue;
+  const int64_t pieces = static_cast<int64_t>(n) * (k / 32);
+  ccq_w4::dequant<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(
+      static_cast<const uint4*>(weight), static_cast<const __nv_bfloat16*>(scale), scale_stride, k, pieces,
+      static_cast<uint4*>(out));
+  return cudaGetLastError();
+}
 
 extern "C" cudaError_t ccq_w4_gemm(const ccq_w4_gemm_args* args, cudaStream_t stream) {
   using namespace ccq_w4;

@@ -9,17 +9,12 @@
 //
 // The integer tensor cores multiply bytes of weights (states plus 128) by two signed digits of each activation, exactly: 3
 // instructions a KiB and lane, where decoding to bfloat16 takes 80. 128 times the sum of a slice's digits is taken off at the end.
-// Activations are off by at most 2^-16 of a slice's largest value: below 4e-4 of the slice's norm for any 1024 values.
 #pragma once
 
+#include "linear_slice.cuh"
 #include "linear_w8.h"
-#include "prepare.cuh"
-#include "ring.cuh"
 
 namespace ccq_w8 {
-
-// Sums of bytes and digits over a warp's slice stay within 32 bits up to here.
-constexpr int kFewMostK = 16 * 65536;
 
 // kRows: 1, 2, 4 or 8; kUnits: units of 1 KiB that one copy brings.
 template <int kRows_, int kStages_>
@@ -31,32 +26,6 @@ struct FewConfig {
   static constexpr size_t shared_bytes(int k) {
     return size_t{1} * kWarps * kStages * kUnits * 1024 + size_t{2} * kRows * k + size_t{4} * kSlots * kWarps * kEntries +
            8 * (kWarps * kStages + 2 * kSlots);
-  }
-};
-
-// Sixteen values as two signed digits each: 256 * upper + lower, rounded.
-struct PlainDigits {
-  uint4 bytes[2];
-  int sum[2];
-  __device__ PlainDigits(const ccq::Chunk& chunk, float scale) {
-    float v[16];
-    chunk.values(CCQ_BF16, v);
-    uint32_t words[2][4];
-    // See Digits in prepare.cuh: the integer in the low bits of 1.5 * 2^23, plus 128.
-    auto rounded = [&](int i) { return __float_as_uint(__fmaf_rn(v[i], scale, 12582912.f + 128.f)); };
-    sum[0] = sum[1] = 0;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t a = rounded(4 * w), b = rounded(4 * w + 1), c = rounded(4 * w + 2), d = rounded(4 * w + 3);
-      const uint32_t ab = __byte_perm(a, b, 0x5140), cd = __byte_perm(c, d, 0x5140);  // low a, low b, high a, high b
-      words[0][w] = __byte_perm(ab, cd, 0x7632);
-      words[1][w] = __byte_perm(ab, cd, 0x5410) ^ 0x80808080u;
-#pragma unroll
-      for (int digit = 0; digit < 2; ++digit)
-        sum[digit] = __dp4a(static_cast<int>(words[digit][w]), 0x01010101, sum[digit]);
-    }
-#pragma unroll
-    for (int d = 0; d < 2; ++d) bytes[d] = make_uint4(words[d][0], words[d][1], words[d][2], words[d][3]);
   }
 };
 
@@ -88,21 +57,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kRows <= 2 ? 2 : 1)
   }
   __syncwarp();
 
-  // Copies of a tile's slice: kUnits units each, the last one perhaps fewer.
-  const int copies = (units + kUnits - 1) / kUnits, all = copies * (end - begin);
-  const char* from = static_cast<const char*>(a.weight) + (static_cast<int64_t>(begin) * steps + first) * 1024;
-  int asked = 0, asked_in_tile = 0, asked_stage = 0;
-  auto request = [&] {
-    if (asked >= all) return;
-    const int size = min(kUnits, units - asked_in_tile * kUnits) * 1024;
-    if (lane == 0) {
-      full[asked_stage].arrive_and_expect(size);
-      bulk_copy(ring + asked_stage * (kUnits * 1024), from, size, full + asked_stage, streaming_policy());
-    }
-    from += size, ++asked;
-    if (++asked_stage == kStages) asked_stage = 0;
-    if (++asked_in_tile == copies) asked_in_tile = 0, from += static_cast<int64_t>(steps - units) * 1024;
-  };
+  SliceRequests<kStages, kUnits> requests(ring, full, units, end - begin,
+                                          static_cast<const char*>(a.weight) + (static_cast<int64_t>(begin) * steps + first) * 1024);
+  const int copies = requests.copies;
+  auto request = [&] { requests.request([&](const char*& from) { from += static_cast<int64_t>(steps - units) * 1024; }); };
   // The weights are nobody's result: the first are fetched while the kernel before may still run.
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) request();
@@ -115,30 +73,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kRows <= 2 ? 2 : 1)
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const char* const row = static_cast<const char*>(a.x) + (static_cast<int64_t>(min(r, a.rows - 1)) * a.k + first * 64) * 2;
-    Chunk kept{};
-    if (lane < 4 * units) kept.load(row, lane);
-    uint32_t largest = kept.largest(CCQ_BF16);
-#pragma unroll 1
-    for (int c = lane + 32; c < 4 * units; c += 32) {
-      Chunk other;
-      other.load(row, c);
-      largest = max(largest, other.largest(CCQ_BF16));
-    }
-    const IntegerScale scale(__reduce_max_sync(~0u, largest));
-    int sum[2] = {0, 0};
-#pragma unroll 1
-    for (int c = lane; c < 4 * units; c += 32) {
-      if (c >= 32) kept.load(row, c);
-      const PlainDigits digits(kept, scale.scale);
-#pragma unroll
-      for (int d = 0; d < 2; ++d) {
-        *reinterpret_cast<uint4*>(x + (c / 4 * C::kDigits + 2 * r + d) * 64 + c % 4 * 16) = digits.bytes[d];
-        sum[d] += digits.sum[d];
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < 2; ++d) sum[d] = __reduce_add_sync(~0u, sum[d]);
-    if (t == r % 4) back[r / 4] = scale.back, offset[r / 4][0] = sum[0] * 128, offset[r / 4][1] = sum[1] * 128;
+    const SliceDigits made = SliceDigits::make<C::kDigits>(row, units, x + 2 * r * 64, [](const Chunk& chunk) { return chunk; });
+    if (t == r % 4) back[r / 4] = made.back, offset[r / 4][0] = made.sum[0] * 128, offset[r / 4][1] = made.sum[1] * 128;
   }
   __syncwarp();
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of linear_w8.h for 9 to 64 rows on Hopper: activations become integers of 16 bits, as in linear_w8_few.cuh.
+// The kernel of linear_w8.h for 9 to 64 rows on Hopper: activations become integers of 16 bits, as in linear_w8_few.cuh (linear_slice.cuh).
 //
 // A cluster of kSlices thread blocks takes whole tiles of 64 columns; each block has a slice of K, always the same one, and keeps
 // that slice of the activations in shared memory as two signed digits. Two warpgroups work on a tile each: every warp fetches the
@@ -9,7 +9,8 @@
 #pragma once
 
 #include "cluster.cuh"
-#include "linear_w8_few.cuh"
+#include "linear_slice.cuh"
+#include "linear_w8.h"
 #include "wgmma_bytes.cuh"
 
 namespace ccq_w8 {
@@ -74,26 +75,15 @@ __global__ void __launch_bounds__(C::kThreads, 1) many(const __grid_constant__ c
   }
   __syncwarp();
 
-  // Copies of a tile's slice: kUnits units each, the last one perhaps fewer. A warp beyond n reads the last columns again.
-  const int copies = (units + kUnits - 1) / kUnits, own_tiles = warp < kWorkers ? (count + 1 - group) / 2 : 0;
-  const int all = copies * own_tiles;
-  auto columns_of = [&](int i) {
+  const int own_tiles = warp < kWorkers ? (count + 1 - group) / 2 : 0;
+  auto columns_of = [&](int i) {  // a warp beyond n reads the last columns again
     const int sixteen = min((begin + group + 2 * i) * 4 + warp % 4, a.n / 16 - 1);
     return static_cast<const char*>(a.weight) + (static_cast<int64_t>(sixteen) * steps + first) * 1024;
   };
-  const char* from = columns_of(0);
-  int asked = 0, asked_in_tile = 0, asked_tile = 0, asked_stage = 0;
-  auto request = [&] {
-    if (asked >= all) return;
-    const int size = min(kUnits, units - asked_in_tile * kUnits) * 1024;
-    if (lane == 0) {
-      full[asked_stage].arrive_and_expect(size);
-      bulk_copy(ring + asked_stage * (kUnits * 1024), from, size, full + asked_stage, streaming_policy());
-    }
-    from += size, ++asked;
-    if (++asked_stage == kStages) asked_stage = 0;
-    if (++asked_in_tile == copies) asked_in_tile = 0, from = columns_of(++asked_tile);
-  };
+  SliceRequests<kStages, kUnits> requests(ring, full, units, own_tiles, columns_of(0));
+  const int copies = requests.copies;
+  int asked_tile = 0;
+  auto request = [&] { requests.request([&](const char*& from) { from = columns_of(++asked_tile); }); };
   // The weights are nobody's result: the first are fetched while the kernel before may still run.
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) request();

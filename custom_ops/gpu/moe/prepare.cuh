@@ -179,6 +179,43 @@ __device__ inline int quad_sum(int v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
+// A row of a kernel that prepares activations, a row a block of kPrepareThreads: its expert and its place.
+struct RowToPrepare {
+  const int row;
+  const int64_t* const offsets;
+  const char* const from;
+  int expert;  // == experts: a row behind the last expert's
+
+  // All threads.
+  __device__ RowToPrepare(const void* x, const int64_t* offsets_, int experts, int k)
+      : row(blockIdx.x), offsets(offsets_), from(static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2), expert(0) {
+    for (int base = 0; offsets && base < experts; base += kPrepareThreads) {  // experts that end at or before this row
+      const int e = base + threadIdx.x;
+      expert += __syncthreads_count(e < experts && offsets[e] <= row);
+    }
+  }
+  // The expert's first row, and the row's place in blocks of 8.
+  __device__ int start() const { return expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0; }
+  __device__ int place(int start) const { return first_prepared_block(start, expert) * 8 + (row - start); }
+
+  // Bits of the row's largest magnitude; `first`: each thread's first chunk of it, `of_warp` in shared memory. All threads.
+  __device__ uint32_t largest(const Chunk& first, int chunks, int dtype, uint32_t (&of_warp)[kPrepareThreads / 32]) const {
+    uint32_t most = first.largest(dtype);
+    for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
+      Chunk other;
+      other.load(from, c);
+      most = max(most, other.largest(dtype));
+    }
+    most = __reduce_max_sync(~0u, most);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = most;
+    __syncthreads();
+    most = 0;
+#pragma unroll
+    for (int i = 0; i < kPrepareThreads / 32; ++i) most = max(most, of_warp[i]);
+    return most;
+  }
+};
+
 // What activations become: for moe_gemm.cuh, for some_stream.cuh with integers, or with weights that are scaled when they are decoded.
 enum class Prepare { kSome, kBlocks, kScaled };
 
@@ -193,33 +230,15 @@ prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dt
   const int row = blockIdx.x, chunks = k / 16;
   if (row == 0)
     for (int i = threadIdx.x; i < counters; i += kPrepareThreads) out.counters[i] = 0;
-  const char* from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
   Chunk first{};
-  if (static_cast<int>(threadIdx.x) < chunks) first.load(from, threadIdx.x);
-  int expert = 0;  // experts that end at or before this row
-  for (int base = 0; offsets && base < experts; base += kPrepareThreads) {
-    const int e = base + threadIdx.x;
-    expert += __syncthreads_count(e < experts && offsets[e] <= row);
-  }
-  if (expert >= experts) return;  // a row behind the last expert's
-  const int start = expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0;
-  const int place = first_prepared_block(start, expert) * 8 + (row - start);
+  if (static_cast<int>(threadIdx.x) < chunks) first.load(static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2, threadIdx.x);
+  const RowToPrepare own_row(x, offsets, experts, k);
+  const char* const from = own_row.from;
+  const int expert = own_row.expert;
+  if (expert >= experts) return;
+  const int start = own_row.start(), place = own_row.place(start);
 
-  uint32_t largest = 0;
-  if (what != Prepare::kBlocks) {
-    largest = first.largest(dtype);
-    for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
-      Chunk other;
-      other.load(from, c);
-      largest = max(largest, other.largest(dtype));
-    }
-    largest = __reduce_max_sync(~0u, largest);
-    if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
-    __syncthreads();
-    largest = 0;
-#pragma unroll
-    for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
-  }
+  uint32_t largest = what == Prepare::kBlocks ? 0 : own_row.largest(first, chunks, dtype, largest_of_warp);
 
   // Rows of a tile; its mode goes by how many there are.
   const int end = offsets ? static_cast<int>(offsets[expert]) : static_cast<int>(gridDim.x);

@@ -56,30 +56,13 @@ trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k
   const int row = blockIdx.x, chunks = k / 16;
   if (row == 0)
     for (int i = threadIdx.x; i < counters; i += kPrepareThreads) out.counters[i] = 0;
-  const char* const from = static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2;
   Chunk chunk{};
-  if (static_cast<int>(threadIdx.x) < chunks) chunk.load(from, threadIdx.x);
-  int expert = 0;  // experts that end at or before this row
-  for (int base = 0; offsets && base < experts; base += kPrepareThreads) {
-    const int e = base + threadIdx.x;
-    expert += __syncthreads_count(e < experts && offsets[e] <= row);
-  }
-  if (expert >= experts) return;  // a row behind the last expert's
-  const int start = expert && offsets ? static_cast<int>(offsets[expert - 1]) : 0;
-  const int place = first_prepared_block(start, expert) * 8 + (row - start);
-  uint32_t largest = chunk.largest(dtype);
-  for (int c = threadIdx.x + kPrepareThreads; c < chunks; c += kPrepareThreads) {
-    Chunk other;
-    other.load(from, c);
-    largest = max(largest, other.largest(dtype));
-  }
-  largest = __reduce_max_sync(~0u, largest);
-  if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
-  __syncthreads();
-  largest = 0;
-#pragma unroll
-  for (int i = 0; i < kPrepareThreads / 32; ++i) largest = max(largest, largest_of_warp[i]);
-  const IntegerScale own(largest);
+  if (static_cast<int>(threadIdx.x) < chunks) chunk.load(static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2, threadIdx.x);
+  const RowToPrepare own_row(x, offsets, experts, k);
+  if (own_row.expert >= experts) return;
+  const char* const from = own_row.from;
+  const int place = own_row.place(own_row.start());
+  const IntegerScale own(own_row.largest(chunk, chunks, dtype, largest_of_warp));
   if (threadIdx.x == 0) out.row_scale[row] = row_scale ? own.back * row_scale[row] : own.back;
   char* const to = out.x + static_cast<size_t>(place / 8) * ((k + 255) / 256) * kTrellisRowsBytes + place % 8 / 4 * kTrellisFourRows + place % 4 * 16;
   // Whole stages: what lies behind the last input row is zero, for weights there are whatever shared memory held.

@@ -45,6 +45,8 @@ def _ranks(plan: Plan) -> str:
 def _use(plan: Plan) -> str:
     check = ["## Check", "", "```", "python -m paddle_ccq.verify .", "```"]
     own = plan.format in OWN_FORMATS
+    # FastDeploy reserves the cache in blocks of 64 tokens, which must divide the length.
+    length = max(min(plan.config.max_position_embeddings, 32768) // 64 * 64, 64)
     start = "FD_PLUGINS=paddle_ccq " if own or needs_plugin(plan) else ""
     serve = [
         "## Serve with FastDeploy",
@@ -55,7 +57,7 @@ def _use(plan: Plan) -> str:
         "    --port 8180 --metrics-port 8181 \\",
         "    --engine-worker-queue-port 8182 --cache-queue-port 8183 \\",
         f"    --tensor-parallel-size {plan.tensor_parallel_size} \\",
-        "    --max-model-len 32768 --max-num-seqs 128 \\",
+        f"    --max-model-len {length} --max-num-seqs 128 \\",
         # Without it a dense checkpoint fails to load; for wint2 FastDeploy takes it by itself.
         "    --load-choices default",
         "```",
@@ -85,4 +87,4 @@ def _use(plan: Plan) -> str:
             "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"
             " (`FD_PLUGINS=paddle_ccq`) and stops at missing tensors without it."
         )
-    return "\n".join([*check, "", *serve, "", *card.VLLM])
+    return "\n".join([*check, "", *serve, "", *card.vllm(plan.tensor_parallel_size)])
