@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from choices import arguments, parsed, texts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import markdown, put_into_doc
@@ -178,28 +179,23 @@ def write(result: dict[str, Any], marker: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--made", type=Path, help="text that the model made up (sample)")
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="validation text")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="put the table of a run into the docs")
     parser.add_argument("--marker", default="trellis-choices", help="table of --write")
     parser.add_argument("--rows", nargs="+", metavar="LABEL")
     parser.add_argument("--store", type=Path, help="folder for the best tuned model")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
-    args = parser.parse_args()
+    args = parsed(parser, "model", "calibration", "text")
     if args.write:
         write(json.loads(args.write.read_text(encoding="utf-8")), args.marker)
         return
-    from choices import texts
     from trellis_run import TrellisLab
 
     from paddle_ccq.checkpoint.reader import open_checkpoint
     from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
     from paddle_ccq.texts.documents import read_documents
 
+    if args.store:
+        args.store.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     source = open_checkpoint(args.model)
     args.name = source.path.name
