@@ -28,7 +28,10 @@ class Humming:
 
     Attributes:
         who: key of FORMATS.
+        tolerance: weights times scales are rounded to bfloat16, as outputs are.
     """
+
+    tolerance = 3.5e-3
 
     def __init__(self, torch: Any, who: str) -> None:
         from humming import ops, transform

@@ -19,9 +19,11 @@ class Peer(Protocol):
 
     Attributes:
         who: key of measure.BITS.
+        tolerance: the largest error that `check` may find.
     """
 
     who: str
+    tolerance: float
 
     def weights(self, shape: Shape) -> Any:
         """Random weights of a shape on the GPU."""
@@ -36,7 +38,7 @@ class Peer(Protocol):
 class Ccq:
     """The project's kernel; `check` is tests/gpu/test_moe_gemm.py."""
 
-    who = "ccq"
+    who, tolerance = "ccq", TOLERANCE
 
     def __init__(
         self, torch: Any, library: ccqlib.Library, pairs: str = "integer", variant: int = -1
@@ -75,7 +77,7 @@ class Ccq:
 class Ccq2t:
     """The project's kernels for CCQ-2T; `check` is tests/gpu/test_trellis_gemm.py."""
 
-    who = "ccq-2t"
+    who, tolerance = "ccq-2t", TOLERANCE
 
     def __init__(self, torch: Any, library: ccqlib.Library) -> None:
         self.torch, self.library = torch, library
@@ -98,6 +100,8 @@ class Ccq2t:
 
 class Triton:
     """The plain tile-loop kernels of triton_kernels.py."""
+
+    tolerance = TOLERANCE
 
     def __init__(self, torch: Any, who: str, device: str = "cuda") -> None:
         import triton_kernels
@@ -149,7 +153,7 @@ class Triton:
 class Cublas:
     """One dense bfloat16 product of the same rows: what prefill could reach with dense weights."""
 
-    who = "cublas-bf16"
+    who, tolerance = "cublas-bf16", TOLERANCE
     FEWEST_TOKENS = 1024
 
     def __init__(self, torch: Any) -> None:
@@ -205,7 +209,7 @@ def chosen(torch: Any, library: ccqlib.Library, names: list[str], marlin: str | 
         found.append(Cublas(torch))
     for peer in found:
         error = peer.check()
-        if not error <= TOLERANCE:
+        if not error <= peer.tolerance:
             raise SystemExit(f"error: {peer.who}: off by {error:.2e} against float64")
     return found
 
