@@ -121,6 +121,23 @@ def markdown(result: dict) -> str:
                      + ["| " + " | ".join(r) + " |" for r in cells])  # fmt: skip
 
 
+def general_markdown(result: dict) -> str:
+    """General pairs beside integer ones, for a document: µs, and how many times as long."""
+    found = cases(r for r in result["gemm"] if r["who"] == "ccq")
+    times = {case: each["ccq"]["us"] for case, each in found.items()}
+    shapes = list(dict.fromkeys(shape for shape, pairs, _ in times if pairs == "general"))
+    tokens = sorted({t for _, pairs, t in times if pairs == "general"})
+    lines = ["| shape | " + " | ".join(f"{t} tokens" for t in tokens) + " |"]
+    lines.append("|---|" + "---:|" * len(tokens))
+    for shape in shapes:
+        cells = [shape]
+        for t in tokens:
+            own, other = (times.get((shape, pairs, t)) for pairs in ("general", "integer"))
+            cells.append(f"{own:.1f} ({own / other:.2f})" if own and other else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def trellis_markdown(result: dict) -> str:
     """CCQ-2T beside WINT2, for a document."""
     lines = ["| shape | tokens | CCQ-2T | of roof | WINT2 | CCQ-2T / WINT2 |"]
@@ -203,7 +220,9 @@ def main() -> None:
         put_into_doc("docs/notes/kernels-ccq-2t.md", "ccq-2t", content)
     if args.write:
         note = heading(result) + "."
-        put_into_doc("docs/notes/kernels.md", "moe_gemm", f"{note}\n\n{markdown(result)}")
+        integer = {**result, "gemm": [r for r in result["gemm"] if r["pairs"] == "integer"]}
+        put_into_doc("docs/notes/kernels.md", "moe_gemm", f"{note}\n\n{markdown(integer)}")
+        put_into_doc("docs/notes/kernels.md", "general pairs", general_markdown(result))
         put_into_doc("docs/notes/kernels.md", "moe_block", block_markdown(result))
         plot(result, str(ROOT / "docs" / "notes" / "kernels.svg"))
 
