@@ -86,7 +86,9 @@ struct WideProducer {
   uint32_t parity = 1;  // of the round before: passed at once in the first
 
   __device__ WideProducer(const GemmParams& p_, const CUtensorMap& rows_, int own_)
-      : p(p_), rows(rows_), own(own_), at(S::schedule(p_)) {}
+      : p(p_), rows(rows_), own(own_), at(S::schedule(p_)) {
+    if (own >= C::kProducers) at.left = 0;  // an idle warp
+  }
   __device__ static int halves(const WideWorkTile& work) {  // of kN rows; the map's boxes have half of kN
     return work.rows > C::kN / 2 ? 2 : 1;
   }
@@ -297,7 +299,7 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   schedule.prepare(p.offsets, p.rows);
   if (warp >= C::kWarps) {
     deallocate_registers<C::kProducerRegisters>();
-    if (warp - C::kWarps < C::kProducers) WideProducer<C>(p, rows, warp - C::kWarps).run();
+    WideProducer<C>(p, rows, warp - C::kWarps).run();
   } else {
     allocate_registers<C::kConsumerRegisters>();
     wait_for_prerequisites();
