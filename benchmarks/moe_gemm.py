@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,8 @@ def main(argv: list[str] | None = None) -> None:
                     weights[peer.who] = peer.weights(shape)
                     torch.cuda.empty_cache()
             contestants = [(peer, weights[peer.who]) for peer in runners]
+            torch.cuda.synchronize()
+            time.sleep(measure.REST_SECONDS)
             for t in tokens:
                 timed = peers.side_by_side(torch, contestants, shape, t, args.replays, bandwidth)
                 for peer, row in timed:

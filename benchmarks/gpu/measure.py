@@ -20,6 +20,9 @@ SECONDS_PER_CASE = 0.3
 # A GPU at work on tensor instructions draws its full power and slows down within some tenths of a
 # second. Where tokens are this many, contestants run for WARM_SECONDS before they are timed.
 WARM_TOKENS, WARM_SECONDS = 512, 0.3
+# After such cases it is slower for a while: kernels of few rows took a fifth longer when they came
+# at once. So the GPU rests before the next shape.
+REST_SECONDS = 1.0
 MAX_ROUTINGS = 16
 
 
