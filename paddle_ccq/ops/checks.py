@@ -38,6 +38,49 @@ def array(value: object, name: str) -> np.ndarray:
     return value
 
 
+def floats(value: object, name: str) -> np.ndarray:
+    """`value` as a C-contiguous float32 array, copied where it must be.
+
+    Raises:
+        ValueError: if it is no float32 array.
+    """
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+        raise ValueError(f"{name} must be a float32 array, got {getattr(value, 'dtype', value)}")
+    return np.ascontiguousarray(value)
+
+
+def channels(weight: object) -> np.ndarray:
+    """A weight matrix as encoders on a GPU take it: float32 [N, K], 64 | K.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    found = floats(weight, "weight")
+    if found.ndim != 2 or found.shape[1] % 64 or not found.size:
+        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(found.shape)}")
+    return found
+
+
+def shape(value: np.ndarray, expected: tuple[int, ...], name: str) -> None:
+    """Hold an array against its shape.
+
+    Raises:
+        ValueError: if it has another one.
+    """
+    if value.shape != expected:
+        raise ValueError(f"{name} must be {list(expected)}, got {list(value.shape)}")
+
+
+def within(name: str, value: int, low: int, high: int) -> None:
+    """Hold a size against its limits, which belong to the range.
+
+    Raises:
+        ValueError: if it is beyond them.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {low} to {high}, got {value}")
+
+
 def activations(value: object, name: str, width: int) -> np.ndarray:
     """[tokens, width] of float32, bfloat16 or float16.
 
