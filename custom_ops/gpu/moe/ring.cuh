@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights on their way: barriers in shared memory, bulk copies, and the ring of units that each warp has to itself.
 //
-// A warp alone reads its ring, so nothing but the copy engine has to be waited for: when all lanes have taken a unit's
-// bytes into registers, one lane requests the next unit into the same place. On Hopper two bulk copies fetch a unit, each
+// A warp alone reads its ring, so nothing but the copy engine has to be waited for: when all lanes have asked for a unit's
+// bytes, one lane requests the next unit into the same place. (Asked for, not received: a copy takes 600 cycles and more until
+// its first byte is there, a load of shared memory some tens. Where `wgmma` reads shared memory beside, loads wait longer, and a
+// stage must be passed on after what uses them.) On Hopper two bulk copies fetch a unit, each
 // one instruction of one lane; before it, every lane fetches by cp.async the 16 bytes that it will itself decode.
 #pragma once
 
