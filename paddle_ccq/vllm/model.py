@@ -22,7 +22,6 @@ from .config import CcqConfig
 from .packed_config import PackedConfig
 from .packed_models import PACKED_MODELS, PREFIX, STATE_NAMES, WHOLE_MODELS
 
-
 # Loaders of vLLM that fill parameters and never ask a model to load its tensors.
 _BLIND_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
 
