@@ -124,10 +124,10 @@ def _opened(
     model: PathLike, reference: PathLike | None, options: EvaluateOptions
 ) -> dict[str, Checkpoint]:
     folder = resolve_model(model, options.source, log=options.log)
-    found = {MODEL: open_checkpoint(folder, options.row_order)}
+    found = {MODEL: open_checkpoint(folder, options.row_order, drop_mtp=True)}
     if reference is not None:
         folder = resolve_model(reference, options.source, log=options.log)
-        found[REFERENCE] = open_checkpoint(folder)
+        found[REFERENCE] = open_checkpoint(folder, drop_mtp=True)
     for checkpoint in found.values():
         require_computed(checkpoint.config, "evaluate")
     return found

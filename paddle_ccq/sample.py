@@ -55,7 +55,7 @@ def sample(
         raise CcqError(f"--output {path}: exists already; name another file or remove it")
     reporting.check_can_write(path, False, "--output")
     wanted = parse_tokens(tokens, "--tokens")
-    checkpoint = open_checkpoint(resolve_model(model, source, log=log))
+    checkpoint = open_checkpoint(resolve_model(model, source, log=log), drop_mtp=True)
     require_computed(checkpoint.config, "sample")
     for message in checkpoint.messages:
         log(message)

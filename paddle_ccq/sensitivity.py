@@ -120,7 +120,8 @@ def sensitivity(
     from .calibration.text import read_calibration_text
 
     texts = read_texts(local_text(calibration), "--calibration")
-    checkpoint = _measurable(open_checkpoint(resolve_model(model, chosen.source, log=chosen.log)))
+    folder = resolve_model(model, chosen.source, log=chosen.log)
+    checkpoint = _measurable(open_checkpoint(folder, drop_mtp=True))
     for message in checkpoint.messages:
         chosen.log(message)
     probing = chosen.probing

@@ -63,7 +63,7 @@ def build_service(args: argparse.Namespace) -> Service:
             f"(import {error.name}: {error})"
         ) from None
     say = no_message if args.quiet else _say
-    checkpoint = open_checkpoint(args.folder, args.row_order)
+    checkpoint = open_checkpoint(args.folder, args.row_order, drop_mtp=True)
     require_computed(checkpoint.config, "serve")
     name = model_name(checkpoint.path)
     for message in checkpoint.messages:

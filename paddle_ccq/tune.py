@@ -92,7 +92,7 @@ def tune(
     texts = read_texts(local_text(calibration), "--calibration")
     log = messages(chosen.quiet)
     quantized = open_checkpoint(folder)
-    original = open_checkpoint(resolve_model(model, chosen.source, log=log))
+    original = open_checkpoint(resolve_model(model, chosen.source, log=log), drop_mtp=True)
     require_computed(quantized.config, "tune")
     if is_packed_entry(quantized.config.raw.get("quantization_config")):
         raise CcqError(

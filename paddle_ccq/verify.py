@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import reporting
 from .arguments import Arguments
-from .checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
+from .checkpoint.manifest import check_manifest, read_manifest
 from .checkpoint.planned import KEPT, PlannedTensor
 from .checkpoint.reader import PROVENANCE_KEY, Checkpoint, open_checkpoint
 from .checkpoint.safetensors_format import DTYPES, FLOAT_DTYPES
@@ -80,7 +80,7 @@ def verify(
     inspection.check_structure()
     manifest = check_manifest(inspection.folder, hashes)
     if read_manifest(inspection.folder) is None:
-        inspection.messages.append(f"no {MANIFEST_FILE}: hashes can't be checked")
+        inspection.messages += inspection.without_manifest()
     # A missing or short file shows up in the structure too; one line for each is enough.
     named = {problem.split(":", 1)[0] for problem in inspection.problems}
     inspection.problems += [p for p in manifest.problems if p.split(":", 1)[0] not in named]
@@ -98,17 +98,30 @@ def _reference(
 ) -> Checkpoint:
     name = inspection.config.family.name
     asked = name if name in ASKED else None
-    checkpoint = open_checkpoint(resolve_model(reference, source, log=to_stderr), family=asked)
+    config = inspection.config
+    # The checkpoint may have been written without layers for multi-token prediction.
+    drop = not config.num_nextn_predict_layers
+    drop = drop and not any(map(config.is_prediction, config.tensors.values()))
+    original = resolve_model(reference, source, log=to_stderr)
+    checkpoint = open_checkpoint(original, family=asked, drop_mtp=drop)
     inspection.messages += [f"reference: {message}" for message in checkpoint.messages]
     if checkpoint.is_quantized:
         raise CcqError(f"--reference {reference}: quantized itself; give the float checkpoint")
-    model = checkpoint.config
-    if not inspection.config.num_nextn_predict_layers:
-        model = model.without_mtp()  # the checkpoint may have been written without these layers
-    wanted, given = inspection.config.tensors.shapes, model.tensors.shapes
-    if wanted != given:
-        name = next(n for n in {**wanted, **given} if wanted.get(n) != given.get(n))
-        raise CcqError(f"--reference {reference}: another model; the two differ in {name}")
+    wanted, given = config.tensors.shapes, checkpoint.config.tensors.shapes
+    loose = {*config.unnamed(), *checkpoint.config.unnamed()}
+    for name in {**wanted, **given}:
+        if wanted.get(name) == given.get(name):
+            continue
+        if name not in loose:
+            raise CcqError(f"--reference {reference}: another model; the two differ in {name}")
+        if name not in given:
+            inspection.problems.append(f"{name}: the reference has no such tensor")
+        elif name not in wanted:
+            inspection.problems.append(f"{name}: missing, the reference has it")
+        else:
+            inspection.problems.append(
+                f"{name}: shape {list(wanted[name])}, the reference's is {list(given[name])}"
+            )
     return checkpoint
 
 
@@ -119,6 +132,7 @@ def _compare(
     if inspection.row_order is None and formats.get(inspection.plan.format).row_ordered:
         result.messages.append(f"the row order is not recorded; taking {order}")
     order_checked = False
+    shapes = reference.config.tensors.shapes
     tuned = (
         TUNED_ROLES
         if (inspection.config.raw.get(PROVENANCE_KEY) or {}).get("tuning")
@@ -130,6 +144,8 @@ def _compare(
         if any(part is None for part in parts):
             continue
         whole = [part for part in parts if part is not None]
+        if shapes.get(planned.name) != planned.tensor.shape:
+            continue  # opening the reference has said it
         if planned.format == KEPT:
             if _kept_equal(planned, whole[0], reference):
                 result.unquantized_equal += 1

@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from helpers.mtp import with_layer
 from helpers.runs import stop_after
 from helpers.synthetic import (
     random_weights,
@@ -104,7 +104,8 @@ def test_drop_mtp_leaves_it_out(tmp_path, source, output, capsys):
     assert main(["--model", str(source), "--output", str(tmp_path / "out"), "--preset", "fast",
                  "--drop-mtp"]) == 0  # fmt: skip
     assert (
-        "--drop-mtp: 9 tensors for multi-token prediction are left out" in capsys.readouterr().err
+        "--drop-mtp: 12 stored tensors for multi-token prediction are left out"
+        in capsys.readouterr().err
     )
     whole, found = written(output), written(tmp_path / "out")
     assert {name: v.tobytes() for name, v in found.items()} == {
@@ -186,26 +187,6 @@ def test_what_computes_tokens_does_not_hold_it(source):
 
 
 # --- other families ---
-
-
-def with_layer(folder: Path, case: str) -> set[str]:
-    """A tiny model of a family with random tensors of its layer for prediction; their names."""
-    from helpers import family_models
-
-    config = {**family_models.by_name(case).config}
-    rng = np.random.default_rng(1)
-    model = read_config(config)
-    tensors, added = {}, set()
-    for tensor in model.tensors.values():
-        for part in tensor.sources["pt"].parts:
-            values = rng.standard_normal(part.shape).astype(np.float32) * 0.05
-            tensors[part.name] = values.astype(ml_dtypes.bfloat16)
-            if model.is_prediction(tensor):
-                added.add(part.name)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tensors(folder, tensors, shards=2)
-    return added
 
 
 @pytest.mark.parametrize("case", ["deepseek-v3", "glm-4.5"])

@@ -151,3 +151,86 @@ def test_packed_experts_answer_as_the_decoded_model(name: str, tmp_path: Path) -
     right, other = (np.abs(own - reference(f, tokens)).mean() for f in (decoded, source))
     assert right < BOUNDS[name]
     assert other > 2 * right
+
+
+@needs_vllm
+def test_a_class_of_text_alone_answers_for_its_states() -> None:
+    """As in vLLM up to 0.31, where only the class that reads images too does."""
+    from types import SimpleNamespace
+
+    from paddle_ccq.vllm.model import _what_it_lacks
+    from paddle_ccq.vllm.packed_models import STATE_NAMES, WHOLE_MODELS
+
+    class Text:
+        pass
+
+    class Whole:
+        is_hybrid = True
+
+        @classmethod
+        def get_mamba_state_shape_from_config(cls, config: int) -> tuple[type, int]:
+            return cls, config
+
+        get_mamba_state_dtype_from_config = get_mamba_state_shape_from_config
+        get_mamba_state_copy_func = get_mamba_state_shape_from_config
+
+    for architecture, whole in WHOLE_MODELS.items():
+        module = SimpleNamespace(**{architecture: Text, whole: Whole})
+        made = type("Made", (Text,), _what_it_lacks(module, architecture))
+        assert made.is_hybrid is True
+        for name in STATE_NAMES[1:]:
+            assert getattr(made, name)(3) == (made, 3)
+        positions, delta = made().get_mrope_input_positions([5, 6, 7], [])
+        assert positions.tolist() == [[0, 1, 2]] * 3 and delta == 0
+        # A release whose class has all of it keeps its own.
+        assert (
+            _what_it_lacks(SimpleNamespace(**{architecture: made, whole: Whole}), architecture)
+            == {}
+        )
+    assert _what_it_lacks(SimpleNamespace(), "Qwen3MoeForCausalLM") == {}
+
+
+@needs_vllm
+@pytest.mark.parametrize("architecture", list(PACKED_MODELS))
+def test_every_class_answers_what_vllm_asks_of_its_kind(architecture: str) -> None:
+    from vllm.model_executor.models.interfaces import has_inner_state, is_hybrid
+
+    from paddle_ccq.vllm import model
+    from paddle_ccq.vllm.packed_models import PREFIX, STATE_NAMES
+
+    if architecture.startswith("Qwen3_5"):
+        pytest.importorskip("torchvision")
+    made = getattr(model, PREFIX + architecture)
+    base = made.__mro__[2]
+    assert base.__name__ == architecture
+    for name in (n for n in dir(base) if n.startswith(("supports_", "is_", "has_", "packed_"))):
+        assert getattr(made, name) is getattr(base, name) or callable(getattr(made, name))
+    if has_inner_state(made) or is_hybrid(made):
+        assert all(hasattr(made, name) for name in STATE_NAMES)
+
+
+@needs_vllm
+def test_names_that_this_vllm_does_not_know_are_registered_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.model_executor.models import ModelRegistry, config
+
+    from paddle_ccq.vllm import packed_models
+
+    known = set(ModelRegistry.get_supported_archs())
+    registered: dict[str, str] = {}
+    maps = dict(config.MODELS_CONFIG_MAP)
+    for name, whole in packed_models.WHOLE_MODELS.items():
+        known.discard(name)
+        maps.pop(name, None)
+        maps[whole] = object
+    monkeypatch.setattr(ModelRegistry, "get_supported_archs", lambda: known)
+    monkeypatch.setattr(ModelRegistry, "register_model", registered.__setitem__)
+    monkeypatch.setattr(config, "MODELS_CONFIG_MAP", maps)
+    monkeypatch.setattr(packed_models, "_registered", set())
+    assert packed_models.register_unknown() == list(packed_models.WHOLE_MODELS)
+    for name in packed_models.WHOLE_MODELS:
+        assert registered[name] == f"paddle_ccq.vllm.model:Ccq{name}"
+        assert maps[name] is object
+    known.update(packed_models.WHOLE_MODELS)
+    assert packed_models.register_unknown() == []

@@ -37,9 +37,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     pieces = read_ahead.ReadAhead._all_pieces
 
     def watched(files: list[Path]):
-        for path, offset, place in pieces(files):
+        for path, offset in pieces(files):
             found.append((path.name, offset))
-            yield path, offset, place
+            yield path, offset
 
     monkeypatch.setattr(read_ahead, "PIECE", 10_000)
     monkeypatch.setattr(read_ahead.ReadAhead, "_all_pieces", staticmethod(watched))
@@ -74,8 +74,31 @@ def test_nothing_is_read_beyond_the_window(folder: Path, monkeypatch: pytest.Mon
     reader = read_ahead.ReadAhead(files, window=30_000, threads=1)
     reader.take(20_000)
     reader._threads[0].join(0.5)
-    # The pieces from 0 to 49999, and the one that waits.
-    assert [offset for _, offset in pieces] == [0, 10_000, 20_000, 30_000, 40_000, 50_000]
+    assert [offset for _, offset in pieces] == [0, 10_000, 20_000, 30_000, 40_000]
+    reader.stop()
+    assert not any(thread.is_alive() for thread in reader._threads)
+
+
+def test_small_tensors_wake_a_thread_for_each_piece_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of this package has thousands of tensors of a few KiB."""
+    pieces = seen(monkeypatch)
+    reader = read_ahead.ReadAhead(sorted(folder.glob("*")), window=10_000, threads=4)
+    released: list[int] = []
+    release = reader._permits.release
+
+    def watched(count: int = 1) -> None:
+        released.append(count)
+        release(count)
+
+    monkeypatch.setattr(reader._permits, "release", watched)
+    for _ in range(3000):
+        reader.take(10)
+    assert released == [1, 1, 1]
+    for thread in reader._threads:
+        thread.join(0.2)
+    assert [offset for _, offset in pieces] == [0, 10_000, 20_000, 30_000]
     reader.stop()
     assert not any(thread.is_alive() for thread in reader._threads)
 

@@ -236,6 +236,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     two.add_argument("--few-graphs", action="store_true", help="CUDA graphs of --batches alone")
     two.add_argument("--profile", type=int, nargs="*", default=[], help="batches to look into")
     two.add_argument("--profile-prompts", type=int, nargs="*", default=[], help="prompts likewise")
+    two.add_argument(
+        "--again",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="first tokens once more with this number in paddle_ccq.vllm.torch_ops",
+    )
     three = commands.add_parser("linear")
     three.add_argument("output")
     return parser.parse_args(argv)

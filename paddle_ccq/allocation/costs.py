@@ -110,10 +110,15 @@ def model_shape(config: ErnieConfig) -> dict[str, int]:
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
-    """A hash of headers and samples of all files; their times do not matter."""
+    """A hash of headers and samples of the files that tokens are computed from.
+
+    Their times do not matter, nor do files that hold only layers for multi-token prediction.
+    """
+    stored = {n for name in checkpoint.model_names() for n in checkpoint.stored_names(name)}
+    paths = {checkpoint.tensors.path_of(name) for name in stored}
     digest = hashlib.sha256()
-    for file in sorted(checkpoint.tensors.files.values(), key=lambda file: file.path.name):
-        found = file_fingerprint(file.path)
+    for path in sorted(paths, key=lambda path: path.name):
+        found = file_fingerprint(path)
         digest.update((found["header_sha256"] + found["samples_sha256"]).encode("ascii"))
     return digest.hexdigest()
 

@@ -16,6 +16,10 @@ from ..errors import CcqError
 from .safetensors_io import load_json
 
 MANIFEST_FILE = "ccq-manifest.json"
+NO_MANIFEST = (
+    f"no {MANIFEST_FILE}: hashes can't be checked; a changed byte shows only where it makes a value"
+    " impossible"
+)
 MANIFEST_VERSION = 1
 _READ_BYTES = 8 << 20
 SHOWN_ADDED = 6

@@ -259,13 +259,24 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: str | os.PathLike[str], row_order: str | None = None, family: str | None = None
+    folder: str | os.PathLike[str],
+    row_order: str | None = None,
+    family: str | None = None,
+    *,
+    drop_mtp: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint folder and check that every tensor of the model is there.
 
-    `row_order` ("fastdeploy-2.1" or "plain") says how WINT2 input rows are ordered where the
-    checkpoint itself does not. `family` is one of families.registry.ASKED; None: config.json
-    decides.
+    Args:
+        row_order: "fastdeploy-2.1" or "plain": how WINT2 input rows are ordered where the
+            checkpoint itself does not say it.
+        family: one of families.registry.ASKED; None: config.json decides.
+        drop_mtp: take the model without its layers for multi-token prediction; their tensors may
+            then be missing or incomplete, as may be the shards that hold nothing else.
+
+    Raises:
+        CcqError: if it is no checkpoint, a tensor is missing or wrong, or one is there that the
+            model does not have.
     """
     path = snapshot_folder(Path(folder))
     if not path.exists():
@@ -284,7 +295,9 @@ def open_checkpoint(
         )
     check_regular(path)
     config = read_config(path, family=family)
-    return Checkpoint(path, config, TensorFolder(path), row_order)
+    if drop_mtp:
+        config = config.without_mtp()
+    return Checkpoint(path, config, TensorFolder(path, config.is_dropped), row_order)
 
 
 def _turn_into(target: np.ndarray, values: np.ndarray) -> None:

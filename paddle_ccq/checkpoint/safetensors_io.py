@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -184,11 +184,28 @@ def _tensor_info(name: str, entry: object, data_start: int, path: Path) -> Tenso
 
 
 class TensorFolder:
-    """All tensors of a checkpoint folder, whether in one file or in shards with an index."""
+    """All tensors of a checkpoint folder, whether in one file or in shards with an index.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    Args:
+        is_dropped: whether a tensor of that name is to be taken as not there. Shards that by the
+            index hold nothing else are not opened and may be missing.
+
+    Attributes:
+        dropped: names of the tensors that are taken so.
+
+    Raises:
+        CcqError: for a folder whose files or index are not right, naming the file.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        is_dropped: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.folder = Path(folder)
         self.messages: list[str] = []
+        self.dropped: list[str] = []
+        self._is_dropped = is_dropped
         # Tensors that the shards hold and the index does not name.
         self.unlisted: list[str] = []
         self.files: dict[str, SafetensorsFile] = {}
@@ -199,7 +216,7 @@ class TensorFolder:
             self._open_shards(index)
         elif (self.folder / SINGLE_FILE).is_file():
             self.files[SINGLE_FILE] = SafetensorsFile(self.folder / SINGLE_FILE)
-            self._home = dict.fromkeys(self.files[SINGLE_FILE].tensors, SINGLE_FILE)
+            self._home = self._kept(dict.fromkeys(self.files[SINGLE_FILE].tensors, SINGLE_FILE))
         else:
             raise CcqError(_nothing_to_open(self.folder))
 
@@ -215,8 +232,10 @@ class TensorFolder:
                     f"{index}: {name!r} is placed in {shard!r}, not the plain name of a"
                     " safetensors file"
                 )
+        named = set(weight_map.values())
+        weight_map = self._kept(weight_map)
         shards = sorted(set(weight_map.values()))
-        if SINGLE_FILE not in shards and (self.folder / SINGLE_FILE).exists():
+        if SINGLE_FILE not in named and (self.folder / SINGLE_FILE).exists():
             raise CcqError(
                 f"{self.folder}: holds both {SINGLE_FILE} and {INDEX_FILE}, which names other"
                 " files; remove the one that does not belong"
@@ -232,6 +251,8 @@ class TensorFolder:
         for shard in shards:
             self.files[shard] = SafetensorsFile(self.folder / shard)
             for name in self.files[shard].tensors:
+                if self._is_dropped(name):
+                    continue
                 if name in owners:
                     raise CcqError(
                         f"{self.folder / shard}: tensor {name!r} is also in {owners[name]}"
@@ -250,6 +271,10 @@ class TensorFolder:
                 f" passed over, the first {self.unlisted[0]!r}"
             )
         self._home = dict(weight_map)
+
+    def _kept(self, home: dict[str, str]) -> dict[str, str]:
+        self.dropped += filter(self._is_dropped, home)
+        return {name: file for name, file in home.items() if not self._is_dropped(name)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._home

@@ -57,7 +57,7 @@ def complete(config: ModelConfig, folder: Path) -> ModelConfig:
     """
     scheme = SourceScheme.read(config.raw, folder / CONFIG_FILE)
     try:
-        tensors = TensorFolder(folder)
+        tensors = TensorFolder(folder, config.is_dropped)
     except CcqError:
         if config.family.discover:
             raise  # without files there is nothing to find
@@ -117,15 +117,20 @@ class _Reading:
     def named(self) -> Iterator[TensorSpec]:
         """The tensors that the family names."""
         found = [(tensor, self._parts(tensor)) for tensor in self.config.tensors.values()]
-        # A layer for multi-token prediction is there as a whole or not at all.
-        begun = {tensor.layer for tensor, parts in found if parts is None or any(parts)}
+        # A layer for multi-token prediction is there as a whole or not at all. What such layers
+        # share has no layer: it is there with any of them, and then all of them are.
+        is_prediction = self.config.is_prediction
+        there = [tensor for tensor, parts in found if parts is None or any(parts)]
+        begun = {tensor.layer for tensor in there if is_prediction(tensor)}
         for tensor, parts in found:
             if parts is None:  # packed
                 yield tensor
             elif any(parts):
                 yield self._held(tensor, [part for part in parts if part is not None])
             elif not tensor.optional and (
-                tensor.layer in begun or not self.config.is_prediction(tensor)
+                not is_prediction(tensor)
+                or tensor.layer in begun
+                or (begun if tensor.layer is None else None in begun)
             ):
                 yield _expected(self.config, self.scheme, tensor)  # and missing
 

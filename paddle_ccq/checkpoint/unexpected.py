@@ -170,33 +170,66 @@ def _reason(config: ModelConfig, name: str, copies: dict[str, str]) -> str:
     return config.family.why_unexpected(config, name)
 
 
-def config_of_folder(folder: Path, family: str | None = None) -> tuple[ModelConfig, list[str]]:
+def dropped_message(layers: int, tensors: TensorFolder | None) -> str:
+    """What --drop-mtp did to a model.
+
+    Args:
+        layers: how many such layers config.json calls for.
+        tensors: the folder, opened without them; None where no weights are there.
+    """
+    if tensors is not None and tensors.dropped:
+        count = len(tensors.dropped)
+        found = f"{count} stored tensors" if count > 1 else "the one stored tensor"
+        verb = "are" if count > 1 else "is"
+        return f"--drop-mtp: {found} for multi-token prediction {verb} left out"
+    if tensors is None and layers:
+        return "--drop-mtp: the layers for multi-token prediction are left out"
+    return "--drop-mtp: the model has no layers for multi-token prediction, all of it is kept"
+
+
+def config_of_folder(
+    folder: Path, family: str | None = None, *, drop_mtp: bool = False
+) -> tuple[ModelConfig, list[str]]:
     """The config of a model folder, whose weights decide what it leaves open if they are there.
 
-    The messages say what was found, or assumed without weights.
+    The messages say what was found, or assumed without weights. With `drop_mtp` it is the model
+    without layers for multi-token prediction, and the first message is about them.
 
     Raises:
         CcqError: if config.json can't be used, or contradicts the weights on the head.
     """
     config = read_config(folder, family=family)
+    layers = config.num_nextn_predict_layers
+    if drop_mtp:
+        config = config.without_mtp()
+    config, messages, tensors = _completed(config, folder)
+    return config, [dropped_message(layers, tensors), *messages] if drop_mtp else messages
+
+
+def _completed(
+    config: ModelConfig, folder: Path
+) -> tuple[ModelConfig, list[str], TensorFolder | None]:
+    """The config with what the weights decide, messages, and the weights if they are there."""
     try:
-        tensors = TensorFolder(folder)
+        tensors = TensorFolder(folder, config.is_dropped)
         naming = config.family.detect_naming(tensors.names(), folder)
     except CcqError:
         # No weights yet, or not all of them: opening the checkpoint says what is wrong.
         if config.family.keeps_others:
-            return source_tensors.complete(config, folder), [
+            message = (
                 f"no weights were read; names, shapes and dtypes are what {CONFIG_FILE} lets expect"
-            ]
+            )
+            return source_tensors.complete(config, folder), [message], None
         tied = "uses the embedding" if config.tie_word_embeddings else "has its own weights"
         stated = "" if config.tie_stated else "; not stated, so a stored head would be written too"
         shown = "true" if config.tie_word_embeddings else "false"
-        return config, [
+        message = (
             f"no weights were read; assumed from {CONFIG_FILE} alone: the output {tied}"
             f" (tie_word_embeddings {shown}{stated})"
-        ]
+        )
+        return config, [message], None
     config, messages = resolve_head(config, tensors, naming)
     if config.family.keeps_others:
-        return source_tensors.complete(config, folder), messages
+        return source_tensors.complete(config, folder), messages, tensors
     config, more = resolve_mtp(config, tensors)
-    return config, [*messages, *more]
+    return config, [*messages, *more], tensors

@@ -95,6 +95,8 @@ class ModelConfig:
     raw: dict[str, Any] = field(repr=False, compare=False)
     tie_stated: bool = field(default=True, compare=False)
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    # What names of layers that without_mtp() took out begin with; None: nothing was taken out.
+    dropped: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
     # The family's tensors as a source has them; None: as config.json alone calls for them.
     of_source: Tensors | None = field(default=None, repr=False, compare=False)
 
@@ -133,15 +135,34 @@ class ModelConfig:
 
     def without_mtp(self) -> ModelConfig:
         """The same model without layers for multi-token prediction; stated in `raw` too."""
-        found = self.of_source
+        found, layers = self.of_source, self.prediction_layers
+        places = {
+            tensor.template.partition("{layer}")[0] + f"{tensor.layer}."
+            for tensor in (self.tensors.values() if layers else ())
+            if tensor.layer in layers and "{layer}" in tensor.template
+        }
         if found is not None:
             found = Tensors(spec for spec in found.values() if not self.is_prediction(spec))
         raw = _without(self.raw, self.family.mtp_keys)
-        return replace(self, num_nextn_predict_layers=0, raw=raw, of_source=found)
+        dropped = (*(self.dropped or ()), *sorted(places))
+        return replace(self, num_nextn_predict_layers=0, raw=raw, of_source=found, dropped=dropped)
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether an on-disk name belongs to layers that without_mtp() took out."""
+        if self.dropped is None:
+            return False
+        return self.family.is_mtp(name) or name.startswith(self.dropped)
 
     def with_head_of(self, names: Container[str]) -> ModelConfig:
         """Where config.json doesn't say, tied unless a head is among the stored tensors."""
         return self if self.tie_stated else self.with_tie(self.family.head not in names)
+
+    def unnamed(self) -> list[str]:
+        """Names of tensors of a source that are kept though the family does not name them."""
+        if self.of_source is None:
+            return []
+        named = {tensor.name for tensor in self.family.tensors(self)}
+        return [name for name in self.tensors if name not in named]
 
     @cached_property
     def tensors(self) -> Tensors:

@@ -91,9 +91,9 @@ def layer(config: MoeConfig, number: int) -> Iterator[Part]:
 def outside(config: MoeConfig) -> Iterator[Part]:
     hidden = config.hidden_size
     if config.num_nextn_predict_layers:
-        yield Part("mtp.fc.weight", (hidden, 2 * hidden), optional=True)
+        yield Part("mtp.fc.weight", (hidden, 2 * hidden))
         for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
-            yield Part(f"mtp.{name}.weight", (hidden,), Role.NORM, optional=True)
+            yield norm(f"mtp.{name}", hidden)
     vision = config.raw.get("vision_config")
     if config.architectures[0] != TEXT and isinstance(vision, Mapping):
         yield from vision_tower(vision)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import engine_check, reporting
 from ..arguments import Arguments, number, whole
-from ..checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ..checkpoint.manifest import NO_MANIFEST, read_manifest
 from ..command import run_command
 from ..engine_check import (
     DEFAULT_LENGTH,
@@ -102,7 +102,7 @@ def check(
     result = CheckResult(str(folder), inspection.problems)
     result.add_manifest(inspection.folder, hashes)
     if hashes and read_manifest(inspection.folder) is None:
-        result.warnings.append(f"no {MANIFEST_FILE}: hashes can't be checked")
+        result.warnings.append(NO_MANIFEST)
     result.problems += contract_problems(
         inspection, serve.release, serve.tensor_parallel_size, serve.plugin
     )

@@ -116,6 +116,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ccq_linear_w8": ([_P, _P], _I),
     "ccq_router": ([_P, _P], _I),
     "ccq_w4_gemm": ([_P, _P], _I),
+    "ccq_dequant_w4": ([_P, _P, _I, _I, _I, _P, _P], _I),
     "ccq_dequant_w8": ([_P, _P, _I, _I, _I, _P, _P], _I),
 }
 

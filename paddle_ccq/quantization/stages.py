@@ -97,19 +97,11 @@ def resolve(job: Job) -> None:
     """The model's folder, downloaded where it is not on this machine, and its config."""
     job.source = resolve_model(job.model, job.options.source, job.options.revision, log=job.say)
     check_regular(job.source)
-    job.config, _ = config_of_folder(job.source, job.options.family)
-    if job.options.drop_mtp:
-        job.say(drop_mtp(job))
-
-
-def drop_mtp(job: Job) -> str:
-    """Take the layers for multi-token prediction out of the model; the message for the user."""
-    assert job.config is not None
-    whole, job.config = job.config, job.config.without_mtp()
-    left_out = len(whole.tensors) - len(job.config.tensors)
-    if not left_out:
-        return "--drop-mtp: the model has no layers for multi-token prediction, all of it is kept"
-    return f"--drop-mtp: {left_out} tensors for multi-token prediction are left out"
+    options = job.options
+    # What else was found, opening the checkpoint says again.
+    job.config, said = config_of_folder(job.source, options.family, drop_mtp=options.drop_mtp)
+    if options.drop_mtp:
+        job.say(said[0])
 
 
 def resolve_locally(job: Job) -> None:
@@ -124,10 +116,9 @@ def resolve_locally(job: Job) -> None:
         folder = snapshot_folder(folder)
         check_regular(folder)
     job.source = folder
-    job.config, assumed = config_of_folder(folder, job.options.family)
+    options = job.options
+    job.config, assumed = config_of_folder(folder, options.family, drop_mtp=options.drop_mtp)
     job.notes = (*job.config.notes, *assumed)
-    if job.options.drop_mtp:
-        job.notes = (*job.notes, drop_mtp(job))
     where = folder / CONFIG_FILE if folder.is_dir() else folder
     SourceScheme.read(job.config.raw, where)
     quantization = job.config.raw.get("quantization_config") or {}
@@ -173,7 +164,8 @@ def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
 
 def opened(job: Job, plan: Plan) -> Checkpoint:
     """Open the source's weights and report all files that are not carried over."""
-    checkpoint = open_checkpoint(job.source, family=job.options.family)
+    options = job.options
+    checkpoint = open_checkpoint(job.source, family=options.family, drop_mtp=options.drop_mtp)
     if checkpoint.is_quantized:
         raise CcqError(
             f"{job.source}: quantized already; quantize the original float checkpoint instead"

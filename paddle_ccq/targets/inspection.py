@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.companions import check_file
-from ..checkpoint.manifest import is_foreign
+from ..checkpoint.manifest import MANIFEST_FILE, NO_MANIFEST, is_foreign
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
 from ..checkpoint.reader import JOURNAL_FILE, PARTIAL_SUFFIX, PROVENANCE_KEY, stated_row_order
@@ -191,9 +191,34 @@ class Inspection:
         if missing and files:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             self.problems.append(f"{prefix}{missing[0]}{more}: missing")
+        extra = []
         for name in files:
-            if name not in expected and not self.config.family.is_mtp(name):
+            if name in expected:
+                continue
+            if self.config.family.is_mtp(name) and not self.config.num_nextn_predict_layers:
+                extra.append(name)
+            else:
                 self.problems.append(f"{prefix}{name}: not a tensor of this model and format")
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            self.messages.append(
+                f"{prefix}{min(extra)}{more}: for multi-token prediction, of which {CONFIG_FILE}"
+                " counts no layer; not checked"
+            )
+
+    def without_manifest(self) -> list[str]:
+        """What can't be told of a checkpoint whose files' hashes are not known."""
+        unnamed = self.config.unnamed()
+        if not unnamed:
+            return [NO_MANIFEST]
+        one = len(unnamed) == 1
+        found = unnamed[0] if one else f"{unnamed[0]} and {len(unnamed) - 1} more"
+        family = self.config.family.name
+        return [
+            NO_MANIFEST,
+            f"{found}: not named by the family {family}; without {MANIFEST_FILE} only --reference"
+            " tells whether the model has " + ("it" if one else "them"),
+        ]
 
     def tensors(self, planned: PlannedTensor, rank: int) -> dict[str, np.ndarray] | None:
         """The stored tensors of a matrix by suffix, or of an unquantized one by name.

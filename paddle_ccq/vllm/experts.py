@@ -148,8 +148,12 @@ class ExpertsMethod(FusedMoEMethodBase):
         columns, rows = self.shares[projection]
         whole_k = self.stored_k[projection]
         own = formats.tensor_specs(self.format, *self.shape_of(projection))
+        uncut = all(piece.target == piece.source for piece in columns) and not rows.source
         result = {}
         for suffix, whole in stored.items():
+            if uncut and tuple(whole.shape) == own[suffix][0] and self.device().type != "cpu":
+                result[suffix] = whole.to(self.device())
+                continue
             part = torch.empty(own[suffix][0], dtype=whole.dtype, device=self.device())
             if 2 * part.numel() >= whole.numel():
                 # Columns are cut on the card: there a processor copies row after row, and waits

@@ -157,7 +157,7 @@ class SpareExpertsMethod(ExpertsMethod):
 class Wint4ExpertsMethod(Wint4Experts):
     """On vLLM's own int4 experts: uint8 [E, N, K/2], the earlier row in the low nibble.
 
-    The same bytes serve a few tokens by this package's product (custom_ops/gpu/moe/linear_w4.h).
+    The same bytes serve few tokens and many by this package (custom_ops/gpu/moe/linear_w4.h).
     """
 
     def allocate(self, layer: Any) -> None:
@@ -192,7 +192,7 @@ class Wint4ExpertsMethod(Wint4Experts):
 
         from . import torch_ops
 
-        if torch_ops.on_trial() and len(x) <= torch_ops.W4_TOKENS:
+        if torch_ops.on_trial() and torch_ops.serves_w4(len(x)):
             up_gate, down = (
                 [getattr(layer, f"ccq_{p}_{s}") for s in ("weight", "scale")] for p in PROJECTIONS
             )

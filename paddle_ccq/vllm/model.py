@@ -8,8 +8,10 @@ need what is not installed.
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
+import torch
 from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.platforms import current_platform
@@ -17,7 +19,7 @@ from vllm.platforms import current_platform
 from . import cpu_router, gpu_router, loading, packed_loading
 from .config import CcqConfig
 from .packed_config import PackedConfig
-from .packed_models import PACKED_MODELS, PREFIX
+from .packed_models import PACKED_MODELS, PREFIX, STATE_NAMES, WHOLE_MODELS
 
 
 class _LoadsPacked:
@@ -66,11 +68,34 @@ class CcqErnieForCausalLM(_Loads, Ernie4_5ForCausalLM):
     """ERNIE-4.5 without experts."""
 
 
+def _text_positions(
+    self: Any, input_tokens: list[int], mm_features: list[Any]
+) -> tuple[torch.Tensor, int]:
+    """Positions [3, tokens] of text alone, for models that count time, height and width."""
+    return torch.arange(len(input_tokens)).expand(3, -1), 0
+
+
+def _what_it_lacks(module: Any, architecture: str) -> dict[str, Any]:
+    """What vLLM asks of a model of text alone, and this release's class of it has not."""
+    if architecture not in WHOLE_MODELS:
+        return {}
+    own, whole = getattr(module, architecture), getattr(module, WHOLE_MODELS[architecture])
+    found = {
+        name: inspect.getattr_static(whole, name)
+        for name in STATE_NAMES
+        if not hasattr(own, name) and hasattr(whole, name)
+    }
+    if not hasattr(own, "supports_mrope"):
+        found |= {"supports_mrope": True, "get_mrope_input_positions": _text_positions}
+    return found
+
+
 def __getattr__(name: str) -> type:
     architecture = name.removeprefix(PREFIX)
     if name == architecture or architecture not in PACKED_MODELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(PACKED_MODELS[architecture])
-    made = type(name, (_LoadsPacked, getattr(module, architecture)), {"__module__": __name__})
+    members = {"__module__": __name__} | _what_it_lacks(module, architecture)
+    made = type(name, (_LoadsPacked, getattr(module, architecture)), members)
     globals()[name] = made
     return made

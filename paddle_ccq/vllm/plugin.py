@@ -3,7 +3,7 @@
 
 It registers one quantization method and the ERNIE classes that load packed checkpoints; classes of
 other families once a checkpoint of theirs is claimed. A model of another kind is served as without
-it. Nothing of vLLM is changed.
+it. Nothing that vLLM has is changed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def register() -> None:
         from vllm.model_executor.layers import quantization
         from vllm.model_executor.models import ModelRegistry
 
+        from . import packed_models
         from .config import CcqConfig
     except ImportError as error:
         if version is not None:
@@ -47,3 +48,4 @@ def register() -> None:
     quantization.register_quantization_config(METHOD)(CcqConfig)
     for architecture, name in MODELS.items():
         ModelRegistry.register_model(architecture, f"{_MODULE}:{name}")
+    packed_models.register_unknown()

@@ -24,27 +24,28 @@ WINDOW = 8 << 30
 
 
 class ReadAhead:
-    """Threads that read files in their order, at most `window` bytes ahead of what was taken."""
+    """Threads that read files in their order, at most `window` bytes ahead of what was taken.
+
+    Each piece needs a permit. Permits come back one by one, not a wake-up of all threads for each
+    of a checkpoint's many small tensors, which held up the loader itself.
+    """
 
     def __init__(self, files: list[Path], window: int = WINDOW, threads: int = THREADS) -> None:
-        self._window = window
         self._taken = 0
         self._stopped = False
-        self._changed = threading.Condition()
+        self._permits = threading.Semaphore(max(1, window // PIECE))
+        self._next = threading.Lock()
         self._pieces = self._all_pieces(files)
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     @staticmethod
-    def _all_pieces(files: list[Path]) -> Iterator[tuple[Path, int, int]]:
-        """(file, offset in it, bytes of all files before it)."""
-        before = 0
+    def _all_pieces(files: list[Path]) -> Iterator[tuple[Path, int]]:
+        """(file, offset in it)."""
         for file in files:
-            size = file.stat().st_size
-            for offset in range(0, size, PIECE):
-                yield file, offset, before + offset
-            before += size
+            for offset in range(0, file.stat().st_size, PIECE):
+                yield file, offset
 
     def _run(self) -> None:
         # Whoever loads a file says what is wrong with it.
@@ -54,31 +55,30 @@ class ReadAhead:
     def _read_pieces(self) -> None:
         buffer = bytearray(PIECE)
         while True:
-            with self._changed:
-                piece = None if self._stopped else next(self._pieces, None)
-                if piece is None:
-                    return
-                path, offset, place = piece
-                self._changed.wait_for(
-                    lambda: self._stopped or place < self._taken + self._window  # noqa: B023
-                )
-                if self._stopped:
-                    return
+            self._permits.acquire()
+            if self._stopped:
+                return
+            with self._next:
+                piece = next(self._pieces, None)
+            if piece is None:
+                self._permits.release()  # for a thread that waits for one
+                return
+            path, offset = piece
             with open(path, "rb", buffering=0) as file:
                 file.seek(offset)
                 file.readinto(buffer)
 
     def take(self, size: int) -> None:
         """So many bytes more have been placed."""
-        with self._changed:
-            self._taken += size
-            self._changed.notify_all()
+        before = self._taken // PIECE
+        self._taken += size
+        if self._taken // PIECE > before:
+            self._permits.release(self._taken // PIECE - before)
 
     def stop(self) -> None:
         """Read no more, and wait for the threads."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        self._permits.release(len(self._threads))
         for thread in self._threads:
             thread.join()
 

@@ -34,6 +34,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe.config": ("int4_w4a16_moe_quant_config",),
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base": ("FusedMoEMethodBase",),
     "vllm.model_executor.models": ("ModelRegistry",),
+    "vllm.model_executor.models.config": ("MODELS_CONFIG_MAP",),
     "vllm.model_executor.models.ernie45": ("Ernie4_5ForCausalLM",),
     "vllm.model_executor.models.ernie45_moe": ("Ernie4_5_MoeForCausalLM",),
     "vllm.platforms": ("current_platform",),

@@ -21,8 +21,9 @@ from ..ops import gpu_abi, gpu_library
 MOE_TOKENS = 4096
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
 LINEAR_ROWS = 128
-# Up to this many tokens of a step the product for few rows runs 4-bit experts; above, vLLM's own.
-W4_TOKENS = 128
+# Up to this many tokens of a step the product for few rows runs 4-bit experts; from the other on
+# they are decoded one by one and cuBLAS runs; between them, vLLM's own.
+W4_TOKENS, W4_DECODED_TOKENS = 128, 1024
 # Bytes of decoded weights at a time.
 DECODED_BYTES = 128 << 20
 
@@ -215,6 +216,31 @@ def _w4(
     return out
 
 
+def serves_w4(tokens: int) -> bool:
+    """Whether experts_w4 is for so many tokens; decoding takes counts of rows from the card."""
+    if tokens <= W4_TOKENS:
+        return True
+    return tokens >= W4_DECODED_TOKENS and not torch.cuda.is_current_stream_capturing()
+
+
+def _w4_decoded(x: torch.Tensor, ends: list[int], matrix: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of expert after expert by cuBLAS, on one expert's decoded weights at a time."""
+    weight, scale = matrix
+    n, k, begin = scale.shape[1], x.shape[1], 0
+    out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
+    decoded = torch.empty((n, k), dtype=x.dtype, device=x.device)
+    for expert, end in enumerate(ends):
+        if end > begin:
+            status = library().ccq_dequant_w4(
+                weight[expert].data_ptr(), scale[expert].data_ptr(), scale.shape[2], k, n,
+                decoded.data_ptr(), _stream(),
+            )  # fmt: skip
+            _check(status, "decoding an expert")
+            torch.mm(x[begin:end], decoded.t(), out=out[begin:end])
+        begin = end
+    return out
+
+
 def _experts_w4(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -224,9 +250,16 @@ def _experts_w4(
 ) -> torch.Tensor:
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     out, experts = torch.empty_like(x), up_gate[0].shape[0]
-    rows, offsets, combine = _sorted_by_expert(x, weights, ids, experts, slice(None))
-    middle = _swiglu(_w4(rows, offsets, up_gate, len(x)))
-    combine(_w4(middle, offsets, down, len(x)), out)
+    for begin in range(0, len(x), MOE_TOKENS):
+        part = slice(begin, begin + MOE_TOKENS)
+        rows, offsets, combine = _sorted_by_expert(x, weights, ids, experts, part)
+        if len(x) <= W4_TOKENS:
+            middle = _swiglu(_w4(rows, offsets, up_gate, len(x)))
+            combine(_w4(middle, offsets, down, len(x)), out)
+            continue
+        ends = offsets.tolist()
+        middle = _swiglu(_w4_decoded(rows, ends, up_gate))
+        combine(_w4_decoded(middle, ends, down), out[part])
     return out
 
 

@@ -64,15 +64,28 @@ def test_rows_meet_their_own_expert(experts: int, k: int, n: int, rows: int, tok
     assert all(torch.equal(out[:rows], found[0][:rows]) for out in found)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_the_block_of_experts(tokens: int) -> None:
+def test_decoded_weights_are_states_times_scales() -> None:
+    weight, scale = made(2, 3584, 144)
+    out = torch.full((144, 3584), float("nan"), dtype=torch.bfloat16, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    status = torch_ops.library().ccq_dequant_w4(
+        weight[1].data_ptr(), scale[1].data_ptr(), scale.shape[2], 3584, 144, out.data_ptr(), stream
+    )
+    assert status == 0
+    assert torch.equal(out, decoded(weight, scale)[1].float().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 1100])
+def test_the_block_of_experts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(tokens)
+    monkeypatch.setattr(torch_ops, "MOE_TOKENS", 700)
     experts, hidden, width = 8, 512, 256
     up_gate, down = made(experts, hidden, 2 * width), made(experts, width, hidden)
     x = torch.randn((tokens, hidden), device="cuda").to(torch.bfloat16)
     ids = torch.stack([torch.randperm(experts, device="cuda")[:3] for _ in range(tokens)])
     ids[0, 0] = -1  # of another card
     weights = torch.rand((tokens, 3), device="cuda")
+    assert torch_ops.serves_w4(tokens)
     found = torch_ops.experts_w4(x, weights, ids, list(up_gate), list(down))
     first, second, wanted = decoded(*up_gate), decoded(*down), torch.zeros_like(x).double()
     for token in range(tokens):

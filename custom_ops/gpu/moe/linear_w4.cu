@@ -241,7 +241,36 @@ bool launch(const ccq_w4_gemm_args& a, cudaStream_t stream, cudaError_t* error) 
   return true;
 }
 
+// 16 bytes, 32 rows of one column, for each thread.
+__global__ void dequant(const uint4* weight, const __nv_bfloat16* scale, int scale_stride, int k, int64_t pieces, uint4* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= pieces) return;
+  const uint4 bytes = weight[i];
+  const float s = __bfloat162float(scale[i / (k / 32) * scale_stride]);
+  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    __nv_bfloat162 values[4];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int pair = words[w] >> 8 * b;
+      values[b] = __floats2bfloat162_rn(static_cast<float>((pair & 15) - 8) * s, static_cast<float>((pair >> 4 & 15) - 8) * s);
+    }
+    out[4 * i + w] = *reinterpret_cast<const uint4*>(values);
+  }
+}
+
 }  // namespace ccq_w4
+
+extern "C" cudaError_t ccq_dequant_w4(const void* weight, const void* scale, int scale_stride, int k, int n, void* out,
+                                      cudaStream_t stream) {
+  if (k <= 0 || k % 32 || n <= 0 || scale_stride <= 0 || !weight || !scale || !out) return cudaErrorInvalidValue;
+  const int64_t pieces = static_cast<int64_t>(n) * (k / 32);
+  ccq_w4::dequant<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(
+      static_cast<const uint4*>(weight), static_cast<const __nv_bfloat16*>(scale), scale_stride, k, pieces,
+      static_cast<uint4*>(out));
+  return cudaGetLastError();
+}
 
 extern "C" cudaError_t ccq_w4_gemm(const ccq_w4_gemm_args* args, cudaStream_t stream) {
   using namespace ccq_w4;

@@ -24,6 +24,12 @@ struct ccq_w4_gemm_args {
 // cudaErrorInvalidValue: a size out of range or a pointer that is NULL. cudaErrorNotSupported: too long a k for this GPU.
 cudaError_t ccq_w4_gemm(const struct ccq_w4_gemm_args* args, cudaStream_t stream);
 
+// One expert's weights as bfloat16 [n, k], states times scales rounded once, for a product of many rows: the same weight [n, k/2]
+// and scale [n, scale_stride], 32 | k, 16-byte aligned. One kernel on `stream`.
+// cudaErrorInvalidValue: a size out of range or a pointer that is NULL.
+cudaError_t ccq_dequant_w4(const void* weight, const void* scale, int scale_stride, int k, int n, void* out,
+                           cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
@@ -110,7 +109,7 @@ def tensors(config: ErnieConfig) -> Iterator[TensorSpec]:
         shape = (hidden, vocabulary)
         yield _spec(Role.HEAD, "", "lm_head", shape, Cut(1, (vocabulary,)))
     for number in range(config.num_nextn_predict_layers):
-        yield from (replace(spec, optional=True) for spec in prediction(number))
+        yield from prediction(number)
 
 
 def _spec(
