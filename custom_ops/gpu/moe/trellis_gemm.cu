@@ -82,11 +82,10 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
   });
 }
 
-// Warps that multiply, the most rows of a tile, stages.
+// By the most rows of a tile.
 template <bool kBf16, typename F>
 auto with_trellis_some(int variant, F&& use) {
-  // A tile of 16 rows takes more registers than sixteen warps have.
-  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 16, 8, 4>{}) : use(TrellisSomeConfig<kBf16, 8, 16, 4>{});
+  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 8>{}) : use(TrellisSomeConfig<kBf16, 16>{});
 }
 
 template <bool kBf16>
