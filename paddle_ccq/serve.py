@@ -262,7 +262,9 @@ def build_parser() -> Arguments:
     parser = Arguments("serve", __doc__)
     parser.subject("folder", "checkpoint folder", "DIR")
     _add_api(parser)
-    parser.device("gpu: wint2 experts run on the first GPU, the rest stays here (%(default)s)")
+    parser.device(
+        "gpu: wint2 and ccq-2t experts run on the first GPU, the rest stays here (%(default)s)"
+    )
     _add_limits(parser)
     parser.add_argument(
         "--threads", type=count, metavar="N", help="of the packed products (default: by size)"

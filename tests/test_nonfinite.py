@@ -226,3 +226,16 @@ def test_sums_of_large_values():
     a = np.full((2, 3), 3e38, np.float32)
     assert energy(a) == pytest.approx(6 * 9e76, rel=1e-6)
     assert difference_energy(a, -a) == pytest.approx(6 * 36e76, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("format", ["wint2", "ccq-2t", "ccq-2.75"])
+def test_values_too_large_for_the_search_are_one_line(tmp_path, format):
+    """The error alone: sums that overflow on the way to it are no warnings of NumPy's."""
+    name = "model.layers.1.mlp.experts.1.down_proj.weight"
+    tensor = stored_weights(CONFIG, random_weights(CONFIG), "pt", "bf16")[name]
+    tensor = (np.sign(tensor.astype(np.float32)) * 3.3e38).astype(tensor.dtype)
+    write_checkpoint(tmp_path / "m", CONFIG, extra={name: tensor})
+    with pytest.raises(CcqError, match=f"experts.1.down_proj.weight cannot be stored as {format}"):
+        quantize(tmp_path / "m", tmp_path / "out", format=format, **OPTIONS)
+    assert not (tmp_path / "out").exists()

@@ -47,7 +47,9 @@ def claim_of(config: ErnieConfig, format: str = "wint2", end: int = -1, **more: 
         ({"quant_method": "ccq", "quantization": "wint2"}, True),
         ({"quant_method": "fp8", "quantization": "wint2"}, False),
         ({"quant_method": "gptq", "bits": 4}, False),
-        ({"quantization": "wint4"}, False),
+        ({"quantization": "wint4"}, True),  # to be refused in one line
+        ({"quantization": "ccq-3t", "moe_quant_type": "w4w2"}, True),
+        ({"quantization": {"bits": 2}}, False),
         ({}, False),
         (None, False),
     ],
@@ -217,6 +219,7 @@ def test_releases_are_judged() -> None:
     assert good and "was not tried" in said
 
 
+@pytest.mark.skipif(releases.installed() is not None, reason="vLLM is installed")
 def test_the_plugin_is_silent_without_vllm(tmp_path: Path) -> None:
     """A vllm that does not import must change nothing and say nothing."""
     (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM here')\n")

@@ -154,8 +154,37 @@ def test_packed_experts_answer_as_the_decoded_model(name: str, tmp_path: Path) -
 
 
 @needs_vllm
+@pytest.mark.parametrize("experts", [False, True])
+def test_cards_that_do_not_fit_are_refused_with_those_that_do(
+    experts: bool, tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    from helpers import family_models
+    from paddle_ccq.quantize import quantize
+    from paddle_ccq.vllm.packed_config import PackedConfig
+
+    case = family_models.by_name("glm-4.5")
+    family_models.write_source(tmp_path / "m", case.config, family_models.random_tensors(case))
+    quantize(tmp_path / "m", tmp_path / "packed", preset="fast", quiet=True)
+    raw = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config = PackedConfig.from_config(raw["quantization_config"])
+    cards = SimpleNamespace(
+        tensor_parallel_size=2, pipeline_parallel_size=1, enable_expert_parallel=experts
+    )
+    config.maybe_update_config("someone/packed")
+    config.check_parallel(cards)  # of a hub's model nothing is known here
+    config.maybe_update_config(str(tmp_path / "packed"))
+    if experts:
+        config.check_parallel(cards)
+        return
+    with pytest.raises(CcqError, match=r"size 2 does not fit .* sizes that work: 1$"):
+        config.check_parallel(cards)
+
+
+@needs_vllm
 def test_a_class_of_text_alone_answers_for_its_states() -> None:
-    """As in vLLM up to 0.31, where only the class that reads images too does."""
+    """As in vLLM 0.24 and 0.26, where only the class that reads images too does."""
     from types import SimpleNamespace
 
     from paddle_ccq.vllm.model import _what_it_lacks

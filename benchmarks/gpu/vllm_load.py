@@ -2,11 +2,13 @@
 """How long vLLM takes to load a checkpoint of the 300B's shape, beside reading its files.
 
     python benchmarks/gpu/vllm_load.py make FOLDER [--layers 54]
-    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json [--again] [--kv-bytes N]
+    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json [--read-files N] [--kv-bytes N]
+    python benchmarks/gpu/vllm_load.py time FOLDER OUT.json --read-files 0 --start-only
 
-`make` writes a whole checkpoint of random stored tensors. `time` reads its files and starts the
-engine, both with nothing of the files in the page cache, and generates: a few tokens, then as
-vllm_speed.py does. `--again` leaves the reading out. Needs root.
+`make` writes a whole checkpoint of random stored tensors. `time` reads its files, or the first N,
+and starts the engine, both with nothing of the files in the page cache, and generates: a few
+tokens, then as vllm_speed.py does. The second line is a later start, for which torch.compile's
+results are kept. Needs root.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 BUFFER = 64 << 20
+READERS = 16
 BATCHES = [1, 8, 32, 64]
 ANSWER = 96
 # Values that make sense, so that the model's outputs are finite numbers.
@@ -102,13 +105,9 @@ def forget(folder: Path) -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
-def read(folder: Path, threads: int) -> float:
-    """Seconds to read every file once, in pieces of 16 MiB."""
-    tasks = [
-        (path, offset)
-        for path in sorted(folder.glob("*.safetensors"))
-        for offset in range(0, path.stat().st_size, 16 << 20)
-    ]
+def read(files: list[Path], threads: int) -> float:
+    """Seconds to read files once, in pieces of 16 MiB."""
+    tasks = [(path, offset) for path in files for offset in range(0, path.stat().st_size, 16 << 20)]
     local = threading.local()
 
     def one(task: tuple[Path, int]) -> int:
@@ -173,15 +172,18 @@ def measure(
     folder: Path,
     options: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
-    readers: tuple[int, ...],
+    read_files: int | None,
+    start_only: bool,
 ) -> dict[str, Any]:
     """Saved step by step, for a load may be cut short."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    result: dict[str, Any] = {"bytes": size, "read_seconds": {}}
-    for threads in readers:
+    files = sorted(folder.glob("*.safetensors"))
+    result: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in files)}
+    chosen = files[:read_files]
+    if chosen:
         forget(folder)
-        result["read_seconds"][threads] = read(folder, threads)
-        print("read", threads, round(result["read_seconds"][threads], 1), flush=True)
+        seconds = read(chosen, READERS)
+        result["read"] = {"bytes": sum(p.stat().st_size for p in chosen), "seconds": seconds}
+        print("read", result["read"], flush=True)
     forget(folder)
     save(result)
     memory = Memory(lambda peak: save(result | {"peak_host_bytes": peak}))
@@ -206,6 +208,8 @@ def measure(
     memory.stopped.set()
     result["peak_host_bytes"] = memory.peak
     save(result)
+    if start_only:
+        return result
     run = Runner(engine)
     result |= {"decode": {}, "first_token": {}}
     for batch in BATCHES:
@@ -231,7 +235,8 @@ def main(argv: list[str]) -> int:
     two.add_argument("output", type=Path)
     two.add_argument("--tensor-parallel-size", type=int, default=1)
     two.add_argument("--kv-bytes", type=int, help="of the KV cache; else all that is free")
-    two.add_argument("--again", action="store_true", help="without reading the files before")
+    two.add_argument("--read-files", type=int, help="so many files before; all where left out")
+    two.add_argument("--start-only", action="store_true", help="without the speed afterwards")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if arguments.command == "make":
@@ -250,7 +255,8 @@ def main(argv: list[str]) -> int:
     def save(result: dict[str, Any]) -> None:
         arguments.output.write_text(json.dumps(options | result, indent=1) + "\n")
 
-    result = measure(arguments.folder, options, save, () if arguments.again else (16,))
+    chosen = arguments.read_files, arguments.start_only
+    result = measure(arguments.folder, options, save, *chosen)
     save(result)
     print(json.dumps(result), flush=True)
     return 0

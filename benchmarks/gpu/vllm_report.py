@@ -85,12 +85,13 @@ def speed(results: dict[str, Any]) -> str:
 
 
 KINDS = {
-    "experts' products": r"ccq::(few|gemm|wide|stream)\w*_kernel|ccq::(prepare|arrange)|trellis",
+    "experts' products": r"ccq::((few|gemm|wide|stream|some)\w*_kernel|prepare|arrange)|trellis",
     "8-bit products": r"ccq_w8::",
     "attention": r"flash|reshape_and_cache",
     "head": r"nvjet",
-    "router": r"topkGating|dot_kernel|reduce_1Block|sgemm|splitKreduce|moe_forward|router",
+    "router": r"topkGating|dot_kernel|reduce_1Block|sgemm|f32f32_f32|splitKreduce|^ccq_router",
 }
+BETWEEN = r"^$|^(swiglu|combine|gather|route)"
 # Of a prompt many rows meet dense weights, which are decoded for cuBLAS.
 PROMPT_KINDS = {
     "experts' products": KINDS["experts' products"],
@@ -98,15 +99,15 @@ PROMPT_KINDS = {
     "decoding dense weights": r"ccq_w8::dequant",
     "attention": KINDS["attention"],
     "router": KINDS["router"],
-    "dispatch, SwiGLU, combine": r"^$",
+    "dispatch, SwiGLU, combine": BETWEEN,
 }
 
 
-def _by_kind(profile: dict[str, Any], kinds: dict[str, str], nameless: bool) -> list[str]:
+def _by_kind(profile: dict[str, Any], kinds: dict[str, str], between: bool) -> list[str]:
     """Milliseconds in all, of each kind of kernels, of all others, and without any."""
     sums = dict.fromkeys([*kinds, "all others"], 0.0)
     for microseconds, _, name in profile["kernels"]:
-        if name or nameless:
+        if between or not re.search(BETWEEN, name):
             kind = next((k for k, p in kinds.items() if re.search(p, name)), "all others")
             sums[kind] += microseconds / 1e3
     summary = profile["summary"]
@@ -116,7 +117,7 @@ def _by_kind(profile: dict[str, Any], kinds: dict[str, str], nameless: bool) -> 
 
 def steps(results: dict[str, Any]) -> str:
     """What a decoding step consists of, in milliseconds, by kernel."""
-    # Nameless are dispatch, SwiGLU, combine: launched early, they mostly wait.
+    # Dispatch, SwiGLU and combine are left out: launched early, they mostly wait.
     profiles = results["speed"]["profile"]
     rows = [[batch, *_by_kind(profile, KINDS, False)] for batch, profile in profiles.items()]
     return markdown(["batch", "a step, ms", *KINDS, "all others", "idle"], rows)
@@ -127,6 +128,23 @@ def prompts(results: dict[str, Any]) -> str:
     profiles = results["speed"].get("profile_prompts", {})
     rows = [[tokens, *_by_kind(found, PROMPT_KINDS, True)] for tokens, found in profiles.items()]
     return markdown(["tokens", "the step, ms", *PROMPT_KINDS, "all others", "idle"], rows)
+
+
+def ranks(results: dict[str, Any]) -> str:
+    """Small models on one and on two GPUs."""
+    rows = [
+        [
+            row["name"],
+            row["ranks"],
+            f"{row['reference']:.5f}",
+            f"{row['nll']:.5f}",
+            f"{row['mean_difference']:.4f}",
+            f"{row['from_one']:.4f}",
+        ]
+        for row in results["ranks"]
+    ]
+    header = ["experts", "GPUs", "float32, CPU", "vLLM", "mean dlogp", "mean dlogp from one GPU"]
+    return markdown(header, rows)
 
 
 def experts4(results: dict[str, Any]) -> str:
@@ -219,6 +237,7 @@ def main() -> int:
         ("steps", steps),
         ("prompts", prompts),
         ("loading", loading),
+        ("ranks", ranks),
         ("experts4", experts4),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))

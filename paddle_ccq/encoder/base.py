@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,8 +43,9 @@ class ErrorStats:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between W and W'; 1 when either is all zeros."""
-        norm = np.sqrt(self.energy) * np.sqrt(self.energy_encoded)
-        return float(self.dot / norm) if norm else 1.0
+        # Python's floats: sums of values that are too large are infinite, without a warning.
+        norm = math.sqrt(self.energy) * math.sqrt(self.energy_encoded)
+        return float(self.dot) / norm if norm else 1.0
 
     @classmethod
     def between(cls, weight: np.ndarray, encoded: np.ndarray) -> ErrorStats:

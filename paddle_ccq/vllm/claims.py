@@ -14,7 +14,6 @@ from typing import Any
 
 from ..checkpoint.reader import PROVENANCE_KEY
 from ..codec import formats
-from ..codec.formats import EXPERT_FORMATS
 from ..codec.row_order import FASTDEPLOY_2_1, ROW_ORDERS
 from ..errors import CcqError
 from ..families.ernie45 import ErnieConfig
@@ -23,18 +22,20 @@ from ..families.tensor import Role, TensorSpec
 from ..targets.fastdeploy.config import wint4_end_layer_of, wint4_layers_of
 
 METHOD = "ccq"
-# What stands in quantization_config.quantization: an experts' format, or a dense model's.
-CLAIMED = (*EXPERT_FORMATS, "wint8")
-# Those that there are products for in vLLM.
+# What may stand in quantization_config.quantization: an experts' format, or a dense model's.
 FORMATS = ("wint2", "ccq-2t", "ccq-2.5", "ccq-2.75", "wint8")
 
 
 def claims(quantization: Mapping[str, Any] | None) -> bool:
-    """Whether a quantization_config is one of ours: quant_method ccq, or FastDeploy's structure."""
+    """Whether a quantization_config is one of ours: quant_method ccq, or FastDeploy's structure.
+
+    That structure names no quant_method. A format in it that is not served is claimed too: nothing
+    else in vLLM reads it, and Claim.read says what is served.
+    """
     if not quantization:
         return False
     method = quantization.get("quant_method") or ""
-    return method == METHOD or (not method and quantization.get("quantization") in CLAIMED)
+    return method == METHOD or (not method and isinstance(quantization.get("quantization"), str))
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class Wint4ExpertsMethod(Wint4Experts):
 
         from . import torch_ops
 
-        if torch_ops.on_trial() and torch_ops.serves_w4(len(x)):
+        if torch_ops.serves_w4(len(x)):
             up_gate, down = (
                 [getattr(layer, f"ccq_{p}_{s}") for s in ("weight", "scale")] for p in PROJECTIONS
             )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers' float32 products for few tokens on Hopper and later: one kernel in place of two.
+"""Routers' float32 products on Hopper and later, from bfloat16 activations on the tensor cores.
 
-A step of 32 tokens spent 12 us a layer on cuBLAS's product and the sum of its parts, with nothing
-else to do meanwhile (docs/notes/vllm.md).
+A step of 32 tokens spent 12 us a layer on cuBLAS's float32 product and the sum of its parts, a
+prompt of 8192 tokens 0.4 ms a layer on it and on making activations float32 (docs/notes/vllm.md).
 """
 
 from __future__ import annotations
@@ -44,11 +44,7 @@ class RouterMethod(UnquantizedLinearMethod):
 
 def install(model: torch.nn.Module, dtype: torch.dtype) -> int:
     """Give every router that this product fits its method; how many."""
-    from .torch_ops import on_trial
-
     found = 0
-    if not on_trial():
-        return found
     if dtype != torch.bfloat16 or torch.cuda.get_device_capability() < CAPABILITY:
         return found
     for module in model.modules():

@@ -19,9 +19,10 @@ from ..families.tensor import Role
 BLOCK_TOKENS = 16
 # CUDA context, captured graphs, cuBLAS workspaces; measured on one H200 with the 300B's shape.
 LIBRARY_BYTES = 3 * GIB
-# Tokens that one call of the expert block takes (torch_ops.MOE_TOKENS) and decoded weights at once.
-MOE_TOKENS = 4096
-DECODED_BYTES = 128 << 20
+# Tokens that one call of the expert block takes, for its workspace grows by the row, 0.4 MB a token
+# of the 300B. A prompt of 8192 took 1.44 s in halves, 1.39 s whole (docs/notes/vllm.md).
+MOE_TOKENS = 8192
+DECODED_BYTES = 128 << 20  # of a dense layer's weights at a time, for many rows
 
 
 def fullest_stage(

@@ -26,9 +26,11 @@ class _LoadsPacked:
     """load_weights that takes packed experts away; for all other checkpoints nothing changes."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         found = vllm_config.quant_config
         self.packed = found if isinstance(found, PackedConfig) else None
+        if self.packed is not None:
+            self.packed.check_parallel(vllm_config.parallel_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.packed is not None and current_platform.is_cpu():
             cpu_router.correct(self)
 

@@ -8,6 +8,7 @@ method that the source's own quantization_config names.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from ..errors import CcqError
+from ..families.generic import GENERIC
+from ..families.registry import read_config
 from . import packed_models
 from .base_config import CcqBaseConfig
+from .claims import Parallel
 from .methods import experts_method
-from .packed_claims import WHERE, PackedClaim
+from .packed_claims import WHERE, PackedClaim, check_packed_parallel
 
 
 class PackedConfig(CcqBaseConfig):
@@ -58,6 +62,25 @@ class PackedConfig(CcqBaseConfig):
             from .torch_ops import library
 
             library()
+
+    def check_parallel(self, parallel_config: Any) -> None:
+        """Refuse numbers of cards that can't be served, naming those that can."""
+        folder = Path(self.folder)
+        # Of a hub's model there are only transformers' fields, which are not a config.json's.
+        if not folder.is_dir():
+            return
+        try:
+            config = read_config(folder)
+        except CcqError:  # vLLM reads models that this package does not; its layers check their own
+            return
+        if config.family is GENERIC:
+            return
+        parallel = Parallel(
+            parallel_config.tensor_parallel_size,
+            parallel_config.pipeline_parallel_size,
+            parallel_config.enable_expert_parallel,
+        )
+        check_packed_parallel(config, parallel)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         renamed = {}

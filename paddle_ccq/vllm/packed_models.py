@@ -18,7 +18,7 @@ PACKED_MODELS = {
     "Qwen3_5MoeForConditionalGeneration": "vllm.model_executor.models.qwen3_5",
 }
 PREFIX = "Ccq"
-# Releases up to 0.31 have Qwen3.5's class of text alone as a part of the one that reads images too,
+# Releases before 0.31 have Qwen3.5's class of text alone as a part of the one that reads images,
 # and only that one answers what vLLM asks of a model whose layers have a state.
 WHOLE_MODELS = {"Qwen3_5MoeForCausalLM": "Qwen3_5MoeForConditionalGeneration"}
 STATE_NAMES = (

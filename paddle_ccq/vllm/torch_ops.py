@@ -8,7 +8,6 @@ state of its own.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,21 +15,13 @@ from typing import Any
 import torch
 
 from ..ops import gpu_abi, gpu_library
+from .memory import DECODED_BYTES, MOE_TOKENS
 
-# Tokens of one call of the expert block: bounds its workspace, which grows by the row.
-MOE_TOKENS = 4096
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
 LINEAR_ROWS = 128
 # Up to this many tokens of a step the product for few rows runs 4-bit experts; from the other on
 # they are decoded one by one and cuBLAS runs; between them, vLLM's own.
 W4_TOKENS, W4_DECODED_TOKENS = 128, 1024
-# Bytes of decoded weights at a time.
-DECODED_BYTES = 128 << 20
-
-
-def on_trial() -> bool:
-    """Whether products run that were measured alone on a GPU, but not yet inside vLLM."""
-    return os.environ.get("PADDLE_CCQ_VLLM_TRIAL") == "1"
 
 
 @cache
@@ -301,9 +292,11 @@ def _decoded(
 
 
 def _router(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if len(x) > gpu_abi.ROUTER_MAX_ROWS:
-        return x.to(torch.float32) @ weight.t()
     x, (experts, k) = x.contiguous(), weight.shape
+    if len(x) > gpu_abi.ROUTER_MAX_ROWS:
+        # Exact products of bfloat16 numbers, added up in float32 by the tensor cores.
+        sums = torch.mm(x, parts.view(-1, k).t(), out_dtype=torch.float32)
+        return sums.view(len(x), -1, experts).sum(dim=1)
     out = torch.empty((len(x), experts), dtype=torch.float32, device=x.device)
     arguments = gpu_abi.RouterArgs(
         x.data_ptr(), parts.data_ptr(), out.data_ptr(), len(x), k, experts

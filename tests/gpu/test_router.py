@@ -30,7 +30,7 @@ def parts_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k,experts", [(64, 16), (192, 32), (2560, 64), (8192, 64), (16448, 160)])
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 33, 64, 65, 1000])
 def test_scores_are_float64s(k: int, experts: int, rows: int) -> None:
     torch.manual_seed(rows * k)
     weight = torch.randn((experts, k), device="cuda") * 0.02
@@ -38,7 +38,8 @@ def test_scores_are_float64s(k: int, experts: int, rows: int) -> None:
     found = torch_ops.router(x, parts_of(weight), weight)
     wanted = x.double() @ weight.double().t()
     errors = (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert found.dtype == torch.float32 and float(errors.max()) < 2e-5
+    # Above 64 rows by cuBLAS, whose sums lose a little more; bfloat16 weights would be 2e-3 off.
+    assert found.dtype == torch.float32 and float(errors.max()) < (2e-5 if rows <= 64 else 5e-5)
     for again in (x, x[:1]):
         other = torch_ops.router(again, parts_of(weight), weight)
         if rows <= 64:

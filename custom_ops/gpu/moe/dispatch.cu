@@ -7,16 +7,17 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 
 // One block an expert: its first row is the number of choices of smaller experts, its rows follow in order.
-__global__ void __launch_bounds__(kThreads) route(const int64_t* ids, int count, int experts, int64_t* offsets,
-                                                  int32_t* place) {
+template <int kSize>
+__global__ void __launch_bounds__(kSize) route(const int64_t* ids, int count, int experts, int64_t* offsets,
+                                               int32_t* place) {
+  constexpr int kWarps = kSize / 32;
   __shared__ int warp_sums[kWarps];
   const int64_t expert = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int smaller = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
+  for (int i = threadIdx.x; i < count; i += kSize) {
     const int64_t id = ids[i];
     smaller += id >= 0 && id < expert;
     if (expert == 0 && (id < 0 || id >= experts)) place[i] = -1;
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) route(const int64_t* ids, int count,
   __syncthreads();
   int next = 0;
   for (int w = 0; w < kWarps; ++w) next += warp_sums[w];
-  for (int start = 0; start < count; start += kThreads) {
+  for (int start = 0; start < count; start += kSize) {
     const int i = start + threadIdx.x;
     const bool mine = i < count && ids[i] == expert;
     const unsigned votes = __ballot_sync(0xFFFFFFFFu, mine);
@@ -51,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) gather(const uint4* x, const int32_t
   if (row < 0) return;
   const uint4* from = x + static_cast<int64_t>(blockIdx.x / top_k) * vectors;
   uint4* to = rows + static_cast<int64_t>(row) * vectors;
-  for (int i = threadIdx.x; i < vectors; i += kThreads) to[i] = from[i];
+#pragma unroll 4
+  for (int i = threadIdx.x; i < vectors; i += kThreads) to[i] = __ldg(from + i);
 }
 
 // Both in one launch for at most kThreads choices, the same result: one block a choice finds its row by looking at all of
@@ -138,7 +140,10 @@ extern "C" cudaError_t ccq_moe_dispatch(const int64_t* ids, const void* x, int t
     return ccq::launch_early(route_and_gather, tokens * top_k, kThreads, 0, stream, ids, static_cast<const uint4*>(x),
                              tokens * top_k, top_k, experts, hidden / 8, offsets, place, static_cast<uint4*>(rows));
   }
-  route<<<experts, kThreads, 0, stream>>>(ids, tokens * top_k, experts, offsets, place);
+  constexpr int kMany = 1024;  // threads that look at the choices of many tokens
+  auto routing = tokens * top_k > 8 * kMany ? route<kMany> : route<kThreads>;
+  routing<<<experts, tokens * top_k > 8 * kMany ? kMany : kThreads, 0, stream>>>(ids, tokens * top_k, experts, offsets,
+                                                                                 place);
   if (tokens > 0)
     gather<<<tokens * top_k, kThreads, 0, stream>>>(static_cast<const uint4*>(x), place, top_k, hidden / 8,
                                                     static_cast<uint4*>(rows));
