@@ -38,8 +38,8 @@ struct TrellisFewConfig {
   // Copies on their way: a multiple of the teams (a stage's place is always the same team's).
   static constexpr int kLeastStages = kTeams, kMostStages = 2 * kTeams;
   static_assert(kMaxExperts % kThreads == 0);
-  // Tiles whose super scales are there or on their way.
-  static constexpr int kSlots = 4, kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
+  // Tiles whose super scales are there or on their way: more than the teams, for a tile of 512 input rows is one stage, of one team.
+  static constexpr int kSlots = 16, kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
   // Tiles whose sums are under way. Where K has less stages than there are teams, a team must have a part in each tile of a slot or in
   // none, or it would mistake one round of a barrier for another.
   static constexpr int kMostSums = kTeams;

@@ -39,6 +39,9 @@ int few_stages(int shared, int k, int experts) {
 }
 
 #ifdef CCQ_SM90A
+static_assert(TrellisFewConfig<4, 1>::shared_bytes(8192, kMaxExperts) + TrellisFewConfig<4, 1>::kLeastStages * TrellisFewConfig<4, 1>::kStageBytes <= 227 * 1024,
+              "rows of 8192 fit for any number of experts");
+
 // As in moe_gemm.cu: 16-column tiles a warp, rows, stages.
 template <bool kBf16, typename F>
 auto with_trellis_wide(int variant, F&& use) {
