@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import reporting
 from .arguments import Arguments, whole
+from .calibration.settings import parse_tokens
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .checkpoint.source import model_name, resolve_model
 from .command import messages, options_of, run_command, shows_progress, to_stderr
@@ -43,7 +44,7 @@ class EvaluateOptions:
 
     Attributes:
         window: tokens of a window.
-        max_tokens: at most so many tokens of the text, in windows spread evenly over it.
+        max_tokens: at most so many tokens of the text, in windows spread evenly over it; "64k" too.
         max_items: at most so many items of each file of tasks.
         threads: None takes all processors.
         source: hub to download from.
@@ -58,7 +59,7 @@ class EvaluateOptions:
     """
 
     window: int = DEFAULT_WINDOW
-    max_tokens: int | None = None
+    max_tokens: int | str | None = None
     max_items: int | None = None
     threads: int | None = None
     source: str | None = None
@@ -68,6 +69,8 @@ class EvaluateOptions:
     show_progress: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_tokens, str):
+            object.__setattr__(self, "max_tokens", parse_tokens(self.max_tokens, "--max-tokens"))
         for flag, value in (("--max-tokens", self.max_tokens), ("--max-items", self.max_items)):
             if value is not None and value < 1:
                 raise CcqError(f"{flag} {value}: must be at least 1")
@@ -248,7 +251,6 @@ def build_parser() -> Arguments:
     add("--window", type=whole, default=DEFAULT_WINDOW, help="tokens per window (%(default)s)")
     add(
         "--max-tokens",
-        type=whole,
         metavar="N",
         help="use at most N tokens of the text, in windows spread evenly over it",
     )

@@ -14,6 +14,7 @@ import pytest
 from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.checkpoint.reader import open_checkpoint
 from paddle_ccq.errors import CcqError
+from paddle_ccq.evaluate import EvaluateOptions
 from paddle_ccq.models.weights import READINGS, weight_source
 from paddle_ccq.quantize import quantize
 
@@ -130,6 +131,7 @@ def test_packed_weights_are_read_exactly_unless_asked_otherwise(files, tmp_path)
         (["@model", "--text", "@text.jsonl", "--window", "1"], "--window 1"),
         (["@model", "--text", "@text.jsonl", "--window", "512"], "max_position_embeddings"),
         (["@model", "--text", "@text.jsonl", "--max-tokens", "5"], "less than one window"),
+        (["@model", "--text", "@text.jsonl", "--max-tokens", "much"], "--max-tokens much: not a"),
         (["@model", "--text", "@text.jsonl", "--threads", "0"], "--threads 0"),
         (["@model", "--text", "@text.jsonl", "--json", "@no/out.json"], "does not exist"),
         (["@model", "--text", "@text.jsonl", "--json", "@model"], "is a folder"),
@@ -170,3 +172,10 @@ def test_too_little_memory(files, monkeypatch, capsys):
     monkeypatch.setattr(command, "available_memory", lambda: 1000)
     assert run(files, "@model", "--text", "@text.jsonl", "--window", "64") == 2
     assert "use a larger machine" in capsys.readouterr().err
+
+
+def test_tokens_are_counted_as_in_other_commands() -> None:
+    assert EvaluateOptions(max_tokens="4k").max_tokens == 4096
+    assert EvaluateOptions(max_tokens=100).max_tokens == 100
+    with pytest.raises(CcqError, match="--max-tokens 0"):
+        EvaluateOptions(max_tokens="0")

@@ -76,7 +76,5 @@ def test_equation_5_gives_the_papers_rates() -> None:
     assert bits_per_weight(16, 7, 63, scale_bits=0) == pytest.approx(16 / 7)
 
 
-def test_spare_bits_of_a_64_group() -> None:
-    assert ConvolutionalCode(4, 3, 2).spare_bits(64) == 4
-    assert ConvolutionalCode(6, 4, 3).spare_bits(64) == 0
+def test_the_last_word_of_a_group_may_be_partly_filled() -> None:
     assert ConvolutionalCode(4, 3, 2).words_per_group(64) == 22

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from helpers.synthetic import tiny_config, write_checkpoint
 from paddle_ccq.codec import formats, row_order
+from paddle_ccq.codec.formats import EXPERT_FORMATS
 from paddle_ccq.families.registry import read_config
 from paddle_ccq.quantize import quantize
 from paddle_ccq.targets.fastdeploy.config import (
@@ -228,3 +229,16 @@ def test_config_problems(change, text):
     assert config_problems(good) == []
     assert config_problems({**good, "transformers_version": "4.56.0"}) == []
     assert any(text in problem for problem in config_problems({**good, **change}))
+
+
+@pytest.mark.parametrize("format", EXPERT_FORMATS)
+def test_config_problems_of_every_format(format):
+    good = output_config(build_plan(read_config(tiny_config()), format=format), {})
+    assert config_problems(good) == []
+    dense = {**good, "architectures": ["Ernie4_5_ForCausalLM"]}
+    assert any(
+        f"must be ['Ernie4_5_MoeForCausalLM'] for {format}" in p for p in config_problems(dense)
+    )
+    good["quantization_config"]["moe_quant_config"]["moe_w2_quant_config"]["quant_type"] = "wint4"
+    (problem,) = config_problems(good)
+    assert f"quant_type is 'wint4', but quantization says '{format}'" in problem

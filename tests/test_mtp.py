@@ -147,10 +147,15 @@ def test_a_layer_that_was_never_published_is_taken_as_none(tmp_path, output):
     assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
     assert verify(tmp_path / "out", folder).sound
     # A checkpoint of another program, whose config.json says 1.
-    (tmp_path / "out" / "config.json").write_text(
-        json.dumps({**config_of(tmp_path / "out"), "num_nextn_predict_layers": 1})
-    )
+    says = {**config_of(tmp_path / "out"), "num_nextn_predict_layers": 1}
+    own = says.pop("paddle_ccq")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(says))
     assert not inspect(tmp_path / "out").config.num_nextn_predict_layers
+    # In one of this package the layer has been lost.
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**says, "paddle_ccq": own}))
+    (tmp_path / "out" / "ccq-manifest.json").unlink()
+    (problem,) = verify(tmp_path / "out").problems
+    assert "mtp_" in problem and problem.endswith(" and 12 more: missing")
 
 
 @pytest.mark.parametrize("name", ["mtp_linear_proj.0", "mtp_block.0.mlp.up_proj"])

@@ -13,10 +13,12 @@ import pytest
 
 from helpers.family_models import CASES, by_name
 from helpers.family_runs import OPTIONS, stored
+from helpers.mtp import with_layer
 from helpers.synthetic import tiny_config, write_checkpoint, write_tensors
 from paddle_ccq.checkpoint.manifest import MANIFEST_FILE
 from paddle_ccq.checkpoint.safetensors_io import TensorFolder
 from paddle_ccq.errors import CcqError
+from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy.check import ServeConfig
 from paddle_ccq.fastdeploy.check import check as fastdeploy_check
 from paddle_ccq.quantize import quantize
@@ -96,6 +98,25 @@ def test_a_layer_for_prediction_is_known_by_its_names(target, tmp_path):
     gone = next(n for n in stored(tmp_path / "output") if "mtp_emb_norm" in n)
     folder = copy_with(tmp_path / "output", tmp_path / "less", lambda tensors: tensors.pop(gone))
     assert verify(folder).problems == [f"{gone}: missing"]
+
+
+@pytest.mark.parametrize("case", ["fastdeploy", "huggingface", "deepseek-v3", "qwen3.5-moe"])
+def test_layers_for_prediction_that_are_gone_as_a_whole(case, tmp_path):
+    if case in PREFIXES:
+        write_checkpoint(tmp_path / "source", {**ERNIE, "num_nextn_predict_layers": 1})
+        options = {**OPTIONS, "target": case}
+    else:
+        with_layer(tmp_path / "source", case, mtp_num_hidden_layers=1)
+        options = OPTIONS
+    quantize(tmp_path / "source", tmp_path / "output", **options)
+    config = read_config(tmp_path / "source")
+    beyond = f"layers.{config.num_hidden_layers}."
+    gone = [n for n in stored(tmp_path / "output") if beyond in n or config.family.is_mtp(n)]
+    assert gone
+    folder = copy_with(
+        tmp_path / "output", tmp_path / "copy", lambda t: [t.pop(name) for name in gone]
+    )
+    assert len(verify(folder).problems) == 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -153,3 +153,21 @@ def test_a_length_beyond_the_positions(kind: str | None, refused: bool, tmp_path
     said = found.problems if refused else found.warnings
     assert [text for text in said if "max_position_embeddings of the model is 4096" in text]
     assert found.good is not refused
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipelines_of_ernie_in_this_layout(tied: bool, tmp_path: Path, tiny_model) -> None:
+    from helpers.configs import tiny_config
+
+    config = tiny_config(tie_word_embeddings=tied, max_position_embeddings=65536)
+    quantize(
+        tiny_model(config), tmp_path / "packed", preset="fast", quiet=True, target="huggingface"
+    )
+    two = replace(SERVE, parallel=Parallel(pipeline=2))
+    if tied:
+        with pytest.raises(CcqError, match="head that is tied to the embedding"):
+            check(tmp_path / "packed", two)
+        return
+    assert check(tmp_path / "packed", two).good
+    with pytest.raises(CcqError, match="size 4: the model has 3 layers"):
+        check(tmp_path / "packed", replace(SERVE, parallel=Parallel(pipeline=4)))

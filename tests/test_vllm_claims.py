@@ -162,6 +162,16 @@ def test_tied_heads_and_pipelines_do_not_go_together() -> None:
     config = config_of(tie_word_embeddings=True)
     with pytest.raises(CcqError, match="tied to the embedding"):
         check_parallel(config, claim_of(config), Parallel(1, pipeline=2), 1)
+    with pytest.raises(CcqError, match="tied"):  # of rank folders too
+        check_parallel(config, claim_of(config), Parallel(2, pipeline=2), 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_more_stages_than_layers_are_refused(ranks: int) -> None:
+    config = config_of(**WIDE)
+    parallel = Parallel(ranks, pipeline=config.num_hidden_layers + 1)
+    with pytest.raises(CcqError, match="the model has 3 layers; some stages would have none"):
+        check_parallel(config, claim_of(config), parallel, ranks)
 
 
 @pytest.mark.parametrize("format", ["wint2", "ccq-2.5", "ccq-2.75", "wint4"])

@@ -263,3 +263,22 @@ def test_names_that_this_vllm_does_not_know_are_registered_at_once(
         assert maps[name] is object
     known.update(packed_models.WHOLE_MODELS)
     assert packed_models.register_unknown() == []
+
+
+@needs_vllm
+@pytest.mark.parametrize("layout", ["fastdeploy", "huggingface"])
+def test_adapters_are_refused_by_their_flag(layout: str) -> None:
+    from types import SimpleNamespace
+
+    from paddle_ccq.vllm import model
+    from paddle_ccq.vllm.config import CcqConfig
+    from paddle_ccq.vllm.packed_config import PackedConfig
+
+    made = {"fastdeploy": CcqConfig, "huggingface": PackedConfig}[layout]
+    loads = {"fastdeploy": model._Loads, "huggingface": model._LoadsPacked}[layout]
+    asked = SimpleNamespace(quant_config=made.__new__(made), lora_config=object())
+    with pytest.raises(CcqError, match="--enable-lora"):
+        loads(vllm_config=asked)
+    # Other checkpoints may have adapters.
+    with pytest.raises(TypeError):  # of object.__init__: there is no class of vLLM behind it
+        loads(vllm_config=SimpleNamespace(quant_config=None, lora_config=object()))

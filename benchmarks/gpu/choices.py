@@ -51,15 +51,29 @@ def texts(model: Path, calibration: Path, made: Path | None) -> dict[str, np.nda
     return found if made is None else found | {"m": windows(read_documents(made))[:128]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Those of this script, which trellis.py has too."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--made", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--made", type=Path, help="text that the model made up (sample)")
+    parser.add_argument("--json", type=Path, help="the result, as far as it is there")
     parser.add_argument("--write", type=Path, help="put the tables of a run into the docs")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, *needed: str) -> argparse.Namespace:
+    """The arguments; those that a measurement needs are there, or --write."""
     args = parser.parse_args()
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
+    if missing and not args.write:
+        parser.error(f"a measurement needs {', '.join(missing)}")
+    return args
+
+
+def main() -> None:
+    args = parsed(arguments(__doc__.splitlines()[0]), "model", "calibration", "made")
     if args.write:
         write(json.loads(args.write.read_text(encoding="utf-8")))
         return

@@ -109,14 +109,16 @@ def tune(net: Ernie, reference: Weights, coded: Coded, windows: Tensor, way: Way
     rng = np.random.default_rng(0)
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(way.passes)])
     steps = len(order) // way.batch
+    with torch.no_grad():  # once for all passes
+        parts = windows.split(way.batch)
+        hidden = torch.cat([net.hidden(reference, part) for part in parts])
     mean = {n: torch.zeros_like(v, dtype=torch.float32) for n, v in tuned.values.items()}
     square = {n: torch.zeros_like(m) for n, m in mean.items()}
     for step in range(steps):
         batch = order[step * way.batch : (step + 1) * way.batch]
-        tokens = windows[torch.from_numpy(batch).to(windows.device)]
+        chosen = torch.from_numpy(batch).to(windows.device)
+        tokens, wanted = windows[chosen], net.log_p(reference, hidden[chosen])
         weights, leaves = tuned.weights()
-        with torch.no_grad():
-            wanted = net(reference, tokens)
         loss = (wanted.exp() * (wanted - net(weights, tokens))).sum() / tokens.numel()
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         warm = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))

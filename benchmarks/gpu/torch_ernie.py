@@ -66,14 +66,21 @@ class Ernie:
 
     def __call__(self, w: Weights, tokens: Tensor, taps: Taps | None = None) -> Tensor:
         """Log-probabilities [B, T, vocab] of tokens [B, T]."""
+        return self.log_p(w, self.hidden(w, tokens, taps))
+
+    def log_p(self, w: Weights, hidden: Tensor) -> Tensor:
+        """Log-probabilities of the last hidden states."""
+        return torch.log_softmax(hidden @ w["ernie.embed_tokens.weight"].t(), -1)
+
+    def hidden(self, w: Weights, tokens: Tensor, taps: Taps | None = None) -> Tensor:
+        """The last hidden states [B, T, H], after the last norm."""
         x = w["ernie.embed_tokens.weight"][tokens]
         for layer in range(self.config.num_hidden_layers):
             name = LAYER.format(layer)
             x = x + self._attention(w, name, self._norm(x, w[name + "input_layernorm.weight"]))
             normed = self._norm(x, w[name + "post_attention_layernorm.weight"])
             x = x + self._mlp(w, layer, normed.flatten(0, 1), taps).view(x.shape)
-        x = self._norm(x, w["ernie.norm.weight"])
-        return torch.log_softmax(x @ w["ernie.embed_tokens.weight"].t(), -1)
+        return self._norm(x, w["ernie.norm.weight"])
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps) * gain

@@ -23,22 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from choices import arguments, parsed, texts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import markdown, put_into_doc
 
 HELD, VALIDATION = "held out", "val"
 BASE = "router, 256k tokens, default"
+TUNED = ", tuned on all"  # in a row's label, after that of its codes
 
 
 def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
     """Label -> what makes (codes or None, weights); a row may need one before it."""
-    import trellis_store
     from choices_list import ALL, Way
     from trellis_run import TRELLIS_LDLQ_RECIPES, Choice, Relaxation
 
     default, best = (TRELLIS_LDLQ_RECIPES[name] for name in ("default", "best"))
-    router, plain = Choice("ab", "router"), "gradient, default"
+    router, plain, made = Choice("ab", "router"), "gradient, default", "gradient and made-up, best"
 
     def codes(choice: Choice):
         def make():
@@ -60,14 +61,8 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
     def gain(label: str, weights: str):
         return from_codes(label, lambda found: lab.gain_in_down(found, weights))
 
-    def tuned(label: str, way: Way, store: bool = False):
-        def make():
-            weights = lab.tuned(lab.codes[label], way)
-            if store and lab.folder:
-                trellis_store.save(lab.folder, lab, lab.codes[label], weights)
-            return None, weights
-
-        return make
+    def tuned(label: str, way: Way, made: bool = False):
+        return lambda: (None, lab.tuned(lab.codes[label], way, made))
 
     return {
         "EXL3, 2 bits, router": lambda: (None, lab.exl3(router, mul1=True)),
@@ -84,7 +79,10 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
         "gradient, 3 sweeps": codes(Choice(recipe=replace(default, sweeps=3))),
         "EXL3, 2 bits, gradient": lambda: (None, lab.exl3(Choice(), mul1=True)),
         "gradient, relaxed, tuned on all": tuned("gradient, relaxed", Way(ALL)),
-        "gradient, best, tuned on all, twice": tuned("gradient, best", Way(ALL, passes=2), True),
+        "gradient, best, tuned on all, twice": tuned("gradient, best", Way(ALL, passes=2)),
+        "gradient, best, tuned on all, four times": tuned("gradient, best", Way(ALL, passes=4)),
+        made: codes(Choice("abm", recipe=best)),
+        f"{made}, tuned on all, twice": tuned(made, Way(ALL, passes=2), made=True),
         "gradient, default, tuned on all, twice": tuned(plain, Way(ALL, passes=2)),
         "gradient, gain in down, tuned on all": tuned("gradient, gain in down", Way(ALL)),
         "gradient, two super scales": codes(Choice(recipe=replace(default, kappas=(11.0, 9.0)))),
@@ -96,18 +94,21 @@ def rows(lab: Any) -> dict[str, Callable[[], tuple[Any, Any]]]:
 
 
 def measure(lab: Any, args: argparse.Namespace, start: float) -> None:
+    import trellis_store
     from trellis_run import Choice
 
+    known = rows(lab)
+    if unknown := [label for label in args.rows or () if label not in known]:
+        raise SystemExit(f"--rows: no such row: {', '.join(unknown)}; there are: {list(known)}")
+    stored = math.inf  # held-out KL of the stored model
     result: dict[str, Any] = {"device": lab.device_name, "model": args.name, "rows": {}}
-    for label, make in rows(lab).items():
-        if args.rows and label not in args.rows:
-            continue
+    for label in args.rows or known:
         if time.perf_counter() - start > args.seconds:
             print(f"no time left for: {label}", flush=True)
             continue
         began = time.perf_counter()
         try:
-            codes, weights = make()
+            codes, weights = known[label]()
         except (ImportError, KeyError) as error:
             print(f"{label}: not measured ({error!r})", flush=True)
             continue
@@ -118,6 +119,10 @@ def measure(lab: Any, args: argparse.Namespace, start: float) -> None:
         for text in (HELD, VALIDATION):
             measured = lab.measured(weights, text)
             found[text] = {name: values.tolist() for name, values in measured.items()}
+        kl = float(np.mean(found[HELD]["kl"]))
+        if args.store and TUNED in label and kl < stored:
+            trellis_store.save(args.store, lab, lab.codes[label.split(TUNED)[0]], weights)
+            stored, result["stored"] = kl, label
         kind = "router" if label.startswith("router") or label.endswith("router") else "gradient"
         found["proxy"] = lab.proxy(Choice(weights=kind), weights)
         result["rows"][label] = found
@@ -135,7 +140,7 @@ def measure(lab: Any, args: argparse.Namespace, start: float) -> None:
             args.json.write_text(json.dumps(result), encoding="utf-8")
 
 
-def write(result: dict[str, Any]) -> None:
+def write(result: dict[str, Any], marker: str) -> None:
     """The table, with paired differences on the held-out windows to its first row."""
 
     def difference(found: dict, base: dict, what: str) -> str:
@@ -143,9 +148,10 @@ def write(result: dict[str, Any]) -> None:
         return f"{values.mean():+.4f} ({values.std(ddof=1) / math.sqrt(len(values)):.4f})"
 
     measured = result["rows"]
-    base = measured[BASE]
+    first = BASE if BASE in measured else next(iter(measured))
+    base = measured[first]
     table = []
-    for label in [BASE, *(label for label in measured if label != BASE)]:
+    for label in [first, *(label for label in measured if label != first)]:
         found = measured[label]
         held = found[HELD]
         table.append(
@@ -169,40 +175,36 @@ def write(result: dict[str, Any]) -> None:
         " row saw; differences on the same windows with standard errors;"
         f" {result['device']}."
     )
-    put_into_doc("docs/notes/ccq-2t.md", "trellis-choices", f"{markdown(header, table)}\n\n{note}")
+    put_into_doc("docs/notes/ccq-2t.md", marker, f"{markdown(header, table)}\n\n{note}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--calibration", type=Path)
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="validation text")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="put the table of a run into the docs")
+    parser.add_argument("--marker", default="trellis-choices", help="table of --write")
     parser.add_argument("--rows", nargs="+", metavar="LABEL")
-    parser.add_argument("--store", type=Path, help="folder for the best model (trellis_store.py)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
-    args = parser.parse_args()
+    parser.add_argument("--store", type=Path, help="folder for the best tuned model")
+    args = parsed(parser, "model", "calibration", "text")
     if args.write:
-        write(json.loads(args.write.read_text(encoding="utf-8")))
+        write(json.loads(args.write.read_text(encoding="utf-8")), args.marker)
         return
-    from choices import texts
     from trellis_run import TrellisLab
 
     from paddle_ccq.checkpoint.reader import open_checkpoint
     from paddle_ccq.evaluation.text import Tokenizer, cut_windows, token_stream
     from paddle_ccq.texts.documents import read_documents
 
+    if args.store:
+        args.store.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     source = open_checkpoint(args.model)
     args.name = source.path.name
-    windows = texts(args.model, args.calibration, None)
+    windows = texts(args.model, args.calibration, args.made)
     stream = token_stream(
         list(read_documents(args.text)), Tokenizer(source.path, source.config.raw)
     )
     windows[VALIDATION] = np.stack(cut_windows(np.asarray(stream, np.int64), 1024, 61_440))
     lab = TrellisLab(source, windows)
-    lab.folder = args.store
     measure(lab, args, start)
 
 

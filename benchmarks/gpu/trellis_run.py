@@ -7,7 +7,6 @@ import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,14 +93,13 @@ class TrellisLab:
         self.rounded = in_wint8(self.net, self.float)
         self.texts = {name: torch.from_numpy(w).to(device) for name, w in texts.items()}
         self.codes: dict[str, Layers] = {}
-        self.folder: Path | None = None  # for trellis_store.save
         self._lock = threading.Lock()
         self.hessians = Kept()
         generator = torch.Generator(device=device).manual_seed(0)
         weights = dict(self.float)
         name = "ernie.embed_tokens.weight"
         weights[name] = weights[name].clone().requires_grad_()
-        for part in ("a", "b"):
+        for part in (p for p in ("a", "b", "m") if p in self.texts):
             for windows in self.texts[part].split(AT_ONCE):
                 log_p = self.net(weights, windows, self.hessians)
                 self.hessians.add(part, log_p, generator)
@@ -270,15 +268,16 @@ class TrellisLab:
         )
         return found if ended < started else {k: codes[k] for k in keys}
 
-    def tuned(self, codes: Layers, way: Way) -> Weights:
-        """The model of some codes, tuned as choices_tune.tune does."""
+    def tuned(self, codes: Layers, way: Way, made: bool = False) -> Weights:
+        """The model of some codes, tuned as choices_tune.tune does; `made`: on made-up text too."""
         coded = Coded(self.with_codes(codes))
         for key, of in codes.items():
             coded.supers[key], coded.scales[key] = of.supers, of.scales
         learned = torch.cat([self.texts["a"], self.texts["b"]])
         count = min(way.windows, len(learned))
         some = torch.linspace(0, len(learned) - 1, count).round().long().to(learned.device)
-        return tune(self.net, self.float, coded, learned[some], way)
+        windows = torch.cat([learned[some], self.texts["m"]]) if made else learned[some]
+        return tune(self.net, self.float, coded, windows, way)
 
     def exl3(self, choice: Choice, **options: bool) -> Weights:
         """All experts as EXL3's quantizer (exllamav3) returns them at 2 bits."""

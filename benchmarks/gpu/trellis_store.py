@@ -40,7 +40,7 @@ def save(folder: Path, lab: Any, codes: Mapping[str, Any], tuned: Mapping[str, A
     for name, of in codes.items():
         arrays[f"{name}|{WORDS}"] = of.words.cpu().numpy()
         arrays[f"{name}|{LOCAL}"] = of.scales.to(torch.uint8).cpu().numpy()
-    np.savez_compressed(folder / CODES, **arrays)
+    _write(folder / CODES, arrays)
 
     arrays = supers(tuned)
     dense = set(lab.net.dense_names(tuned))
@@ -53,7 +53,14 @@ def save(folder: Path, lab: Any, codes: Mapping[str, Any], tuned: Mapping[str, A
             arrays[f"{name}|{SCALE}"] = scale.cpu().numpy()
         elif name not in codes and name != "ernie.embed_tokens.weight":
             arrays[name] = value.float().cpu().numpy()
-    np.savez_compressed(folder / TUNED, **arrays)
+    _write(folder / TUNED, arrays)
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Whole, or as it was."""
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(part, **arrays)
+    part.replace(path)
 
 
 def stored(checkpoint: Any, data: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

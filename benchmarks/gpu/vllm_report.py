@@ -163,6 +163,13 @@ def experts4(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def prompts4(results: dict[str, Any]) -> str:
+    """4-bit experts of many tokens: a layer of the 300B by this package and by vLLM."""
+    found = results.get("w4_prompts", {})
+    rows = [[tokens, *(f"{value:.1f}" for value in times)] for tokens, times in found.items()]
+    return markdown(["tokens", "decoded, then cuBLAS, ms", "vLLM's own, ms"], rows)
+
+
 def loading(results: dict[str, Any]) -> str:
     """Reading a checkpoint's files, and starting vLLM with it."""
     rows = []
@@ -239,6 +246,7 @@ def main() -> int:
         ("loading", loading),
         ("ranks", ranks),
         ("experts4", experts4),
+        ("prompts4", prompts4),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
     put_into_doc(DOC, "vllm-rounding", rounding())

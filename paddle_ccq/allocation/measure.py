@@ -23,7 +23,6 @@ from ..calibration.settings import CalibrationSettings
 from ..calibration.statistics import Statistics
 from ..calibration.text import CalibrationText
 from ..checkpoint.reader import Checkpoint
-from ..encoder.ldlq_metric import InputHessian
 from ..families.tensor import PROJECTIONS, Role
 from ..models.ernie import MLP, MoE
 from .costs import Sensitivities, model_shape, weights_sha256
@@ -80,7 +79,6 @@ class _Measurement:
         self.config = checkpoint.config
         self.forward, self.probing = forward, probing
         self._statistics = statistics
-        self._known: dict[str, InputHessian | None] = {}
         self.decoded = Decoded(checkpoint, probing, statistics.hessian, execution)
         count = perturbed_count(probing, len(self.config.moe_layers()))
         self.perturbed = PerturbedStates(forward, count, execution.folder)

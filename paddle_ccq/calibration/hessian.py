@@ -38,7 +38,9 @@ def hessian_sum(x: np.ndarray, pool: Executor | None = None) -> np.ndarray:
     return total
 
 
-def shrink(own: np.ndarray, tokens: int, pooled: np.ndarray, pooled_tokens: int, weight: int):
+def shrink(
+    own: np.ndarray, tokens: int, pooled: np.ndarray, pooled_tokens: int, weight: int
+) -> np.ndarray:
     """Mean of x x^T [K, K], mixed with the pool's mean as if that were `weight` more tokens."""
     if not weight:
         return own / tokens

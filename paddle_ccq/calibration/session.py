@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from ..texts.documents import Texts, read_texts
 from ..texts.files import check_readable
 from ..units import gigabytes
 from .settings import GRADIENT, TOKEN_WEIGHTS, CalibrationSettings
+
+if TYPE_CHECKING:
+    from .statistics import Statistics
 
 FLAG = "--calibration"
 
@@ -55,7 +58,7 @@ class CalibrationRequest:
             check_readable(self.path, FLAG)
         require_paddle("calibration, which runs the model,")
 
-    def open(self, checkpoint: Checkpoint, threads: int | None, spill_folder: Path):
+    def open(self, checkpoint: Checkpoint, threads: int | None, spill_folder: Path) -> Statistics:
         """The statistics of the text; each Hessian is computed when it is asked for."""
         from .statistics import Statistics
         from .text import read_calibration_text

@@ -23,9 +23,8 @@ from .sources.stored import StoredWeight
 from .tensor_parallel import take
 from .values import count_nonfinite, energy, finite, is_approximation
 
-# In these formats output columns are independent in blocks of SLICE_COLUMNS and lie first in every
-# stored tensor, so wide matrices are encoded in slices: the encoder's copies stay small.
-SLICED_FORMATS = ("wint8", "wint4")
+# In integer formats output columns are independent in blocks of SLICE_COLUMNS and lie first in
+# every stored tensor, so wide matrices are encoded in slices: the encoder's copies stay small.
 SLICE_WEIGHTS = 1 << 24
 SLICE_COLUMNS = 16
 _FLOATS = tuple(DTYPES[name] for name in FLOAT_DTYPES)

@@ -7,7 +7,6 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ from ..codec import row_order as rows
 from ..errors import CcqError
 from ..families.config import CONFIG_FILE, ModelConfig, is_packed_entry
 from ..families.registry import read_config
-from ..families.tensor import Source, Storage
+from ..families.tensor import Storage
 from . import source_tensors
 from .companions import check_regular
-from .safetensors_io import DTYPES, FLOAT_DTYPES, StoredSpec, TensorFolder, TensorInfo
+from .entries import CODE_SUFFIXES, Entry, find_entries, packed_tensors
+from .safetensors_io import DTYPES, StoredSpec, TensorFolder
 from .source import snapshot_folder
 from .source_tensors import KEPT_NAMING
 from .sources.locate import locate
 from .sources.scheme import KEYS as ENTRY_KEYS
 from .sources.scheme import SourceScheme
 from .sources.stored import StoredWeight
-from .unexpected import pass_over, resolve_head, resolve_mtp
+from .unexpected import resolve_head, resolve_mtp
 from .values import count_nonfinite
 
 # Our own key in config.json; FastDeploy does not look at it.
@@ -36,21 +36,8 @@ PROVENANCE_KEY = "paddle_ccq"
 PARTIAL_SUFFIX = ".ccq-partial"
 JOURNAL_FILE = "journal.jsonl"
 
-CODE_SUFFIXES = ("code_scale", "code_zp")
-SUFFIXES = ("quant_weight", "weight_scale", "super_scales", *CODE_SUFFIXES)
-
 # Rows that are turned at a time: enough to fill cache lines on both sides of the transposition.
 _TURN_ROWS = 64
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """How one canonical tensor is stored: float parts, or the packed tensors of a format."""
-
-    format: str
-    shape: tuple[int, ...]
-    storage: Storage | None
-    packed: dict[str, str]  # suffix -> on-disk name
 
 
 class Checkpoint:
@@ -70,7 +57,10 @@ class Checkpoint:
             self.config = source_tensors.of_folder(config, self.scheme, tensors, packed)
         messages = [*config.notes, *messages, *more]
         self.messages = [*tensors.messages, self.naming.description, *messages]
-        self._entries = _plan(self)
+        self._entries, passed_over = find_entries(
+            self.config, tensors, self.naming.name, self.scheme
+        )
+        self.messages += passed_over
         self.is_quantized = any(entry.packed for entry in self._entries.values())
         self.row_order = _row_order(self, row_order)
 
@@ -238,7 +228,7 @@ class Checkpoint:
         found = [locate(self.tensors, self.scheme, part) for part in storage.parts]
         return [part for part in found if part is not None]
 
-    def _assembled(self, entry: _Entry, dtype: np.dtype) -> np.ndarray:
+    def _assembled(self, entry: Entry, dtype: np.dtype) -> np.ndarray:
         assert entry.storage is not None
         stored = self._parts(entry.storage)
         if not entry.storage.transposed:
@@ -248,7 +238,7 @@ class Checkpoint:
             _turn_into(result[:, part.columns], weight.read())
         return result
 
-    def _decoded(self, name: str, entry: _Entry, dtype: str) -> np.ndarray:
+    def _decoded(self, name: str, entry: Entry, dtype: str) -> np.ndarray:
         try:
             # Damaged scales give NaN, which callers look for; NumPy's warning names no tensor.
             with np.errstate(invalid="ignore", over="ignore"):
@@ -305,97 +295,6 @@ def _turn_into(target: np.ndarray, values: np.ndarray) -> None:
     for begin in range(0, values.shape[0], _TURN_ROWS):
         block = values[begin : begin + _TURN_ROWS].astype(target.dtype, copy=False)
         target[:, begin : begin + _TURN_ROWS] = block.T
-
-
-def _plan(checkpoint: Checkpoint) -> dict[str, _Entry]:
-    """Find every tensor of the model and check its shape and dtype."""
-    tensors, config, naming = checkpoint.tensors, checkpoint.config, checkpoint.naming.name
-    packed = packed_tensors(tensors)
-    entries: dict[str, _Entry] = {}
-    missing: list[str] = []
-    used: set[str] = set()
-    copies: dict[str, str] = {}
-    for name, tensor in config.tensors.items():
-        shape, storage = tensor.shape, tensor.sources[naming]
-        found = packed.get(storage.packed) or packed.get(storage.packed_here) or {}
-        # Of what a family does not name, no part need be readable.
-        used.update(stored for stored, _, _ in tensor.kept)
-        if tensor.is_linear and "quant_weight" in found:
-            entries[name] = _packed_entry(checkpoint, name, shape, found)
-            used.update(found.values())
-            continue
-        for part in storage.parts:
-            stored = locate(tensors, checkpoint.scheme, part)
-            if stored is None:
-                if tensor.is_linear and found:
-                    _packed_entry(checkpoint, name, shape, found)
-                missing.append(part.name)
-                continue
-            used.update(stored.names)
-            copies.update(dict.fromkeys(part.aliases, stored.names[0]))
-        entries[name] = _Entry("bf16", shape, storage, {})
-    if missing:
-        count = f"{len(missing)} tensors are" if len(missing) > 1 else "1 tensor is"
-        raise CcqError(
-            f"{checkpoint.path}: {count} missing, the first {missing[0]!r}; the download is not"
-            " complete or config.json belongs to another model"
-        )
-    checkpoint.messages += pass_over(config, tensors, copies, used)
-    return entries
-
-
-def packed_tensors(tensors: TensorFolder) -> dict[str, dict[str, str]]:
-    """Prefix -> suffix -> on-disk name, for every tensor named like part of a packed matrix.
-
-    FP8 sources have scales of such a name too; only packed matrices have a quant_weight.
-    """
-    groups: dict[str, dict[str, str]] = {}
-    for name in tensors.names():
-        prefix, _, suffix = name.rpartition(".")
-        if suffix in SUFFIXES:
-            groups.setdefault(prefix, {})[suffix] = name
-    return groups
-
-
-def _packed_entry(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], found: dict[str, str]
-) -> _Entry:
-    tensors = checkpoint.tensors
-    if "quant_weight" not in found:
-        lonely = next(iter(found.values()))
-        raise CcqError(
-            f"{tensors.path_of(lonely)}: {lonely} is there, but no quant_weight beside it"
-        )
-    infos = {suffix: tensors.info(stored) for suffix, stored in found.items()}
-    weight = infos["quant_weight"]
-    if len(infos) == 1 and weight.dtype in FLOAT_DTYPES and weight.shape == shape:
-        # A linear left unconverted in a quantized checkpoint keeps the packed name.
-        part = Source(found["quant_weight"], shape)
-        return _Entry("bf16", shape, Storage((part,), False, ""), {})
-    for format_name in formats.FORMATS:
-        if format_name != "bf16" and _fits(format_name, shape, infos):
-            return _Entry(format_name, shape, None, found)
-    shown = ", ".join(f"{s} {i.dtype} {list(i.shape)}" for s, i in sorted(infos.items()))
-    raise CcqError(
-        f"{tensors.path_of(found['quant_weight'])}: {name} of shape {list(shape)} is packed in"
-        f" none of the known formats (found {shown})"
-    )
-
-
-def _fits(format_name: str, shape: tuple[int, ...], infos: dict[str, TensorInfo]) -> bool:
-    if formats.shape_problem(format_name, *shape):
-        return False
-    specs = formats.tensor_specs(format_name, *shape)
-    return specs.keys() == infos.keys() and all(
-        infos[suffix].shape == wanted
-        # FastDeploy casts the scales of dense linears on load, whatever float they are stored as.
-        and (infos[suffix].dtype == dtype or _is_float_scale(suffix, infos[suffix].dtype, dtype))
-        for suffix, (wanted, dtype) in specs.items()
-    )
-
-
-def _is_float_scale(suffix: str, stored: str, wanted: str) -> bool:
-    return suffix == "weight_scale" and wanted == "BF16" and stored in FLOAT_DTYPES
 
 
 def stated_row_order(raw: Mapping[str, Any]) -> Any:

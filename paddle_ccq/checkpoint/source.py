@@ -66,9 +66,8 @@ HUBS = {
 }
 ORGANIZATIONS = ("baidu", "PaddlePaddle")
 
-# Size -> the size as published; the variants exist for each.
+# Size -> the size as published.
 _SIZES = {"300b": "300B-A47B", "21b": "21B-A3B", "0.3b": "0.3B"}
-_VARIANTS = {"": "", "base": "-Base", "pt": "-PT", "paddle": "-Paddle"}
 # Published under names that do not follow the pattern.
 _OTHERS = (
     "ERNIE-4.5-21B-A3B-Thinking",

@@ -83,11 +83,6 @@ class ConvolutionalCode:
         """Words needed for a group; the last one is padded when N does not divide the size."""
         return -(-group_size // self.N)
 
-    def spare_bits(self, group_size: int) -> int:
-        """Low bits of a group's last word that no weight uses (paper section 3.4)."""
-        remainder = group_size % self.N
-        return 0 if remainder == 0 else (self.N - remainder) * self.S
-
 
 def bits_per_weight(word_bits: int, states: int, group_size: int, scale_bits: int) -> float:
     """Equation (5): equivalent bits per weight of a group, super scales not counted.

@@ -12,7 +12,7 @@ Matrices without statistics go to the data-free encoder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -21,14 +21,14 @@ from ..codec import formats, wint2
 from . import layouts
 from .base import Encoded, ErrorStats, MatrixEncoder
 from .ldlq_metric import InputHessian, LdlqMetric, make_metric, weighted_error
-from .recipes import CODE_SCALE, CODE_ZERO_POINTS
+from .recipes import CODE_SCALE, CODE_ZERO_POINTS, CoreRecipe
 
 # Name of a matrix -> its Hessian, or None for a matrix that has none.
 Hessians = Callable[[str], InputHessian | None]
 
 
 @dataclass(frozen=True)
-class LdlqRecipe:
+class LdlqRecipe(CoreRecipe):
     """What the calibrated search tries; chosen on synthetic Hessians, not on a model.
 
     Attributes:
@@ -48,12 +48,6 @@ class LdlqRecipe:
     keep_pairs: int = 4
     sweeps: int = 4
     damping: float = 0.01
-
-    def as_dict(self) -> dict[str, object]:
-        """For the compiled core."""
-        values = asdict(self)
-        values["window_low"], values["window_high"] = values.pop("window")
-        return values
 
 
 LDLQ_RECIPES: dict[str, LdlqRecipe] = {

@@ -8,13 +8,16 @@ are float64.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ..codec.convolution import GROUP
 from .ldlq_metric import BLOCK, LdlqMetric
+
+if TYPE_CHECKING:
+    from .ldlq import LdlqRecipe
 
 SCALE_MAX = 15
 F32 = np.float32
@@ -116,8 +119,10 @@ def feed_back(
     return words, locals_, loss
 
 
-def errors(w: np.ndarray, book: np.ndarray, words: np.ndarray, locals_: np.ndarray, supers):
-    """w - w'."""
+def errors(
+    w: np.ndarray, book: np.ndarray, words: np.ndarray, locals_: np.ndarray, supers: np.ndarray
+) -> np.ndarray:
+    """w - w', [K, N]."""
     scale = np.repeat(locals_ * supers, GROUP, axis=0)
     return w - scale * book[words].transpose(0, 2, 1).reshape(w.shape)
 
@@ -167,7 +172,14 @@ def descend(
     return words, locals_, supers, loss
 
 
-def _descend_group(w, metric, book, supers, state: _State, first) -> None:
+def _descend_group(
+    w: np.ndarray,
+    metric: LdlqMetric,
+    book: np.ndarray,
+    supers: np.ndarray,
+    state: _State,
+    first: int,
+) -> None:
     """Improve one group in a sweep, in place."""
     words, locals_, error, gradient = state
     group = slice(first, first + GROUP)
@@ -210,8 +222,20 @@ def _descend_group(w, metric, book, supers, state: _State, first) -> None:
     gradient[:] = add_products(gradient, moves, metric.h[:, group])
 
 
-def encode(weight, metric, books, supers, recipe) -> dict[str, np.ndarray]:
-    """The result of _core.ldlq for the same arguments, bit for bit."""
+def encode(
+    weight: np.ndarray,
+    metric: LdlqMetric,
+    books: np.ndarray,
+    supers: np.ndarray,
+    recipe: LdlqRecipe,
+) -> dict[str, np.ndarray]:
+    """The result of _core.ldlq for the same arguments, bit for bit.
+
+    Args:
+        weight: float32 [N, K].
+        books: float32 [pairs, 4, 256].
+        supers: float32 [candidates, N].
+    """
     w = np.ascontiguousarray(weight.T)
     n = w.shape[1]
     books = books.transpose(0, 2, 1)

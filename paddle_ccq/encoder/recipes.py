@@ -30,7 +30,18 @@ CODE_ZERO_POINTS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CoreRecipe:
+    """Fields that the compiled core takes as a dictionary."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Field -> value, with `window` as window_low and window_high."""
+        values = asdict(self)
+        values["window_low"], values["window_high"] = values.pop("window")
+        return values
+
+
+@dataclass(frozen=True)
+class Recipe(CoreRecipe):
     """What the search tries for every channel.
 
     Attributes:
@@ -53,9 +64,8 @@ class Recipe:
     keep_pairs: int = 1
 
     def as_dict(self) -> dict[str, object]:
-        """For the compiled core."""
-        values = asdict(self)
-        values["window_low"], values["window_high"] = values.pop("window")
+        """Without code_pairs, which decides the code books that the core is given."""
+        values = super().as_dict()
         values.pop("code_pairs")
         return values
 
@@ -90,7 +100,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 
 
 @dataclass(frozen=True)
-class TrellisRecipe:
+class TrellisRecipe(CoreRecipe):
     """What the search of ccq-2t tries for every channel.
 
     Attributes:
@@ -105,12 +115,6 @@ class TrellisRecipe:
     kappas: tuple[float, ...]
     window: tuple[int, int]
     beam: int
-
-    def as_dict(self) -> dict[str, object]:
-        """For the compiled core."""
-        values = asdict(self)
-        values["window_low"], values["window_high"] = values.pop("window")
-        return values
 
 
 # Measured on 24 columns of 4096 Gaussian weights. Window (-1, 2): rel-MSE 0.0716 with beam 7000,

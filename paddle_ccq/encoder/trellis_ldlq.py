@@ -9,7 +9,7 @@ in NumPy; the compiled core (custom_ops/cpu/trellis_ldlq.cpp) does it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,11 +17,12 @@ from ..codec import trellis
 from . import trellis as data_free
 from .base import MatrixEncoder
 from .ldlq import Hessians, LdlqEncoder, Prepared, unscaled
+from .recipes import CoreRecipe
 from .trellis_metric import TrellisMetric, make_trellis_metric
 
 
 @dataclass(frozen=True)
-class TrellisLdlqRecipe:
+class TrellisLdlqRecipe(CoreRecipe):
     """What the calibrated search of ccq-2t tries; chosen on synthetic Hessians, not on a model.
 
     Attributes:
@@ -38,12 +39,6 @@ class TrellisLdlqRecipe:
     beam: int = 2250
     sweeps: int = 1
     damping: float = 0.01
-
-    def as_dict(self) -> dict[str, object]:
-        """For the compiled core."""
-        values = asdict(self)
-        values["window_low"], values["window_high"] = values.pop("window")
-        return values
 
 
 TRELLIS_LDLQ_RECIPES: dict[str, TrellisLdlqRecipe] = {

@@ -9,21 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .common import (
-    ROUTED_FIRST,
-    Keys,
-    Layout,
-    MoeConfig,
-    Part,
-    correction_bias,
-    layer_norms,
-    linear,
-    make_family,
-    norm,
-    prediction_head,
-    router,
-    swiglu,
-)
+from .common import Layout, make_family
+from .moe_config import ROUTED_FIRST, Keys, MoeConfig
+from .parts import Part, correction_bias, layer_norms, linear, norm, prediction_head, router, swiglu
 from .tensor import Role
 
 KEYS = Keys(

@@ -12,19 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .common import (
-    Keys,
-    Layout,
-    MoeConfig,
-    Part,
-    grouped_query,
-    layer_norms,
-    make_family,
-    swiglu,
-)
+from .common import Layout, make_family
 from .config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 from .family import Family
 from .fields import Fields, show
+from .moe_config import Keys, MoeConfig
+from .parts import Part, grouped_query, layer_norms, swiglu
 from .tensor import Role
 
 TEXT_WIDTH, VISION_WIDTH = "moe_intermediate_size", "vision_moe_intermediate_size"

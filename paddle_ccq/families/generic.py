@@ -15,18 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import CcqError
-from .common import (
-    FUSED,
-    FUSED_DOWN,
-    NAMING,
-    Layout,
-    MoeConfig,
-    expert_tensors,
-    read_dtype,
-)
+from .common import FUSED, FUSED_DOWN, NAMING, Layout, expert_tensors
 from .config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, is_packed_entry
 from .family import Family, Naming
 from .fields import Fields, show
+from .moe_config import MoeConfig, read_dtype
 from .tensor import TensorSpec
 
 NAME = "generic"

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .common import (
-    ROUTED_FIRST,
-    Keys,
-    Layout,
-    MoeConfig,
+from .common import Layout, make_family
+from .moe_config import ROUTED_FIRST, Keys, MoeConfig
+from .parts import (
     Part,
     correction_bias,
     grouped_query,
     layer_norms,
-    make_family,
     norm,
     prediction_head,
     router,

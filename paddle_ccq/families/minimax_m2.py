@@ -9,19 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .common import (
-    LOCAL_FIRST,
-    Keys,
-    Layout,
-    MoeConfig,
-    Part,
-    correction_bias,
-    grouped_query,
-    layer_norms,
-    make_family,
-    norm,
-    router,
-)
+from .common import Layout, make_family
+from .moe_config import LOCAL_FIRST, Keys, MoeConfig
+from .parts import Part, correction_bias, grouped_query, layer_norms, norm, router
 
 BLOCK, BIAS = "block_sparse_moe", "e_score_correction_bias"
 

@@ -10,21 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from .common import (
-    Keys,
-    Layout,
-    MoeConfig,
-    Part,
-    grouped_query,
-    layer_norms,
-    linear,
-    make_family,
-    norm,
-    router,
-    swiglu,
-)
+from .common import Layout, make_family
 from .config import CONFIG_FILE, MAX_LAYERS, MAX_WIDTH
 from .fields import Fields
+from .moe_config import Keys, MoeConfig
+from .parts import Part, grouped_query, layer_norms, linear, norm, router, swiglu
 from .tensor import Role
 
 TEXT, WITH_VISION = "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"

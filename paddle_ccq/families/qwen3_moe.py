@@ -8,18 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .common import (
-    Keys,
-    Layout,
-    MoeConfig,
-    Part,
-    grouped_query,
-    layer_norms,
-    make_family,
-    norm,
-    router,
-    swiglu,
-)
+from .common import Layout, make_family
+from .moe_config import Keys, MoeConfig
+from .parts import Part, grouped_query, layer_norms, norm, router, swiglu
 from .tensor import Role
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..codec import formats, trellis
+from ..codec import trellis
 from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
 from ..errors import CcqError
 
@@ -137,14 +137,4 @@ def shape_refusal(hidden: int, width: int) -> str | None:
     for name, size in (("hidden size", hidden), ("expert width", width)):
         if size % SIZE_MULTIPLE:
             return f"{name} {size} is no multiple of {SIZE_MULTIPLE}"
-    return None
-
-
-def columns_refusal(format: str, hidden: int, width: int) -> str | None:
-    """Why the ops can't take experts of this size in a format that FastDeploy has not."""
-    rows = formats.get(format).row_multiple
-    for name, size in (("hidden size", hidden), ("expert width", width)):
-        if size % rows:
-            return f"{name} {size} is no multiple of {rows}"
-    # Inputs of one projection are outputs of the other, and rows are a multiple of 64 already.
     return None

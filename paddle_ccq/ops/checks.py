@@ -61,6 +61,8 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
             f"(K a multiple of {step})"
         )
     k, n = words.shape[0] // rows_per_step * step, words.shape[1]
+    if n == 0:
+        raise ValueError("quant_weight has no columns")
     found = {}
     for suffix, (shape, dtype) in formats.tensor_specs(format, k, n).items():
         if suffix not in tensors:
@@ -109,6 +111,14 @@ def row_order(value: str) -> np.ndarray:
         raise ValueError(f"row_order must be one of {', '.join(ROW_ORDERS)}, got {value!r}")
     assert ROW_ORDERS == (FASTDEPLOY_2_1, PLAIN)
     return STORED_FROM_INPUT if value == FASTDEPLOY_2_1 else np.arange(len(INPUT_FROM_STORED))
+
+
+def row_order_of(format: str, value: str) -> str:
+    """The row order of a format's stored rows, of which ccq-2t has one alone."""
+    row_order(value)
+    if format == trellis.NAME and value != PLAIN:
+        raise ValueError(f"row_order: rows of {format} are in plain order, got {value!r}")
+    return value
 
 
 def offsets(value: object, experts: int, tokens: int) -> list[int]:

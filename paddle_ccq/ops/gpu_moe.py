@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..codec.floats import BFLOAT16
-from ..codec.row_order import FASTDEPLOY_2_1, PLAIN
+from ..codec.row_order import FASTDEPLOY_2_1
 from . import checks, gpu_abi, gpu_library
 from .gpu_memory import Device, Memory
 
@@ -105,9 +105,7 @@ class GpuExperts:
         device: Device,
         format: str = "wint2",
     ) -> None:
-        checks.row_order(row_order)
-        if format == TRELLIS and row_order != PLAIN:
-            raise ValueError(f"row_order: rows of {format} are in plain order, got {row_order!r}")
+        checks.row_order_of(format, row_order)
         self.device, self.library = device, gpu_library.load_products()
         self.up_gate = _Side(self.library, device, format, up_gate)
         self.down = _Side(self.library, device, format, down)

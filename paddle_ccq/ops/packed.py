@@ -113,7 +113,7 @@ def repack(
     Raises:
         ValueError: naming the tensor or argument that does not fit; N must be a multiple of 16.
     """
-    checks.row_order(row_order)
+    checks.row_order_of(format, row_order)
     found, _, n = checks.stored(format, tensors)
     if n % COLUMN_MULTIPLE:
         raise ValueError(f"quant_weight: N must be a multiple of {COLUMN_MULTIPLE}, got {n}")

@@ -121,9 +121,7 @@ def repack(
         ValueError: naming the tensor or argument that does not fit; N must be a multiple of 16.
         CcqError: without the compiled ops.
     """
-    checks.row_order(row_order)
-    if format == "ccq-2t" and row_order != PLAIN:
-        raise ValueError(f"row_order: rows of {format} are in plain order, got {row_order!r}")
+    checks.row_order_of(format, row_order)
     parts = [tensors] if isinstance(tensors, Mapping) else list(tensors)
     if not parts:
         raise ValueError("tensors is empty")

@@ -29,7 +29,9 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(PREFIX + name, text, registry=registry)
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = (), prefix: str = PREFIX):
+        def counter(
+            name: str, text: str, labels: tuple[str, ...] = (), prefix: str = PREFIX
+        ) -> Counter:
             return Counter(prefix + name, text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

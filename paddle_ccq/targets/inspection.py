@@ -280,6 +280,8 @@ def _config(folder: Path, problems: list[str]) -> ModelConfig:
     config = read_config(folder, problems).with_head_of(names)
     if config.family.keeps_others or any(map(config.family.is_mtp, names)):
         return config
+    if names and isinstance(config.raw.get(PROVENANCE_KEY), dict):
+        return config  # written here, where config.json calls for no layer that is not stored
     # config.json of some checkpoints calls for a layer that was never published.
     return config.without_mtp()
 

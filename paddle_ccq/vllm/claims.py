@@ -16,6 +16,7 @@ from ..checkpoint.reader import PROVENANCE_KEY
 from ..codec import formats
 from ..codec.row_order import FASTDEPLOY_2_1, ROW_ORDERS
 from ..errors import CcqError
+from ..families.config import ModelConfig
 from ..families.ernie45 import ErnieConfig
 from ..families.registry import read_config
 from ..families.tensor import Role, TensorSpec
@@ -170,6 +171,25 @@ def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> st
     return None
 
 
+def check_pipeline(config: ModelConfig, parallel: Parallel, tied: bool) -> None:
+    """Refuse a number of pipeline stages that the layers can't be shared out over.
+
+    Args:
+        tied: whether the head is the embedding, which the first stage alone holds.
+
+    Raises:
+        CcqError: as said.
+    """
+    flag, layers = f"--pipeline-parallel-size {parallel.pipeline}", config.num_hidden_layers
+    if parallel.pipeline > layers:
+        raise CcqError(f"{flag}: the model has {layers} layers; some stages would have none")
+    if parallel.pipeline > 1 and tied:
+        raise CcqError(
+            f"{flag}: vLLM's class of this model can't hold a head that is tied to the embedding on"
+            " another card; use --tensor-parallel-size"
+        )
+
+
 def check_parallel(config: ErnieConfig, claim: Claim, parallel: Parallel, ranks: int) -> None:
     """Refuse a number of cards that the model can't be cut for, naming those that work.
 
@@ -179,6 +199,7 @@ def check_parallel(config: ErnieConfig, claim: Claim, parallel: Parallel, ranks:
     Raises:
         CcqError: as said.
     """
+    check_pipeline(config, parallel, config.tie_word_embeddings)
     if ranks > 1:
         if parallel.experts:
             raise CcqError(
@@ -191,11 +212,6 @@ def check_parallel(config: ErnieConfig, claim: Claim, parallel: Parallel, ranks:
                 f" folders; serve it with --tensor-parallel-size {ranks}, or one that was not cut"
             )
         return
-    if parallel.pipeline > 1 and config.tie_word_embeddings:
-        raise CcqError(
-            f"--pipeline-parallel-size {parallel.pipeline}: vLLM's class of this model can't hold a"
-            " head that is tied to the embedding on another card; use --tensor-parallel-size"
-        )
     problem = _tensor_problem(config, claim, parallel)
     if problem is None:
         return

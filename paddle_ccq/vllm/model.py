@@ -16,10 +16,20 @@ from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 from vllm.model_executor.models.ernie45_moe import Ernie4_5_MoeForCausalLM
 from vllm.platforms import current_platform
 
+from ..errors import CcqError
 from . import cpu_router, gpu_router, loading, packed_loading
 from .config import CcqConfig
 from .packed_config import PackedConfig
 from .packed_models import PACKED_MODELS, PREFIX, STATE_NAMES, WHOLE_MODELS
+
+
+def _refuse_adapters(vllm_config: Any) -> None:
+    """Adapters go beside a layer's weight, which packed layers do not have."""
+    if getattr(vllm_config, "lora_config", None) is not None:
+        raise CcqError(
+            "--enable-lora: adapters can't be put beside packed weights; serve the checkpoint of"
+            " floats that `python -m paddle_ccq.dequantize` makes"
+        )
 
 
 class _LoadsPacked:
@@ -29,6 +39,7 @@ class _LoadsPacked:
         found = vllm_config.quant_config
         self.packed = found if isinstance(found, PackedConfig) else None
         if self.packed is not None:
+            _refuse_adapters(vllm_config)
             self.packed.check_parallel(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.packed is not None and current_platform.is_cpu():
@@ -47,6 +58,7 @@ class _Loads(_LoadsPacked):
         found = vllm_config.quant_config
         self.ccq = found if isinstance(found, CcqConfig) else None
         if self.ccq is not None:
+            _refuse_adapters(vllm_config)
             self.ccq.check_parallel(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.ccq is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..checkpoint.reader import SUFFIXES
+from ..checkpoint.entries import SUFFIXES
 
 _LAYER = r"^(?:ernie|model)\.layers\.(\d+)\."
 _SUFFIX = rf"\.({'|'.join(SUFFIXES)})$"

@@ -13,9 +13,10 @@ from typing import Any
 from ..codec.row_order import ROW_ORDERS
 from ..errors import CcqError
 from ..families.config import ModelConfig
+from ..families.ernie45 import ERNIE45
 from ..targets.huggingface.config import VLLM_ARCHITECTURES, is_served
 from ..targets.huggingface.layout import KERNEL_MULTIPLE
-from .claims import Parallel
+from .claims import Parallel, check_pipeline
 
 VERSION = 1
 WHERE = "config.json: quantization_config"
@@ -106,6 +107,9 @@ def check_packed_parallel(config: ModelConfig, parallel: Parallel) -> None:
     Raises:
         CcqError: as said.
     """
+    # Other classes of vLLM hold the embedding on every card.
+    tied = config.family is ERNIE45 and config.tie_word_embeddings
+    check_pipeline(config, parallel, tied)
     problem = _cut_problem(config, parallel.tensor, parallel.experts)
     if problem is None:
         return

@@ -21,7 +21,7 @@ from .memory import DECODED_BYTES, MOE_TOKENS
 LINEAR_ROWS = 128
 # Up to this many tokens of a step the product for few rows runs 4-bit experts; from the other on
 # they are decoded one by one and cuBLAS runs; between them, vLLM's own.
-W4_TOKENS, W4_DECODED_TOKENS = 128, 1024
+W4_TOKENS, W4_DECODED_TOKENS = 128, 768
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...checkpoint.plan import Plan
 from ...checkpoint.reader import PROVENANCE_KEY
+from ...codec.formats import EXPERT_FORMATS
 from ...errors import CcqError
 from ...version import __version__
 from .layout import needs_plugin, not_converted, wint4_end_layer
@@ -102,8 +103,20 @@ def config_problems(raw: dict[str, Any]) -> list[str]:
     for key in ("is_quantized", "is_moe_quantized"):
         if quantization.get(key, True) is not True:
             problems.append(f"config.json: quantization_config.{key} must be true or absent")
-    if quantization["quantization"] == "wint2" and raw.get("architectures") != [MOE_ARCHITECTURE]:
-        problems.append(f"config.json: architectures must be [{MOE_ARCHITECTURE!r}] for wint2")
+    format = quantization["quantization"]
+    if format not in EXPERT_FORMATS:
+        return problems
+    if raw.get("architectures") != [MOE_ARCHITECTURE]:
+        problems.append(f"config.json: architectures must be [{MOE_ARCHITECTURE!r}] for {format}")
+    node: Any = quantization
+    for key in ("moe_quant_config", "moe_w2_quant_config"):
+        node = node.get(key, {}) if isinstance(node, dict) else {}
+    stated = node.get("quant_type", format) if isinstance(node, dict) else None
+    if stated != format:
+        problems.append(
+            "config.json: quantization_config.moe_quant_config.moe_w2_quant_config.quant_type is"
+            f" {stated!r}, but quantization says {format!r}"
+        )
     return problems
 
 

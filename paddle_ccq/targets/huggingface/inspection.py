@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...checkpoint.entries import packed_tensors
 from ...checkpoint.plan import LayerFormats, Plan, PlanOptions, make_plan
 from ...checkpoint.planned import KEPT, PlannedTensor
-from ...checkpoint.reader import PROVENANCE_KEY, packed_tensors
+from ...checkpoint.reader import PROVENANCE_KEY
 from ...checkpoint.safetensors_io import DTYPES, TensorFolder
 from ...checkpoint.source_tensors import KEPT_NAMING, expect, of_folder
 from ...checkpoint.sources.locate import locate
@@ -39,6 +40,7 @@ class HuggingFaceInspection(Inspection):
             found: list[str] = []
             self.config = of_folder(self.config, self.scheme, self.source, packed, found)
             self.problems += map(self.without_folder, found)
+            self._check_prediction_layers()
         except CcqError as error:
             self.problems.append(self.without_folder(error))
             self.config = expect(self.config, self.scheme)
@@ -47,6 +49,22 @@ class HuggingFaceInspection(Inspection):
             HuggingFace(), format=format, layer_formats=LayerFormats(layers, "config.json")
         )
         return make_plan(self.config, options)
+
+    def _check_prediction_layers(self) -> None:
+        """Note that layers for multi-token prediction are missing as a whole.
+
+        Outputs of families that keep others repeat what config.json said of a source without them;
+        there the entry lists the layers' experts.
+        """
+        config = self.config
+        if config.family.keeps_others or not config.num_nextn_predict_layers:
+            return
+        if not any(map(config.is_prediction, config.tensors.values())):
+            key = config.family.mtp_keys[0]
+            self.problems.append(
+                f"{CONFIG_FILE}: {key}: {config.num_nextn_predict_layers}, but no tensor of such a"
+                " layer is stored"
+            )
 
     def _layers(self, formats: Mapping[str, str], default: str) -> dict[int, str]:
         """The format of every MoE layer; what the entry says too much or too little is noted."""
