@@ -256,12 +256,13 @@ constexpr int kTrellisFew = 40, kTrellisSome = 45;
 // Of trellis_few.cuh as StreamCost. Fitted to measurements on an H200 (eight shapes, 1 to 64 tokens, bfloat16), which all three tables
 // meet within 2 to 5 % in the mean.
 constexpr StreamCost kTrellisFewCosts[] = {
-    {kTrellisFew, 1, 4.03, 0.309, 0.178}, {kTrellisFew + 1, 2, 5.42, 0.308, 0.213}, {kTrellisFew + 2, 4, 8.50, 0.350, 0.129},
+    {kTrellisFew, 1, 4.52, 0.300, 0.115}, {kTrellisFew + 1, 2, 6.26, 0.306, 0.145}, {kTrellisFew + 2, 4, 10.37, 0.336, 0.135},
 };
-// Of trellis_some.cuh.
+// Of trellis_some.cuh, besides what a million values of activations take to become digits and to be read.
 constexpr SomeCost kTrellisSomeCosts[] = {
-    {kTrellisSome, 8, 4, 9.92, 0.289, 0.582, 0.159}, {kTrellisSome + 1, 16, 4, 10.98, 0.223, 0.596, 0.172},
+    {kTrellisSome, 8, 4, 11.0, 0.317, 0.587, 0.110}, {kTrellisSome + 1, 16, 4, 11.5, 0.377, 0.565, 0.135},
 };
+constexpr double kTrellisDigits = 7.8;
 // Of moe_wide.cuh as WideCost, besides what a launch takes.
 struct TrellisCost : WideCost {
   double start;
@@ -276,7 +277,8 @@ constexpr TrellisCost kTrellisWideCosts[] = {
 // Fewer tiles than multiprocessors are cut along K, into eight at most (waves.cuh).
 inline double trellis_some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
   const double waves = expected_blocks(call, c.rows) * ceil_div(call.n, 512) / gpu.sms;
-  return c.start + (some_cost(gpu, call, c) - c.start) * std::max(1.0, 1 / std::min(1.0, 8 * waves));
+  const double digits = kTrellisDigits * 1e-6 * call.rows * call.k;
+  return c.start + digits + (some_cost(gpu, call, c) - c.start) * std::max(1.0, 1 / std::min(1.0, 8 * waves));
 }
 
 // -1: K is longer than any kernel for this GPU takes.

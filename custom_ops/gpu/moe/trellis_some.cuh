@@ -103,6 +103,7 @@ __device__ void produce_some(const GemmParams& p, int own) {
   const int lane = threadIdx.x % 32, tiles_n = p.n / 16, blocks_k = p.k / 128;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
+  const uint64_t policy = streaming_policy();
   for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
     const WideWorkTile work = at.work_tile(schedule);
     const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first), fours = (there + 3) / 4;
@@ -129,7 +130,8 @@ __device__ void produce_some(const GemmParams& p, int own) {
     const int four = own - 1 + lane * (C::kProducers - 1);
     if (own > 0 && four < fours) {
       const size_t unit = (static_cast<size_t>(work.expert) * ((tiles_n + 3) / 4) + first / 4 + four) * blocks_k + kb;
-      bulk_copy(to + C::kRowsBytes + four * C::kFour, p.quant + unit * kTrellisUnitBytes, units * kTrellisUnitBytes, full);
+      // Weights leave the cache before activations do, which all column tiles read.
+      bulk_copy(to + C::kRowsBytes + four * C::kFour, p.quant + unit * kTrellisUnitBytes, units * kTrellisUnitBytes, full, policy);
     }
     __syncwarp();
     if (++stage == C::kStages) stage = 0, parity ^= 1;
