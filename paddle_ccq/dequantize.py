@@ -63,6 +63,9 @@ def dequantize(
     biases that are stored as float32 stay so, and in other families than ERNIE-4.5 all floats that
     the source has. One tensor is in memory at a time; the folder gets its name only when everything
     is written.
+
+    Raises:
+        CcqError: if the model cannot be read, or `output` is there already.
     """
     if naming not in (None, *NAMINGS):
         raise CcqError(f"--naming: {naming!r} is not one of {', '.join(NAMINGS)}")

@@ -23,6 +23,12 @@ def load_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(text: bytes, path: Path) -> Any:
+    """The value of a JSON text in UTF-8; `path` names it in errors.
+
+    Raises:
+        CcqError: for text that is no JSON, or in which a key occurs twice.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):

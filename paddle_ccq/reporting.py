@@ -191,7 +191,7 @@ SUMMARY_COLUMNS = ("format", "matrices", "weights", "bits/weight", "mean rel-MSE
 
 
 class Progress:
-    """A bar where someone is watching; what it enters as takes (done, total)."""
+    """A progress bar, drawn if `shown`; as a context it gives a function of (done, total)."""
 
     def __init__(self, unit: str, total: int, shown: bool) -> None:
         self._bar = tqdm(total=total, unit=unit, disable=not shown, leave=False)

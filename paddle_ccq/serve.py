@@ -52,7 +52,12 @@ def serve(folder: str | os.PathLike[str], **options: Any) -> None:
 
 
 def build_service(args: argparse.Namespace) -> Service:
-    """The service that the flags describe, not loaded yet; every mistake in them is found here."""
+    """The service that the flags describe, not loaded yet; every mistake in them is found here.
+
+    Raises:
+        CcqError: for a flag or a checkpoint that is not right, or a package that is
+            missing.
+    """
     try:
         from .serving import resources
         from .serving.engine import EngineSettings

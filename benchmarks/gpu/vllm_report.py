@@ -173,7 +173,8 @@ def prompts4(results: dict[str, Any]) -> str:
 def loading(results: dict[str, Any]) -> str:
     """Reading a checkpoint's files, and starting vLLM with it."""
     rows = []
-    for name, found in results.get("load", {}).items():
+    whole = {k: v for k, v in results.get("load", {}).items() if v.get("up_seconds")}
+    for name, found in whole.items():
         peak = found.get("peak_host_bytes", {})
         seconds = (found.get(key) for key in ("up_seconds", "first_answer_seconds"))
         rows.append(

@@ -88,7 +88,12 @@ class AllocationRequest:
         *,
         restart: bool,
     ) -> Sensitivities:
-        """The costs, measured now or by the interrupted run that is going on in the folder."""
+        """The costs, measured now or by the interrupted run that is going on in the folder.
+
+        Raises:
+            CcqError: if the folder belongs to an interrupted run with other weights or
+                another calibration.
+        """
         from ..calibration.text import read_calibration_text
         from .measure import measure
 
@@ -128,7 +133,11 @@ def make_request(
     wint4_end_layer: int | None,
     calibrated: bool,
 ) -> AllocationRequest | None:
-    """The request of a command line, or None without --allocate."""
+    """The request of a command line, or None without --allocate.
+
+    Raises:
+        CcqError: for flags that do not go together, naming them.
+    """
     if target is None:
         if path is not None:
             raise CcqError("--sensitivity needs --allocate TARGET")

@@ -64,7 +64,11 @@ class SequentialForward:
 
     @paddle.no_grad()
     def enter(self) -> None:
-        """Go on to the next layer, up to the inputs of its MLP."""
+        """Go on to the next layer, up to the inputs of its MLP.
+
+        Raises:
+            CcqError: if activations are not finite: the model's weights are damaged.
+        """
         self.layer += 1
         block = self.block = Block(self.weights, self.layer)
         moe = isinstance(block.mlp, MoE)

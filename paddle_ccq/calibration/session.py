@@ -164,6 +164,10 @@ def make_request(
     """The request of a command line, or None without --calibration.
 
     `fetch`: a data set is fetched from its hub (dataset.py); a dry run reads nothing.
+
+    Raises:
+        CcqError: for a flag of calibration without --calibration, or a value that is not
+            known.
     """
     from .dataset import local_text, names_data_set
     from .settings import parse_tokens

@@ -147,7 +147,11 @@ class Journal:
             self._sound_bytes += len(line) + 1
 
     def start(self, fingerprint: dict[str, Any]) -> None:
-        """Write the first line of a new journal."""
+        """Write the first line of a new journal.
+
+        Raises:
+            ValueError: if the journal has been started already.
+        """
         if self.fingerprint is not None:
             raise ValueError("the journal has been started already")
         self.fingerprint = fingerprint

@@ -98,7 +98,11 @@ def manifest_bytes(folder: Path, known: dict[str, str]) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """File name -> (bytes, sha256), or None where the folder has no manifest."""
+    """File name -> (bytes, sha256), or None where the folder has no manifest.
+
+    Raises:
+        CcqError: if it is no manifest of a known version, or an entry is damaged.
+    """
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return None

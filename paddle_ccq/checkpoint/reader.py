@@ -19,7 +19,7 @@ from ..families.config import CONFIG_FILE, ModelConfig, is_packed_entry
 from ..families.registry import read_config
 from ..families.tensor import Storage
 from . import source_tensors
-from .companions import check_regular
+from .companions import check_regular, check_weights
 from .entries import CODE_SUFFIXES, Entry, find_entries, packed_tensors
 from .safetensors_io import DTYPES, StoredSpec, TensorFolder
 from .source import snapshot_folder
@@ -94,7 +94,11 @@ class Checkpoint:
         return [stored for part in self.parts(name) for stored in part.names]
 
     def parts(self, name: str) -> list[StoredWeight]:
-        """The stored parts of a tensor that is not packed in a format of this package."""
+        """The stored parts of a tensor that is not packed in a format of this package.
+
+        Raises:
+            ValueError: for a packed tensor.
+        """
         entry = self._entries[name]
         if entry.storage is None:
             raise ValueError(f"{name} is packed as {entry.format}")
@@ -142,7 +146,11 @@ class Checkpoint:
         return self._assembled(entry, DTYPES[self.stored_dtype(name)])
 
     def read_out_in(self, name: str) -> np.ndarray:
-        """A matrix as [out, in], C-contiguous float32: what encoders take."""
+        """A matrix as [out, in], C-contiguous float32: what encoders take.
+
+        Raises:
+            ValueError: for a tensor that is no matrix.
+        """
         entry = self._entries[name]
         if len(entry.shape) != 2:
             raise ValueError(f"{name} is not a matrix")
@@ -287,6 +295,7 @@ def open_checkpoint(
     config = read_config(path, family=family)
     if drop_mtp:
         config = config.without_mtp()
+    check_weights(path, config)
     return Checkpoint(path, config, TensorFolder(path, config.is_dropped), row_order)
 
 

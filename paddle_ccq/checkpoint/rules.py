@@ -164,7 +164,11 @@ def forced_layers(found: Mapping[str, Rule], experts: Iterable[TensorSpec]) -> d
 
 
 def layer_formats(formats: Mapping[str, str], experts: Iterable[TensorSpec]) -> dict[int, str]:
-    """The format of every MoE layer, after checking that none is mixed."""
+    """The format of every MoE layer, after checking that none is mixed.
+
+    Raises:
+        CcqError: for a layer with experts of several formats.
+    """
     by_layer: dict[int, set[str]] = {}
     for expert in experts:
         if expert.layer is not None:

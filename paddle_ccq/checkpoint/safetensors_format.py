@@ -46,7 +46,11 @@ StoredSpec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 
 def dtype_name(dtype: np.dtype | type) -> str:
-    """The safetensors name of a numpy dtype (ml_dtypes.bfloat16 is BF16)."""
+    """The safetensors name of a numpy dtype (ml_dtypes.bfloat16 is BF16).
+
+    Raises:
+        ValueError: for a dtype that safetensors does not have.
+    """
     wanted = np.dtype(dtype)
     for name, known in DTYPES.items():
         if known == wanted:
@@ -63,6 +67,10 @@ def build_header(specs: Sequence[StoredSpec], metadata: dict[str, str] | None = 
     """The length field and JSON header of a file with these tensors, in this order.
 
     Deterministic: the same tensors and metadata give the same bytes.
+
+    Raises:
+        ValueError: for a name that is listed twice.
+        CcqError: for more tensors than a header may name.
     """
     header: dict[str, Any] = {}
     if metadata:
@@ -102,7 +110,11 @@ def split_shards(specs: Sequence[StoredSpec], max_bytes: int) -> list[list[Store
 
 
 def parse_size(text: str, flag: str = "--max-shard-size") -> int:
-    """Bytes in "5GB", "500MB", "4GiB" or a plain number."""
+    """Bytes in "5GB", "500MB", "4GiB" or a plain number.
+
+    Raises:
+        CcqError: for a text that is no size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     power = " kmgt".index(match[2].lower() or " ") if match else 0
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0

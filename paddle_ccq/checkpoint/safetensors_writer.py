@@ -59,6 +59,9 @@ class SafetensorsWriter:
 
         The finished part is read once for the file's hash; `on_tensor(name, sha256)` is called
         for each finished tensor, so that the caller can compare it with what it recorded.
+
+        Raises:
+            ValueError: for more finished tensors than the file has.
         """
         if n_done == 0:
             return cls(path, specs, metadata)
@@ -117,7 +120,11 @@ class SafetensorsWriter:
         return len(self.header_bytes) + sum(tensor_bytes(d, s) for _, d, s in self.specs)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Append the next tensor; name, dtype and shape must be those announced."""
+        """Append the next tensor; name, dtype and shape must be those announced.
+
+        Raises:
+            ValueError: for any other tensor.
+        """
         if self.n_done == len(self.specs):
             raise ValueError(f"{self.path}: {name!r} comes after the last announced tensor")
         expected, dtype, shape = self.specs[self.n_done]

@@ -108,7 +108,11 @@ def known_names() -> list[str]:
 
 
 def full_id(name: str) -> str:
-    """The hub id meant by a short name or a hub id; the -Paddle version unless -PT is asked for."""
+    """The hub id meant by a short name or a hub id; the -Paddle version unless -PT is asked for.
+
+    Raises:
+        CcqError: if it is neither.
+    """
     if _HUB_ID.fullmatch(name):
         return name
     if name.lower() in _BY_NAME:
@@ -137,6 +141,10 @@ def resolve_model(
 
     `source` is AISTUDIO, MODELSCOPE or HUGGINGFACE; else the environment variable
     FD_MODEL_SOURCE decides, else AISTUDIO.
+
+    Raises:
+        CcqError: for a name that is neither a folder nor known to the hub, and for a failed
+            download.
     """
     text = os.fspath(name).strip()
     if not text:

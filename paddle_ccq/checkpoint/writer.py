@@ -262,6 +262,9 @@ class CheckpointWriter:
         """Append one matrix: its tensors by full name, for every rank.
 
         On return they are on the disk, and so is the journal's record, which is returned.
+
+        Raises:
+            ValueError: if it is not the plan's next matrix.
         """
         if planned.index != self.done:
             raise ValueError(f"{planned.name} is written out of order")
@@ -299,7 +302,11 @@ class CheckpointWriter:
             self.journal.append({"file": name, "bytes": writer.nbytes, "sha256": writer.sha256()})
 
     def finish(self, files: dict[str, bytes]) -> None:
-        """Write the small files (by name relative to the output), the indexes, the manifest."""
+        """Write the small files (by name relative to the output), the indexes, the manifest.
+
+        Raises:
+            ValueError: if matrices are missing.
+        """
         if self.done != len(self.plan.tensors):
             raise ValueError(f"{self.done} of {len(self.plan.tensors)} matrices are written")
         for folder in self.ranks:

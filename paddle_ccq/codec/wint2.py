@@ -122,7 +122,11 @@ def code_range(code_scale: np.ndarray, code_zp: np.ndarray) -> tuple[np.ndarray,
 
 
 def pack_scales(scales: np.ndarray) -> np.ndarray:
-    """4-bit group scales [K/64, N] (0..15) -> uint8 [K/128, N], even groups in the high nibble."""
+    """4-bit group scales [K/64, N] (0..15) -> uint8 [K/128, N], even groups in the high nibble.
+
+    Raises:
+        ValueError: for an odd number of groups, or a scale outside 0..15.
+    """
     if scales.shape[0] % 2 or np.any(scales > SCALE_MAX):
         raise ValueError("pack_scales needs an even number of groups and scales in 0..15")
     scales = scales.astype(np.uint8)

@@ -130,6 +130,19 @@ def cheapest(survivors: list[Survivor]) -> int:
     return int(np.argmin([s.cost for s in survivors]))
 
 
+def through_group(
+    survivors: list[Survivor], w: np.ndarray, factors: Factors, scale: np.float32, beam: int
+) -> tuple[float, list[Survivor]]:
+    """The loss of a group's cheapest bytes at one scale, and the survivors at its end."""
+    value = 0.0
+    for b in range(BYTES):
+        if b:
+            survivors = [with_cost(s, rescaled(s.cost, factors.ratio[b])) for s in survivors]
+        survivors, more = position(survivors, b, w, factors, scale, beam)
+        value += more
+    return value, survivors
+
+
 def feed_back(
     w: np.ndarray, metric: TrellisMetric, super_: np.float32, recipe: TrellisLdlqRecipe
 ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -176,17 +189,11 @@ def feed_back(
         best = None
         low, high = middle + recipe.window[0], middle + recipe.window[1]
         for local in range(max(low, 1), min(high, SCALE_MAX) + 1):
-            factor = F32(before * before) / F32(local * local) * factors.ratio[0]
             trial = start
             if g:
+                factor = F32(before * before) / F32(local * local) * factors.ratio[0]
                 trial = [Survivor(rescaled(s.cost, factor), s.state, s.rows) for s in start]
-            value = 0.0
-            for b in range(BYTES):
-                if b:
-                    trial = [with_cost(s, rescaled(s.cost, factors.ratio[b])) for s in trial]
-                scale = F32(local) * super_
-                trial, more = position(trial, b, w[rows], factors, scale, recipe.beam)
-                value += more
+            value, trial = through_group(trial, w[rows], factors, F32(local) * super_, recipe.beam)
             if best is None or value < best[0]:
                 best = value, local, trial
         value, before, found = best
@@ -216,6 +223,17 @@ def times(e: np.ndarray, h: np.ndarray) -> np.ndarray:
     return products(np.zeros(h.shape[1], F32), e, h)
 
 
+def window_factors(metric: TrellisMetric, g: int) -> Factors:
+    """Those of a group with the next one's first weights."""
+    return Factors(
+        metric.window_m[g],
+        metric.window_root[g],
+        metric.window_unit[g],
+        metric.window_ratio[g],
+        metric.window_spread[g],
+    )
+
+
 def descend_group(
     g: int,
     w: np.ndarray,
@@ -235,18 +253,7 @@ def descend_group(
     # Without the window's own errors the gradient is q; its weights would best be w + q H^-1.
     q = gradient[rows] - times(error[rows], own)
     wanted = products(w[rows], q, metric.window_inverse[g, :count, :count])
-    factors = Factors(
-        metric.window_m[g],
-        *(
-            part[g]
-            for part in (
-                metric.window_root,
-                metric.window_unit,
-                metric.window_ratio,
-                metric.window_spread,
-            )
-        ),
-    )
+    factors = window_factors(metric, g)
     best = None
     for step in (0, -1, 1):
         local = int(locals_[g]) + step

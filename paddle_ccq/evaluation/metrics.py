@@ -53,6 +53,11 @@ class TextScores:
             self.token_kl = np.concatenate([score.kl for score in windows])
 
     def summary(self) -> dict[str, float | int | None]:
+        """Means over tokens with their standard errors over windows, in nats.
+
+        Raises:
+            CcqError: if logits are not finite: the weights are damaged.
+        """
         nll = mean_per_token(self.nll, self.tokens)
         if not math.isfinite(nll.mean):
             raise CcqError("the model's logits are not finite: its weights are damaged")

@@ -30,6 +30,9 @@ def score_text(
 
     `reference` names the model that the others' KL and agreement are taken against; its own
     logits are computed once per window. One thread works on one window at a time.
+
+    Raises:
+        ValueError: if no model is named `reference`.
     """
     if reference is not None and reference not in models:
         raise ValueError(f"no model is named {reference}")

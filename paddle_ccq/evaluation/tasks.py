@@ -39,7 +39,11 @@ class TaskItem:
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[TaskItem]:
-    """Items of one file of JSON objects, at most `limit`."""
+    """Items of one file of JSON objects, at most `limit`.
+
+    Raises:
+        CcqError: for a record that is no item, naming its line.
+    """
     items: list[TaskItem] = []
     for where, record in read_objects(path, "--tasks"):
         if limit is not None and len(items) >= limit:
@@ -88,7 +92,11 @@ def score_items(
     items: Sequence[TaskItem],
     run: Callable[[Callable, Iterable], Iterable] = map,
 ) -> np.ndarray:
-    """Whether each item is answered correctly. `run` may be the map of a thread pool."""
+    """Whether each item is answered correctly. `run` may be the map of a thread pool.
+
+    Raises:
+        CcqError: for an item that the model or the tokenizer cannot take, naming its line.
+    """
     correct = np.zeros(len(items), dtype=bool)
     limit = getattr(model.config, "max_position_embeddings", None)
     stop = tokenizer.newline_tokens() | {tokenizer.eos}

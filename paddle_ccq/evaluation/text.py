@@ -102,7 +102,11 @@ def _fast(path: Path) -> FastTokenizer:
 
 
 def check_same_tokenizer(a: Tokenizer, b: Tokenizer) -> None:
-    """Numbers of two models can only be compared on the same tokens."""
+    """Numbers of two models can only be compared on the same tokens.
+
+    Raises:
+        CcqError: if the two differ.
+    """
     if a.path.read_bytes() != b.path.read_bytes():
         raise CcqError(f"{a.path} and {b.path} differ; the two models cannot be compared")
 
@@ -137,6 +141,9 @@ def cut_windows(stream: np.ndarray, window: int, max_tokens: int | None = None) 
     What is left over at the end is not used, unless it is all there is: windows of one length
     weigh the same in every mean. With `max_tokens`, at most that many tokens, in windows spread
     evenly over the stream.
+
+    Raises:
+        CcqError: for a window, or a number of tokens, that is too small.
     """
     if window < 2:
         raise CcqError(f"--window {window}: must be at least 2, the first token is only context")

@@ -268,7 +268,11 @@ def build_parser() -> Arguments:
 
 
 def serve_config_from_arguments(args: argparse.Namespace, cards: list[Card]) -> ServeConfig:
-    """The serve config of a command line; without --gpu-memory the smallest of `cards` counts."""
+    """The serve config of a command line; without --gpu-memory the smallest of `cards` counts.
+
+    Raises:
+        CcqError: without --gpu-memory where there is no card.
+    """
     memory = args.gpu_memory
     if memory is None and not cards:
         raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")

@@ -31,7 +31,12 @@ _POLL_SECONDS = 2.0
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Check, then replace this process by the server; returns only if nothing is started."""
+    """Check, then replace this process by the server; returns only if nothing is started.
+
+    Raises:
+        CcqError: if the model is not named, FastDeploy is not installed, or a port is in
+            use.
+    """
     release = release_of(args.fastdeploy_version)
     settings = _settings(args)
     if args.wait is not None:
@@ -63,7 +68,11 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
 
 
 def environment_of(devices: str | None, log_dir: str | None) -> dict[str, str]:
-    """The variables to set; everything else is inherited, FD_API_KEY among it."""
+    """The variables to set; everything else is inherited, FD_API_KEY among it.
+
+    Raises:
+        CcqError: for --devices that are no numbers.
+    """
     environment = {}
     if devices is not None:
         if not devices or not all(part.strip().isdigit() for part in devices.split(",")):
@@ -75,7 +84,12 @@ def environment_of(devices: str | None, log_dir: str | None) -> dict[str, str]:
 
 
 def plugins(release: Release, present: str | None) -> str:
-    """FD_PLUGINS with our entry point among those that are there already."""
+    """FD_PLUGINS with our entry point among those that are there already.
+
+    Raises:
+        CcqError: for a release that the plugin is not made for, or if the package is not
+            installed.
+    """
     if release.name not in SUPPORTED:
         raise CcqError(
             f"--plugin: made for FastDeploy {', '.join(SUPPORTED)}, this is {release.name}"

@@ -38,7 +38,11 @@ def load_settings(path: Path) -> ServerSettings:
 
 
 def with_overrides(settings: Mapping[str, object], overrides: Iterable[str]) -> ServerSettings:
-    """The settings with `name=value` texts on top; values are read as YAML, null removes."""
+    """The settings with `name=value` texts on top; values are read as YAML, null removes.
+
+    Raises:
+        CcqError: for a text of another form.
+    """
     result = dict(settings)
     for text in overrides:
         name, equals, value = text.partition("=")
@@ -53,7 +57,11 @@ def with_overrides(settings: Mapping[str, object], overrides: Iterable[str]) -> 
 
 
 def with_ports(settings: Mapping[str, object], first: int | None) -> ServerSettings:
-    """The settings with all four ports: from `first` on, or those missing after `port`."""
+    """The settings with all four ports: from `first` on, or those missing after `port`.
+
+    Raises:
+        CcqError: for equal ports.
+    """
     if first is not None:
         return {**settings, **four_ports(first)}
     ports = four_ports(_integer(settings, "port", DEFAULT_PORT))
@@ -70,7 +78,11 @@ def serve_config_of(
     card_bytes: int | None,
     plugin: bool | None = None,
 ) -> ServeConfig:
-    """The serve config of a file's settings; `plugin` as in ServeConfig."""
+    """The serve config of a file's settings; `plugin` as in ServeConfig.
+
+    Raises:
+        CcqError: for a value that is no number, naming the setting.
+    """
     length, sequences, ranks = (
         _integer(settings, name, default) for name, default in _FASTDEPLOY_DEFAULTS.items()
     )

@@ -44,7 +44,11 @@ class ExactWeights:
 
 
 def weight_source(checkpoint: Checkpoint, reading: str) -> WeightSource:
-    """The checkpoint with packed weights read as `reading` says, one of READINGS."""
+    """The checkpoint with packed weights read as `reading` says, one of READINGS.
+
+    Raises:
+        CcqError: for another word.
+    """
     if reading not in READINGS:
         raise CcqError(f"--weights {reading}: must be one of {', '.join(READINGS)}")
     return checkpoint if reading == BFLOAT16 else ExactWeights(checkpoint)

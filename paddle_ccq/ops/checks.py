@@ -25,7 +25,11 @@ CODE_LIMIT = 1 << 30
 
 
 def array(value: object, name: str) -> np.ndarray:
-    """`value` if it is a C-contiguous NumPy array."""
+    """`value` if it is a C-contiguous NumPy array.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     if not isinstance(value, np.ndarray):
         kind = type(value)
         raise ValueError(f"{name} must be a NumPy array, got {kind.__module__}.{kind.__name__}")
@@ -34,8 +38,55 @@ def array(value: object, name: str) -> np.ndarray:
     return value
 
 
+def floats(value: object, name: str) -> np.ndarray:
+    """`value` as a C-contiguous float32 array, copied where it must be.
+
+    Raises:
+        ValueError: if it is no float32 array.
+    """
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+        raise ValueError(f"{name} must be a float32 array, got {getattr(value, 'dtype', value)}")
+    return np.ascontiguousarray(value)
+
+
+def channels(weight: object) -> np.ndarray:
+    """A weight matrix as encoders on a GPU take it: float32 [N, K], 64 | K.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    found = floats(weight, "weight")
+    if found.ndim != 2 or found.shape[1] % 64 or not found.size:
+        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(found.shape)}")
+    return found
+
+
+def shape(value: np.ndarray, expected: tuple[int, ...], name: str) -> None:
+    """Hold an array against its shape.
+
+    Raises:
+        ValueError: if it has another one.
+    """
+    if value.shape != expected:
+        raise ValueError(f"{name} must be {list(expected)}, got {list(value.shape)}")
+
+
+def within(name: str, value: int, low: int, high: int) -> None:
+    """Hold a size against its limits, which belong to the range.
+
+    Raises:
+        ValueError: if it is beyond them.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {low} to {high}, got {value}")
+
+
 def activations(value: object, name: str, width: int) -> np.ndarray:
-    """[tokens, width] of float32, bfloat16 or float16."""
+    """[tokens, width] of float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     x = array(value, name)
     if x.dtype not in ACTIVATIONS:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
@@ -45,7 +96,11 @@ def activations(value: object, name: str, width: int) -> np.ndarray:
 
 
 def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int, int]:
-    """The tensors of one matrix as the format stores them, and its K and N."""
+    """The tensors of one matrix as the format stores them, and its K and N.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     if format not in formats.CCQ_FORMATS:
         raise ValueError(f"format must be one of {', '.join(formats.CCQ_FORMATS)}, got {format!r}")
     if "quant_weight" not in tensors:
@@ -84,7 +139,11 @@ def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int
 
 
 def before(format: str, value: object, n: int) -> np.ndarray:
-    """The code bytes before a matrix' first ones; empty for none."""
+    """The code bytes before a matrix' first ones; empty for none.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     if value is None:
         return np.zeros(0, np.uint8)
     if format != trellis.NAME:
@@ -96,7 +155,11 @@ def before(format: str, value: object, n: int) -> np.ndarray:
 
 
 def projections(up_gate: tuple[int, int], down: tuple[int, int]) -> None:
-    """[K, N] of an expert's two matrices, which must belong together."""
+    """[K, N] of an expert's two matrices, which must belong together.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     (hidden, both), (width, out) = up_gate, down
     if (hidden, both) != (out, 2 * width):
         raise ValueError(
@@ -106,7 +169,11 @@ def projections(up_gate: tuple[int, int], down: tuple[int, int]) -> None:
 
 
 def row_order(value: str) -> np.ndarray:
-    """For every stored row of a 64-group the input row that it multiplies."""
+    """For every stored row of a 64-group the input row that it multiplies.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     if value not in ROW_ORDERS:
         raise ValueError(f"row_order must be one of {', '.join(ROW_ORDERS)}, got {value!r}")
     assert ROW_ORDERS == (FASTDEPLOY_2_1, PLAIN)
@@ -122,7 +189,11 @@ def row_order_of(format: str, value: str) -> str:
 
 
 def offsets(value: object, experts: int, tokens: int) -> list[int]:
-    """Inclusive running token counts [experts], as integers."""
+    """Inclusive running token counts [experts], as integers.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     ends = array(value, "offsets")
     if ends.dtype not in (np.int32, np.int64) or ends.shape != (experts,):
         raise ValueError(
@@ -136,7 +207,11 @@ def offsets(value: object, experts: int, tokens: int) -> list[int]:
 
 
 def threads(value: int | None) -> int:
-    """A usable thread count; None means every processor this process may use."""
+    """A usable thread count; None means every processor this process may use.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     if value is None:
         affinity = getattr(os, "sched_getaffinity", None)
         return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -29,7 +29,11 @@ class DenseMatrix:
 
     @classmethod
     def from_floats(cls, weight: np.ndarray) -> DenseMatrix:
-        """weight float32 [k, n]; kept as bfloat16 where that loses nothing."""
+        """weight float32 [k, n]; kept as bfloat16 where that loses nothing.
+
+        Raises:
+            ValueError: for another dtype or number of dimensions.
+        """
         if weight.dtype != np.float32 or weight.ndim != 2 or not weight.size:
             raise ValueError(
                 f"weight must be float32 [k, n], got {weight.dtype}{list(weight.shape)}"
@@ -38,7 +42,11 @@ class DenseMatrix:
 
     @classmethod
     def from_integers(cls, format: str, tensors: Mapping[str, np.ndarray]) -> DenseMatrix:
-        """FastDeploy's tensors of a wint8 or wint4 matrix."""
+        """FastDeploy's tensors of a wint8 or wint4 matrix.
+
+        Raises:
+            ValueError: for another format, dtype or shape.
+        """
         if format not in INTEGER_FORMATS:
             names = ", ".join(INTEGER_FORMATS)
             raise ValueError(f"format must be one of {names}, got {format!r}")
@@ -76,7 +84,11 @@ class DenseMatrix:
 def multiply(
     x: np.ndarray, weight: DenseMatrix, threads: int | None = None, isa: str = "auto"
 ) -> np.ndarray:
-    """x float32 [rows, k] @ weight [k, n] -> float32 [rows, n]. `isa` pins a build (tests)."""
+    """x float32 [rows, k] @ weight [k, n] -> float32 [rows, n]. `isa` pins a build (tests).
+
+    Raises:
+        ValueError: for another dtype or shape of x.
+    """
     if x.dtype != np.float32 or x.ndim != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x must be float32 [rows, {weight.k}], got {x.dtype}{list(x.shape)}")
     return _core.multiply_dense(x, weight.core, checks.threads(threads), isa)

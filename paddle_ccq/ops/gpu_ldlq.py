@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import gpu_library
+from . import checks, gpu_library
 from .gpu_library import LdlqArgs
 
 # Device memory for the runs in flight, beside the matrices: all of the 300B's largest expert
@@ -86,23 +86,20 @@ def _checked(
     recipe: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
     """All arrays by their name in LdlqArgs, contiguous, of shapes that belong together."""
-    weight = _floats(weight, "weight")
-    if weight.ndim != 2 or weight.shape[1] % 64 or not weight.size:
-        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(weight.shape)}")
+    weight = checks.channels(weight)
     n, k = weight.shape
-    arrays = {"books": _floats(books, "books"), "supers": _floats(supers, "supers")}
+    arrays = {"books": checks.floats(books, "books"), "supers": checks.floats(supers, "supers")}
     pairs, candidates = len(books), len(supers)
     shapes = {"books": (pairs, 4, 256), "supers": (candidates, n)}
     of_metric = {"h": (k, k), "feedback": (k, k)}
     of_metric |= dict.fromkeys(("d_root", "h_root", "h_inverse"), (k // 4, 4, 4))
-    arrays |= {name: _floats(metric[name], name) for name in of_metric}
+    arrays |= {name: checks.floats(metric[name], name) for name in of_metric}
     for name, shape in (shapes | of_metric).items():
-        _shape(arrays[name], shape, name)
+        checks.shape(arrays[name], shape, name)
     tries = recipe["window_high"] - recipe["window_low"] + 1
     sizes = {"n": n, "k": k, "pairs": pairs, "candidates": candidates, "local scales": tries}
     for name, most in LIMITS.items():
-        if not 1 <= sizes[name] <= most:
-            raise ValueError(f"{name} must be 1 to {most}, got {sizes[name]}")
+        checks.within(name, sizes[name], 1, most)
     if recipe["keep_pairs"] < 1 or recipe["sweeps"] < 0:
         raise ValueError("keep_pairs must be at least 1, sweeps at least 0")
     return {"weight": weight, **arrays}
@@ -111,14 +108,3 @@ def _checked(
 def held_bytes() -> int:
     """Device memory that the search keeps for its next call."""
     return int(gpu_library.load().ccq_ldlq_held_bytes())
-
-
-def _floats(array: np.ndarray, name: str) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-        raise ValueError(f"{name} must be a float32 array, got {getattr(array, 'dtype', array)}")
-    return np.ascontiguousarray(array)
-
-
-def _shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {list(array.shape)}")

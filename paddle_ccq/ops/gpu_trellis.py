@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import gpu_library
+from . import checks, gpu_library
 from .gpu_library import MAX_KAPPAS, TrellisArgs
 
 # custom_ops/gpu/encode/trellis.h.
@@ -35,11 +35,8 @@ def trellis(
         ValueError: naming the argument that does not fit.
         CcqError: without the GPU library, or when the GPU fails.
     """
-    if not isinstance(weight, np.ndarray) or weight.dtype != np.float32 or weight.ndim != 2:
-        raise ValueError(f"weight must be float32 [N, K], got {getattr(weight, 'dtype', weight)}")
+    weight = checks.channels(weight)
     n, k = weight.shape
-    if not weight.size or k % 64:
-        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {[n, k]}")
     tries = recipe["window_high"] - recipe["window_low"] + 1
     for name, value, low, high in (
         ("n", n, 1, MAX_N),
@@ -48,10 +45,8 @@ def trellis(
         ("local scales", tries, 1, MAX_TRIES),
         ("beam", recipe["beam"], 0, MAX_BEAM),
     ):
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be {low} to {high}, got {value}")
+        checks.within(name, value, low, high)
     library = gpu_library.load()
-    weight = np.ascontiguousarray(weight)
     found = {
         "words": np.empty((n, k // 64, 16), np.uint8),
         "scales": np.empty((n, k // 64), np.uint8),

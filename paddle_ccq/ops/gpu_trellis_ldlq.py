@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import gpu_library
+from . import checks, gpu_library
 from .gpu_library import TrellisFactors, TrellisLdlqArgs
 
 # custom_ops/gpu/encode/trellis_ldlq.h and trellis_ldlq.cu.
@@ -39,20 +39,14 @@ def trellis_ldlq(
         ValueError: naming the argument that does not fit.
         CcqError: without the GPU library, or when the GPU fails.
     """
-    weight, supers = _floats(weight, "weight"), _floats(supers, "supers")
-    if weight.ndim != 2 or weight.shape[1] % 64 or not weight.size:
-        raise ValueError(f"weight must be float32 [N, K] with 64 | K, got {list(weight.shape)}")
+    weight, supers = checks.channels(weight), checks.floats(supers, "supers")
     n, k = weight.shape
     if supers.ndim != 2 or not len(supers) or supers.shape[1] != n:
         raise ValueError(f"supers must be [candidates, {n}], got {list(supers.shape)}")
     arrays = _metric(metric, k)
-    for name, value, low, high in (
-        ("n", n, 1, MAX_N),
-        ("k", k, 64, MAX_K),
-        ("beam", recipe["beam"], 0, MAX_BEAM),
-    ):
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be {low} to {high}, got {value}")
+    checks.within("n", n, 1, MAX_N)
+    checks.within("k", k, 64, MAX_K)
+    checks.within("beam", recipe["beam"], 0, MAX_BEAM)
     if recipe["window_low"] > 0 or recipe["window_high"] < 0 or recipe["sweeps"] < 0:
         raise ValueError("the window must hold 0, and sweeps be at least 0")
     library = gpu_library.load()
@@ -98,14 +92,7 @@ def _metric(metric: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
     shapes |= dict.fromkeys(("window_m", "window_inverse"), (groups, WINDOW, WINDOW))
     shapes["window_root"] = (groups, blocks, 4, 4)
     shapes |= dict.fromkeys(("window_unit", "window_ratio", "window_spread"), (groups, blocks))
-    arrays = {name: _floats(metric[name], name) for name in shapes}
+    arrays = {name: checks.floats(metric[name], name) for name in shapes}
     for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(arrays[name].shape)}")
+        checks.shape(arrays[name], shape, name)
     return arrays
-
-
-def _floats(array: np.ndarray, name: str) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-        raise ValueError(f"{name} must be a float32 array, got {getattr(array, 'dtype', array)}")
-    return np.ascontiguousarray(array)

@@ -123,7 +123,11 @@ def repack(
 
 
 def same_shape(matrices: Sequence[PackedMatrix], name: str) -> tuple[PackedMatrix, ...]:
-    """The matrices, all of one shape and row order."""
+    """The matrices, all of one shape and row order.
+
+    Raises:
+        ValueError: for none, or for one that differs, naming it.
+    """
     if not matrices:
         raise ValueError(f"{name} is empty")
     first = matrices[0]

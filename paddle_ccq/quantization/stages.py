@@ -105,7 +105,11 @@ def resolve(job: Job) -> None:
 
 
 def resolve_locally(job: Job) -> None:
-    """Like resolve(), but without a download: config.json is enough."""
+    """Like resolve(), but without a download: config.json is enough.
+
+    Raises:
+        CcqError: if the folder is not there, or the model is quantized already.
+    """
     folder = Path(job.model).expanduser()
     if not folder.exists():
         raise CcqError(
@@ -163,7 +167,11 @@ def check(job: Job, plan: Plan, target: Path, log_path: Path) -> None:
 
 
 def opened(job: Job, plan: Plan) -> Checkpoint:
-    """Open the source's weights and report all files that are not carried over."""
+    """Open the source's weights and report all files that are not carried over.
+
+    Raises:
+        CcqError: if weights are missing or wrong, or the model is quantized already.
+    """
     options = job.options
     checkpoint = open_checkpoint(job.source, family=options.family, drop_mtp=options.drop_mtp)
     if checkpoint.is_quantized:

@@ -62,7 +62,12 @@ class Service:
         self.draining = False
 
     def load(self) -> None:
-        """Read the weights and start the engine; what takes long."""
+        """Read the weights and start the engine; what takes long.
+
+        Raises:
+            CcqError: for damaged weights, or for --device gpu without experts that can
+                run there.
+        """
         settings = self.settings
         model = EngineModel(self.checkpoint, settings.max_length, settings.threads, settings.device)
         if settings.device and not model.gpu_bytes:
@@ -157,6 +162,11 @@ class Service:
     def submit(
         self, request: Request, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int
     ) -> Generation:
+        """Hand `n` answers to each prompt (tokens) to the engine.
+
+        Raises:
+            ApiError: while nothing is loaded, and for what the model or the queue cannot take.
+        """
         if self.engine is None:
             raise unavailable("loading")
         self._check_tokens(max(params.stop_token_ids, default=0), "stop_token_ids")

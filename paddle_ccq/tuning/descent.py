@@ -61,6 +61,9 @@ def descend(
 
     The state with the least held-out loss is kept. A window's gradients are computed by one thread
     and added in the batch's order: the result does not depend on the number of threads.
+
+    Raises:
+        CcqError: if the loss is not finite.
     """
     wanted = {name: p.kind for name, p in parameters.items()}
     rates = {

@@ -83,6 +83,10 @@ def run_tuning(
     """Tune `quantized` towards `source` on a text and write the result into the new `output`.
 
     Nothing is left behind by a run that fails or is interrupted.
+
+    Raises:
+        CcqError: if `output` is there already, the two are not one model, or the loss did
+            not go down.
     """
     settings.check()
     check_same_model(quantized, source)

@@ -241,22 +241,30 @@ bool launch(const ccq_w4_gemm_args& a, cudaStream_t stream, cudaError_t* error) 
   return true;
 }
 
-// 16 bytes, 32 rows of one column, for each thread.
-__global__ void dequant(const uint4* weight, const __nv_bfloat16* scale, int scale_stride, int k, int64_t pieces, uint4* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= pieces) return;
-  const uint4 bytes = weight[i];
-  const float s = __bfloat162float(scale[i / (k / 32) * scale_stride]);
-  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+// kWords words of a thread, 8 rows of one column each, a block's width apart: neighbours read and write neighbouring bytes.
+constexpr int kDequantThreads = 256, kWords = 4;
+
+__global__ void __launch_bounds__(kDequantThreads) dequant(const uint32_t* weight, const __nv_bfloat16* scale, int scale_stride,
+                                                           uint32_t per_column, uint32_t words, uint4* out) {
+  const uint32_t first = blockIdx.x * (kDequantThreads * kWords) + threadIdx.x;
+  uint32_t states[kWords];
 #pragma unroll
-  for (int w = 0; w < 4; ++w) {
+  for (int j = 0; j < kWords; ++j) {
+    const uint32_t i = first + j * kDequantThreads;
+    states[j] = i < words ? weight[i] : 0;
+  }
+#pragma unroll
+  for (int j = 0; j < kWords; ++j) {
+    const uint32_t i = first + j * kDequantThreads;
+    if (i >= words) return;
+    const float s = __bfloat162float(scale[static_cast<int64_t>(i / per_column) * scale_stride]);
     __nv_bfloat162 values[4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const int pair = words[w] >> 8 * b;
+      const int pair = states[j] >> 8 * b;
       values[b] = __floats2bfloat162_rn(static_cast<float>((pair & 15) - 8) * s, static_cast<float>((pair >> 4 & 15) - 8) * s);
     }
-    out[4 * i + w] = *reinterpret_cast<const uint4*>(values);
+    out[i] = *reinterpret_cast<const uint4*>(values);
   }
 }
 
@@ -265,10 +273,11 @@ __global__ void dequant(const uint4* weight, const __nv_bfloat16* scale, int sca
 extern "C" cudaError_t ccq_dequant_w4(const void* weight, const void* scale, int scale_stride, int k, int n, void* out,
                                       cudaStream_t stream) {
   if (k <= 0 || k % 32 || n <= 0 || scale_stride <= 0 || !weight || !scale || !out) return cudaErrorInvalidValue;
-  const int64_t pieces = static_cast<int64_t>(n) * (k / 32);
-  ccq_w4::dequant<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(
-      static_cast<const uint4*>(weight), static_cast<const __nv_bfloat16*>(scale), scale_stride, k, pieces,
-      static_cast<uint4*>(out));
+  const int64_t words = static_cast<int64_t>(n) * (k / 8), block = ccq_w4::kDequantThreads * ccq_w4::kWords;
+  if (words > 4294967295 - block) return cudaErrorInvalidValue;
+  ccq_w4::dequant<<<static_cast<unsigned>((words + block - 1) / block), ccq_w4::kDequantThreads, 0, stream>>>(
+      static_cast<const uint32_t*>(weight), static_cast<const __nv_bfloat16*>(scale), scale_stride,
+      static_cast<uint32_t>(k / 8), static_cast<uint32_t>(words), static_cast<uint4*>(out));
   return cudaGetLastError();
 }
 

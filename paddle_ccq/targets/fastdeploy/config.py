@@ -139,7 +139,11 @@ def wint4_end_layer_of(raw: dict[str, Any]) -> int | None:
 
 
 def wint4_layers_of(quantization: Mapping[str, Any]) -> frozenset[int] | None:
-    """The list of wint4 layers in a quantization_config; None where there is none."""
+    """The list of wint4 layers in a quantization_config; None where there is none.
+
+    Raises:
+        CcqError: if it is no list of layer numbers.
+    """
     node = quantization.get("moe_quant_config", {})
     value = node.get(WINT4_LAYERS) if isinstance(node, Mapping) else None
     if value is None:
