@@ -74,6 +74,17 @@ def test_rank_folders_say_how_many_cards_vllm_needs(tmp_path):
     assert "vllm serve . --tensor-parallel-size 2\n" in text and "cut at load" not in text
 
 
+@pytest.mark.parametrize("target", ["fastdeploy", "huggingface"])
+def test_sizes_that_vllm_cannot_serve_are_said(tmp_path, target, capsys):
+    write_checkpoint(tmp_path / "m", CONFIG | {"hidden_size": 192, "head_dim": 48})
+    options = ["--output", str(tmp_path / "out"), "--format", "ccq-2.5", "--target", target]
+    assert main(["--model", str(tmp_path / "m"), "--preset", "fast", *options]) == 0
+    said = "hidden size 192: our kernels in vLLM need a multiple of 128"
+    assert said in capsys.readouterr().err
+    text = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert said in text and "vllm serve" not in text
+
+
 def test_a_cached_source_is_itself_the_base(model, tmp_path):
     snapshot = tmp_path / "models--baidu--ERNIE-X" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)

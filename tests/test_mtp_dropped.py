@@ -87,13 +87,15 @@ def test_half_a_layer(whole, which, tmp_path, capsys):
         )
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "link", "cut"])
 def test_the_layers_own_shard(whole, damage, tmp_path):
     source, names, output = whole
     shard = in_own_shard(source, tmp_path / "source", names)
     check(tmp_path / "source", output, tmp_path / "before")
-    if damage == "missing":
+    if damage != "cut":
         shard.unlink()
+        if damage == "link":
+            shard.symlink_to("blobs/gone")  # as hubs' caches have it
     else:
         shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(CcqError, match=shard.name):

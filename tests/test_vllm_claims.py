@@ -150,7 +150,7 @@ def test_rank_folders_want_their_own_number_of_cards(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / f"rank{rank}").mkdir()
     assert rank_count(str(tmp_path)) == 2 and rank_count(str(tmp_path / "rank0")) == 1
-    config = config_of(**WIDE)
+    config = config_of(**WIDE | {"moe_intermediate_size": 512})
     check_parallel(config, claim_of(config), Parallel(2), 2)
     with pytest.raises(CcqError, match="2 rank folders"):
         check_parallel(config, claim_of(config), Parallel(1), 2)
@@ -244,3 +244,24 @@ def test_the_plugin_is_silent_without_vllm(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert not re.search("Traceback|paddle_ccq", done.stderr)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"hidden_size": 192, "head_dim": 48}, "hidden size 192 is no multiple of 128"),
+        ({"moe_intermediate_size": 192}, "the width 192 of an expert"),
+    ],
+)
+def test_sizes_that_no_kernel_takes_are_refused(size: dict, said: str, experts: bool) -> None:
+    """Formats of 64 rows a group can be written in sizes that the kernels in vLLM do not take."""
+    config = config_of(num_attention_heads=4, num_key_value_heads=4, **size)
+    with pytest.raises(CcqError, match=said):
+        check_parallel(config, claim_of(config, "ccq-2.5"), Parallel(1, experts=experts), 1)
+
+
+def test_rank_folders_of_sizes_that_no_kernel_takes() -> None:
+    config = config_of(**WIDE)  # experts of 384, in 2 folders of 192
+    with pytest.raises(CcqError, match="2 rank folders: the width 384 of an expert"):
+        check_parallel(config, claim_of(config, "ccq-2.5"), Parallel(2), 2)

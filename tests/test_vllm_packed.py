@@ -282,3 +282,22 @@ def test_adapters_are_refused_by_their_flag(layout: str) -> None:
     # Other checkpoints may have adapters.
     with pytest.raises(TypeError):  # of object.__init__: there is no class of vLLM behind it
         loads(vllm_config=SimpleNamespace(quant_config=None, lora_config=object()))
+
+
+@needs_vllm
+@pytest.mark.parametrize("form", ["dummy", "sharded_state"])
+@pytest.mark.parametrize("layout", ["fastdeploy", "huggingface"])
+def test_loaders_that_ask_no_model_are_refused_by_their_flag(layout: str, form: str) -> None:
+    """Packed weights would stay what the memory held, and the server would answer."""
+    from types import SimpleNamespace
+
+    from paddle_ccq.vllm import model
+    from paddle_ccq.vllm.config import CcqConfig
+    from paddle_ccq.vllm.packed_config import PackedConfig
+
+    made = {"fastdeploy": CcqConfig, "huggingface": PackedConfig}[layout]
+    loads = {"fastdeploy": model._Loads, "huggingface": model._LoadsPacked}[layout]
+    load = SimpleNamespace(load_format=form)
+    asked = SimpleNamespace(quant_config=made.__new__(made), load_config=load)
+    with pytest.raises(CcqError, match=f"--load-format {form}: packed weights"):
+        loads(vllm_config=asked)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CcqError
-from ..families.config import CONFIG_FILE
+from ..families.config import CONFIG_FILE, ModelConfig
+from ..json_files import load_json
 from .safetensors_format import INDEX_FILE, SINGLE_FILE
 
 # Compared in lower case.
@@ -89,15 +90,42 @@ def read_companions(folder: Path) -> Companions:
 
 
 def check_regular(folder: Path) -> None:
-    """Refuse links that lead nowhere and special files among weights, index and config.json.
+    """Refuse links that lead nowhere and special files in place of config.json and the index.
 
     Opening a pipe would wait for ever, and "missing" would be said of a file that a listing shows.
+
+    Raises:
+        CcqError: naming the file.
     """
     for entry in sorted(folder.iterdir()):
-        if entry.name in (CONFIG_FILE, INDEX_FILE, SINGLE_FILE) or (
-            entry.suffix == ".safetensors" and not entry.name.startswith(".")
-        ):
+        if entry.name in (CONFIG_FILE, INDEX_FILE, SINGLE_FILE):
             check_file(entry)
+
+
+def check_weights(folder: Path, config: ModelConfig) -> None:
+    """The same of weights, but for shards that only hold tensors which the config has dropped.
+
+    Raises:
+        CcqError: naming the file.
+    """
+    unneeded = _dropped_shards(folder, config) if config.dropped is not None else set()
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        hidden = entry.name.startswith(".") or entry.name in unneeded
+        if entry.suffix == ".safetensors" and not hidden:
+            check_file(entry)
+
+
+def _dropped_shards(folder: Path, config: ModelConfig) -> set[str]:
+    """Shards that by the index hold nothing else; none where opening it says what is wrong."""
+    try:
+        content = load_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
+    except CcqError:
+        return set()
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        return set()
+    found = {str(shard) for name, shard in weight_map.items() if config.is_dropped(name)}
+    return found - {str(shard) for name, shard in weight_map.items() if not config.is_dropped(name)}
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

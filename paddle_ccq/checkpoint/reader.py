@@ -19,7 +19,7 @@ from ..families.config import CONFIG_FILE, ModelConfig, is_packed_entry
 from ..families.registry import read_config
 from ..families.tensor import Storage
 from . import source_tensors
-from .companions import check_regular
+from .companions import check_regular, check_weights
 from .entries import CODE_SUFFIXES, Entry, find_entries, packed_tensors
 from .safetensors_io import DTYPES, StoredSpec, TensorFolder
 from .source import snapshot_folder
@@ -295,6 +295,7 @@ def open_checkpoint(
     config = read_config(path, family=family)
     if drop_mtp:
         config = config.without_mtp()
+    check_weights(path, config)
     return Checkpoint(path, config, TensorFolder(path, config.is_dropped), row_order)
 
 

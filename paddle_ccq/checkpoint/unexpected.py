@@ -19,6 +19,7 @@ from ..families.config import CONFIG_FILE, ModelConfig
 from ..families.family import Naming
 from ..families.registry import read_config
 from . import source_tensors
+from .companions import check_weights
 from .safetensors_io import TensorFolder
 
 # Rows that are compared at a time; bounds the memory of a comparison.
@@ -202,6 +203,7 @@ def config_of_folder(
     layers = config.num_nextn_predict_layers
     if drop_mtp:
         config = config.without_mtp()
+    check_weights(folder, config)
     config, messages, tensors = _completed(config, folder)
     return config, [dropped_message(layers, tensors), *messages] if drop_mtp else messages
 

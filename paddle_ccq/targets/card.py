@@ -8,10 +8,12 @@ from typing import Any
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.source_card import DEFAULT_PIPELINE, front_matter
+from ..families.config import ModelConfig
 from ..families.tensor import OUT, PROJECTIONS, QKV, Role
 from ..units import gigabytes
 from ..version import __version__
 from .recipe import Recipe
+from .vllm_sizes import unfit_for_vllm
 
 _VLLM = (
     "## Serve with vLLM",
@@ -27,8 +29,11 @@ _KINDS = {
 }
 
 
-def vllm(ranks: int = 1) -> list[str]:
+def vllm(config: ModelConfig, ranks: int = 1) -> list[str]:
     """How vLLM is started; with `ranks` folders, on as many cards."""
+    unfit = unfit_for_vllm(config, ranks)
+    if unfit:
+        return [_VLLM[0], "", f"vLLM can't serve it: {'; '.join(unfit)}."]
     if ranks > 1:
         flag, cards = (
             f" --tensor-parallel-size {ranks}",

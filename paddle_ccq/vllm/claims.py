@@ -21,6 +21,7 @@ from ..families.ernie45 import ErnieConfig
 from ..families.registry import read_config
 from ..families.tensor import Role, TensorSpec
 from ..targets.fastdeploy.config import wint4_end_layer_of, wint4_layers_of
+from ..targets.vllm_sizes import KERNEL_MULTIPLE
 
 METHOD = "ccq"
 # What may stand in quantization_config.quantization: an experts' format, or a dense model's.
@@ -144,6 +145,16 @@ def _part_problem(tensor: TensorSpec, format: str, size: int) -> str | None:
     return None if format == "bf16" else formats.shape_problem(format, *shape)
 
 
+def _expert_problem(config: ErnieConfig, parts: int) -> str | None:
+    """Why our kernels can't take experts that are cut into `parts`; None if they can."""
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    if hidden % KERNEL_MULTIPLE:
+        return f"hidden size {hidden} is no multiple of {KERNEL_MULTIPLE}"
+    if width % (parts * KERNEL_MULTIPLE):
+        return f"the width {width} of an expert is cut in steps of {KERNEL_MULTIPLE} rows"
+    return None
+
+
 def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> str | None:
     # Layers and experts repeat a few shapes; one of each kind is enough to look at.
     kinds: dict[tuple[str, tuple[int, ...], str], TensorSpec] = {}
@@ -158,14 +169,15 @@ def _tensor_problem(config: ErnieConfig, claim: Claim, parallel: Parallel) -> st
             if heads % size or (keys % size and size % keys):
                 return f"{heads} query and {keys} key heads can't be shared out evenly"
             continue
+        if tensor.is_expert:
+            problem = _expert_problem(config, 1 if parallel.experts else size)
+            if problem:
+                return f"{tensor.name}: {problem}"
         if tensor.is_expert and parallel.experts:
             if config.moe_num_experts % size:
                 return f"{config.moe_num_experts} experts can't be shared out evenly"
             continue
         problem = _part_problem(tensor, format, size)
-        if problem is None and tensor.is_expert and config.moe_intermediate_size // size % 128:
-            width = config.moe_intermediate_size
-            problem = f"the width {width} of an expert is cut in steps of 128 rows"
         if problem:
             return f"{tensor.name}: {problem}"
     return None
@@ -211,6 +223,9 @@ def check_parallel(config: ErnieConfig, claim: Claim, parallel: Parallel, ranks:
                 f"--tensor-parallel-size {parallel.tensor}: the checkpoint is cut into {ranks} rank"
                 f" folders; serve it with --tensor-parallel-size {ranks}, or one that was not cut"
             )
+        problem = _expert_problem(config, ranks) if config.moe_num_experts else None
+        if problem:
+            raise CcqError(f"{ranks} rank folders: {problem}")
         return
     problem = _tensor_problem(config, claim, parallel)
     if problem is None:

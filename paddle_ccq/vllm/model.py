@@ -22,9 +22,17 @@ from .config import CcqConfig
 from .packed_config import PackedConfig
 from .packed_models import PACKED_MODELS, PREFIX, STATE_NAMES, WHOLE_MODELS
 
+# Loaders of vLLM that fill parameters and never ask a model to load its tensors.
+_BLIND_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
 
-def _refuse_adapters(vllm_config: Any) -> None:
-    """Adapters go beside a layer's weight, which packed layers do not have."""
+
+def _refuse_options(vllm_config: Any) -> None:
+    """Refuse what does not go with packed layers, which have no weight of their own name."""
+    form = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
+    if form in _BLIND_LOADERS:
+        raise CcqError(
+            f"--load-format {form}: packed weights are not loaded in this way; leave the flag out"
+        )
     if getattr(vllm_config, "lora_config", None) is not None:
         raise CcqError(
             "--enable-lora: adapters can't be put beside packed weights; serve the checkpoint of"
@@ -39,7 +47,7 @@ class _LoadsPacked:
         found = vllm_config.quant_config
         self.packed = found if isinstance(found, PackedConfig) else None
         if self.packed is not None:
-            _refuse_adapters(vllm_config)
+            _refuse_options(vllm_config)
             self.packed.check_parallel(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.packed is not None and current_platform.is_cpu():
@@ -58,7 +66,7 @@ class _Loads(_LoadsPacked):
         found = vllm_config.quant_config
         self.ccq = found if isinstance(found, CcqConfig) else None
         if self.ccq is not None:
-            _refuse_adapters(vllm_config)
+            _refuse_options(vllm_config)
             self.ccq.check_parallel(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.ccq is None:

@@ -15,7 +15,7 @@ from ..errors import CcqError
 from ..families.config import ModelConfig
 from ..families.ernie45 import ERNIE45
 from ..targets.huggingface.config import VLLM_ARCHITECTURES, is_served
-from ..targets.huggingface.layout import KERNEL_MULTIPLE
+from ..targets.vllm_sizes import KERNEL_MULTIPLE
 from .claims import Parallel, check_pipeline
 
 VERSION = 1

@@ -87,4 +87,4 @@ def _use(plan: Plan) -> str:
             "The wint4 layers are not the first ones: FastDeploy needs paddle-ccq's plugin"
             " (`FD_PLUGINS=paddle_ccq`) and stops at missing tensors without it."
         )
-    return "\n".join([*check, "", *serve, "", *card.vllm(plan.tensor_parallel_size)])
+    return "\n".join([*check, "", *serve, "", *card.vllm(plan.config, plan.tensor_parallel_size)])

@@ -16,6 +16,7 @@ from ...errors import CcqError
 from ...families.ernie45 import PADDLE, ErnieConfig
 from ...families.tensor import EXACT_ROLES, TensorSpec
 from ...reporting import ranges
+from ..vllm_sizes import unfit_for_vllm
 
 # Of --target.
 NAME = "fastdeploy"
@@ -121,7 +122,7 @@ class FastDeploy:
         return notes
 
     def plan_notes(self, plan: Plan) -> list[str]:
-        notes = []
+        notes = unfit_for_vllm(plan.config, plan.tensor_parallel_size)
         if not_converted(plan):
             notes.append(
                 "dense layers that stay in bf16 are listed in modules_to_not_convert, which needs"

@@ -34,7 +34,7 @@ def model_card(plan: Plan, recipe: Recipe, records: Sequence[dict[str, Any]]) ->
         card.summary(plan, recipe, own, UNQUANTIZED),
         card.errors(plan, records),
         "\n".join(["## Check", "", "```", "python -m paddle_ccq.verify .", "```"]),
-        "\n".join(card.vllm() if served else _floats(plan)),
+        "\n".join(card.vllm(plan.config) if served else _floats(plan)),
     ]
     return "\n\n".join(sections) + "\n"
 

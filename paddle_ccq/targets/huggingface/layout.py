@@ -20,12 +20,11 @@ from ...errors import CcqError
 from ...families.config import ModelConfig
 from ...families.tensor import TensorSpec
 from ...reporting import ranges
+from ..vllm_sizes import unfit_for_vllm
 
 # Of --target.
 NAME = "huggingface"
 SHARD_METADATA = {"format": "pt"}
-# Of hidden size and an expert's width, in vLLM with our kernels.
-KERNEL_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,7 @@ class HuggingFace:
             )
 
     def model_notes(self, config: ModelConfig) -> list[str]:
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        sizes = {"hidden size": hidden, "width of experts": width}
-        return [
-            f"{what} {size}: our kernels in vLLM need a multiple of {KERNEL_MULTIPLE}"
-            for what, size in sizes.items()
-            if size % KERNEL_MULTIPLE
-        ]
+        return unfit_for_vllm(config)
 
     def plan_notes(self, plan: Plan) -> list[str]:
         return []
