@@ -5,10 +5,10 @@
 // that wide_weights.cuh fills, and B (activations, as the caller has them) from shared memory. Scaling accumulators group by
 // group, as moe_gemm.cuh does, would cost per row; so the scales are in the weights, and accumulators run through all of K.
 //
-// Warp specialization. Producers, one warp or four, request everything, weights and activations, by bulk copies into a ring of
-// stages, and do nothing else (with idle warps they make a warpgroup, so that it can hand its registers over). The eight consumer
-// warps, two warpgroups, wait for full stages and release them, each at its own pace. Every copy is an instruction, and dozens of
-// cycles, of its own: so few, large ones. The kernel is persistent; tiles go in waves (waves.cuh).
+// Warp specialization. Four producers, a warpgroup, request everything, weights and activations, by bulk copies into a ring of
+// stages, and do nothing else. The eight consumer warps, two warpgroups, wait for full stages and release them, each at its own pace.
+// Every copy is an instruction of its own, after which its warp waits some 200 cycles: so few, large ones, and four warps for them.
+// The kernel is persistent; tiles go in waves (waves.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -36,8 +36,7 @@ struct WideConfig {
   static constexpr int kWarps = 8, kProducers = kUnits > 1 ? 4 : 1, kThreads = (kWarps + 4) * 32;
   static constexpr int kTiles = kR * kWarps;
   // Registers of a thread: 168 at the beginning; then those of the producers and of the consumers.
-  static constexpr bool kEarly = Weights::kHalves;  // weights are requested while the kernel before runs
-  static constexpr int kProducerRegisters = kEarly ? 88 : 40, kConsumerRegisters = kEarly ? 208 : 232;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // A stage: the activations in groups of 64 values along K, [2 kUnits][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
   // their place (the 128-byte swizzle); the tiles' weights.
   static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kUnits * kRowsGroup;
@@ -75,77 +74,44 @@ __device__ int units_of_wide_stage(int kb, int kb_end) {
 
 // Producer `own`: every kProducers-th group of four tiles, and box of activations. The first one also says what the tile is.
 template <typename C>
-struct WideProducer {
+__device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows, int own) {
   using S = WideShared<C>;
   using Weights = typename C::Weights;
-  const GemmParams& p;
-  const CUtensorMap& rows;
-  const int own;
-  WaveIterator<C> at;
+  const WaveSchedule<C> schedule = S::schedule(p);
+  const int lane = threadIdx.x % 32, tiles_n = p.n / 16;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
-
-  __device__ WideProducer(const GemmParams& p_, const CUtensorMap& rows_, int own_)
-      : p(p_), rows(rows_), own(own_), at(S::schedule(p_)) {
-    if (own >= C::kProducers) at.left = 0;  // an idle warp
-  }
-  __device__ static int halves(const WideWorkTile& work) {  // of kN rows; the map's boxes have half of kN
-    return work.rows > C::kN / 2 ? 2 : 1;
-  }
-  __device__ static int units(const WideWorkTile& work) { return units_of_wide_stage<C>(work.kb, work.kb_end); }
-
-  // All but the activations, which are announced. All lanes.
-  __device__ void request_weights() {
-    const WideWorkTile work = at.work_tile(S::schedule(p));
-    const int first = work.column * C::kTiles, there = min(C::kTiles, p.n / 16 - first);
-    const bool speaks = own == 0 && at.tile != last_tile;
+  for (WaveIterator<C> at(schedule); at.left > 0;) {
+    const WideWorkTile work = at.work_tile(schedule);
+    const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
+    const int units = units_of_wide_stage<C>(work.kb, work.kb_end);
+    const int halves = work.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
+    const int boxes = 2 * units * halves;
+    const bool new_tile = at.tile != last_tile, speaks = own == 0 && new_tile;
+    last_tile = at.tile;
+    S::free()[stage].wait(parity);
     Barrier* const full = S::full() + stage;
-    if (threadIdx.x % 32 == 0) {
+    char* const to = S::stage(stage);
+    if (lane == 0) {
       if (speaks) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
-      const int boxes = max(0, (2 * units(work) * halves(work) - own + C::kProducers - 1) / C::kProducers);
-      full->arrive_and_expect(boxes * (C::kRowsGroup / 2) + Weights::template own_bytes<C::kProducers>(there, units(work), own) +
+      const int own_boxes = max(0, (boxes - own + C::kProducers - 1) / C::kProducers);
+      full->arrive_and_expect(own_boxes * (C::kRowsGroup / 2) + Weights::template own_bytes<C::kProducers>(there, units, own) +
                               (speaks ? Weights::columns_bytes(there) : 0));
+      for (int box = own; box < boxes; box += C::kProducers) {
+        const int group = box / halves, half = box % halves;
+        box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
+                 work.row + half * (C::kN / 2), full);
+      }
     }
     __syncwarp();
-    Weights::template request_units<C::kTiles, C::kUnits, C::kProducers>(p, work.expert, first, there, work.kb, units(work), own,
-                                                                         S::stage(stage) + C::kRowsBytes, full);
+    Weights::template request_units<C::kTiles, C::kUnits, C::kProducers>(p, work.expert, first, there, work.kb, units, own,
+                                                                         to + C::kRowsBytes, full);
     if (speaks) Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
-  }
-  __device__ void request_rows() const {
-    if (threadIdx.x % 32 > 0) return;
-    const WideWorkTile work = at.work_tile(S::schedule(p));
-    const int parts = halves(work), boxes = 2 * units(work) * parts;
-    for (int box = own; box < boxes; box += C::kProducers) {
-      const int group = box / parts, half = box % parts;
-      box_copy(S::stage(stage) + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
-               work.row + half * (C::kN / 2), S::full() + stage);
-    }
-  }
-  __device__ void next() {
-    const WaveSchedule<C> schedule = S::schedule(p);
-    if (at.tile != last_tile && ++slot == C::kSlots) slot = 0;
-    last_tile = at.tile;
+    if (new_tile && ++slot == C::kSlots) slot = 0;
     if (++stage == C::kStages) stage = 0, parity ^= 1;
-    for (int i = units(at.work_tile(schedule)); i > 0; --i) at.next(schedule);
+    for (int i = 0; i < units; ++i) at.next(schedule);
   }
-
-  __device__ void run() {
-    if constexpr (C::kEarly) {  // weights and offsets do not depend on the kernel before this one, activations do
-      for (int i = 0; i < C::kStages && at.left > 0; ++i) request_weights(), next();
-      wait_for_prerequisites();
-      WideProducer again(p, rows, own);
-      for (int i = 0; i < C::kStages && again.at.left > 0; ++i) again.request_rows(), again.next();
-    } else {
-      wait_for_prerequisites();
-    }
-    while (at.left > 0) {
-      S::free()[stage].wait(parity);
-      request_weights(), request_rows();
-      __syncwarp();
-      next();
-    }
-  }
-};
+}
 
 // One of the eight consumer warps.
 template <typename C>
@@ -297,12 +263,12 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   }
   const WaveSchedule<C> schedule = S::schedule(p);
   schedule.prepare(p.offsets, p.rows);
+  wait_for_prerequisites();
   if (warp >= C::kWarps) {
     deallocate_registers<C::kProducerRegisters>();
-    WideProducer<C>(p, rows, warp - C::kWarps).run();
+    if (C::kProducers > 1 || warp == C::kWarps) produce_stages<C>(p, rows, warp - C::kWarps);
   } else {
     allocate_registers<C::kConsumerRegisters>();
-    wait_for_prerequisites();
     ConsumerWarp<C> w{p, lane, warp};
     PartialSignal<C> signal{S::partials_stored()};
     int left = WaveIterator<C>(schedule).left, slot = 0;
