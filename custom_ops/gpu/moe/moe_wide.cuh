@@ -5,10 +5,10 @@
 // that wide_weights.cuh fills, and B (activations, as the caller has them) from shared memory. Scaling accumulators group by
 // group, as moe_gemm.cuh does, would cost per row; so the scales are in the weights, and accumulators run through all of K.
 //
-// Warp specialization. Four producers, a warpgroup, request everything, weights and activations, by bulk copies into a ring of
-// stages, and do nothing else. The eight consumer warps, two warpgroups, wait for full stages and release them, each at its own pace.
-// Every copy is an instruction of its own, after which its warp waits some 200 cycles: so few, large ones, and four warps for them.
-// The kernel is persistent; tiles go in waves (waves.cuh).
+// Warp specialization. Producers, one warp or four, request everything, weights and activations, by bulk copies into a ring of
+// stages, and do nothing else (with idle warps they make a warpgroup, so that it can hand its registers over). The eight consumer
+// warps, two warpgroups, wait for full stages and release them, each at its own pace. Every copy is an instruction, and dozens of
+// cycles, of its own: so few, large ones. The kernel is persistent; tiles go in waves (waves.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -98,7 +98,7 @@ __device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows, int
       full->arrive_and_expect(own_boxes * (C::kRowsGroup / 2) + Weights::template own_bytes<C::kProducers>(there, units, own) +
                               (speaks ? Weights::columns_bytes(there) : 0));
       for (int box = own; box < boxes; box += C::kProducers) {
-        const int group = box / halves, half = box % halves;
+        const int half = box & (halves - 1), group = box >> (halves - 1);
         box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
                  work.row + half * (C::kN / 2), full);
       }

@@ -122,6 +122,7 @@ struct PairWeights {
   // Bytes of those groups that producer `own` requests, every kProducers-th, with `there` tiles and `units` units.
   template <int kProducers>
   __device__ static int own_bytes(int there, int units, int own) {
+    if (kProducers == 1) return unit_bytes(there) * units;
     int tiles = 0;
     for (int t16 = own * 4; t16 < there; t16 += kProducers * 4) tiles += min(4, there - t16);
     return tiles * units * 528;
