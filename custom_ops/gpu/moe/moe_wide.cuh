@@ -72,7 +72,45 @@ __device__ int units_of_wide_stage(int kb, int kb_end) {
   return min(C::kUnits - kb % C::kUnits, kb_end - kb);
 }
 
-// Producer `own`: every kProducers-th group of four tiles, and box of activations. The first one also says what the tile is.
+// The producer of stages of one unit.
+template <typename C>
+__device__ void produce_units(const GemmParams& p, const CUtensorMap& rows) {
+  using S = WideShared<C>;
+  using Weights = typename C::Weights;
+  const WaveSchedule<C> schedule = S::schedule(p);
+  const int lane = threadIdx.x % 32, tiles_n = p.n / 16;
+  int stage = 0, slot = 0, last_tile = -1;
+  uint32_t parity = 1;  // of the round before: passed at once in the first
+  for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
+    const WideWorkTile work = at.work_tile(schedule);
+    const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first);
+    const int halves = work.rows > C::kN / 2 ? 2 : 1;  // of kN rows; the map's boxes have half of kN
+    const bool new_tile = at.tile != last_tile;
+    last_tile = at.tile;
+    S::free()[stage].wait(parity);
+    Barrier* const full = S::full() + stage;
+    char* const to = S::stage(stage);
+    if (lane == 0) {
+      if (new_tile) *reinterpret_cast<WideWorkTile*>(S::slot(slot)) = work;
+      full->arrive_and_expect(halves * C::kRowsGroup + Weights::unit_bytes(there) + (new_tile ? Weights::columns_bytes(there) : 0));
+      for (int half = 0; half < halves; ++half)
+#pragma unroll
+        for (int group = 0; group < 2; ++group)
+          box_copy(to + group * C::kRowsGroup + half * (C::kRowsGroup / 2), rows, work.kb * 128 + group * 64,
+                   work.row + half * (C::kN / 2), full);
+    }
+    __syncwarp();
+    Weights::template request_unit<C::kTiles>(p, work.expert, first, there, work.kb, to + C::kRowsBytes, full);
+    if (new_tile) {
+      Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
+      if (++slot == C::kSlots) slot = 0;
+    }
+    if (++stage == C::kStages) stage = 0, parity ^= 1;
+  }
+}
+
+// Producer `own` of stages of several units: every kProducers-th group of four tiles, and box of activations. The first one also says
+// what the tile is.
 template <typename C>
 __device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows, int own) {
   using S = WideShared<C>;
@@ -266,7 +304,8 @@ wide_kernel(const GemmParams p, const __grid_constant__ CUtensorMap rows) {
   wait_for_prerequisites();
   if (warp >= C::kWarps) {
     deallocate_registers<C::kProducerRegisters>();
-    if (C::kProducers > 1 || warp == C::kWarps) produce_stages<C>(p, rows, warp - C::kWarps);
+    if constexpr (C::kProducers > 1) produce_stages<C>(p, rows, warp - C::kWarps);
+    else if (warp == C::kWarps) produce_units<C>(p, rows);
   } else {
     allocate_registers<C::kConsumerRegisters>();
     ConsumerWarp<C> w{p, lane, warp};

@@ -21,20 +21,13 @@ struct TrellisWeights {
   __host__ __device__ static constexpr int unit_bytes(int tiles) { return (tiles + 3) / 4 * kFour; }
   __host__ __device__ static constexpr int columns_bytes(int tiles) { return (tiles + 3) / 4 * 256; }
 
-  // As PairWeights.
-  template <int kProducers>
-  __device__ static int own_bytes(int there, int units, int own) {
-    const int groups = (there + 3) / 4;
-    return max(0, (groups - own + kProducers - 1) / kProducers) * units * kFour;
-  }
-  template <int kTiles, int kUnits, int kProducers>
-  __device__ static void request_units(const GemmParams& p, int expert, int first, int there, int kb, int units, int own, char* to,
-                                       Barrier* full) {
-    static_assert(kTiles % 4 == 0, "a block's tiles are whole groups");
-    const int group = threadIdx.x % 32 * kProducers + own;
-    if (group * 4 >= there) return;
-    const size_t four = static_cast<size_t>(expert) * ((p.n + 63) / 64) + first / 4 + group;
-    bulk_copy(to + group * (kUnits * kFour), p.quant + (four * (p.k / 128) + kb) * kFour, units * kFour, full);
+  template <int kTiles>
+  __device__ static void request_unit(const GemmParams& p, int expert, int first, int there, int kb, char* to, Barrier* full) {
+    static_assert(kTiles % 4 == 0, "a block's tiles are whole units");
+    const int unit = threadIdx.x % 32;
+    if (unit * 4 >= there) return;
+    const size_t four = static_cast<size_t>(expert) * ((p.n + 63) / 64) + first / 4 + unit;
+    bulk_copy(to + unit * kFour, p.quant + (four * (p.k / 128) + kb) * kFour, kFour, full);
   }
   template <int kTiles>
   __device__ static void request_columns(const GemmParams& p, int expert, int first, int there, char* to, Barrier* full) {

@@ -118,11 +118,19 @@ struct PairWeights {
   __host__ __device__ static constexpr int unit_bytes(int tiles) { return tiles * 528; }
   __host__ __device__ static constexpr int columns_bytes(int tiles) { return tiles * kPlaneBytes * kPlanes; }
 
-  // A stage has of each group of four tiles, which lie side by side (repack.h), the codes of its kUnits units, then their scales.
+  // Tiles `first` to `first` + `there` of an expert and their 128 input rows `kb`: codes, then scales.
+  template <int kTiles>
+  __device__ static void request_unit(const GemmParams& p, int expert, int first, int there, int kb, char* to, Barrier* full) {
+    const int tiles_n = p.n / 16, t16 = threadIdx.x % 32 * 4, tiles = min(4, there - t16);  // that lie side by side (repack.h)
+    if (tiles <= 0) return;
+    const size_t unit = ccq_unit_index(expert, first + t16, kb, tiles_n, p.k / 128);
+    bulk_copy(to + t16 * 512, p.quant + unit * 512, tiles * 512, full);
+    bulk_copy(to + kTiles * 512 + t16 * 16, p.scales + unit * 16, tiles * 16, full);
+  }
+  // A stage of several units has of each group of four tiles, which lie side by side (repack.h), the codes of its kUnits units, then their scales.
   // Bytes of those groups that producer `own` requests, every kProducers-th, with `there` tiles and `units` units.
   template <int kProducers>
   __device__ static int own_bytes(int there, int units, int own) {
-    if (kProducers == 1) return unit_bytes(there) * units;
     int tiles = 0;
     for (int t16 = own * 4; t16 < there; t16 += kProducers * 4) tiles += min(4, there - t16);
     return tiles * units * 528;
