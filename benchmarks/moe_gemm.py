@@ -93,7 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-gemm", action="store_true", help="no grouped GEMM")
     parser.add_argument("--no-linear", action="store_true", help="no single matrices")
     parser.add_argument("--block", action="store_true", help="adds the whole expert block")
-    parser.add_argument("--json", metavar="OUT", help="writes every figure")
+    parser.add_argument("--json", metavar="OUT", help="writes every figure, shape by shape")
     parser.add_argument("--plot", metavar="SVG", help="draws them (needs matplotlib)")
     args = parser.parse_args(argv)
     unknown = set(args.peers.split(",")) - {"", *PEERS}
@@ -134,6 +134,10 @@ def main(argv: list[str] | None = None) -> None:
         result["gemm"].append({**row, "pairs": pairs, "variant": variant})
         print(report.line(result["gemm"][-1]), flush=True)
 
+    def save() -> None:
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
     for pairs in args.pairs.split(","):
         shapes = [s for s in every if args.only in s.name and not args.no_gemm]
         cases = [(s, t * min(measure.TOP_K, s.experts)) for s in shapes for t in tokens]
@@ -153,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
                 for peer, row in timed:
                     note(row, pairs, variant_of(peer))
             del weights, contestants
+            save()
         for shape in measure.LINEAR:
             if not args.no_linear and args.only in shape.name:
                 for row in linear(torch, library, shape, pairs, args.replays, bandwidth):
@@ -162,8 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             result["block"].append(row)
             print(report.block_line(row), flush=True)
     print(report.text(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    save()
     if args.plot:
         report.plot(result, args.plot)
 
