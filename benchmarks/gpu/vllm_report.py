@@ -32,6 +32,7 @@ RUNS = {
     "speed_pipeline": ("WINT2, two H200, half of the layers on each", 2),
     "speed_int4": ("4 bits (Humming), two H200", 2),
 }
+ONE_CARD = ("speed", "speed_prefix")
 FIGURE = ROOT / "docs" / "notes" / "vllm.svg"
 
 
@@ -81,7 +82,17 @@ def speed(results: dict[str, Any]) -> str:
     ]
     wanted = [str(value) for value in WANTED.values()]
     last = ["wanted of one", *wanted, "", *(f"{t:.2f}" for t in WANTED_FIRST.values())]
-    return markdown(header, [*rows, last])
+    return markdown(header, [*rows, last, *(_reached(results, key) for key in ONE_CARD)])
+
+
+def _reached(results: dict[str, Any], key: str) -> list[str]:
+    """A run's rates and speeds of first tokens as shares of what was wanted."""
+    run = results[key]
+    decode = [run["decode"][b] / rate for b, rate in WANTED.items()]
+    first = [seconds / run["first_token"][n] for n, seconds in WANTED_FIRST.items()]
+    shares = [f"{share:.0%}" for share in (*decode, *first)]
+    name = RUNS[key][0].removesuffix(", one H200")
+    return [f"of it, {name}", *shares[: len(decode)], "", *shares[len(decode) :]]
 
 
 KINDS = {

@@ -256,14 +256,16 @@ constexpr int kTrellisFew = 40, kTrellisSome = 45;
 // Of trellis_few.cuh as StreamCost. Fitted to measurements on an H200 (eight shapes, 1 to 64 tokens, bfloat16), which all three tables
 // meet within 2 to 5 % in the mean.
 constexpr StreamCost kTrellisFewCosts[] = {
-    {kTrellisFew, 1, 4.24, 0.310, 0.145}, {kTrellisFew + 1, 2, 5.11, 0.338, 0.172}, {kTrellisFew + 2, 4, 6.73, 0.363, 0.196},
+    {kTrellisFew, 1, 4.52, 0.300, 0.115}, {kTrellisFew + 1, 2, 6.26, 0.306, 0.145}, {kTrellisFew + 2, 4, 10.37, 0.336, 0.135},
 };
-// Of trellis_some.cuh and moe_wide.cuh as WideCost, besides what a launch takes (with 8 rows 3 more, for tiles that are cut along K).
+// Of trellis_some.cuh, besides what a million values of activations take to become digits and to be read.
+constexpr SomeCost kTrellisSomeCosts[] = {
+    {kTrellisSome, 8, 4, 11.0, 0.317, 0.587, 0.110}, {kTrellisSome + 1, 16, 4, 11.5, 0.377, 0.565, 0.135},
+};
+constexpr double kTrellisDigits = 7.8;
+// Of moe_wide.cuh as WideCost, besides what a launch takes.
 struct TrellisCost : WideCost {
   double start;
-};
-constexpr TrellisCost kTrellisSomeCosts[] = {
-    {{kTrellisSome, 512, 8, 0.928, 0.746, 0.33}, 14.0}, {{kTrellisSome + 1, 512, 16, 1.303, 0.918, 0.46}, 12.4},
 };
 constexpr TrellisCost kTrellisWideCosts[] = {
     {{kWide, 512, 32, 1.875, 1.776, 1.95}, 3},     {{kWide + 1, 512, 48, 2.150, 1.942, 1.08}, 3},
@@ -272,16 +274,11 @@ constexpr TrellisCost kTrellisWideCosts[] = {
     {{kWide + 6, 128, 256, 1.489, 1.489, 1.89}, 3},
 };
 
-inline double trellis_some_cost(const Gpu& gpu, const Call& call, const TrellisCost& c) {
-  double whole = 0, half = 0;
-  for_rows(call, [&](int rows, double share) {
-    const int rest = rows % c.rows;
-    whole += share * (rows / c.rows + (rest > c.rows / 2)), half += share * (rest > 0 && rest <= c.rows / 2);
-  });
-  const int columns = ceil_div(call.n, c.columns), units = ceil_div(call.k, 128);
-  const double work = (whole * (c.unit * units + c.tile) + half * (c.half_unit * units + c.tile)) * call.experts * columns / gpu.sms;
-  const double waves = (whole + half) * call.experts * columns / gpu.sms;
-  return c.start + work * std::max(1.0, 1 / std::min(1.0, 8 * waves));
+// Fewer tiles than multiprocessors are cut along K, into eight at most (waves.cuh).
+inline double trellis_some_cost(const Gpu& gpu, const Call& call, const SomeCost& c) {
+  const double waves = expected_blocks(call, c.rows) * ceil_div(call.n, 512) / gpu.sms;
+  const double digits = kTrellisDigits * 1e-6 * call.rows * call.k;
+  return c.start + digits + (some_cost(gpu, call, c) - c.start) * std::max(1.0, 1 / std::min(1.0, 8 * waves));
 }
 
 // -1: K is longer than any kernel for this GPU takes.
@@ -302,7 +299,7 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   if (mean <= 8)
     for (const StreamCost& c : kTrellisFewCosts) consider(c.variant, stream_cost(gpu, call, c));
   if (mean <= 24)
-    for (const TrellisCost& c : kTrellisSomeCosts) consider(c.variant, trellis_some_cost(gpu, call, c));
+    for (const SomeCost& c : kTrellisSomeCosts) consider(c.variant, trellis_some_cost(gpu, call, c));
   if (mean >= kManyRows || best < 0)
     for (const TrellisCost& c : kTrellisWideCosts) consider(c.variant, c.start + wide_cost(gpu, call, c));
   return best;

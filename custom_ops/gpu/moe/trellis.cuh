@@ -21,6 +21,18 @@ namespace ccq {
 constexpr uint32_t kTrellisDoubled0 = kTrellisMultiplier[0] * 0xFFFF0001u, kTrellisDoubled1 = kTrellisMultiplier[1] * 0xFFFF0001u;
 constexpr uint32_t kTrellisAddend0 = kTrellisAddend[0], kTrellisAddend1 = kTrellisAddend[1];
 
+// Four matrices of 8 rows of 16 bytes, 512 bytes side by side: of each a lane gets the word of its row g and its place t. For the codes of a
+// 16-column tile and 128 input rows: the words (g, group 0), (g + 8, group 0), (g, group 1), (g + 8, group 1). `from`: a lane's own
+// 16 bytes. All lanes of a warp together.
+__device__ inline uint4 load_words(const char* from) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from)))
+               : "memory");
+  return v;
+}
+
 // A 16-column tile and 128 input rows, as repacked (trellis_repack.h): what a lane needs to know of the bytes before its own. `side`:
 // in the upper half the bytes before the unit, of columns g and g + 8.
 struct TrellisBefore {

@@ -18,6 +18,7 @@
 
 #include "moe_few.cuh"
 #include "trellis.cuh"
+#include "wgmma.cuh"  // registers from warps to warps
 
 namespace ccq {
 
@@ -30,13 +31,15 @@ struct TrellisFewConfig {
   static constexpr int kRows = kRows_, kGroups = kGroups_;
   static_assert(kRows * kGroups <= 4 && (kGroups == 1 || kRows * kGroups == 4));
   static constexpr int kR = kR_, kTiles = 4, kTeamWarps = kTiles / kR, kWarps = 16, kTeams = kWarps / kTeamWarps, kThreads = kWarps * 32;
-  static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers, kAllThreads = (kWriter + 1) * 32;
+  // Two warps that request, one that writes, and an idle one: of four, so that they can hand registers over.
+  static constexpr int kProducers = 2, kProducer = kWarps, kWriter = kProducer + kProducers, kAllThreads = kThreads + 128;
+  static constexpr int kOtherRegisters = 32, kConsumerRegisters = 112;  // of a thread; 96 at the beginning
   static constexpr int kUnits = 4, kStageBytes = kUnits * kTrellisUnitBytes;
   // Copies on their way: a multiple of the teams (a stage's place is always the same team's).
   static constexpr int kLeastStages = kTeams, kMostStages = 2 * kTeams;
   static_assert(kMaxExperts % kThreads == 0);
-  // Tiles whose super scales are there or on their way.
-  static constexpr int kSlots = 4, kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
+  // Tiles whose super scales are there or on their way: more than the teams, for a tile of 512 input rows is one stage, of one team.
+  static constexpr int kSlots = 16, kColumnBytes = kTiles * 16 * 4, kEntries = kTiles * 8 * kRows;
   // Tiles whose sums are under way. Where K has less stages than there are teams, a team must have a part in each tile of a slot or in
   // none, or it would mistake one round of a barrier for another.
   static constexpr int kMostSums = kTeams;
@@ -156,7 +159,7 @@ __device__ inline void trellis_decode(uint32_t left, uint32_t right, uint32_t be
   trellis_words<3, 0>(right, 0, addend0, addend1, a[3][1], a[3][3]);
 }
 
-// A stage's part of the sums into `out`: of kR 16-column tiles columns g and g + 8, row t % kRows. `codes`: a lane's first word, `sides`:
+// A stage's part of the sums into `out`: of kR 16-column tiles columns g and g + 8, row t % kRows. `codes`: a lane's 16 bytes of the first tile, `sides`:
 // its column's word of the unit's side. What is read of the stage is asked for a unit ahead.
 template <typename C>
 __device__ void trellis_stage(const char* codes, const char* sides, const char* x, const float* back, Barrier* free, uint32_t selector,
@@ -169,8 +172,7 @@ __device__ void trellis_stage(const char* codes, const char* sides, const char* 
   auto load = [&](int u) {
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      auto word = [&](int i) { return *reinterpret_cast<const uint32_t*>(codes + u * kTrellisUnitBytes + r * 512 + i * 128); };
-      next[r] = make_uint4(word(0), word(1), word(2), word(3));
+      next[r] = load_words(codes + u * kTrellisUnitBytes + r * 512);
       next_side[r] = *reinterpret_cast<const uint32_t*>(sides + u * kTrellisUnitBytes + r * 32);
       if (kGroups == 4 && u % 2 == 0) next_scales[r] = *reinterpret_cast<const uint32_t*>(sides + (u + t / 2) * kTrellisUnitBytes + r * 32);
     }
@@ -198,19 +200,20 @@ __device__ void trellis_stage(const char* codes, const char* sides, const char* 
     uint4 v[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) v[i] = *reinterpret_cast<const uint4*>(x + group * C::kGroupBytes + i * C::kHalfBytes);
+    uint32_t a[kR][4][4];
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      uint32_t a[4][4];
-      if (half == 0) trellis_decode<0>(q[r].x, q[r].y, before[r], addend0, addend1, a);
-      else trellis_decode<1>(q[r].z, q[r].w, before[r], addend0, addend1, a);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t(&e)[4] = a[2 * i], (&g)[4] = a[2 * i + 1];
-        if (first && i == 0) mma_bytes(d[set][r], e[0], e[1], e[2], e[3], v[i].x, v[i].y, 0, 0);
-        else mma_bytes(d[set][r], e[0], e[1], e[2], e[3], v[i].x, v[i].y);
-        mma_bytes(d[set][r], g[0], g[1], g[2], g[3], v[i].z, v[i].w);
-      }
+      if (half == 0) trellis_decode<0>(q[r].x, q[r].y, before[r], addend0, addend1, a[r]);
+      else trellis_decode<1>(q[r].z, q[r].w, before[r], addend0, addend1, a[r]);
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const uint32_t(&e)[4] = a[r][j];
+        if (first && j == 0) mma_bytes(d[set][r], e[0], e[1], e[2], e[3], v[0].x, v[0].y, 0, 0);
+        else mma_bytes(d[set][r], e[0], e[1], e[2], e[3], j % 2 ? v[j / 2].z : v[j / 2].x, j % 2 ? v[j / 2].w : v[j / 2].y);
+      }
     if (half == 0 && u + 1 < C::kUnits) {
       load(u + 1);
       if (u + 2 == C::kUnits) free->arrive_together();  // every lane has what it needs of the stage
@@ -340,7 +343,7 @@ __device__ void trellis_consume(const FewParams& p, const FewShared<C>& s, int b
       for (; part < stages_k; part += C::kTeams) {
         const char* const at = s.rings + stage * C::kStageBytes;
         s.full[stage].wait(parity);
-        trellis_stage<C>(at + wn * 512 + lane * 4, at + 2048 + wn * 32 + g * 4, x, back, s.free + stage, selector, addend0, addend1, out);
+        trellis_stage<C>(at + wn * 512 + lane * 16, at + 2048 + wn * 32 + g * 4, x, back, s.free + stage, selector, addend0, addend1, out);
         x += C::kTeams * C::kStageRows, back += C::kTeams * R;
         if ((stage += C::kTeams) >= p.stages) stage -= p.stages, parity ^= 1;
       }
@@ -394,9 +397,11 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const Fe
   __syncthreads();  // barriers stand, and no weights are requested before all activations are: those would wait behind them
   if (C::kRows == 1) rows.expert = uniform(expert_of<C>(s, first_block, 0));
   if (warp >= C::kWarps) {
+    deallocate_registers<C::kOtherRegisters>();
     if (warp < C::kWriter) trellis_request<C>(p, s, begin, end, rows, warp - C::kProducer);
-    else trellis_write<C>(p, s, begin, end, rows);
+    else if (warp == C::kWriter) trellis_write<C>(p, s, begin, end, rows);
   } else {
+    allocate_registers<C::kConsumerRegisters>();
     trellis_consume<C>(p, s, begin, end, rows, warp, kept);
   }
 }

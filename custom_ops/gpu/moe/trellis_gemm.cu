@@ -39,6 +39,9 @@ int few_stages(int shared, int k, int experts) {
 }
 
 #ifdef CCQ_SM90A
+static_assert(TrellisFewConfig<4, 1>::shared_bytes(8192, kMaxExperts) + TrellisFewConfig<4, 1>::kLeastStages * TrellisFewConfig<4, 1>::kStageBytes <= 227 * 1024,
+              "rows of 8192 fit for any number of experts");
+
 // As in moe_gemm.cu: 16-column tiles a warp, rows, stages.
 template <bool kBf16, typename F>
 auto with_trellis_wide(int variant, F&& use) {
@@ -82,11 +85,10 @@ cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int va
   });
 }
 
-// Warps that multiply, the most rows of a tile, stages.
+// By the most rows of a tile.
 template <bool kBf16, typename F>
 auto with_trellis_some(int variant, F&& use) {
-  // A tile of 16 rows takes more registers than sixteen warps have.
-  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 16, 8, 4>{}) : use(TrellisSomeConfig<kBf16, 8, 16, 4>{});
+  return variant == kTrellisSome ? use(TrellisSomeConfig<kBf16, 8>{}) : use(TrellisSomeConfig<kBf16, 16>{});
 }
 
 template <bool kBf16>

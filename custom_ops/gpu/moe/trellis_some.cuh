@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM with CCQ-2T weights for some rows an expert, on Hopper (sm_90a), in integers.
 //
-// A tile has 512 columns and up to 16 rows, and its weights, decoded once, meet all of them: `wgmma` takes the hash words of the code
-// bytes as they stand (trellis.cuh) from registers, and from shared memory activations as signed digits, which a kernel before this
-// one has made. A group's sums are integers, exact; they meet the group's scale and are added up as integers, of 64 groups at most.
+// A tile has 512 columns and up to 16 rows, and its weights, decoded once, meet all of them: the tensor cores take the hash words of
+// the code bytes as they stand (trellis.cuh) from registers, and activations as signed digits, which a kernel before this one has
+// made. A group's sums are integers, exact; they meet the group's scale and are added up as integers, of 64 groups at most.
 //
-// Work and warps are moe_wide.cuh's: tiles in waves, the remaining ones cut along K; eight or sixteen warps multiply, four request. A stage is 256
-// input rows: of each 64 columns one copy of 4 KB, and 4 KB of activations for each 4 rows.
+// Work is moe_wide.cuh's: tiles in waves, the remaining ones cut along K. Sixteen warps multiply, four request. A stage is 256 input
+// rows: of each 64 columns one copy of 4 KB, and 4 KB of activations for each 4 rows.
+//
+// A tile's rows are multiplied four at a time. Four alone go through `mma.sync`: it takes 6 cycles in which the scheduler does nothing
+// else, `wgmma` with so few columns of activations 13. From eight rows on `wgmma` costs less.
 #pragma once
 
 #include "gemm_launch.cuh"
 #include "moe_wide.cuh"
 #include "trellis_few.cuh"
+#include "trellis_wgmma.cuh"
 #include "wide_trellis.cuh"
 
 namespace ccq {
@@ -27,15 +31,16 @@ struct IntegerTrellisWeights : TrellisWeights {
   }
 };
 
-// kWarps: those that multiply, each kR 16-column tiles. kN: the most rows of a tile; one with half of them or less has code of its own.
-template <bool kBf16_, int kWarps_, int kN_, int kStages_>
+// kN: the most rows of a tile, 8 or 16, which are multiplied four at a time.
+template <bool kBf16_, int kN_>
 struct TrellisSomeConfig {
   using Weights = IntegerTrellisWeights;
   static constexpr bool kBf16 = kBf16_;  // the outputs' type
-  static constexpr int kWarps = kWarps_, kR = 32 / kWarps, kN = kN_, kNT = kN / 8, kClasses = 2, kStages = kStages_, kMinBlocks = 1, kUnits = 2;
-  static constexpr int kProducers = 4, kThreads = (kWarps + kProducers) * 32, kTiles = kR * kWarps;
-  // Registers of a thread: 168 or 96 at the beginning; then those of the warps that request, and of those that multiply.
-  static constexpr int kProducerRegisters = kWarps == 8 ? 40 : 64, kConsumerRegisters = kWarps == 8 ? 232 : 104;
+  static constexpr int kN = kN_, kNT = kN / 8, kClasses = 2, kStages = 4, kUnits = 2, kMinBlocks = 1;
+  // Sixteen warps multiply, each two 16-column tiles; four request.
+  static constexpr int kWarps = 16, kR = 2, kTiles = kR * kWarps, kProducers = 4, kThreads = (kWarps + kProducers) * 32;
+  // Registers of a thread: 96 at the beginning; then those of the warps that request, and of those that multiply.
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
   static constexpr int kMostGroups = 64;  // whose sums a 32-bit integer holds: 64 * 15 * 64 * 255 * 128 < 2^31
   // A stage: the activations, four rows after four rows; of each 64 columns two units of weights.
   static constexpr int kRowsBytes = kNT * kTrellisRowsBytes;
@@ -81,53 +86,6 @@ trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k
   }
 }
 
-#define CCQ_D4(d, j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
-// d[64 x 8 * blocks] = a[64 x 32] * b[32 x 8 * blocks], or added to d; unsigned bytes by signed bytes. Of the 64 rows a warp has 16.
-template <bool kAdd>
-__device__ inline void wgmma_trellis(int (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k32.s32.u8.s8 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p; }\n"
-      : CCQ_D4(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
-      : "memory");
-#endif
-}
-template <bool kAdd>
-__device__ inline void wgmma_trellis(int (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p; }\n"
-      : CCQ_D4(d, 0), CCQ_D4(d, 1)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
-      : "memory");
-#endif
-}
-template <bool kAdd>
-__device__ inline void wgmma_trellis(int (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-      "{%16,%17,%18,%19}, %20, p; }\n"
-      : CCQ_D4(d, 0), CCQ_D4(d, 1), CCQ_D4(d, 2), CCQ_D4(d, 3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0)
-      : "memory");
-#endif
-}
-// Until at most kPending groups are under way; then d may be read.
-template <int kPending, int kBlocks>
-__device__ inline void wgmma_wait_for(int (&d)[kBlocks][4]) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned %4;\n" : CCQ_D4(d, 0) : "n"(kPending) : "memory");
-#pragma unroll
-  for (int j = 1; j < kBlocks; ++j) asm volatile("" : CCQ_D4(d, j)::"memory");
-#endif
-}
-#undef CCQ_D4
-
 template <typename C>
 struct SomeShared : WideShared<C> {
   // K in stages.
@@ -145,6 +103,7 @@ __device__ void produce_some(const GemmParams& p, int own) {
   const int lane = threadIdx.x % 32, tiles_n = p.n / 16, blocks_k = p.k / 128;
   int stage = 0, slot = 0, last_tile = -1;
   uint32_t parity = 1;  // of the round before: passed at once in the first
+  const uint64_t policy = streaming_policy();
   for (WaveIterator<C> at(schedule); at.left > 0; at.next(schedule)) {
     const WideWorkTile work = at.work_tile(schedule);
     const int first = work.column * C::kTiles, there = min(C::kTiles, tiles_n - first), fours = (there + 3) / 4;
@@ -171,7 +130,8 @@ __device__ void produce_some(const GemmParams& p, int own) {
     const int four = own - 1 + lane * (C::kProducers - 1);
     if (own > 0 && four < fours) {
       const size_t unit = (static_cast<size_t>(work.expert) * ((tiles_n + 3) / 4) + first / 4 + four) * blocks_k + kb;
-      bulk_copy(to + C::kRowsBytes + four * C::kFour, p.quant + unit * kTrellisUnitBytes, units * kTrellisUnitBytes, full);
+      // Weights leave the cache before activations do, which all column tiles read.
+      bulk_copy(to + C::kRowsBytes + four * C::kFour, p.quant + unit * kTrellisUnitBytes, units * kTrellisUnitBytes, full, policy);
     }
     __syncwarp();
     if (++stage == C::kStages) stage = 0, parity ^= 1;
@@ -184,84 +144,184 @@ struct SomeWarp : ConsumerWarp<C> {
   __device__ int blocks_k() const { return (this->p.k / 128 + C::kUnits - 1) / C::kUnits; }
 };
 
+// What a warp reads of a stage: its kUnits * kR pieces of a 16-column tile and 128 input rows, two groups each.
+template <typename C>
+struct SomePieces {
+  struct Raw {
+    uint4 codes;
+    uint32_t side;
+  };
+  struct Piece : Raw {
+    uint32_t before;
+  };
+  const char *codes, *sides;  // a lane's, of the warp's first tile in stage 0
+  const uint32_t selector = TrellisBefore::selector();
+  uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
+
+  __device__ explicit SomePieces(const SomeWarp<C>& w) {
+    const int first = w.warp * C::kR;
+    const char* const at = SomeShared<C>::memory() + C::kRowsBytes + first / 4 * C::kFour;
+    codes = at + first % 4 * 512 + w.lane * 16, sides = at + 2048 + first % 4 * 32 + w.lane / 4 * 4;
+    asm volatile("" : "+r"(addend0), "+r"(addend1));
+  }
+  // Piece i: unit i / kR, tile i % kR. `stage`: the stage's offset.
+  __device__ Raw load(int stage, int i) const {
+    const int at = stage + i / C::kR * kTrellisUnitBytes;
+    return {load_words(codes + at + i % C::kR * 512), *reinterpret_cast<const uint32_t*>(sides + at + i % C::kR * 32)};
+  }
+  __device__ Piece begin(const Raw& raw) const { return {raw, TrellisBefore(raw.codes, raw.side, selector).bytes}; }
+  __device__ void decode(const Piece& p, int group, uint32_t (&a)[4][4]) const {
+    if (group == 0) trellis_decode<0>(p.codes.x, p.codes.y, p.before, addend0, addend1, a);
+    else trellis_decode<1>(p.codes.z, p.codes.w, p.before, addend0, addend1, a);
+  }
+};
+
+// Adds a group's sums, times its scales, to a tile's.
+template <int kFours>
+__device__ inline void add_scaled(int (&to)[kFours][4], const int (&sums)[kFours][4], int group, uint32_t side) {
+  const int f0 = side >> 4 * group & 15, f1 = side >> (8 + 4 * group) & 15;
+#pragma unroll
+  for (int f = 0; f < kFours; ++f) {
+    to[f][0] += f0 * sums[f][0], to[f][1] += f0 * sums[f][1];
+    to[f][2] += f1 * sums[f][2], to[f][3] += f1 * sums[f][3];
+  }
+}
+
+// A stage of a tile of up to four rows, by `mma.sync`, which takes less than `wgmma` there. A group's sums meet their scales while the
+// next group is multiplied.
+template <typename C>
+__device__ void some_stage(const SomePieces<C>& pieces, SomeWarp<C>& w, int stage, int (&o)[C::kR][1][4]) {
+  constexpr int kR = C::kR, kGroups = 2 * C::kUnits;
+  const char* const rows = SomeShared<C>::memory() + stage + w.lane * 16;
+  typename SomePieces<C>::Raw next[kR];
+  typename SomePieces<C>::Piece piece[kR];
+  int d[2][kR][1][4];
+  uint32_t scales[kR];
+  auto load = [&](int unit) {  // asked for a unit ahead
+#pragma unroll
+    for (int r = 0; r < kR; ++r) next[r] = pieces.load(stage, unit * kR + r);
+  };
+  load(0);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int set = group % 2;
+    if (group % 2 == 0) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        scales[r] = piece[r].side;
+        piece[r] = pieces.begin(next[r]);
+      }
+      if (group + 2 < kGroups) load(group / 2 + 1);
+    }
+#pragma unroll
+    for (int two = 0; two < 2; ++two) {  // a lane's code bytes, two by two
+      uint32_t a[kR][4][4];
+#pragma unroll
+      for (int r = 0; r < kR; ++r) pieces.decode(piece[r], group % 2, a[r]);
+      const uint4 x = load_words(rows + group * 1024 + two * 512);
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const uint32_t(&e)[4] = a[r][2 * two];
+        if (two == 0) mma_bytes(d[set][r][0], e[0], e[1], e[2], e[3], x.x, x.y, 0, 0);
+        else mma_bytes(d[set][r][0], e[0], e[1], e[2], e[3], x.x, x.y);
+      }
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const uint32_t(&e)[4] = a[r][2 * two + 1];
+        mma_bytes(d[set][r][0], e[0], e[1], e[2], e[3], x.z, x.w);
+      }
+      if (two == 0 && group > 0)
+#pragma unroll
+        for (int r = 0; r < kR; ++r) add_scaled(o[r], d[set ^ 1][r], set ^ 1, set ? piece[r].side : scales[r]);
+    }
+  }
+  w.release(w.stage);
+#pragma unroll
+  for (int r = 0; r < kR; ++r) add_scaled(o[r], d[1][r], 1, piece[r].side);
+}
+
+// The same of more rows, by `wgmma`. With up to eight a group is decoded while the one before is multiplied; more would not fit
+// registers, and other warps decode meanwhile.
+template <typename C, int kFours>
+__device__ void some_stage(const SomePieces<C>& pieces, SomeWarp<C>& w, int stage, int (&o)[C::kR][kFours][4]) {
+  constexpr int kR = C::kR, kAll = C::kUnits * kR, kBuffers = kFours > 2 ? 1 : 2;
+  // 8 columns x 16 bytes; the other hash word's after them.
+  const uint64_t rows = static_cast<uint64_t>((shared_address(SomeShared<C>::memory() + stage) & 0x3FFFF) >> 4) | 8ull << 16 |
+                        static_cast<uint64_t>(kTrellisFourRows / 16) << 32;
+  typename SomePieces<C>::Raw next = pieces.load(stage, 0);  // asked for a piece ahead
+  int d[kBuffers][kFours][4];
+  uint32_t a[kBuffers][4][4];
+  auto multiply = [&](int i, int group) {
+    const int buffer = group % kBuffers;
+    const uint64_t from = rows + i / kR * 128 + group * 64;
+    wgmma_fence();
+    wgmma_trellis<false>(d[buffer], a[buffer][0], from);
+#pragma unroll
+    for (int j = 1; j < 4; ++j) wgmma_trellis<true>(d[buffer], a[buffer][j], from + j * 16);
+    wgmma_commit();
+  };
+  if constexpr (kBuffers == 1) {
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+      const typename SomePieces<C>::Piece piece = pieces.begin(next);
+      if (i + 1 < kAll) next = pieces.load(stage, i + 1);
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        pieces.decode(piece, group, a[0]);
+        multiply(i, group);
+        wgmma_wait_for<0>(d[0]);
+        if (i + 1 == kAll && group == 1) w.release(w.stage);
+        add_scaled(o[i % kR], d[0], group, piece.side);
+      }
+    }
+  } else {
+    typename SomePieces<C>::Piece piece = pieces.begin(next);
+    uint32_t scales = 0;
+    pieces.decode(piece, 0, a[0]);
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+      multiply(i, 0);
+      if (i + 1 < kAll) next = pieces.load(stage, i + 1);
+      if (i > 0) {
+        wgmma_wait_for<1>(d[1]);
+        add_scaled(o[(i - 1) % kR], d[1], 1, scales);
+      }
+      pieces.decode(piece, 1, a[1]);
+      multiply(i, 1);
+      wgmma_wait_for<1>(d[0]);
+      add_scaled(o[i % kR], d[0], 0, piece.side);
+      scales = piece.side;
+      if (i + 1 < kAll) {
+        piece = pieces.begin(next);
+        pieces.decode(piece, 0, a[0]);
+      }
+    }
+    // None is under way from one stage to the next, or the compiler would run them one after another.
+    wgmma_wait_for<0>(d[1]);
+    w.release(w.stage);
+    add_scaled(o[kR - 1], d[1], 1, scales);
+  }
+}
+
 // Main loop: `stages` stages of one tile into `acc`; kFours: blocks of 4 rows that are multiplied.
 template <typename C, int kFours, int kNT = (kFours + 1) / 2>
 __device__ void some_main_loop(SomeWarp<C>& w, int stages, Accumulator<C, kNT>& acc) {
-  using S = SomeShared<C>;
-  constexpr int kR = C::kR, kAll = C::kUnits * kR;  // 16-column tiles of a stage
-  const int lane = w.lane, first = w.warp * kR;
-  const char* const own = S::memory() + C::kRowsBytes + first / 4 * C::kFour + first % 4 * 512 + lane * 4;
-  const char* const own_sides = S::memory() + C::kRowsBytes + first / 4 * C::kFour + 2048 + first % 4 * 32 + lane / 4 * 4;
-  const uint32_t selector = TrellisBefore::selector();
-  const bool lower = lane & 2;
-  uint32_t addend0 = kTrellisAddend0, addend1 = kTrellisAddend1;
-  asm volatile("" : "+r"(addend0), "+r"(addend1));
+  constexpr int kR = C::kR, kMost = C::kMostGroups / (2 * C::kUnits);
+  const SomePieces<C> pieces(w);
+  const bool lower = w.lane & 2;
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
-  for (int done = 0; done < stages; done += C::kMostGroups / 4) {
-    const int to_do = min(stages - done, C::kMostGroups / 4);
-    int o[kR][kFours][4] = {}, d[2][kFours][4];
-    auto scaled = [&](int (&to)[kFours][4], const int (&from)[kFours][4], int half, uint32_t side) {
-      const int f0 = side >> 4 * half & 15, f1 = side >> (8 + 4 * half) & 15;
-#pragma unroll
-      for (int j = 0; j < kFours; ++j) {
-        to[j][0] += f0 * from[j][0], to[j][1] += f0 * from[j][1];
-        to[j][2] += f1 * from[j][2], to[j][3] += f1 * from[j][3];
-      }
-    };
+  for (int done = 0; done < stages; done += kMost) {
+    const int to_do = min(stages - done, kMost);
+    int o[kR][kFours][4] = {};
+#pragma unroll 1
     for (int i = 0; i < to_do; ++i) {
-      S::full()[w.stage].wait(w.parity);
-      const int at = w.stage * C::kStageBytes;
-      // 8 columns x 16 bytes; the other hash word's after them.
-      const uint64_t b = static_cast<uint64_t>((shared_address(S::memory() + at) & 0x3FFFF) >> 4) | 8ull << 16 |
-                         static_cast<uint64_t>(kTrellisFourRows / 16) << 32;
-      uint4 q, next;
-      uint32_t side, next_side, scales = 0, before, a[2][4][4];
-      auto load = [&](int tile) {  // what is read of the stage is asked for a tile ahead
-        const int from = at + tile / kR * kTrellisUnitBytes;
-        auto word = [&](int j) { return *reinterpret_cast<const uint32_t*>(own + from + tile % kR * 512 + j * 128); };
-        next = make_uint4(word(0), word(1), word(2), word(3));
-        next_side = *reinterpret_cast<const uint32_t*>(own_sides + from + tile % kR * 32);
-      };
-      auto begin = [&] {
-        q = next, side = next_side;
-        before = TrellisBefore(q, side, selector).bytes;
-        trellis_decode<0>(q.x, q.y, before, addend0, addend1, a[0]);
-      };
-      load(0);
-      begin();
-#pragma unroll
-      for (int tile = 0; tile < kAll; ++tile) {
-        const int r = tile % kR;
-        auto multiply = [&](int half) {
-          const uint64_t from = b + tile / kR * 128 + half * 64;
-          wgmma_fence();
-          wgmma_trellis<false>(d[half], a[half][0], from);
-#pragma unroll
-          for (int j = 1; j < 4; ++j) wgmma_trellis<true>(d[half], a[half][j], from + j * 16);
-          wgmma_commit();
-        };
-        multiply(0);
-        if (tile + 1 < kAll) load(tile + 1);
-        if (tile > 0) {
-          wgmma_wait_for<1>(d[1]);
-          scaled(o[(tile - 1) % kR], d[1], 1, scales);
-        }
-        trellis_decode<1>(q.z, q.w, before, addend0, addend1, a[1]);
-        multiply(1);
-        wgmma_wait_for<1>(d[0]);
-        scaled(o[r], d[0], 0, side);
-        scales = side;
-        if (tile + 1 < kAll) begin();
-      }
-      // None is under way from one stage to the next, or the compiler would run them one after another.
-      wgmma_wait_for<0>(d[1]);
-      w.release(w.stage);
-      scaled(o[kR - 1], d[1], 1, scales);
+      SomeShared<C>::full()[w.stage].wait(w.parity);
+      some_stage<C>(pieces, w, w.stage * C::kStageBytes, o);
       if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
     }
 #pragma unroll
@@ -314,8 +374,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) trellis_some_kernel(const Gemm
       const char* const at = S::slot(slot);
       const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(at);
       left -= work.kb_end - work.kb;
-      if (WaveSchedule<C>::class_of(work.rows) == 0) run_some_work_tile<C, C::kN / 4>(w, at, signal);
-      else run_some_work_tile<C, C::kN / 8>(w, at, signal);
+      if (work.rows <= 4) run_some_work_tile<C, 1>(w, at, signal);
+      else if (C::kN == 8 || work.rows <= 8) run_some_work_tile<C, 2>(w, at, signal);
+      else if (work.rows <= 12) run_some_work_tile<C, C::kN == 8 ? 2 : 3>(w, at, signal);
+      else run_some_work_tile<C, C::kN == 8 ? 2 : 4>(w, at, signal);
       if (++slot == C::kSlots) slot = 0;
     }
     signal.publish(w);
