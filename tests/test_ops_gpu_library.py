@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.synthetic import tiny_config, write_checkpoint
+from helpers.synthetic import tiny_config, write_checkpoint, zero_tensors
 from paddle_ccq import _core
+from paddle_ccq.codec import formats
 from paddle_ccq.encoder import layouts, recipes
 from paddle_ccq.encoder.factory import make_encoder
 from paddle_ccq.encoder.search import pair_books
@@ -23,6 +24,36 @@ from paddle_ccq.ops import gpu, gpu_build, gpu_library
 from paddle_ccq.quantize import main
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class DecodesNothing:
+    """Stands for the library: remembers the format's number and writes zeros."""
+
+    number = -1
+
+    def ccq_dequant_host(self, arguments: Any) -> int:
+        args = arguments._obj
+        self.number = args.format
+        ctypes.memset(args.out, 0, args.k * args.n * 4)
+        return 0
+
+
+@pytest.mark.parametrize("format", [name for name in formats.CCQ_FORMATS if name != "ccq-2t"])
+def test_decoding_names_the_format_by_the_headers_number(
+    monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    library = DecodesNothing()
+    monkeypatch.setattr(gpu_library, "load", lambda: library)
+    found = gpu.dequant(format, zero_tensors(format, 256, 32), "float32")
+    assert found.shape == (256, 32) and not found.any()
+    header = (ROOT / "custom_ops/gpu/common/dequant.h").read_text()
+    name = format.upper().replace("-", "").replace(".", "")
+    assert f"CCQ_{name} = {library.number}" in header
+
+
+def test_what_a_gpu_only_multiplies_with_is_not_decoded() -> None:
+    with pytest.raises(ValueError, match=r"format: ccq-2t .* ops\.dequant"):
+        gpu.dequant("ccq-2t", zero_tensors("ccq-2t", 128, 32))
 
 
 @pytest.fixture

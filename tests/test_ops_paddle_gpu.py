@@ -6,14 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paddle_ccq.codec import formats
+from helpers.synthetic import zero_tensors as stored
 from paddle_ccq.errors import CcqError
 from paddle_ccq.ops import paddle_gpu
-
-
-def stored(format: str, k: int, n: int) -> formats.Tensors:
-    specs = formats.tensor_specs(format, k, n)
-    return {s: np.zeros(shape, formats.SAFETENSORS_DTYPES[d]) for s, (shape, d) in specs.items()}
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from ..codec.row_order import (
 ACTIVATIONS = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16))
 # Codes beyond this leave 32-bit integers, where conversions differ from one processor to the next.
 CODE_LIMIT = 1 << 30
+# What ccq_dequant decodes on a GPU, by number (enum ccq_format in custom_ops/gpu/common/dequant.h).
+DECODED_ON_GPU = ("wint2", "ccq-2.5", "ccq-2.75")
 
 
 def array(value: object, name: str) -> np.ndarray:
@@ -93,6 +95,19 @@ def activations(value: object, name: str, width: int) -> np.ndarray:
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{name} must be [tokens, {width}], got {list(x.shape)}")
     return x
+
+
+def decoded_on_gpu(format: str) -> int:
+    """The number that ccq_dequant knows the format by.
+
+    Raises:
+        ValueError: for one that a GPU only multiplies with.
+    """
+    if format not in DECODED_ON_GPU:
+        raise ValueError(
+            f"format: {format} is not decoded on a GPU, only multiplied with; ops.dequant is for it"
+        )
+    return DECODED_ON_GPU.index(format)
 
 
 def stored(format: str, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int, int]:

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import formats
 from ..codec.floats import RUNTIME_DTYPES
 from . import checks, gpu_library
 from .gpu_library import DequantArgs, EncodeArgs, EncodeLayout, EncodeRecipe
 
 _RUNTIMES = ("bfloat16", "float16", "float32")
-_FORMATS = ("wint2", "ccq-2.5", "ccq-2.75")
 
 
 def _pointer(array: np.ndarray | None) -> int | None:
@@ -136,17 +134,18 @@ def dequant(format: str, tensors: Mapping[str, np.ndarray], dtype: str = "bfloat
     """ccq_dequant on the GPU: as ops.dequant, bit for bit.
 
     Raises:
-        ValueError: naming the tensor or argument that does not fit.
+        ValueError: naming the tensor or argument that does not fit; ccq-2t is decoded by the CPU's
+            operator alone.
         CcqError: without the GPU library, or when the GPU fails.
     """
     if dtype not in RUNTIME_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(RUNTIME_DTYPES)}, got {dtype!r}")
     found, k, n = checks.stored(format, tensors)
-    assert set(_FORMATS) == set(formats.CCQ_FORMATS)
+    number = checks.decoded_on_gpu(format)
     library = gpu_library.load()
     out = np.empty((k, n), RUNTIME_DTYPES[dtype])
     args = DequantArgs(
-        format=_FORMATS.index(format),
+        format=number,
         runtime=_RUNTIMES.index(dtype),
         k=k,
         n=n,

@@ -171,11 +171,8 @@ def dequant(format: str, tensors: Mapping[str, np.ndarray], dtype: str = "bfloat
             operator alone.
         CcqError: without the compiled ops.
     """
-    if format == "ccq-2t":
-        raise ValueError(
-            "format: ccq-2t is not decoded on a GPU, only multiplied with; ops.dequant is for it"
-        )
     found, _, _ = checks.stored(format, tensors)
+    checks.decoded_on_gpu(format)
     rest = (found.get(name) for name in ("weight_scale", "code_scale", "code_zp"))
     inputs = [None if t is None else _upload(t) for t in (*(found[s] for s in _STORED), *rest)]
     return call("ccq_dequant", *inputs, format, dtype)[0]

@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from paddle_ccq.codec import formats
+
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
@@ -225,3 +227,9 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     )
+
+
+def zero_tensors(format: str, k: int, n: int) -> formats.Tensors:
+    """One stored matrix of the format, all of whose bytes are zero."""
+    specs = formats.tensor_specs(format, k, n)
+    return {s: np.zeros(shape, formats.SAFETENSORS_DTYPES[d]) for s, (shape, d) in specs.items()}
