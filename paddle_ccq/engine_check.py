@@ -20,6 +20,7 @@ from .json_files import load_json
 from .ops.gpu_abi import trellis_bytes
 
 GIB = 1 << 30
+MOST_GIBIBYTES = 1 << 20
 # Tokens of a sequence where --max-model-len is not given and the model was made for more.
 DEFAULT_LENGTH = 32768
 
@@ -51,6 +52,17 @@ def loaded_bytes(planned: PlannedTensor) -> int:
     # Units repeat the byte before each of their blocks (trellis_repack.h).
     (rows, columns), *_ = (s for name, _, s in planned.specs if name.endswith(".quant_weight"))
     return sum(trellis_bytes(rows * ROWS_PER_BYTE, columns))
+
+
+def card_bytes(gibibytes: float) -> int:
+    """--gpu-memory in bytes.
+
+    Raises:
+        CcqError: for more than any card has.
+    """
+    if gibibytes > MOST_GIBIBYTES:
+        raise CcqError(f"--gpu-memory {gibibytes:g}: more GiB than any card has")
+    return int(gibibytes * GIB)
 
 
 @dataclass(frozen=True)

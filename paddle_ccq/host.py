@@ -18,14 +18,20 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+# Beyond any machine; the core counts threads in 32 bits.
+MOST_THREADS = 1 << 16
+
+
 def thread_count(threads: int | None) -> int:
     """The number asked for, or all processors.
 
     Raises:
-        CcqError: for a number below 1.
+        CcqError: for a number below 1, and for one that no machine has.
     """
     if threads is not None and threads < 1:
         raise CcqError(f"--threads {threads}: must be at least 1")
+    if threads is not None and threads > MOST_THREADS:
+        raise CcqError(f"--threads {threads}: must be at most {MOST_THREADS}")
     return threads or default_threads()
 
 

@@ -154,3 +154,12 @@ def test_generic_needs_the_weights(made, tmp_path):
         quantize(tmp_path / "alone", dry_run=True, family="generic", **OPTIONS)
     with pytest.raises(CcqError, match="--family x: not one of generic"):
         quantize(tmp_path / "alone", dry_run=True, family="x", **OPTIONS)
+
+
+def test_generic_is_not_written_for_fastdeploy(tmp_path: Path) -> None:
+    """Said of the flags: the architecture may well be one that FastDeploy serves."""
+    from helpers.synthetic import write_checkpoint
+
+    write_checkpoint(tmp_path / "m")
+    with pytest.raises(CcqError, match="--target fastdeploy: --family generic is written in"):
+        quantize(tmp_path / "m", tmp_path / "out", family="generic", target="fastdeploy")

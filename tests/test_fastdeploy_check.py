@@ -232,6 +232,7 @@ def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
         (["--gpu-memory", "-1"], "--gpu-memory must be positive"),
         (["--gpu-memory", "nan"], "--gpu-memory: 'nan' is not a number"),
         (["--gpu-memory", "inf"], "--gpu-memory: 'inf' is not a number"),
+        (["--gpu-memory", "1e300"], "--gpu-memory 1e+300: more GiB than any card has"),
         (["--gpu-memory", "24", "--gpu-memory-utilization", "nan"], "is not a number"),
         (["--gpu-memory", "24", "--max-num-batched-tokens", "0"], "FastDeploy wants 128"),
         (["--gpu-memory", "24", "--draft-tokens", "-1"], "--draft-tokens -1"),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from paddle_ccq import host
-from paddle_ccq.host import use_fast_products
+from paddle_ccq.errors import CcqError
+from paddle_ccq.host import thread_count, use_fast_products
 
 VARIABLE = "MKL_DEBUG_CPU_TYPE"
 FLAGS = "flags\t\t: fpu sse2 fma sse4_2 avx f16c avx2 bmi2\n"
@@ -67,3 +68,9 @@ def test_what_a_stripe_raises_is_raised(monkeypatch):
 
     with pytest.raises(ValueError, match="the second"):
         host.on_stripes(work, 128, 64)
+
+
+def test_more_threads_than_any_machine_has() -> None:
+    assert thread_count(65536) == 65536
+    with pytest.raises(CcqError, match="--threads 65537: must be at most 65536"):
+        thread_count(65537)

@@ -255,3 +255,9 @@ def test_rules_file(tmp_path):
     assert load_rules(path) == (Rule("*.o_proj", "bf16"), Rule("*.qkv_proj", "wint8"))
     with pytest.raises(CcqError, match="no such file"):
         load_rules(tmp_path / "none.yaml")
+
+
+def test_a_number_of_ranks_beyond_all_heads_is_refused_at_once():
+    """Every size up to the number asked for was tried before."""
+    with pytest.raises(CcqError, match=r"sizes that work: 1$"):
+        build_plan(read_config(tiny_config()), tensor_parallel_size=10**12)

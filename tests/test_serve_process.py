@@ -143,6 +143,7 @@ def write_random_packed(folder: Path, values: dict) -> None:
         (["/nowhere/at/all"], "no such folder"),
         (["--max-model-len", "4096"], "max_position_embeddings"),
         (["--kv-cache-tokens", "100"], "--kv-cache-tokens 100"),
+        (["--kv-cache-tokens", "100000000000000000"], "does not give so much memory"),
         (["--host", "203.0.113.7"], "--host 203.0.113.7"),
     ],
 )
@@ -152,6 +153,7 @@ def test_mistakes_are_one_line(
     from paddle_ccq.serve import main
 
     folder = [] if flags[0].startswith("/") else [str(quantized_folder())]
+    capsys.readouterr()  # what making the folder said
     assert main([*folder, *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -149,3 +149,8 @@ def test_the_default_length_of_a_text_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(nested))
     assert default_length(tmp_path) == 1000 and default_length(tmp_path, 64) == 960
     assert default_length(tmp_path, 4096) == 4096 and default_length(tmp_path / "no") == 32768
+
+
+def test_a_card_larger_than_any(made: Path, capsys) -> None:
+    assert main([str(made), "--gpu-memory", "1e300"]) == 2
+    assert "--gpu-memory 1e+300: more GiB than any card has" in capsys.readouterr().err

@@ -329,8 +329,8 @@ def _check_tensor_parallel(
         raise CcqError(whole)
     found = problem(size)
     if found:
-        most = max(config.num_attention_heads, size)
-        works = [str(n) for n in range(1, most + 1) if not problem(n)]
+        # More ranks than heads never work.
+        works = [str(n) for n in range(1, config.num_attention_heads + 1) if not problem(n)]
         raise CcqError(
             f"--tensor-parallel-size {size} does not fit this model: {found}; sizes that work:"
             f" {', '.join(works)}"

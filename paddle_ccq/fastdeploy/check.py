@@ -16,7 +16,7 @@ from ..checkpoint.manifest import NO_MANIFEST, read_manifest
 from ..command import run_command
 from ..engine_check import (
     DEFAULT_LENGTH,
-    GIB,
+    card_bytes,
     check_positive,
     check_utilization,
     default_length,
@@ -285,7 +285,7 @@ def serve_config_from_arguments(args: argparse.Namespace, cards: list[Card]) -> 
         batched = min(DEFAULT_BATCHED_TOKENS, length * args.max_num_seqs)
     return ServeConfig(
         tensor_parallel_size=args.tensor_parallel_size,
-        card_bytes=smallest if memory is None else int(memory * GIB),
+        card_bytes=smallest if memory is None else card_bytes(memory),
         max_model_len=length,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=batched,

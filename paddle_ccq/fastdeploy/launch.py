@@ -17,10 +17,10 @@ from pathlib import Path
 from ..addresses import http_address, local
 from ..arguments import Arguments, number, whole
 from ..command import run_command
+from ..engine_check import card_bytes
 from ..errors import CcqError
 from .cards import Card, find_cards
 from .check import check, judge_machine, print_result
-from .memory import GIB
 from .plugin import GROUP, NAME, SUPPORTED
 from .releases import DEFAULT_RELEASE, Release, release_of
 from .server_flags import PORTS, server_command, shown
@@ -118,7 +118,7 @@ def _checked(
         raise CcqError("--gpu-memory: needed, since nvidia-smi finds no card here")
     memory = min((c.memory for c in cards), default=0)
     if args.gpu_memory is not None:
-        memory = int(args.gpu_memory * GIB)
+        memory = card_bytes(args.gpu_memory)
     named = environment.get("FD_PLUGINS", os.environ.get("FD_PLUGINS", "")).split(",")
     serve = serve_config_of(settings, release, memory, plugin=NAME in named)
     result = check(model, serve)

@@ -207,7 +207,10 @@ def load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise CcqError(f"{path}: cannot be loaded: {error}") from error
+        raise CcqError(
+            f"{path}: cannot be loaded: {error}; build it again with"
+            " `python -m paddle_ccq.ops.gpu_library`, or install the wheel of the same release"
+        ) from error
     _check_version(library, path)
     try:
         library.ccq_error_text.restype = ctypes.c_char_p

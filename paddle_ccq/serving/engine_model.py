@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.reader import Checkpoint
+from ..errors import CcqError
 from ..models.weights import ExactWeights
 from ..ops.attention import attend
 from ..ops.gpu_memory import Device
@@ -81,9 +82,13 @@ class EngineModel:
 
     def new_cache(self, tokens: int) -> KVCache:
         config = self.config
-        return KVCache(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, tokens
-        )
+        shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        try:
+            return KVCache(*shape, tokens)
+        except (OSError, OverflowError, ValueError, MemoryError):
+            raise CcqError(
+                f"--kv-cache-tokens {tokens}: the system does not give so much memory"
+            ) from None
 
     def forward(self, pieces: Sequence[Piece], cache: KVCache) -> np.ndarray:
         """Logits float32 [pieces that want them, vocab]; the cache takes up all tokens."""

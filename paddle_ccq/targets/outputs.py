@@ -11,6 +11,7 @@ from ..checkpoint.plan import Plan, Target
 from ..errors import CcqError
 from ..families.config import ModelConfig
 from ..families.ernie45 import ERNIE45
+from ..families.generic import GENERIC
 from .fastdeploy.card import model_card as fastdeploy_card
 from .fastdeploy.config import output_config as fastdeploy_config
 from .fastdeploy.layout import DEFAULT_LAYOUT, FastDeploy, wint4_end_layer
@@ -82,6 +83,11 @@ class TargetChoice:
         name = self.name or (FASTDEPLOY if served else HUGGINGFACE)
         engine = FastDeploy(self.fastdeploy_layout, self.plugin_layout)
         if name == FASTDEPLOY:
+            if config.family is GENERIC:
+                raise CcqError(
+                    f"--target {FASTDEPLOY}: --family generic is written in Hugging Face's naming"
+                    " alone; leave one of the two out"
+                )
             if not served:
                 other = next(iter(config.architectures), "other models")
                 reads = ", which vLLM reads" if is_served(config) else ""

@@ -20,9 +20,9 @@ from ..checkpoint.companions import TOKENIZER_CONFIG
 from ..command import run_command
 from ..engine_check import (
     DEFAULT_LENGTH,
-    GIB,
     CardMemory,
     CheckResult,
+    card_bytes,
     check_positive,
     check_utilization,
     default_length,
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
         write_json = reporting.json_writer(args)
         serve = ServeConfig(
-            card_bytes=int(args.gpu_memory * GIB),
+            card_bytes=card_bytes(args.gpu_memory),
             parallel=Parallel(
                 args.tensor_parallel_size, args.pipeline_parallel_size, args.enable_expert_parallel
             ),

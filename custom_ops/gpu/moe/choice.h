@@ -267,7 +267,7 @@ constexpr StreamCost kTrellisFewCosts[] = {
 constexpr SomeCost kTrellisSomeCosts[] = {
     {kTrellisSome, 8, 4, 11.0, 0.317, 0.587, 0.110}, {kTrellisSome + 1, 16, 4, 11.5, 0.377, 0.565, 0.135},
 };
-constexpr double kTrellisDigits = 7.8;
+constexpr double kTrellisDigits = 3.0;
 // Of moe_wide.cuh as WideCost, besides what a launch takes.
 struct TrellisCost : WideCost {
   double start;

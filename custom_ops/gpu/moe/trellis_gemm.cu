@@ -99,8 +99,8 @@ cudaError_t launch_some(const Device& device, const ccq_moe_gemm_args& a, int va
   p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.out = a.out;
   p.prepared = w.prepared, p.partial = w.partial, p.caller_scale = w.prepared.row_scale;
   p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
-  const cudaError_t error = launch_early(trellis_prepare_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.offsets, a.experts, a.k,
-                                         a.dtype, a.row_scale, kWarpsPerSm * device.sms, w.prepared);
+  const cudaError_t error = launch_early(trellis_prepare_kernel<kBf16>, trellis_prepare_blocks(a.rows, a.experts), kPrepareThreads, 0,
+                                         stream, a.x, a.offsets, a.rows, a.experts, a.k, a.row_scale, kWarpsPerSm * device.sms, w.prepared);
   if (error != cudaSuccess) return error;
   return with_trellis_some<kBf16>(variant, [&](auto config) {
     using C = decltype(config);

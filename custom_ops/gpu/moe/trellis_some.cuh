@@ -15,13 +15,11 @@
 #include "gemm_launch.cuh"
 #include "moe_wide.cuh"
 #include "trellis_few.cuh"
+#include "trellis_prepare.cuh"
 #include "trellis_wgmma.cuh"
 #include "wide_trellis.cuh"
 
 namespace ccq {
-
-// Of 4 rows and 256 input rows: [4 groups][4 code bytes of a lane][2 hash words][upper digits of 4 rows, lower digits][4 lanes][4 bytes].
-constexpr int kTrellisFourRows = kTrellisRowsBytes / 2;
 
 struct IntegerTrellisWeights : TrellisWeights {
   template <bool kBf16>
@@ -51,40 +49,6 @@ struct TrellisSomeConfig {
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
   static constexpr size_t shared_bytes(int experts) { return 1024 + kScheduleAt + WaveSchedule<TrellisSomeConfig>::shared_bytes(experts); }
 };
-
-// A row's values become digits of integers with one scale, at their place in blocks of 8 rows (prepare.cuh, first_prepared_block).
-static __global__ void __launch_bounds__(kPrepareThreads)
-trellis_prepare_kernel(const void* x, const int64_t* offsets, int experts, int k, int dtype, const float* row_scale, int counters, Prepared out) {
-  wait_for_prerequisites();
-  dependents_may_start();
-  __shared__ uint32_t largest_of_warp[kPrepareThreads / 32];
-  const int row = blockIdx.x, chunks = k / 16;
-  if (row == 0)
-    for (int i = threadIdx.x; i < counters; i += kPrepareThreads) out.counters[i] = 0;
-  Chunk chunk{};
-  if (static_cast<int>(threadIdx.x) < chunks) chunk.load(static_cast<const char*>(x) + static_cast<size_t>(row) * k * 2, threadIdx.x);
-  const RowToPrepare own_row(x, offsets, experts, k);
-  if (own_row.expert >= experts) return;
-  const char* const from = own_row.from;
-  const int place = own_row.place(own_row.start());
-  const IntegerScale own(own_row.largest(chunk, chunks, dtype, largest_of_warp));
-  if (threadIdx.x == 0) out.row_scale[row] = row_scale ? own.back * row_scale[row] : own.back;
-  char* const to = out.x + static_cast<size_t>(place / 8) * ((k + 255) / 256) * kTrellisRowsBytes + place % 8 / 4 * kTrellisFourRows + place % 4 * 16;
-  // Whole stages: what lies behind the last input row is zero, for weights there are whatever shared memory held.
-  for (int c = threadIdx.x; c < (chunks + 15) / 16 * 16; c += kPrepareThreads) {
-    if (c >= chunks) chunk = Chunk{};
-    else if (c >= kPrepareThreads) chunk.load(from, c);
-    float v[16];
-    chunk.values(dtype, v);
-    char* const at = to + static_cast<size_t>(c / 16) * kTrellisRowsBytes + c / 4 % 4 * 1024 + c % 4 * 4;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const TrellisDigits d(v[2 * j], v[2 * j + 1], own.scale);
-      *reinterpret_cast<uint32_t*>(at + j * 128) = d.upper;
-      *reinterpret_cast<uint32_t*>(at + j * 128 + 64) = d.lower;
-    }
-  }
-}
 
 template <typename C>
 struct SomeShared : WideShared<C> {
