@@ -69,7 +69,7 @@ def test_values_that_cannot_be_stored_are_set_to_zero_if_asked(made, tmp_path):
     ("flags", "problem"),
     [
         (["--target", "fastdeploy"], "and no Qwen3MoeForCausalLM; leave --target out"),
-        (["--target", "fastdeploy", "--family", "generic"], "and no Qwen3MoeForCausalLM; leave"),
+        (["--target", "fastdeploy", "--family", "generic"], "leave one of the two out"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size: is for --target fastdeploy"),
         (["--fastdeploy-layout", "2.0"], "--fastdeploy-layout: is for --target fastdeploy"),
         (["--calibration", "TEXT"], "--calibration: computes the model"),
