@@ -126,16 +126,21 @@ def test_the_printed_command_stays_within_the_model(short: Path, capsys) -> None
     assert "max_position_embeddings of the model is 2048" in said and "vllm serve" not in said
 
 
-def test_the_tokenizer_can_allow_less(short: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_can_allow_less(short: Path, tmp_path: Path, capsys) -> None:
     copy = Path(shutil.copytree(short, tmp_path / "copy"))
     (copy / "ccq-manifest.json").unlink()
     (copy / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
     problems = check(copy, replace(SERVE, max_model_len=2048)).problems
     assert any("model_max_length of the model is 1024" in problem for problem in problems)
     assert not check(copy, replace(SERVE, max_model_len=1024)).problems
-    # What transformers writes for "no limit".
-    (copy / "tokenizer_config.json").write_text('{"model_max_length": 1e30}')
-    assert not check(copy, replace(SERVE, max_model_len=2048)).problems
+    assert main([str(copy), "--gpu-memory", "24"]) == 0
+    assert "--max-model-len 1024 " in capsys.readouterr().out
+    # What transformers writes for "no limit", and what states none.
+    for value in ("1e30", "Infinity", "NaN", "0", "true", '"many"', "null"):
+        (copy / "tokenizer_config.json").write_text(f'{{"model_max_length": {value}}}')
+        assert not check(copy, replace(SERVE, max_model_len=2048)).problems
+        assert main([str(copy), "--gpu-memory", "24"]) == 0
+        assert "--max-model-len 2048 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("positions", [None, "many", 0])

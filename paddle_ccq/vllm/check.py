@@ -7,6 +7,7 @@ python -m paddle_ccq.vllm.check DIR --gpu-memory 140.4 [--tensor-parallel-size 2
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from .. import reporting
 from ..arguments import Arguments, count, number
 from ..checkpoint.companions import TOKENIZER_CONFIG
+from ..checkpoint.source import snapshot_folder
 from ..command import run_command
 from ..engine_check import (
     DEFAULT_LENGTH,
@@ -106,15 +108,28 @@ def _judge_packed(
     return packed_memory.card_memory(inspection.plan, serve)
 
 
+def _tokenizer_length(folder: Path) -> int | None:
+    """The tokens of a sequence that the folder's tokenizer allows; None: it states no limit."""
+    path = folder / TOKENIZER_CONFIG
+    found = load_json(path) if path.is_file() else None
+    length = found.get("model_max_length") if isinstance(found, dict) else None
+    if type(length) not in (int, float) or not 1 <= length < math.inf:
+        return None
+    return int(length)
+
+
+def _default_length(folder: Path) -> int:
+    """--max-model-len where it is not given: within what config.json and the tokenizer state."""
+    tokenizer = _tokenizer_length(snapshot_folder(folder))
+    return min(default_length(folder), tokenizer or DEFAULT_LENGTH)
+
+
 def _judge_length(serve: ServeConfig, config: Any, folder: Path, result: CheckResult) -> None:
     """What vLLM makes of --max-model-len (config/model.py, _get_and_verify_max_len)."""
     values = getattr(config, "values", config.raw)
     stated = {"max_position_embeddings": values.get("max_position_embeddings")}
-    tokenizer = folder / TOKENIZER_CONFIG
-    if tokenizer.is_file():
-        found = load_json(tokenizer)
-        stated["model_max_length"] = found.get("model_max_length") if isinstance(found, dict) else 0
-    numbers = {key: n for key, n in stated.items() if isinstance(n, (int, float)) and n > 0}
+    stated["model_max_length"] = _tokenizer_length(folder)
+    numbers = {k: n for k, n in stated.items() if type(n) in (int, float) and 0 < n < math.inf}
     if not numbers:
         return
     key = min(numbers, key=lambda name: numbers[name])
@@ -207,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             parallel=Parallel(
                 args.tensor_parallel_size, args.pipeline_parallel_size, args.enable_expert_parallel
             ),
-            max_model_len=args.max_model_len or default_length(Path(args.folder)),
+            max_model_len=args.max_model_len or _default_length(Path(args.folder)),
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             gpu_memory_utilization=args.gpu_memory_utilization,
