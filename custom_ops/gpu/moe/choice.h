@@ -33,7 +33,7 @@ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // (seven and eight shapes, 32 to 4096 tokens, bfloat16, integer pairs), which they meet within 1 to 8 % in the mean.
 struct WideCost {
   int variant, columns, rows;
-  double unit, half_unit, tile, start = 0;
+  double unit, half_unit, tile, start;
 };
 constexpr WideCost kWideCosts[] = {
     {kWide, 512, 32, 1.590, 1.346, 0.72, 11.9},     {kWide + 1, 512, 48, 1.832, 1.440, 0.86, 12.1},
@@ -210,7 +210,7 @@ inline bool few_tiles(const Gpu& gpu, const Call& call) {
   return static_cast<int64_t>(blocks) * ceil_div(call.n, 256) <= gpu.sms / 2;
 }
 
-// Some rows of each of several experts, on Hopper: the least of three kernels' costs. -1: another kernel.
+// Some rows of each of several experts, on Hopper: the least cost of few_stream.cuh, some_stream.cuh and moe_wide.cuh. -1: another kernel.
 template <typename F>
 int hopper_choice(const Gpu& gpu, const Call& call, F&& fits) {
   if (call.experts == 1 || call.k < 1536) return -1;
@@ -268,15 +268,12 @@ constexpr SomeCost kTrellisSomeCosts[] = {
     {kTrellisSome, 8, 4, 11.0, 0.317, 0.587, 0.110}, {kTrellisSome + 1, 16, 4, 11.5, 0.377, 0.565, 0.135},
 };
 constexpr double kTrellisDigits = 3.0;
-// Of moe_wide.cuh as WideCost, besides what a launch takes.
-struct TrellisCost : WideCost {
-  double start;
-};
-constexpr TrellisCost kTrellisWideCosts[] = {
-    {{kWide, 512, 32, 1.875, 1.776, 1.95}, 3},     {{kWide + 1, 512, 48, 2.150, 1.942, 1.08}, 3},
-    {{kWide + 2, 512, 64, 2.426, 1.992, 0.35}, 3}, {{kWide + 3, 256, 96, 1.560, 1.165, 0}, 3},
-    {{kWide + 4, 256, 128, 1.894, 1.249, 0}, 3},   {{kWide + 5, 256, 144, 1.950, 1.950, 1}, 3},
-    {{kWide + 6, 128, 256, 1.489, 1.489, 1.89}, 3},
+// Of moe_wide.cuh.
+constexpr WideCost kTrellisWideCosts[] = {
+    {kWide, 512, 32, 1.875, 1.776, 1.95, 3},     {kWide + 1, 512, 48, 2.150, 1.942, 1.08, 3},
+    {kWide + 2, 512, 64, 2.426, 1.992, 0.35, 3}, {kWide + 3, 256, 96, 1.560, 1.165, 0, 3},
+    {kWide + 4, 256, 128, 1.894, 1.249, 0, 3},   {kWide + 5, 256, 144, 1.950, 1.950, 1, 3},
+    {kWide + 6, 128, 256, 1.489, 1.489, 1.89, 3},
 };
 
 // Fewer tiles than multiprocessors are cut along K, into eight at most (waves.cuh).
@@ -306,7 +303,7 @@ int trellis_choice(const Gpu& gpu, const Call& call, bool has_wide, F&& fits) {
   if (mean <= 24)
     for (const SomeCost& c : kTrellisSomeCosts) consider(c.variant, trellis_some_cost(gpu, call, c));
   if (mean >= kManyRows || best < 0)
-    for (const TrellisCost& c : kTrellisWideCosts) consider(c.variant, c.start + wide_cost(gpu, call, c));
+    for (const WideCost& c : kTrellisWideCosts) consider(c.variant, wide_cost(gpu, call, c));
   return best;
 }
 

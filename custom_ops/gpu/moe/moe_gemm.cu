@@ -2,8 +2,8 @@
 // Choice of kernel, workspace and launch of the grouped GEMM (moe_gemm.h).
 //
 // Five kernels: moe_few.cuh and few_stream.cuh for few rows an expert, some_stream.cuh and moe_gemm.cuh for some, moe_wide.cuh for
-// some (wide_halves.cu) and many. few_stream.cuh, some_stream.cuh and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that sm_90a is among the targets;
-// without it, and on other GPUs, the other two serve all.
+// more (wide_halves.cu) and many. few_stream.cuh, some_stream.cuh and moe_wide.cuh are compiled with -DCCQ_SM90A, which says that
+// sm_90a is among the targets; without it, and on other GPUs, the other two serve all.
 
 #include "moe_gemm.h"
 

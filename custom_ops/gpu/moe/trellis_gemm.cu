@@ -59,7 +59,7 @@ auto with_trellis_wide(int variant, F&& use) {
 // One of choice.h's candidates has the configuration's tiles.
 template <typename C>
 constexpr bool of_trellis_wide() {
-  for (const TrellisCost& c : kTrellisWideCosts)
+  for (const WideCost& c : kTrellisWideCosts)
     if (c.columns == C::kTiles * 16 && c.rows == C::kN) return c.columns * c.rows / 4 == C::kPartialFloat4;
   return false;
 }

@@ -106,7 +106,8 @@ struct WideDecoder : TileCodes<kPairs, kR, kTiles, kUnits> {
       }
     }
   }
-  };
+};
+
 // WINT2 as moe_wide.cuh's weights. Bytes of a unit of `tiles` 16-column tiles and of what is known of their columns; copies of them,
 // by all lanes of a producer warp; decoding, by a consumer warp.
 //
