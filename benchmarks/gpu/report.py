@@ -127,7 +127,8 @@ def general_markdown(result: dict) -> str:
     times = {case: each["ccq"]["us"] for case, each in found.items()}
     shapes = list(dict.fromkeys(shape for shape, pairs, _ in times if pairs == "general"))
     tokens = sorted({t for _, pairs, t in times if pairs == "general"})
-    lines = ["| shape | " + " | ".join(f"{t} tokens" for t in tokens) + " |"]
+    names = (f"{t} tokens" if t > 1 else "1 token" for t in tokens)
+    lines = ["| shape | " + " | ".join(names) + " |"]
     lines.append("|---|" + "---:|" * len(tokens))
     for shape in shapes:
         cells = [shape]
@@ -222,7 +223,8 @@ def main() -> None:
         note = heading(result) + "."
         integer = {**result, "gemm": [r for r in result["gemm"] if r["pairs"] == "integer"]}
         put_into_doc("docs/notes/kernels.md", "moe_gemm", f"{note}\n\n{markdown(integer)}")
-        put_into_doc("docs/notes/kernels.md", "general pairs", general_markdown(result))
+        if len(integer["gemm"]) < len(result["gemm"]):
+            put_into_doc("docs/notes/kernels.md", "general pairs", general_markdown(result))
         put_into_doc("docs/notes/kernels.md", "moe_block", block_markdown(result))
         plot(result, str(ROOT / "docs" / "notes" / "kernels.svg"))
 
