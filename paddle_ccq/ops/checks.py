@@ -196,7 +196,11 @@ def row_order(value: str) -> np.ndarray:
 
 
 def row_order_of(format: str, value: str) -> str:
-    """The row order of a format's stored rows, of which ccq-2t has one alone."""
+    """The row order of a format's stored rows, of which ccq-2t has one alone.
+
+    Raises:
+        ValueError: for an order that is not known, or that the format does not have.
+    """
     row_order(value)
     if format == trellis.NAME and value != PLAIN:
         raise ValueError(f"row_order: rows of {format} are in plain order, got {value!r}")

@@ -87,7 +87,7 @@ class EngineModel:
             return KVCache(*shape, tokens)
         except (OSError, OverflowError, ValueError, MemoryError):
             raise CcqError(
-                f"--kv-cache-tokens {tokens}: the system does not give so much memory"
+                f"--kv-cache-tokens {tokens}: the system does not give so much memory; take fewer"
             ) from None
 
     def forward(self, pieces: Sequence[Piece], cache: KVCache) -> np.ndarray:
