@@ -258,7 +258,7 @@ def test_trellis_choice_follows_the_gpu_and_its_shared_memory(tmp_path: Path) ->
     assert trellis_choices(tmp_path, list(cases)) == list(cases.values())
 
 
-# Columns and rows of tiles of moe_wide.cuh and some_stream.cuh, by kernel.
+# Columns and rows of tiles of moe_wide.cuh, by kernel.
 WIDE_TILES = {10: (512, 32), 11: (512, 48), 12: (512, 64), 13: (256, 96), 14: (256, 128),
               15: (256, 144), 16: (128, 256), 60: (512, 32), 61: (512, 48)}  # fmt: skip
 
