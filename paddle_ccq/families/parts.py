@@ -33,6 +33,7 @@ def linear(name: str, rows: int, columns: int, role: Role = Role.ATTENTION) -> P
 
 
 def norm(name: str, size: int) -> Part:
+    """The weight of a norm, [size]."""
     return Part(f"{name}.weight", (size,), Role.NORM)
 
 
@@ -55,15 +56,18 @@ def grouped_query(config: MoeConfig, *, bias: bool = False, gated: bool = False)
 
 
 def router(config: MoeConfig, place: str = "mlp.gate", alias: str = "") -> Part:
+    """The router's matrix, [experts, hidden]."""
     shape = (config.moe_num_experts, config.hidden_size)
     return Part(f"{place}.weight", shape, Role.ROUTER, alias=alias)
 
 
 def correction_bias(config: MoeConfig, name: str, alias: str = "") -> Part:
+    """What is added to routing scores when experts are chosen, [experts]."""
     return Part(name, (config.moe_num_experts,), Role.CORRECTION_BIAS, alias=alias)
 
 
 def layer_norms(config: MoeConfig) -> Iterator[Part]:
+    """The norms before attention and before the MLP."""
     yield norm("input_layernorm", config.hidden_size)
     yield norm("post_attention_layernorm", config.hidden_size)
 
