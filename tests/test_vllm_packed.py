@@ -156,7 +156,7 @@ def test_packed_experts_answer_as_the_decoded_model(name: str, tmp_path: Path) -
 @needs_vllm
 @pytest.mark.parametrize("experts", [False, True])
 def test_cards_that_do_not_fit_are_refused_with_those_that_do(
-    experts: bool, tmp_path: Path
+    experts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from types import SimpleNamespace
 
@@ -172,6 +172,8 @@ def test_cards_that_do_not_fit_are_refused_with_those_that_do(
     cards = SimpleNamespace(
         tensor_parallel_size=2, pipeline_parallel_size=1, enable_expert_parallel=experts
     )
+    monkeypatch.chdir(tmp_path / "packed")
+    config.check_parallel(cards)  # of no model yet, and not the one of the folder that we are in
     config.maybe_update_config("someone/packed")
     config.check_parallel(cards)  # of a hub's model nothing is known here
     config.maybe_update_config(str(tmp_path / "packed"))

@@ -67,7 +67,7 @@ class PackedConfig(CcqBaseConfig):
         """Refuse numbers of cards that can't be served, naming those that can."""
         folder = Path(self.folder)
         # Of a hub's model there are only transformers' fields, which are not a config.json's.
-        if not folder.is_dir():
+        if not self.folder or not folder.is_dir():
             return
         try:
             config = read_config(folder)
