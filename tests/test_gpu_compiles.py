@@ -119,10 +119,7 @@ TRELLIS_KERNELS = [
         ("few", f"TrellisFewConfig<{tile}>", "const FewParams")
         for tile in ("1, 4", "2, 2", "4, 1", "1, 1, 1")
     ),
-    *(
-        ("some", f"TrellisSomeConfig<true, {tile}>", "const GemmParams")
-        for tile in ("16, 8, 4", "8, 16, 4")
-    ),
+    *(("some", f"TrellisSomeConfig<true, {tile}>", "const GemmParams") for tile in (8, 16)),
 ]
 
 
