@@ -47,7 +47,7 @@ def check(torch: Any, k: int, n: int) -> dict[str, float]:
     return worst
 
 
-def _time(torch: Any, calls: list[Any]) -> float:
+def graph_seconds(torch: Any, calls: list[Any]) -> float:
     """Median seconds of one call in a captured graph of all, over replays."""
     for call in calls:
         call()
@@ -92,7 +92,7 @@ def measure() -> dict[str, Any]:
                     lambda u=units, s=scale: torch_ops.linear_w8(x, u, s, counters)  # noqa: B023
                     for units, scale in made * 4
                 ]
-                seconds = _time(torch, calls)
+                seconds = graph_seconds(torch, calls)
                 torch_ops.LINEAR_ROWS = kept
                 share = k * n / seconds / RATE
                 result["microseconds"][f"{name} {rows} {way}"] = seconds * 1e6

@@ -5,11 +5,13 @@
     python benchmarks/gpu/vllm_engine.py quality OUT.json SCORES.npz... --folders F... --text FILE
     python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--peer]
     python benchmarks/gpu/vllm_engine.py linear OUT.json
+    python benchmarks/gpu/vllm_engine.py products OUT.json
 
 `score` has text scored by the engine's prompt log-probabilities, and lets it answer; `quality`,
 which needs no GPU, sets them beside the float32 model of this package; `speed` runs the 300B's
 shape with random weights (vllm_speed.py); `linear` checks and times the product with 8-bit weights
-(linear_w8.py). With vLLM and the GPU library; vllm_report.py makes the tables.
+(linear_w8.py), `products` times wint4 experts and the router (vllm_products.py). With vLLM and the
+GPU library; vllm_report.py makes the tables.
 """
 
 from __future__ import annotations
@@ -243,8 +245,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="first tokens once more with this number in paddle_ccq.vllm.torch_ops",
     )
-    three = commands.add_parser("linear")
-    three.add_argument("output")
+    for name in ("linear", "products"):
+        commands.add_parser(name).add_argument("output")
     return parser.parse_args(argv)
 
 
@@ -256,6 +258,10 @@ def main(argv: list[str]) -> int:
 
     if arguments.command == "linear":
         from linear_w8 import measure
+
+        save(measure())
+    elif arguments.command == "products":
+        from vllm_products import measure
 
         save(measure())
     elif arguments.command == "speed":
