@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from helpers.synthetic import TENSOR_SPECS as SPECS
 from paddle_ccq.checkpoint import safetensors_io as io
 from paddle_ccq.errors import CcqError
-
-SPECS = [
-    ("a", "BF16", (3, 4)),
-    ("b", "F32", ()),
-    ("empty", "U8", (0, 4)),
-    ("c", "I16", (5,)),
-    ("d", "U8", (2, 3)),
-]
 
 
 def sharded(folder: Path, weight_map: dict | None = None) -> Path:

@@ -15,16 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from helpers.synthetic import TENSOR_SPECS as SPECS
 from paddle_ccq.checkpoint import safetensors_io as io
 from paddle_ccq.errors import CcqError
 
-SPECS = [
-    ("a", "BF16", (3, 4)),
-    ("b", "F32", ()),
-    ("empty", "U8", (0, 4)),
-    ("c", "I16", (5,)),
-    ("d", "U8", (2, 3)),
-]
 QUICK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

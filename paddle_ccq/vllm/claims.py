@@ -134,6 +134,15 @@ class Parallel:
     pipeline: int = 1
     experts: bool = False  # whole experts on each card (--enable-expert-parallel)
 
+    @classmethod
+    def of_vllm(cls, config: Any) -> Parallel:
+        """What vLLM's ParallelConfig says."""
+        return cls(
+            config.tensor_parallel_size,
+            config.pipeline_parallel_size,
+            config.enable_expert_parallel,
+        )
+
 
 def _part_problem(tensor: TensorSpec, format: str, size: int) -> str | None:
     """Why one of `size` ranks cannot hold its part of a tensor; None if it can."""

@@ -87,12 +87,7 @@ class CcqConfig(CcqBaseConfig):
         """Refuse numbers of cards that can't be served; once vLLM's whole config is known."""
         if self.model is None:
             return
-        parallel = Parallel(
-            parallel_config.tensor_parallel_size,
-            parallel_config.pipeline_parallel_size,
-            parallel_config.enable_expert_parallel,
-        )
-        check_parallel(self.model, self.claim, parallel, self.ranks)
+        check_parallel(self.model, self.claim, Parallel.of_vllm(parallel_config), self.ranks)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):

@@ -75,12 +75,7 @@ class PackedConfig(CcqBaseConfig):
             return
         if config.family is GENERIC:
             return
-        parallel = Parallel(
-            parallel_config.tensor_parallel_size,
-            parallel_config.pipeline_parallel_size,
-            parallel_config.enable_expert_parallel,
-        )
-        check_packed_parallel(config, parallel)
+        check_packed_parallel(config, Parallel.of_vllm(parallel_config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         renamed = {}

@@ -17,6 +17,15 @@ from safetensors.numpy import save_file
 
 from paddle_ccq.codec import formats
 
+# Tensors of several types as a header lists them, a scalar and an empty one among them.
+TENSOR_SPECS = [
+    ("a", "BF16", (3, 4)),
+    ("b", "F32", ()),
+    ("empty", "U8", (0, 4)),
+    ("c", "I16", (5,)),
+    ("d", "U8", (2, 3)),
+]
+
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
