@@ -66,6 +66,7 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--model", dest=_FLAG, metavar=metavar, help="the same by a flag")
 
     def threads(self, what: str = "all processors by default; the result is the same") -> None:
+        """A whole number; host.thread_count() refuses one that is too small or too large."""
         self.add_argument("--threads", type=whole, metavar="N", help=what)
 
     def source(self) -> None:
@@ -75,9 +76,11 @@ class Arguments(argparse.ArgumentParser):
         )
 
     def device(self, what: str = "where codes are searched; the result is the same") -> None:
+        """The processor or the first NVIDIA GPU, for the one part of the work that `what` names."""
         self.add_argument("--device", choices=DEVICES, default="cpu", help=what)
 
     def row_order(self) -> None:
+        """For checkpoints of other tools, which do not record it (codec/row_order.py)."""
         self.add_argument(
             "--row-order",
             choices=ROW_ORDERS,
@@ -91,6 +94,7 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--force", action="store_true", help=f"let {flags} overwrite a file")
 
     def quiet(self, what: str = "no progress and no messages; results and errors only") -> None:
+        """Nothing but errors goes to standard error; `what` says what is printed nonetheless."""
         self.add_argument("--quiet", action="store_true", help=what)
 
     def error(self, message: str) -> NoReturn:

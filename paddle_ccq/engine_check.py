@@ -87,6 +87,7 @@ class CardMemory:
 
     @property
     def usable(self) -> int:
+        """Bytes that the engine fills: weights, activations, libraries and KV cache together."""
         return int(self.total * self.utilization)
 
     @property
@@ -116,6 +117,7 @@ class CheckResult:
 
     @property
     def good(self) -> bool:
+        """Whether the engine can serve the checkpoint; warnings don't count."""
         return not self.problems
 
     def add_manifest(self, folder: Path, hashes: bool) -> None:
@@ -150,6 +152,7 @@ class CheckResult:
             )
 
     def to_json(self) -> dict[str, Any]:
+        """What --json writes: all fields, and the sizes that follow from those of the memory."""
         found = {"good": self.good, **asdict(self)}
         if self.memory:
             found["memory"] |= {"cache": self.memory.cache, "tokens": self.memory.tokens}

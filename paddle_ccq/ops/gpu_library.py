@@ -293,6 +293,7 @@ def check(library: ctypes.CDLL, status: int, what: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """One flag; there is no model and no file that other commands' arguments could name."""
     parser = argparse.ArgumentParser(
         prog="python -m paddle_ccq.ops.gpu_library", description="Compile the GPU library."
     )
@@ -308,6 +309,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The library's path is printed; exit code 0, or 2 if it can't be built."""
+
     def body(args: argparse.Namespace) -> int:
         print(build(args.architectures))
         return 0
