@@ -93,6 +93,7 @@ async def answer(
 
 
 def describe(service: Service) -> dict[str, Any]:
+    """The served model as /v1/models lists it, in OpenAI's form with vLLM's max_model_len."""
     return {
         "id": service.settings.name,
         "object": "model",

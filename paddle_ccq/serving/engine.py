@@ -68,9 +68,27 @@ class GenerationRequest:
 class Observer(Protocol):
     """What metrics want to know; called in the engine's thread."""
 
-    def prompt_done(self, tokens: int, seconds: float) -> None: ...
-    def token(self, seconds: float) -> None: ...
-    def finished(self, reason: str, tokens: int, seconds: float) -> None: ...
+    def prompt_done(self, tokens: int, seconds: float) -> None:
+        """A sequence's prompt of `tokens` is computed and its first token chosen.
+
+        Args:
+            seconds: since the sequence was submitted.
+        """
+        ...
+
+    def token(self, seconds: float) -> None:
+        """A token after a sequence's first is chosen, `seconds` after the one before it."""
+        ...
+
+    def finished(self, reason: str, tokens: int, seconds: float) -> None:
+        """A sequence has ended by itself, not by being cancelled.
+
+        Args:
+            reason: "stop", "length" or "error".
+            tokens: how many it generated.
+            seconds: since it was submitted.
+        """
+        ...
 
 
 class Engine:
@@ -98,6 +116,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Start the thread that steps the model; what was submitted before waits for it."""
         self._thread.start()
 
     def submit(
@@ -168,6 +187,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
+        """Whether no sequence runs or waits."""
         return not self._waiting and not self.scheduler.running
 
     def wait_until_idle(self, seconds: float) -> bool:

@@ -77,4 +77,5 @@ class Metrics:
             self.whole.observe(seconds)
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format, for /metrics."""
         return generate_latest(self.registry)
