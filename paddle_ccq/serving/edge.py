@@ -58,7 +58,7 @@ class Methods:
         self.app, self.api = app, api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Routes see GET for HEAD, and paths without slashes at their end; OPTIONS ends here."""
+        """Routes see GET for HEAD and no slash at the end; OPTIONS of a known path ends here."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
