@@ -199,6 +199,22 @@ def test_a_full_queue_says_when_to_come_back(server: tuple[str, Service]) -> Non
     assert service.engine.wait_until_idle(10)
 
 
+def test_a_failure_before_the_first_output_ends_the_generation(
+    server: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("no text of the prompt")
+
+    monkeypatch.setattr("paddle_ccq.serving.answers.echoes", broken)
+    base, service = server
+    cancelled = service.metrics.cancelled._value.get
+    asked = {**SMALL, "echo": True, "max_tokens": 1900, "ignore_eos": True}
+    before = cancelled()
+    check_error(httpx.post(base + COMPLETIONS, json=asked, timeout=20), 500)
+    assert cancelled() == before + 1
+    assert service.engine.wait_until_idle(10)
+
+
 def counters(http: httpx.Client) -> dict[str, float]:
     """All counts and gauges by name with labels; no buckets, sums and times of creation."""
     lines = http.get("/metrics").text.splitlines()

@@ -94,9 +94,9 @@ class Answer(ABC):
         Raises:
             ApiError: 500 if the model failed on a choice, 499 if the client left before the end.
         """
-        await self.prepare()
         found: list[list[Output]] = [[] for _ in self.tokens]
         async with generation:
+            await self.prepare()
             async for outputs in generation:
                 for output in outputs:
                     found[output.index].append(output)
