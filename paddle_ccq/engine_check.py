@@ -182,7 +182,7 @@ def check_positive(numbers: dict[str, int]) -> None:
 def check_utilization(value: float) -> None:
     """Raise a CcqError unless --gpu-memory-utilization is a part of a card."""
     if not 0 < value <= 1:
-        raise CcqError(f"--gpu-memory-utilization {value}: not in 0..1")
+        raise CcqError(f"--gpu-memory-utilization {value:g}: must be above 0 and at most 1")
 
 
 def print_result(result: CheckResult, engine: str, start: str, facts: Sequence[str] = ()) -> None:

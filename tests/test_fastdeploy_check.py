@@ -247,6 +247,7 @@ def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
         (["--gpu-memory", "inf"], "--gpu-memory: 'inf' is not a number"),
         (["--gpu-memory", "1e300"], "--gpu-memory 1e+300: more GiB than any card has"),
         (["--gpu-memory", "24", "--gpu-memory-utilization", "nan"], "is not a number"),
+        (["--gpu-memory", "24", "--gpu-memory-utilization", "0"], "above 0 and at most 1"),
         (["--gpu-memory", "24", "--max-num-batched-tokens", "0"], "FastDeploy wants 128"),
         (["--gpu-memory", "24", "--draft-tokens", "-1"], "--draft-tokens -1"),
         (["--gpu-memory", "24", "--tensor-parallel-size", "0"], "must be positive"),
