@@ -9,7 +9,9 @@ namespace ccq {
 
 constexpr int kMaxExperts = 1024;
 
-// What all lanes agree on, in a register that they share: else all that is derived from it takes one of each lane.
+// What all lanes agree on, in a register that they share: else all that is derived from it takes one of each lane. A condition belongs
+// inside, uniform(c ? a : b): nvcc 13.0 predicates `c ? uniform(a) : b` and, in CCQ-2T's kernel for few rows, by a register that
+// held another condition by then.
 __device__ inline int uniform(int v) { return __reduce_max_sync(~0u, v); }
 
 // Division by a number that the host knows.
@@ -232,7 +234,7 @@ struct FewProducer {
   }
   // Then: `from` is the first block's.
   __device__ void find_expert(int from) {
-    expert_block = block, expert = tile < end ? uniform(min(expert_of<C>(s, block, from), p.experts - 1)) : from;
+    expert_block = block, expert = uniform(tile < end ? min(expert_of<C>(s, block, from), p.experts - 1) : from);
     unit += static_cast<uint32_t>(expert * tiles_n * blocks_k);
     look();
   }

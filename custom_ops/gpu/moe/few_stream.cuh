@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) stream_kernel(const FewPara
     first_block = p.column_tiles.divide(begin);
   }
   if (begin == end) return;
-  FewRows rows{known ? 0 : uniform(expert_of<C>(s, first_block, s.start->expert)), first_block};
+  FewRows rows{uniform(known ? 0 : expert_of<C>(s, first_block, s.start->expert)), first_block};
   Chunk kept[C::kKept];
   if (warp < C::kWarps) load_items<C>(p, s, rows, warp, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));

@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) few_kernel(const FewParams p) 
     first_block = p.column_tiles.divide(begin);
   }
   if (begin == end) return;
-  rows = FewRows{known ? 0 : uniform(s.start->expert), first_block};
+  rows = FewRows{uniform(known ? 0 : s.start->expert), first_block};
   load_slice<C>(p, s, rows, wk, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
   else if (!p.offsets && warp == 0) one_expert<C>(p, s, first_block, end);

@@ -64,7 +64,8 @@ auto with_wide(int variant, F&& use) {
     case kWide + 2: return use(WideConfig<PairWeights<kPairs>, kBf16, 4, 64, 2, 2>{});
     case kWide + 3: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 96, 5>{});
     case kWide + 4: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 128, 4>{});
-    default: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 144, 4>{});
+    case kWide + 5: return use(WideConfig<PairWeights<kPairs>, kBf16, 2, 144, 4>{});
+    default: return use(WideConfig<PairWeights<kPairs>, kBf16, 1, 256, 3>{});
   }
 }
 #endif

@@ -29,9 +29,9 @@ struct WideConfig {
   // The outputs' type; the operands'.
   static constexpr bool kBf16 = kBf16_, kBf16Operands = kBf16 && !Weights::kHalves;
   static constexpr int kR = kR_, kN = kN_, kNT = kN / 8, kStages = kStages_, kUnits = kUnits_, kMinBlocks = 1;
-  // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes. (With
-  // three the compiler would serialize `wgmma`.)
-  static constexpr int kClasses = kN <= 128 ? 2 : 1;
+  // A tile multiplies half of kN rows or all, each with code of its own; all where registers do not suffice for two codes: with 144
+  // rows, whose accumulators and weights take 176 of them, and with three codes the compiler would serialize `wgmma`.
+  static constexpr int kClasses = kN == 144 ? 1 : 2;
   // Consumer warps; producers, one where a stage is few copies. They and idle warps are a warpgroup.
   static constexpr int kWarps = 8, kProducers = kUnits > 1 ? 4 : 1, kThreads = (kWarps + 4) * 32;
   static constexpr int kTiles = kR * kWarps;
@@ -39,11 +39,13 @@ struct WideConfig {
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // A stage: the activations in groups of 64 values along K, [2 kUnits][kN rows][128 bytes], the 16-byte pieces of row r at r % 8 ^
   // their place (the 128-byte swizzle); the tiles' weights.
-  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kUnits * kRowsGroup;
-  static constexpr int kStageBytes = (kRowsBytes + kUnits * Weights::unit_bytes(kTiles) + 1023) / 1024 * 1024;
+  static constexpr int kRowsGroup = kN * 128, kRowsBytes = 2 * kUnits * kRowsGroup, kWeightsBytes = kUnits * Weights::unit_bytes(kTiles);
+  // Stages lie on borders of 1024 bytes. With 256 rows, of which the least memory is left, the weights of all lie behind the stages.
+  static constexpr bool kWeightsApart = kN == 256;
+  static constexpr int kStageBytes = kWeightsApart ? kRowsBytes : (kRowsBytes + kWeightsBytes + 1023) / 1024 * 1024;
   // Tiles on their way or in work: a WideWorkTile and the columns of each.
   static constexpr int kSlots = kStages + 1, kSlotBytes = 128 + Weights::columns_bytes(kTiles);
-  static constexpr int kSlotsAt = kStages * kStageBytes, kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kSlotsAt = kStages * (kStageBytes + (kWeightsApart ? kWeightsBytes : 0)), kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
   static constexpr int kScheduleAt = kBarriersAt + 16 * kStages + 16;
   static constexpr int kPartialFloat4 = kWarps * kR * kNT * 32;
   static constexpr size_t shared_bytes(int experts) { return 1024 + kScheduleAt + WaveSchedule<WideConfig>::shared_bytes(experts); }
@@ -57,6 +59,9 @@ struct WideShared {
     return shared + (-static_cast<int>(shared_address(shared)) & 1023);
   }
   __device__ static char* stage(int i) { return memory() + i * C::kStageBytes; }
+  __device__ static char* weights(int i) {
+    return C::kWeightsApart ? memory() + C::kStages * C::kStageBytes + i * C::kWeightsBytes : stage(i) + C::kRowsBytes;
+  }
   __device__ static char* slot(int i) { return memory() + C::kSlotsAt + i * C::kSlotBytes; }
   __device__ static Barrier* full() { return reinterpret_cast<Barrier*>(memory() + C::kBarriersAt); }
   __device__ static Barrier* free() { return full() + C::kStages; }
@@ -100,7 +105,7 @@ __device__ void produce_units(const GemmParams& p, const CUtensorMap& rows) {
                    work.row + half * (C::kN / 2), full);
     }
     __syncwarp();
-    Weights::template request_unit<C::kTiles>(p, work.expert, first, there, work.kb, to + C::kRowsBytes, full);
+    Weights::template request_unit<C::kTiles>(p, work.expert, first, there, work.kb, S::weights(stage), full);
     if (new_tile) {
       Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
       if (++slot == C::kSlots) slot = 0;
@@ -143,7 +148,7 @@ __device__ void produce_stages(const GemmParams& p, const CUtensorMap& rows, int
     }
     __syncwarp();
     Weights::template request_units<C::kTiles, C::kUnits, C::kProducers>(p, work.expert, first, there, work.kb, units, own,
-                                                                         to + C::kRowsBytes, full);
+                                                                         S::weights(stage), full);
     if (speaks) Weights::template request_columns<C::kTiles>(p, work.expert, first, there, S::slot(slot) + 128, full);
     if (new_tile && ++slot == C::kSlots) slot = 0;
     if (++stage == C::kStages) stage = 0, parity ^= 1;
@@ -200,7 +205,7 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int kb, int kb_end, const cha
       const uint64_t b = descriptor(shared_address(stage) + u * (2 * C::kRowsGroup), 1024);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
-        decoder.load(stage + C::kRowsBytes, u, r);
+        decoder.load(S::weights(w.stage), u, r);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t(&v)[4][4] = a[half];

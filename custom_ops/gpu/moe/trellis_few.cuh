@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(C::kAllThreads, 1) trellis_few_kernel(const Fe
     first_block = p.column_tiles.divide(begin);
   }
   if (begin == end) return;
-  FewRows rows{known ? 0 : uniform(s.start->expert), first_block};
+  FewRows rows{uniform(known ? 0 : s.start->expert), first_block};
   Chunk kept[C::kKept];
   if (warp < C::kWarps) trellis_load<C>(p, s, rows, warp, kept);
   if (C::kRows == 1 && p.offsets) find_experts<C>(p, s, first_block, p.column_tiles.divide(end - 1));
