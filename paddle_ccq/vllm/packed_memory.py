@@ -16,7 +16,7 @@ _CUT_ROLES = DENSE_ROLES | {Role.EMBEDDING, Role.HEAD}
 _WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
-def _is_shared(planned: PlannedTensor) -> bool:
+def is_shared(planned: PlannedTensor) -> bool:
     """Whether cards share a tensor, or the experts; those that vLLM may not cut count as whole."""
     tensor = planned.tensor
     if tensor.is_expert:
@@ -33,7 +33,7 @@ def attention_layers(plan: Plan) -> int:
 
 def _weights(plan: Plan, serve: Any) -> int:
     """Of the fullest card."""
-    return fullest_stage(plan, serve, _is_shared, lambda p: p.tensor.role is not Role.HEAD)
+    return fullest_stage(plan, serve, is_shared, lambda p: p.tensor.role is not Role.HEAD)
 
 
 def _activations(plan: Plan, serve: Any) -> int:
