@@ -122,6 +122,7 @@ def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[st
     result |= {"decode": {}, "step": {}, "first_token": {}}
     result["memory"] = run.engine.collective_rpc("ccq_memory")
     print("up", round(result["up_seconds"], 1), result["memory"], flush=True)
+    save(result)
     if gate := os.environ.get("CCQ_BENCH_GATE"):  # one of several that started together measures
         turn = open(gate, "w")  # noqa: SIM115 (locked until this process ends)
         fcntl.flock(turn, fcntl.LOCK_EX)
