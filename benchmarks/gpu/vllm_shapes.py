@@ -208,5 +208,5 @@ def _int4_bytes(name: str, plan: Any, parallel: Any) -> int:
         tensor = planned.tensor
         four = tensor.is_linear and tensor.stem.rpartition(".")[2] not in SHAPES[name].floats
         size = planned.weights * (INT4_BYTES if four else 2)
-        total += size / parallel.tensor if is_shared(planned) else size
+        total += size / parallel.tensor if tensor.is_expert or is_shared(planned) else size
     return int(total)
