@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts cut for four, eight and sixteen ranks by the classes that vLLM runs; where it is there."""
+"""Experts cut for four, eight and sixteen ranks by the classes that vLLM runs; where it is."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_layer_allocates_what_the_check_counts(format: str, width: int) -> Non
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("ranks", [4, 8, 16])
 def test_parts_of_many_ranks_are_the_whole(format: str, ranks: int) -> None:
-    """Every stored byte is on the rank that it belongs to; a column's tensors on all that need it."""
+    """Every stored byte is on the rank that it belongs to; a column's tensors are on all."""
     width = 128 * ranks
     for part, (k, n) in {"up_gate": (HIDDEN, 2 * width), "down": (width, HIDDEN)}.items():
         tensors = stored(format, k, n)
