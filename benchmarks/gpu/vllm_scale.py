@@ -32,7 +32,7 @@ H200_GIB = 139.8  # what PyTorch says that a card has
 BATCHES, PROMPT = (1, 8, 32, 128), 4096
 CACHE_TOKENS = 24576  # of all sequences at once; vLLM wants room for the longest one too
 KERNELS = 30  # of a step, that are kept
-UP_SECONDS = 70  # without which a row is not begun: vLLM starts, and something is measured
+UP_SECONDS = 100  # without which a row is not begun: vLLM starts, and something is measured
 
 
 @dataclass(frozen=True)
