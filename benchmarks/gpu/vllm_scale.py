@@ -306,12 +306,12 @@ def main(argv: list[str]) -> int:
         if options.list:
             print("together:", *(row.name for row in group), sep="\n  ")
             continue
-        import vllm  # noqa: F401  (once for all the rows' processes)
-
         if deadline - time.monotonic() < UP_SECONDS:
             for row in group:
                 save(row.name, {"state": "not run", "why": "no time was left"})
             continue
+        import vllm  # noqa: F401  (once for all the rows' processes)
+
         for row, result in run_group(group, judged, options, deadline):
             save(row.name, result)
     return 0
