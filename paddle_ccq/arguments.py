@@ -3,61 +3,26 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from .checkpoint.source import HUBS
 from .codec.row_order import ROW_ORDERS
 from .encoder.base import DEVICES
-from .errors import CcqError
+from .parser import Parser, count, number, whole
+
+__all__ = ["Arguments", "count", "number", "whole"]  # the numbers are parser.py's
 
 # Where the parser keeps what --model said, until it is put in the place of the first argument.
 _FLAG = "_model_flag"
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def whole(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def number(text: str) -> float:
-    """A number that is neither NaN nor infinite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
-
-
-class Arguments(argparse.ArgumentParser):
-    """A command's parser: flags are never abbreviated, and may be written with underscores."""
+class Arguments(Parser):
+    """The parser of a command that works on a model, with a method for each shared argument."""
 
     def __init__(self, command: str, description: str | None) -> None:
-        super().__init__(prog=f"paddle-ccq {command}", description=description, allow_abbrev=False)
+        super().__init__(command, description)
         self._subject: str | None = None
-
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        """As argparse's; `--max-items` is `--max_items` too, which help and errors don't repeat."""
-        action = super().add_argument(*names, **kwargs)
-        for name in names:
-            if name.startswith("--"):
-                self._option_string_actions["--" + name[2:].replace("-", "_")] = action
-        return action
 
     def subject(self, dest: str, help: str, metavar: str = "MODEL") -> None:
         """What the command works on: its first argument, or --model."""
@@ -66,6 +31,7 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--model", dest=_FLAG, metavar=metavar, help="the same by a flag")
 
     def threads(self, what: str = "all processors by default; the result is the same") -> None:
+        """A whole number; host.thread_count() refuses one that is too small or too large."""
         self.add_argument("--threads", type=whole, metavar="N", help=what)
 
     def source(self) -> None:
@@ -75,9 +41,11 @@ class Arguments(argparse.ArgumentParser):
         )
 
     def device(self, what: str = "where codes are searched; the result is the same") -> None:
+        """The processor or the first NVIDIA GPU, for the one part of the work that `what` names."""
         self.add_argument("--device", choices=DEVICES, default="cpu", help=what)
 
     def row_order(self) -> None:
+        """For checkpoints of other tools, which do not record it (codec/row_order.py)."""
         self.add_argument(
             "--row-order",
             choices=ROW_ORDERS,
@@ -91,11 +59,8 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--force", action="store_true", help=f"let {flags} overwrite a file")
 
     def quiet(self, what: str = "no progress and no messages; results and errors only") -> None:
+        """Nothing but errors goes to standard error; `what` says what is printed nonetheless."""
         self.add_argument("--quiet", action="store_true", help=what)
-
-    def error(self, message: str) -> NoReturn:
-        """One line, as every other error of a command."""
-        raise CcqError(f"{message} (`{self.prog} --help` explains the arguments)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, with the subject in its place whichever way it was given."""

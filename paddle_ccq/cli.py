@@ -28,6 +28,7 @@ NEED_PADDLE = ("sensitivity", "sample", "tune", "evaluate")
 
 
 def usage() -> str:
+    """Help without a command: one line for each, and which of them need Paddle."""
     lines = ["usage: paddle-ccq COMMAND ...", ""]
     for name, (_, text) in COMMANDS.items():
         lines.append(f"  {name:<18} {text}" + (" (needs Paddle)" if name in NEED_PADDLE else ""))
@@ -36,6 +37,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command that the first argument names; its exit code, or 2 for bad input."""
     return run_cli(lambda: _main(sys.argv[1:] if argv is None else argv))
 
 

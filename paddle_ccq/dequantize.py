@@ -226,6 +226,7 @@ def _config(checkpoint: Checkpoint, naming: str) -> dict[str, Any]:
 
 
 def build_parser() -> Arguments:
+    """Each argument but --quiet is a parameter of dequantize() by its destination."""
     parser = Arguments("dequantize", __doc__)
     parser.subject("model", "checkpoint: folder, hub id or short name")
     add = parser.add_argument
@@ -248,6 +249,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The new folder is printed; exit code 0, or 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         target = dequantize(
             args.model,

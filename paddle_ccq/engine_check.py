@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,6 +88,7 @@ class CardMemory:
 
     @property
     def usable(self) -> int:
+        """Bytes that the engine fills: weights, activations, libraries and KV cache together."""
         return int(self.total * self.utilization)
 
     @property
@@ -95,9 +97,14 @@ class CardMemory:
         return self.usable - self.weights - self.activations - self.libraries
 
     @property
+    def block(self) -> int:
+        """Bytes of a block of the KV cache."""
+        return self.token_cache * self.block_tokens
+
+    @property
     def tokens(self) -> int:
         """Tokens of all sequences together that the cache holds, in whole blocks."""
-        return max(0, self.cache // (self.token_cache * self.block_tokens)) * self.block_tokens
+        return max(0, self.cache // self.block) * self.block_tokens
 
     def sequences(self, length: int) -> int:
         """Sequences of a length that fit at the same time."""
@@ -116,6 +123,7 @@ class CheckResult:
 
     @property
     def good(self) -> bool:
+        """Whether the engine can serve the checkpoint; warnings don't count."""
         return not self.problems
 
     def add_manifest(self, folder: Path, hashes: bool) -> None:
@@ -132,10 +140,13 @@ class CheckResult:
     def judge_memory(self, memory: CardMemory, length: int, sequences: int) -> None:
         """Add what `memory` means for so many sequences of `length` tokens (--max-model-len)."""
         self.memory = memory
-        if memory.cache <= 0:
+        if not memory.tokens:
+            # Rounded up, so that what is said to be missing is never nothing.
+            tenths = math.ceil((memory.block - memory.cache) * 10 / GIB)
             self.problems.append(
-                f"memory: weights, activations and libraries need {-memory.cache / GIB:.1f} GiB"
-                " more than a card's usable part; more cards, a larger card or fewer batched tokens"
+                "memory: weights, activations, libraries and one block of the KV cache need"
+                f" {tenths / 10:.1f} GiB more than a card's usable part; more cards, a larger card"
+                " or fewer batched tokens"
             )
         elif memory.tokens < length:
             self.problems.append(
@@ -150,6 +161,7 @@ class CheckResult:
             )
 
     def to_json(self) -> dict[str, Any]:
+        """What --json writes: all fields, and the sizes that follow from those of the memory."""
         found = {"good": self.good, **asdict(self)}
         if self.memory:
             found["memory"] |= {"cache": self.memory.cache, "tokens": self.memory.tokens}
@@ -170,7 +182,7 @@ def check_positive(numbers: dict[str, int]) -> None:
 def check_utilization(value: float) -> None:
     """Raise a CcqError unless --gpu-memory-utilization is a part of a card."""
     if not 0 < value <= 1:
-        raise CcqError(f"--gpu-memory-utilization {value}: not in 0..1")
+        raise CcqError(f"--gpu-memory-utilization {value:g}: must be above 0 and at most 1")
 
 
 def print_result(result: CheckResult, engine: str, start: str, facts: Sequence[str] = ()) -> None:

@@ -235,6 +235,7 @@ def _check_memory(checkpoints: dict[str, Checkpoint]) -> None:
 
 
 def build_parser() -> Arguments:
+    """Flags of evaluate()'s options have the names of EvaluateOptions' fields."""
     parser = Arguments("evaluate", __doc__)
     parser.subject("model", "checkpoint: folder, hub id or short name")
     add = parser.add_argument
@@ -271,6 +272,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Tables on standard output; exit code 0, or 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         from .evaluation.report import detail_table
 

@@ -24,6 +24,7 @@ __all__ = ["QuantizeOptions", "QuantizeResult", "build_parser", "main", "quantiz
 
 
 def build_parser() -> Arguments:
+    """Each argument is a parameter or an option of quantize(), with that one's default."""
     parser = Arguments("quantize", __doc__)
     parser.subject("model", "checkpoint: folder, hub id or short name (ERNIE-4.5-21B)")
     add = parser.add_argument
@@ -108,6 +109,8 @@ def _add_run(parser: Arguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """A summary on standard output unless --quiet; exit code 0, or 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         result = quantize(**vars(args))
         if result.output is not None and not args.quiet:

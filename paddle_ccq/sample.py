@@ -81,6 +81,7 @@ def sample(
 
 
 def build_parser() -> Arguments:
+    """Each argument but --quiet is a parameter of sample() by its destination."""
     parser = Arguments("sample", __doc__)
     parser.subject("model", "float checkpoint: folder, hub id or short name")
     add = parser.add_argument
@@ -94,6 +95,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The number of documents is printed; exit code 0, or 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         given = vars(args)
         quiet = given.pop("quiet")

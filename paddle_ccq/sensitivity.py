@@ -161,6 +161,7 @@ def costs_table(found: Sensitivities) -> Table:
 
 
 def build_parser() -> Arguments:
+    """Flags of sensitivity()'s options have the names of SensitivityOptions' fields."""
     parser = Arguments("sensitivity", __doc__)
     parser.subject("model", "float checkpoint: folder, hub id or short name")
     add = parser.add_argument
@@ -191,6 +192,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The table of costs on standard output; exit code 0, or 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         write_json = reporting.json_writer(args)
         if args.plot is not None:

@@ -264,6 +264,7 @@ def _port(text: str) -> int:
 
 
 def build_parser() -> Arguments:
+    """Arguments of build_service() and run_server(); tests build servers from them too."""
     parser = Arguments("serve", __doc__)
     parser.subject("folder", "checkpoint folder", "DIR")
     _add_api(parser)
@@ -362,6 +363,7 @@ def _add_limits(parser: Arguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal; exit code 0, or 2 if the folder or an argument is not right."""
     return run_command(build_parser(), argv, lambda args: run_server(build_service(args), args))
 
 

@@ -112,6 +112,7 @@ def tune(
 
 
 def build_parser() -> Arguments:
+    """Each argument is a parameter or an option of tune() by its destination."""
     parser = Arguments("tune", __doc__)
     add = parser.add_argument
     add("folder", metavar="DIR", help="quantized checkpoint; it is not changed")
@@ -147,6 +148,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Divergences before and after on standard output; exit code 0, or 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         result = tune(**vars(args))
         if not args.quiet:

@@ -55,9 +55,11 @@ class VerifyResult:
 
     @property
     def sound(self) -> bool:
+        """Whether nothing is wrong; messages don't count."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
+        """What --json writes: all fields, and whether it is sound."""
         return {"sound": self.sound, **asdict(self)}
 
 
@@ -292,6 +294,7 @@ def _kinds(matrices: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
 
 
 def build_parser() -> Arguments:
+    """Each argument is a parameter of verify() by its destination; --no-hash is `hashes` False."""
     parser = Arguments("verify", __doc__)
     parser.subject("folder", "quantized checkpoint", "DIR")
     add = parser.add_argument
@@ -304,6 +307,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for a sound checkpoint, 1 if there are problems, 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         write_json = reporting.json_writer(args)
         result = verify(

@@ -9,12 +9,14 @@ import pytest
 
 from paddle_ccq.arguments import Arguments
 from paddle_ccq.cli import COMMANDS, main, usage
+from paddle_ccq.parser import Parser
 
 PARSERS = {
     name: importlib.import_module(f"paddle_ccq.{module}").build_parser()
     for name, (module, _) in COMMANDS.items()
-    if name != "gpu-library"  # it takes no model and no file
 }
+# All but gpu-library, which takes no model and no file.
+WITH_MODELS = {name: parser for name, parser in PARSERS.items() if isinstance(parser, Arguments)}
 # Commands that read no float model, load none from a hub, or show nothing while they work.
 WITHOUT = {
     "--threads": {"verify", "dequantize", "fastdeploy-check", "fastdeploy-launch", "vllm-check"},
@@ -26,13 +28,17 @@ WITHOUT = {
 @pytest.mark.parametrize("flag", WITHOUT)
 def test_a_shared_flag_is_everywhere_where_it_has_a_meaning(flag: str) -> None:
     having = {name for name, parser in PARSERS.items() if flag in parser._option_string_actions}
-    assert having == PARSERS.keys() - WITHOUT[flag]
+    assert having == WITH_MODELS.keys() - WITHOUT[flag]
+
+
+def test_every_command_but_one_works_on_a_model() -> None:
+    assert PARSERS.keys() - WITH_MODELS.keys() == {"gpu-library"}
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_flags_may_have_underscores_and_are_never_abbreviated(name: str) -> None:
     parser = PARSERS[name]
-    assert isinstance(parser, Arguments) and not parser.allow_abbrev
+    assert isinstance(parser, Parser) and not parser.allow_abbrev
     assert parser.prog == f"paddle-ccq {name}"
     for flag in parser._option_string_actions:
         if flag.startswith("--"):
@@ -64,7 +70,7 @@ def test_help_names_every_flag_once(name: str) -> None:
             assert flag not in text
 
 
-@pytest.mark.parametrize("name", sorted(PARSERS.keys() - {"tune", "fastdeploy-launch"}))
+@pytest.mark.parametrize("name", sorted(WITH_MODELS.keys() - {"tune", "fastdeploy-launch"}))
 def test_the_model_is_the_first_argument_or_a_flag(name: str, capsys) -> None:
     needed = {"sample": ["--output", "x.jsonl"], "dequantize": ["--output", "x"]}
     needed["sensitivity"] = ["--calibration", "x"]

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.synthetic import tiny_config
 from helpers.synthetic import write_checkpoint as write_without_sentencepiece
-from paddle_ccq.engine_check import GIB, loaded_bytes
+from paddle_ccq.engine_check import GIB, CardMemory, loaded_bytes
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy import check as check_module
@@ -218,6 +218,19 @@ def test_memory_that_does_not_fit(made, capsys) -> None:
     assert "one sequence of --max-model-len 10000000 does not fit" in only_problem(made[1], serve)
 
 
+@pytest.mark.parametrize(
+    ("cache", "short"), [(-GIB, "1.1"), (-1, "0.1"), (0, "0.1"), (4096 * 64 - 1, "0.1")]
+)
+def test_room_for_less_than_a_block_is_no_length_to_ask_for(cache: int, short: str) -> None:
+    rest = 3 * GIB
+    result = CheckResult("folder")
+    memory = CardMemory(rest + cache, 1.0, GIB, GIB, GIB, token_cache=4096, block_tokens=64)
+    result.judge_memory(memory, 100, 1)
+    [problem] = result.problems
+    assert f"one block of the KV cache need {short} GiB more" in problem
+    assert "--max-model-len" not in problem
+
+
 def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
     result = check(made[1], replace(SERVE, card_bytes=2 * GIB))
     assert result.good and any("sequences of 32768" in w for w in result.warnings)
@@ -234,6 +247,7 @@ def test_sequences_that_do_not_all_fit_are_a_warning(made) -> None:
         (["--gpu-memory", "inf"], "--gpu-memory: 'inf' is not a number"),
         (["--gpu-memory", "1e300"], "--gpu-memory 1e+300: more GiB than any card has"),
         (["--gpu-memory", "24", "--gpu-memory-utilization", "nan"], "is not a number"),
+        (["--gpu-memory", "24", "--gpu-memory-utilization", "0"], "above 0 and at most 1"),
         (["--gpu-memory", "24", "--max-num-batched-tokens", "0"], "FastDeploy wants 128"),
         (["--gpu-memory", "24", "--draft-tokens", "-1"], "--draft-tokens -1"),
         (["--gpu-memory", "24", "--tensor-parallel-size", "0"], "must be positive"),

@@ -199,20 +199,43 @@ def test_a_full_queue_says_when_to_come_back(server: tuple[str, Service]) -> Non
     assert service.engine.wait_until_idle(10)
 
 
-def test_metrics_have_fastdeploys_names_and_count(http: httpx.Client) -> None:
-    def read() -> dict[str, float]:
-        lines = http.get("/metrics").text.splitlines()
-        pairs = [line.rpartition(" ") for line in lines if not line.startswith("#")]
-        return {name: float(value) for name, _, value in pairs if "_bucket{" not in name}
+def test_a_failure_before_the_first_output_ends_the_generation(
+    server: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("no text of the prompt")
 
-    before = read()
+    monkeypatch.setattr("paddle_ccq.serving.answers.echoes", broken)
+    base, service = server
+    cancelled = service.metrics.cancelled._value.get
+    asked = {**SMALL, "echo": True, "max_tokens": 1900, "ignore_eos": True}
+    before = cancelled()
+    check_error(httpx.post(base + COMPLETIONS, json=asked, timeout=20), 500)
+    assert cancelled() == before + 1
+    assert service.engine.wait_until_idle(10)
+
+
+def counters(http: httpx.Client) -> dict[str, float]:
+    """All counts and gauges by name with labels; no buckets, sums and times of creation."""
+    lines = http.get("/metrics").text.splitlines()
+    pairs = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+    left_out = ("_bucket", "_created", "_sum")
+    return {n: float(v) for n, _, v in pairs if not n.partition("{")[0].endswith(left_out)}
+
+
+def grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    more = {name: value - before.get(name, 0) for name, value in after.items()}
+    return {name: value for name, value in more.items() if value}
+
+
+def test_metrics_have_fastdeploys_names_and_count(http: httpx.Client) -> None:
+    before = counters(http)
     chosen = {"max_tokens": 3, "n": 2, "ignore_eos": True}
     assert http.post(COMPLETIONS, json={**SMALL, **chosen}).status_code == 200
     assert http.post(COMPLETIONS, json={**SMALL, "n": 0}).status_code == 400
-    after = read()
-    grown = {n: after[n] - before.get(n, 0) for n in after if not n.endswith(("_created", "_sum"))}
+    after = counters(http)
     prompt = 2 * (1 + len(tokenizer().encode("a")))
-    assert {name: value for name, value in grown.items() if value} == {
+    assert grown(before, after) == {
         "fastdeploy:requests_number_total": 1,
         "fastdeploy:prompt_tokens_total": prompt,
         "fastdeploy:generation_tokens_total": 6,
@@ -225,6 +248,19 @@ def test_metrics_have_fastdeploys_names_and_count(http: httpx.Client) -> None:
     }
     gauges = ("num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc")
     assert all(after[f"fastdeploy:{name}"] == 0 for name in gauges)
+
+
+def test_a_request_that_only_reads_its_prompt_counts_no_generated_token(http: httpx.Client) -> None:
+    before = counters(http)
+    asked = {**SMALL, "max_tokens": 0, "echo": True}
+    assert http.post(COMPLETIONS, json=asked).json()["usage"]["completion_tokens"] == 0
+    assert grown(before, counters(http)) == {
+        "fastdeploy:requests_number_total": 1,
+        "fastdeploy:prompt_tokens_total": 1 + len(tokenizer().encode("a")),
+        "fastdeploy:request_success_total": 1,
+        "fastdeploy:e2e_request_latency_seconds_count": 1,
+        'paddle_ccq:sequences_finished_total{finished_reason="length"}': 1,
+    }
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -25,6 +25,7 @@ class CalibrationText:
 
     @property
     def tokens(self) -> int:
+        """Tokens that are used, which may be fewer than the text has."""
         return sum(window.size for window in self.windows)
 
     def as_dict(self, settings: CalibrationSettings) -> dict[str, Any]:

@@ -174,4 +174,5 @@ class Journal:
             raise
 
     def close(self) -> None:
+        """Every record is on the disk already; a journal without this call is as good."""
         self._file.close()

@@ -195,6 +195,7 @@ class Plan:
 
     @property
     def weights(self) -> int:
+        """Values of all tensors, uncut: those that all ranks hold count once."""
         return sum(planned.weights for planned in self.tensors)
 
     @property

@@ -39,6 +39,7 @@ class PlannedTensor:
 
     @property
     def layer(self) -> int | None:
+        """Number of the layer that the tensor is part of; None outside of layers."""
         return self.tensor.layer
 
     @property
@@ -48,18 +49,22 @@ class PlannedTensor:
 
     @property
     def cut(self) -> Cut | None:
+        """How ranks share the tensor; None: every rank holds it whole."""
         return self.tensor.cut
 
     @property
     def quantized(self) -> bool:
+        """Whether this run packs it; a tensor that is kept may be quantized by its source."""
         return self.format not in _UNQUANTIZED
 
     @property
     def weights(self) -> int:
+        """Values of the whole tensor, whatever number of ranks it is cut for."""
         return math.prod(self.shape)
 
     @property
     def rank_bytes(self) -> int:
+        """Bytes of one rank's stored tensors, scales included."""
         return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.specs)
 
 
@@ -72,6 +77,7 @@ class Shard:
 
     @property
     def specs(self) -> list[StoredSpec]:
+        """Name, dtype and shape of the stored tensors in the order in which they are written."""
         return [spec for planned in self.tensors for spec in planned.specs]
 
 

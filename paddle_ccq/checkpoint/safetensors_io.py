@@ -280,6 +280,7 @@ class TensorFolder:
         return name in self._home
 
     def names(self) -> list[str]:
+        """Stored names in the index's order, or in the header's where one file holds all."""
         return list(self._home)
 
     def path_of(self, name: str) -> Path:
@@ -287,6 +288,7 @@ class TensorFolder:
         return self.folder / self._home[name]
 
     def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor in its file; no values are read."""
         return self.files[self._home[name]].tensors[name]
 
     def read(self, name: str) -> np.ndarray:

@@ -33,6 +33,7 @@ class SpareScaleFormat:
 
     @property
     def word_bits(self) -> int:
+        """Bits of a stored word: T of all codes that share it."""
         return sum(code.T for code in self.codes)
 
     @property
@@ -46,18 +47,22 @@ class SpareScaleFormat:
 
     @property
     def mask(self) -> int:
+        """Mask of one state after its shift; all codes of a format have states of the same size."""
         return self.codes[0].mask
 
     @property
     def zero_point(self) -> int:
+        """What is subtracted from an unsigned state to make it signed; the same for all codes."""
         return self.codes[0].zero_point
 
     @property
     def rows_per_word(self) -> int:
+        """Rows of a column in a word that is full; the group's last word holds one."""
         return len(self.shifts)
 
     @property
     def words_per_group(self) -> int:
+        """Words that 64 rows of a column take, the one with the local scale included."""
         return -(-GROUP // self.rows_per_word)
 
     @property
@@ -72,6 +77,7 @@ class SpareScaleFormat:
 
     @property
     def bits_per_weight(self) -> float:
+        """Stored bits per weight, local scales included and super scales, one a column, not."""
         return self.word_bits * self.words_per_group / GROUP
 
 

@@ -48,6 +48,7 @@ def times_root(x: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def square_norm(y: np.ndarray) -> np.ndarray:
+    """|y|^2 of each column of y [rows, N], float32 [N]."""
     total = y[0] * y[0]
     for row in y[1:]:
         total = total + row * row
@@ -64,6 +65,7 @@ def nearest(y: np.ndarray, book: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def clamp(local: np.ndarray) -> np.ndarray:
+    """Local scales held to 1..15, the four bits of WINT2 without the zero."""
     return np.clip(local, F32(1), F32(SCALE_MAX))
 
 

@@ -72,6 +72,7 @@ def total(values: np.ndarray) -> np.float32:
 
 
 def rescaled(cost: int, factor: np.float32) -> int:
+    """A cost in the units of the next position, rounded, and at most COST_LIMIT."""
     return int(np.rint(np.minimum(F32(cost) * factor, F32(COST_LIMIT))))
 
 
@@ -127,6 +128,7 @@ def position(
 
 
 def cheapest(survivors: list[Survivor]) -> int:
+    """Index of the survivor of the least cost, the first among equals."""
     return int(np.argmin([s.cost for s in survivors]))
 
 
@@ -208,6 +210,7 @@ def feed_back(
 
 
 def with_cost(s: Survivor, cost: int) -> Survivor:
+    """The same survivor at another cost."""
     return Survivor(cost, s.state, s.rows, s.found, s.origin)
 
 
@@ -220,6 +223,7 @@ def errors_of(
 
 
 def times(e: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """e H for e [K] and H [K, columns]."""
     return products(np.zeros(h.shape[1], F32), e, h)
 
 

@@ -57,6 +57,7 @@ class TaskScore:
     correct: np.ndarray  # bool per item
 
     def summary(self) -> dict[str, float | int]:
+        """Items, the share that is right, and its standard error, that of a binomial share."""
         count, accuracy = self.correct.size, float(self.correct.mean())
         error = float(np.sqrt(accuracy * (1 - accuracy) / count))
         return {"items": count, "accuracy": accuracy, "accuracy_error": error}

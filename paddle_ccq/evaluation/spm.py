@@ -32,6 +32,7 @@ class Encoding:
 
     @cached_property
     def offsets(self) -> list[tuple[int, int]]:
+        """(begin, end) of each id in the text, in characters."""
         return self._offsets()
 
 
@@ -94,16 +95,19 @@ class SentencePieceTokenizer:
         return number if number >= 0 else None
 
     def token_to_id(self, text: str) -> int | None:
+        """The id of an added token or else of a piece; None for any other text."""
         if text in self._added:
             return self._added[text].id
         return self._piece_id(text)
 
     def id_to_token(self, number: int) -> str | None:
+        """The added token's text or else the piece, whose spaces are U+2581; None beyond both."""
         if number in self._by_id:
             return self._by_id[number].content
         return self._model.id_to_piece(number) if 0 <= number < self._size else None
 
     def get_vocab_size(self) -> int:
+        """One more than the largest id, so that added tokens beyond the pieces count, gaps too."""
         return max(self._size, *(number + 1 for number in self._by_id))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
@@ -173,6 +177,7 @@ class SentencePieceTokenizer:
     def decode_batch(
         self, batch: Iterable[Sequence[int]], skip_special_tokens: bool = True
     ) -> list[str]:
+        """As decode() of each sequence by itself."""
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
 

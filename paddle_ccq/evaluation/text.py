@@ -61,9 +61,11 @@ class Tokenizer:
         return number
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text without begin and end tokens around it."""
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, without the special ones among them."""
         return self.fast.decode(list(tokens), skip_special_tokens=True)
 
     def newline_tokens(self) -> set[int]:

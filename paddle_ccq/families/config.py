@@ -105,9 +105,14 @@ class ModelConfig:
         raise NotImplementedError
 
     def moe_layers(self) -> list[int]:
+        """Layers with routed experts, ascending.
+
+        Those for multi-token prediction count too where they are numbered on from the others.
+        """
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
 
     def dense_layers(self) -> list[int]:
+        """The layers below num_hidden_layers without routed experts, ascending."""
         return [layer for layer in range(self.num_hidden_layers) if not self.is_moe_layer(layer)]
 
     @property

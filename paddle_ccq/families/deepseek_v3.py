@@ -48,6 +48,7 @@ def latent_attention(config: MoeConfig) -> Iterator[Part]:
 
 
 def sparse(config: MoeConfig) -> Iterator[int]:
+    """Each layer from first_k_dense_replace on whose number moe_layer_freq divides."""
     step = max(config.sizes["moe_layer_freq"], 1)
     for layer in range(config.sizes["first_k_dense_replace"], config.num_hidden_layers):
         if layer % step == 0:
@@ -55,6 +56,10 @@ def sparse(config: MoeConfig) -> Iterator[int]:
 
 
 def layer(config: MoeConfig, number: int) -> Iterator[Part]:
+    """All tensors of a layer but its routed experts.
+
+    The correction bias is there where topk_method is noaux_tc, or absent.
+    """
     hidden, width = config.hidden_size, config.moe_intermediate_size
     yield from layer_norms(config)
     yield from latent_attention(config)

@@ -59,6 +59,10 @@ def width(config: MoeConfig, expert: int) -> int:
 
 
 def layer(config: MoeConfig, number: int) -> Iterator[Part]:
+    """All tensors of a layer but its routed experts.
+
+    Each kind of experts has its own router [hidden, experts]; the bias holds a row for each kind.
+    """
     hidden, each = config.hidden_size, config.sizes[EACH]
     yield from layer_norms(config)
     yield from grouped_query(config)

@@ -22,9 +22,15 @@ class Fields:
         self.where = where
 
     def fail(self, key: str, problem: str) -> CcqError:
+        """The error to raise for a key, which names the file and the key before the problem."""
         return CcqError(f"{self.where}: {key}: {problem}")
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A value of any type; without a default the key is required.
+
+        Raises:
+            CcqError: if it is required and absent.
+        """
         value = self.values.get(key)
         if value is None:
             if default is _REQUIRED:
@@ -33,6 +39,13 @@ class Fields:
         return value
 
     def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        """An integer from `low` to `high`, both included; true and 1.0 are none.
+
+        A default is held to the same limits.
+
+        Raises:
+            CcqError: for any other value, or if the key is required and absent.
+        """
         value = self.get(key, default)
         if isinstance(value, list) and key.startswith("moe_"):
             raise self.fail(
@@ -44,6 +57,11 @@ class Fields:
         return value
 
     def positive(self, key: str, default: Any = _REQUIRED) -> float:
+        """A finite number above 0 and below 1e30.
+
+        Raises:
+            CcqError: for any other value, or if the key is required and absent.
+        """
         value = self.get(key, default)
         # Integers beyond the float range are compared as integers and so never converted.
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
@@ -52,6 +70,11 @@ class Fields:
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
+        """True or false; 0 and 1 are neither.
+
+        Raises:
+            CcqError: for any other value.
+        """
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.fail(key, f"{show(value)} is neither true nor false")

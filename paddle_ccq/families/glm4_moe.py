@@ -24,10 +24,12 @@ from .tensor import Role
 
 
 def sparse(config: MoeConfig) -> range:
+    """As transformers' class: every layer from first_k_dense_replace on."""
     return range(config.sizes["first_k_dense_replace"], config.num_hidden_layers)
 
 
 def layer(config: MoeConfig, number: int) -> Iterator[Part]:
+    """All tensors of a layer but its routed experts; norms of heads where use_qk_norm says so."""
     hidden = config.hidden_size
     yield from layer_norms(config)
     yield from grouped_query(config, bias=config.flag("attention_bias"))

@@ -17,10 +17,12 @@ BLOCK, BIAS = "block_sparse_moe", "e_score_correction_bias"
 
 
 def sparse(config: MoeConfig) -> range:
+    """Every layer; config.json has no key that could say otherwise."""
     return range(config.num_hidden_layers)
 
 
 def layer(config: MoeConfig, _: int) -> Iterator[Part]:
+    """All tensors of a layer but its routed experts; there is no shared expert."""
     yield from layer_norms(config)
     yield from grouped_query(config)
     if config.flag("use_qk_norm", True):

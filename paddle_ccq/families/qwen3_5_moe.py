@@ -33,10 +33,16 @@ KEYS = Keys(
 
 
 def prefix(config: MoeConfig) -> str:
+    """The text model alone is the module `model`; beside vision it is `model.language_model`."""
     return "model." if config.architectures[0] == TEXT else "model.language_model."
 
 
 def is_full_attention(config: MoeConfig, number: int) -> bool:
+    """Whether a layer has softmax attention instead of the gated delta net.
+
+    `layer_types` decides where it lists the layer, else full_attention_interval; layers for
+    multi-token prediction always have it.
+    """
     kinds = config.values.get("layer_types")
     if isinstance(kinds, list) and number < len(kinds):
         return kinds[number] == "full_attention"
@@ -64,6 +70,10 @@ def linear_attention(config: MoeConfig) -> Iterator[Part]:
 
 
 def layer(config: MoeConfig, number: int) -> Iterator[Part]:
+    """All tensors of a layer but its routed experts.
+
+    The shared expert is weighted by a gate [1, hidden] of its own.
+    """
     hidden, shared = config.hidden_size, config.sizes["shared_expert_intermediate_size"]
     yield from layer_norms(config)
     if is_full_attention(config, number):
@@ -79,6 +89,7 @@ def layer(config: MoeConfig, number: int) -> Iterator[Part]:
 
 
 def outside(config: MoeConfig) -> Iterator[Part]:
+    """What stands around the layer for multi-token prediction, and the vision encoder."""
     hidden = config.hidden_size
     if config.num_nextn_predict_layers:
         yield Part("mtp.fc.weight", (hidden, 2 * hidden))

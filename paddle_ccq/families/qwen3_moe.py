@@ -15,6 +15,7 @@ from .tensor import Role
 
 
 def sparse(config: MoeConfig) -> Iterator[int]:
+    """As transformers' class: every decoder_sparse_step-th layer but those in mlp_only_layers."""
     step = max(config.sizes["decoder_sparse_step"], 1)
     dense = config.layers_in("mlp_only_layers")
     for layer in range(config.num_hidden_layers):
@@ -23,6 +24,7 @@ def sparse(config: MoeConfig) -> Iterator[int]:
 
 
 def layer(config: MoeConfig, number: int) -> Iterator[Part]:
+    """All tensors of a layer but its routed experts; there is no shared expert."""
     yield from layer_norms(config)
     yield from grouped_query(config, bias=config.flag("attention_bias"))
     yield norm("self_attn.q_norm", config.head_dim)

@@ -14,12 +14,15 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Card:
+    """A GPU; `memory` in bytes, `capability` such as 9.0 for Hopper."""
+
     name: str
     memory: int  # bytes
     capability: float
 
     @property
     def too_old(self) -> bool:
+        """Whether FastDeploy's WINT2 kernel does not run on it."""
         return self.capability < OLDEST_CAPABILITY
 
 

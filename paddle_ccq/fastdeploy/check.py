@@ -69,10 +69,12 @@ class ServeConfig:
 
     @property
     def api_processes(self) -> int:
+        """Processes of the API server: `workers`, or what the release starts."""
         return self.release.workers if self.workers is None else self.workers
 
     @property
     def api_requests(self) -> int:
+        """Requests that the API takes at once before it answers 429."""
         return self.release.concurrency if self.concurrency is None else self.concurrency
 
 
@@ -209,6 +211,11 @@ def server_settings(folder: str | os.PathLike[str], serve: ServeConfig) -> dict[
 
 
 def print_result(result: CheckResult, serve: ServeConfig, environment: Mapping[str, str]) -> None:
+    """Print memory, warnings and problems, and the shell command that starts the server.
+
+    Args:
+        environment: variables of the command beside those that the result asks for.
+    """
     start = ""
     if result.command:
         start = shown(result.command, {**environment, **result.environment})
@@ -241,6 +248,7 @@ def judge_machine(result: CheckResult, cards: list[Card], ranks: int) -> None:
 
 
 def build_parser() -> Arguments:
+    """Limits of the server have the names of FastDeploy's own flags."""
     parser = Arguments("fastdeploy-check", __doc__)
     parser.subject("folder", "quantized checkpoint", "DIR")
     add = parser.add_argument
@@ -302,6 +310,8 @@ def serve_config_from_arguments(args: argparse.Namespace, cards: list[Card]) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 if FastDeploy can serve the checkpoint so, 1 if not, 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         write_json = reporting.json_writer(args)
         cards = find_cards() if args.gpu_memory is None else []

@@ -172,6 +172,7 @@ def wait(settings: Mapping[str, object], seconds: float) -> int:
 
 
 def build_parser() -> Arguments:
+    """The settings file, and flags that replace its entries or add to them."""
     parser = Arguments("fastdeploy-launch", __doc__)
     add = parser.add_argument
     add("config", metavar="FILE.yaml", help="server settings, see serving/*.yaml")
@@ -197,6 +198,7 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 1 if the checkpoint can't be served, or --wait is over; 2 for bad input."""
     return run_command(build_parser(), argv, launch)
 
 

@@ -32,11 +32,14 @@ LATENT = EXTRA_ARGUMENTS[2:]
 
 @dataclass(frozen=True)
 class LayerWeights:
+    """The experts of one layer, repacked on the card, with the operator that multiplies by them."""
+
     ops: FusedOps
     up_gate: Repacked
     down: Repacked
 
     def __call__(self, rows: Any, ends: Any) -> Any:
+        """Rows sorted by expert, and their running counts (int64) -> outputs of the same type."""
         return self.ops.moe_ffn(rows, ends, self.up_gate, self.down)
 
 

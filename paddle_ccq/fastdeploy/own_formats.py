@@ -50,6 +50,7 @@ class GpuExperts:
     down: Repacked | Stored
 
     def __call__(self, rows: Any, ends: Any) -> Any:
+        """Rows sorted by expert, and their running counts (int64) -> outputs of the same type."""
         return self.ops.moe_ffn(rows, ends, self.up_gate, self.down)
 
 
@@ -60,6 +61,7 @@ class HostExperts:
     experts: Any  # ops.PackedExperts
 
     def __call__(self, rows: Any, ends: Any) -> Any:
+        """As GpuExperts; computed in float32, and brought back to the rows' device."""
         import paddle
 
         from .. import ops

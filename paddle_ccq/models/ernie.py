@@ -90,6 +90,7 @@ class Block:
         return x, normed.reshape([-1, x.shape[-1]])
 
     def __call__(self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None) -> Tensor:
+        """x [batch, length, hidden] -> the same shape; `slot` gets the keys and values of x."""
         x, normed = self.attend(x, rope, spans, slot)
         return x + self.mlp(normed).reshape(x.shape)
 
@@ -113,6 +114,10 @@ class Attention:
         self.out = _tensor(weights, f"{name}.o_proj.weight")
 
     def __call__(self, x: Tensor, rope: Rope, spans: list[Span], slot: Slot | None) -> Tensor:
+        """x [batch, length, hidden] -> the same shape, not yet added to the layer's sum.
+
+        Queries see what is in `slot` as well, to which the keys and values of x are added.
+        """
         batch, length, _ = x.shape
         heads, kv_heads, dim = self.heads, self.kv_heads, self.head_dim
         group = heads // kv_heads
@@ -162,6 +167,7 @@ class MLP:
         return F.swiglu(paddle.matmul(x, self.up_gate))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]."""
         return paddle.matmul(self.inner(x), self.down)
 
 
@@ -193,6 +199,7 @@ class MoE:
         return chosen, weights / weights.sum(axis=-1, keepdim=True).clip(min=self.norm_min)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden], routed and shared experts together."""
         chosen, weights = self.route(x)
         # Sort the (token, choice) pairs by expert, so that each expert is one matrix product.
         flat = chosen.numpy().reshape(-1)
@@ -222,6 +229,7 @@ class Slot:
         self.v: Tensor | None = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values up to and with these, which are kept for the next call."""
         self.k = k if self.k is None else paddle.concat([self.k, k], axis=2)
         self.v = v if self.v is None else paddle.concat([self.v, v], axis=2)
         return self.k, self.v
@@ -235,10 +243,12 @@ class Cache:
 
     @property
     def length(self) -> int:
+        """Positions that have been seen, padding included."""
         k = self.slots[0].k
         return 0 if k is None else k.shape[2]
 
     def slot(self, layer: int) -> Slot:
+        """What a layer's attention is called with."""
         return self.slots[layer]
 
     def select(self, rows: Tensor) -> None:
@@ -289,6 +299,7 @@ def _query_spans(start: int, length: int, group: int, padding: Tensor | None) ->
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
     scale = paddle.rsqrt(paddle.square(x).mean(axis=-1, keepdim=True) + eps)
     return x * scale * weight
 

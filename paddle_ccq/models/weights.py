@@ -67,6 +67,7 @@ class OverriddenWeights:
         self.replacements = replacements
 
     def read(self, name: str) -> np.ndarray:
+        """The replacement as float32, or what the base source reads."""
         if name not in self.replacements:
             return self.base.read(name)
         value = self.replacements[name]

@@ -66,14 +66,17 @@ class DenseMatrix:
 
     @property
     def k(self) -> int:
+        """Inputs of a product: entries of a row of x."""
         return self.core.k
 
     @property
     def n(self) -> int:
+        """Outputs of a product."""
         return self.core.n
 
     @property
     def nbytes(self) -> int:
+        """Bytes of host memory that the values and scales take."""
         return self.core.nbytes
 
     def columns(self, wanted: np.ndarray) -> np.ndarray:

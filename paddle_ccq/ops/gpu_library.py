@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..command import run_command
 from ..errors import CcqError
+from ..parser import Parser, count
 from . import gpu_abi
 from .gpu_build import ARCHITECTURES, PACKAGED, SOURCES, nvcc_command
 
@@ -292,13 +293,12 @@ def check(library: ctypes.CDLL, status: int, what: str) -> None:
         raise CcqError(f"{what} on the GPU failed: {text} (CUDA error {status})")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_ccq.ops.gpu_library", description="Compile the GPU library."
-    )
+def build_parser() -> Parser:
+    """One flag; there is no model and no file that other commands' arguments could name."""
+    parser = Parser("gpu-library", "Compile the GPU library (needs nvcc).")
     parser.add_argument(
         "--architectures",
-        type=int,
+        type=count,
         nargs="+",
         default=list(ARCHITECTURES),
         metavar="N",
@@ -308,6 +308,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The library's path is printed; exit code 0, or 2 if it can't be built."""
+
     def body(args: argparse.Namespace) -> int:
         print(build(args.architectures))
         return 0

@@ -81,6 +81,11 @@ class Device:
         self._scratch: dict[str, Memory] = {}
 
     def call(self, function: str, *arguments: Any) -> None:
+        """Call a function of the driver's API by its name, in the first GPU's context.
+
+        Raises:
+            CcqError: with the driver's own text, for any code but success.
+        """
         # A context is current to one thread; loading and generating are two.
         self._check("cuCtxSetCurrent", self.driver.cuCtxSetCurrent(self.context))
         self._check(function, getattr(self.driver, function)(*arguments))

@@ -51,18 +51,22 @@ class PackedMatrix:
 
     @property
     def format(self) -> str:
+        """One of codec.formats.EXPERT_FORMATS."""
         return self.core.format
 
     @property
     def k(self) -> int:
+        """Inputs of a product: entries of a row of x."""
         return self.core.k
 
     @property
     def n(self) -> int:
+        """Outputs of a product."""
         return self.core.n
 
     @property
     def nbytes(self) -> int:
+        """Bytes of host memory that codes and scales of all levels take."""
         return self.core.nbytes
 
     def unpack(self) -> Tensors:
@@ -91,10 +95,12 @@ class PackedExperts:
 
     @property
     def hidden(self) -> int:
+        """Entries of a token's row, before and after the experts."""
         return self.up_gate[0].k
 
     @property
     def nbytes(self) -> int:
+        """Bytes of host memory that the matrices of all experts take."""
         return sum(m.nbytes for m in (*self.up_gate, *self.down))
 
 

@@ -80,6 +80,7 @@ class Answer(ABC):
         return found
 
     def usage(self) -> Dict:
+        """OpenAI's `usage`: tokens of all prompts and, so far, of all choices together."""
         generated = sum(self.tokens)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -88,9 +89,14 @@ class Answer(ABC):
         }
 
     async def whole(self, generation: Generation) -> Dict:
-        await self.prepare()
+        """The body of an answer that is not streamed, once all its choices have ended.
+
+        Raises:
+            ApiError: 500 if the model failed on a choice, 499 if the client left before the end.
+        """
         found: list[list[Output]] = [[] for _ in self.tokens]
         async with generation:
+            await self.prepare()
             async for outputs in generation:
                 for output in outputs:
                     found[output.index].append(output)
@@ -108,6 +114,15 @@ class Answer(ABC):
         return {}
 
     async def events(self, generation: Generation, with_usage: bool) -> AsyncIterator[bytes]:
+        """Server-sent events as bytes, as the outputs come, up to `[DONE]`.
+
+        Where the model fails, the last event is OpenAI's error instead, and a client that has left
+        gets no further one.
+
+        Args:
+            with_usage: whether an event of its own at the end holds the token counts, which are
+                null in all others then.
+        """
         head = {**self.head, "object": self.chunk_object}
         if with_usage:
             head["usage"] = None
@@ -134,6 +149,8 @@ class Answer(ABC):
 
 
 class CompletionAnswer(Answer):
+    """Choices of /v1/completions; streamed ones have the same form as whole ones."""
+
     whole_object = chunk_object = "text_completion"
     id_prefix = "cmpl"
 
@@ -209,6 +226,8 @@ class CompletionAnswer(Answer):
 
 
 class ChatAnswer(Answer):
+    """Choices of /v1/chat/completions: a message where it is whole, deltas where it is streamed."""
+
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
@@ -261,4 +280,5 @@ def _event(content: Dict) -> bytes:
 
 
 def failed() -> ApiError:
+    """The answer to a request whose step raised or gave logits that are not finite."""
     return ApiError(500, "the model failed on this request; the server's log has its details")

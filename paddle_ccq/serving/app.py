@@ -21,7 +21,6 @@ from .service import Service, unavailable
 
 def create_app(service: Service) -> FastAPI:
     """The application of one service."""
-    # The interactive pages would load scripts from elsewhere.
     app = Api(service.settings.allow_origins, title="paddle-ccq", version=__version__)
     app.add_middleware(Gate, service=service, takes=app.takes)
     errors.install(app)
@@ -30,6 +29,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models", response_model=schema.ModelList, responses=schema.errors(401, 503))
     async def models() -> dict[str, Any]:
+        """The one model that is served; a server that is loading answers 503."""
         return {"object": "list", "data": [describe(service)]}
 
     @app.get(
@@ -38,11 +38,13 @@ def create_app(service: Service) -> FastAPI:
         responses=schema.errors(401, 404, 503),
     )
     async def model(name: str) -> dict[str, Any]:
+        """The served model; 404 for every other name."""
         service.check_model(name)
         return describe(service)
 
     @app.post("/v1/completions", responses=schema.answers(schema.Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one prompt or several; 400 names a field that is wrong or has no effect here."""
         service.check_model(body.model)
         given, begin = body.prompt, body.add_special_tokens is not False
         if isinstance(given, str) or isinstance(given[0], int):
@@ -58,6 +60,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", responses=schema.answers(schema.ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer messages in the model's chat template; 400 names a field that is wrong."""
         service.check_model(body.model)
         messages = [message.plain() for message in body.messages]
         prompt = await service.encode_chat(messages, body.add_special_tokens)
@@ -93,6 +96,7 @@ async def answer(
 
 
 def describe(service: Service) -> dict[str, Any]:
+    """The served model as /v1/models lists it, in OpenAI's form with vLLM's max_model_len."""
     return {
         "id": service.settings.name,
         "object": "model",
@@ -114,4 +118,5 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """Counts, times and the queue for Prometheus, by the names that FastDeploy has."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -14,6 +14,8 @@ from .service import LONG_TEXT, Service
 
 @dataclass(frozen=True)
 class Echo:
+    """A prompt's text, and where its tokens begin in it; no offsets if only the text is wanted."""
+
     text: str
     offsets: Sequence[int]  # one a token, in characters
 

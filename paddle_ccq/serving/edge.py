@@ -32,6 +32,7 @@ class Api(FastAPI):
         self.origins = tuple(origins)
 
     def build_middleware_stack(self) -> ASGIApp:
+        """Starlette's stack inside Methods, and that inside Origins where pages may use the API."""
         stack = Methods(super().build_middleware_stack(), self)
         return Origins(stack, self.origins) if self.origins else stack
 
@@ -57,6 +58,7 @@ class Methods:
         self.app, self.api = app, api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Routes see GET for HEAD and no slash at the end; OPTIONS of a known path ends here."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -96,6 +98,7 @@ class Origins(CORSMiddleware):
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
+        """A refusal as JSON with code "cors", where Starlette's is plain text."""
         answer = super().preflight_response(request_headers)
         if answer.status_code < 400:
             return answer

@@ -68,9 +68,26 @@ class GenerationRequest:
 class Observer(Protocol):
     """What metrics want to know; called in the engine's thread."""
 
-    def prompt_done(self, tokens: int, seconds: float) -> None: ...
-    def token(self, seconds: float) -> None: ...
-    def finished(self, reason: str, tokens: int, seconds: float) -> None: ...
+    def prompt_done(self, tokens: int) -> None:
+        """A sequence's prompt of so many tokens is computed."""
+        ...
+
+    def first_token(self, seconds: float) -> None:
+        """A sequence's first token is chosen, so long after it was submitted."""
+        ...
+
+    def token(self, seconds: float) -> None:
+        """Another token of a sequence is chosen, so long after the one before it."""
+        ...
+
+    def finished(self, reason: str, seconds: float) -> None:
+        """A sequence has ended by itself, not by being cancelled.
+
+        Args:
+            reason: "stop", "length" or "error".
+            seconds: since it was submitted.
+        """
+        ...
 
 
 class Engine:
@@ -98,6 +115,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Start the thread that steps the model; what was submitted before waits for it."""
         self._thread.start()
 
     def submit(
@@ -168,6 +186,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
+        """Whether no sequence runs or waits."""
         return not self._waiting and not self.scheduler.running
 
     def wait_until_idle(self, seconds: float) -> bool:
@@ -284,14 +303,16 @@ class Engine:
 
     def _observe(self, sequence: Running, now: float) -> None:
         if self.observer is not None:
-            if sequence.last_time is None:
-                self.observer.prompt_done(len(sequence.prompt), now - sequence.created)
-            else:
+            if sequence.last_time is not None:
                 self.observer.token(now - sequence.last_time)
+            else:
+                self.observer.prompt_done(len(sequence.prompt))
+                if sequence.generated:  # else only the prompt is read
+                    self.observer.first_token(now - sequence.created)
         sequence.last_time = now
 
     def _end(self, sequence: Running, reason: str) -> None:
         self.scheduler.finish(sequence)
         if self.observer is not None:
             seconds = time.monotonic() - sequence.created
-            self.observer.finished(reason, sequence.generated, seconds)
+            self.observer.finished(reason, seconds)

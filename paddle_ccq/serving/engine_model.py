@@ -81,6 +81,11 @@ class EngineModel:
         self.sin = np.sin(angles).astype(np.float32)
 
     def new_cache(self, tokens: int) -> KVCache:
+        """A KV cache of at least so many token places for all layers of the model.
+
+        Raises:
+            CcqError: if the system does not give so much address space.
+        """
         config = self.config
         shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         try:
@@ -155,6 +160,11 @@ class Layer:
         keys: np.ndarray,
         values: np.ndarray,
     ) -> np.ndarray:
+        """x float32 [tokens, hidden] of all pieces -> the same shape.
+
+        Args:
+            rope, places, keys, values: see ops.attention.attend(); this layer's part of the cache.
+        """
         config = self.config
         qkv = self.qkv(rms_norm(x, self.attention_norm, config.rms_norm_eps))
         heads = config.num_attention_heads
@@ -181,12 +191,14 @@ class Layer:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; the largest entry is taken off first, so that nothing overflows."""
     x = np.exp(x - x.max(axis=-1, keepdims=True))
     x /= x.sum(axis=-1, keepdims=True)
     return x
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
     # The sum itself: np.mean takes longer to begin than a row of a small model to add up.
     sums = np.add.reduce(x * x, axis=-1, keepdims=True)
     return x * (1 / np.sqrt(sums / np.float32(x.shape[-1]) + np.float32(eps))) * weight

@@ -38,6 +38,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
+        """OpenAI's error object; message and param are cut after MAX_MESSAGE characters."""
         # A name from the request may hold half a surrogate pair, which no answer could carry.
         message = self.message[:MAX_MESSAGE].encode("utf-8", "replace").decode()
         param = self.param and self.param[:MAX_MESSAGE].encode("utf-8", "replace").decode()
@@ -52,6 +53,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
+        """The answer with this error's status and headers."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 

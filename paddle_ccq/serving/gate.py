@@ -30,6 +30,7 @@ class Gate:
         self.app, self.service, self.takes = app, service, takes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its whole body, or answer it with 401, 408, 413, 415 or 503."""
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self.app(scope, receive, send)
             return

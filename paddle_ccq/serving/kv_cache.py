@@ -40,6 +40,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole arena; what has not been written takes no memory."""
         return self.keys.nbytes + self.values.nbytes
 
     def allocate(self, length: int) -> Region | None:
@@ -89,4 +90,5 @@ def _rounded(tokens: int) -> int:
 
 
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes of a token's float32 keys and values, in all layers; of values with their padding."""
     return 4 * layers * kv_heads * (head_dim + padded(head_dim))

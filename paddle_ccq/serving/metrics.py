@@ -61,8 +61,10 @@ class Metrics:
         for index, gauge in enumerate((self.running, self.waiting, self.cache)):
             gauge.set_function(lambda index=index: counts()[index])
 
-    def prompt_done(self, tokens: int, seconds: float) -> None:
+    def prompt_done(self, tokens: int) -> None:
         self.prompt_tokens.inc(tokens)
+
+    def first_token(self, seconds: float) -> None:
         self.generated.inc()
         self.first.observe(seconds)
 
@@ -70,11 +72,12 @@ class Metrics:
         self.generated.inc()
         self.between.observe(seconds)
 
-    def finished(self, reason: str, tokens: int, seconds: float) -> None:
+    def finished(self, reason: str, seconds: float) -> None:
         self.finished_by.labels(reason).inc()
         if reason != "error":
             self.successes.inc()
             self.whole.observe(seconds)
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format, for /metrics."""
         return generate_latest(self.registry)

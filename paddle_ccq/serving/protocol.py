@@ -41,6 +41,8 @@ CompletionLogprobs = Annotated[
 
 
 class StreamOptions(Form):
+    """Only with `stream`; include_usage asks for an event with the token counts at the end."""
+
     include_usage: bool | None = None
     include_obfuscation: only(False) = None
     continuous_usage_stats: only(False) = None
@@ -90,6 +92,10 @@ class Common(Neutral):
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs: not with stream: true")
         return self
+
+    def wanted_logprobs(self) -> int | None:
+        """How many likely tokens beside each generated one are wanted; None: no logprobs."""
+        raise NotImplementedError
 
     def prompt_scores(self) -> int | None:
         """How many likely tokens beside each of the prompt's are wanted; None: no scores."""
@@ -151,6 +157,8 @@ class CompletionRequest(Common):
 
 
 class TextPart(Form):
+    """A part of a message's content; this server takes no other kind than text."""
+
     type: Literal["text"]
     text: str
 

@@ -134,6 +134,10 @@ class Sampler:
 
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """Natural log-probabilities of `token` and of the `top` likeliest ones, by logits [vocab].
+
+    Equal logits share a rank.
+    """
     shifted = logits - logits.max()
     # Exponentials in float32 are right to 1e-7; their sum over a large vocabulary would not be.
     total = float(np.log(np.exp(shifted).sum(dtype=np.float64)))

@@ -68,6 +68,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
 
     def admit(self) -> None:
+        """Start the oldest waiting sequences, as long as a slot and room in the cache are free."""
         while self.waiting and len(self.running) < self.max_sequences:
             region = self.cache.allocate(self.waiting[0].cache_budget)
             if region is None:

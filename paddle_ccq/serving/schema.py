@@ -18,6 +18,8 @@ class _Answer(BaseModel):
 
 
 class Error(_Answer):
+    """What is wrong, in OpenAI's form; `param` names the field of the request to change."""
+
     message: str
     type: str
     param: str | None
@@ -25,23 +27,38 @@ class Error(_Answer):
 
 
 class ErrorBody(_Answer):
+    """The body of an answer whose status is 400 or more."""
+
     error: Error
 
 
 class Usage(_Answer):
+    """Tokens of all prompts of the request, and of all choices of the answer."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class CompletionLogprobs(_Answer):
+    """Lists of one length: an entry for each token, with echo for the prompt's tokens first.
+
+    Log-probabilities are natural ones, before temperature and penalties; those of a prompt's first
+    token are null. Offsets count characters of the choice's text.
+    """
+
     tokens: list[str]
-    token_logprobs: list[float | None]  # null: a prompt's first token
+    token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
 class PromptToken(_Answer):
+    """A token at a place of the prompt, with its natural log-probability and its rank there.
+
+    Rank 1 is the likeliest token.
+    """
+
     logprob: float
     rank: int
     decoded_token: str
@@ -52,6 +69,11 @@ PromptLogprobs = list[dict[str, PromptToken] | None]
 
 
 class CompletionChoice(_Answer):
+    """One answer to one prompt; answer i of n to prompt p has the index p * n + i.
+
+    finish_reason is length if the number of tokens ended it, else stop.
+    """
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -60,6 +82,8 @@ class CompletionChoice(_Answer):
 
 
 class Completion(_Answer):
+    """The answer to POST /v1/completions; `created` is in seconds since 1970."""
+
     id: str
     object: Literal["text_completion"]
     created: int
@@ -69,26 +93,39 @@ class Completion(_Answer):
 
 
 class Token(_Answer):
+    """A token with its natural log-probability before temperature and penalties.
+
+    `bytes` may be a part of a character, for which `token` then has U+FFFD.
+    """
+
     token: str
     logprob: float
     bytes: list[int] | None
 
 
 class ChatToken(Token):
+    """A generated token, and the likeliest ones at its place, as many as top_logprobs asks for."""
+
     top_logprobs: list[Token]
 
 
 class ChatLogprobs(_Answer):
+    """The generated tokens in their order."""
+
     content: list[ChatToken]
 
 
 class AssistantMessage(_Answer):
+    """The model's answer."""
+
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
 class ChatChoice(_Answer):
+    """One of the n answers; finish_reason is length if the number of tokens ended it, else stop."""
+
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -96,6 +133,8 @@ class ChatChoice(_Answer):
 
 
 class ChatCompletion(_Answer):
+    """The answer to POST /v1/chat/completions; `created` is in seconds since 1970."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -106,6 +145,8 @@ class ChatCompletion(_Answer):
 
 
 class Model(_Answer):
+    """The name for `model` in requests; max_model_len counts tokens of prompt and answer."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -114,6 +155,8 @@ class Model(_Answer):
 
 
 class ModelList(_Answer):
+    """The one model that is served."""
+
     object: Literal["list"]
     data: list[Model]
 

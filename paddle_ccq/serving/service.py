@@ -84,17 +84,24 @@ class Service:
             engine.drain()
 
     def drain(self) -> None:
+        """Take no new requests; those that run or wait go on to their end."""
         self.draining = True
         if self.engine is not None:
             self.engine.drain()
 
     @property
     def state(self) -> str:
+        """ "loading", "ready" or "draining"; only when ready are requests taken."""
         if self.draining:
             return "draining"
         return "loading" if self.engine is None else "ready"
 
     def check_model(self, name: str) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            ApiError: 404, naming the one that is served.
+        """
         if name != self.settings.name:
             raise ApiError(
                 404, f"model: {name!r} is not served here, but {self.settings.name!r}", "model",
@@ -102,6 +109,11 @@ class Service:
             )  # fmt: skip
 
     async def encode(self, text: str, with_bos: bool, field_name: str) -> list[int]:
+        """Tokens of a text, behind the begin token if `with_bos`; `field_name` is for errors.
+
+        Raises:
+            ApiError: 400 for half a surrogate pair, which is no text.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -116,6 +128,15 @@ class Service:
     async def encode_chat(
         self, messages: Sequence[Message], add_special_tokens: bool | None = None
     ) -> list[int]:
+        """Tokens of the messages in the model's chat template.
+
+        Args:
+            add_special_tokens: whether the begin token comes first; None: only for the plain
+                template, since others write it themselves.
+
+        Raises:
+            ApiError: 400 if the template refuses the messages or fails on them.
+        """
         try:
             text = self.template.render(messages)
         except ValueError as error:
@@ -202,6 +223,11 @@ class Generation:
     def start(
         self, engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int
     ) -> None:
+        """Submit the request and watch for its client leaving; to be called once.
+
+        Raises:
+            QueueFullError, DrainingError: as Engine.submit().
+        """
         self.engine, self.left = engine, len(prompts) * n
         self.handle = engine.submit(prompts, params, self._deliver, n)
         # From the beginning: a client may leave before anyone asks for the first output.
@@ -209,6 +235,7 @@ class Generation:
 
     @property
     def complete(self) -> bool:
+        """Whether every choice has given its last output."""
         return not self.left
 
     async def __aenter__(self) -> Generation:
@@ -255,6 +282,7 @@ class Generation:
 
 
 def unavailable(state: str) -> ApiError:
+    """A 503 with Retry-After, for a server that is "loading" or "draining"."""
     message = "the model is being loaded" if state == "loading" else "the server is shutting down"
     return ApiError(503, message, code=state, headers=RETRY_AFTER)
 

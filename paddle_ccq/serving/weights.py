@@ -40,6 +40,7 @@ class Linear:
         self.nbytes = (self.packed or self.dense).nbytes
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """float32 [rows, in] -> [rows, out]."""
         if self.packed is not None:
             return ops.linear(np.ascontiguousarray(x), self.packed, self.threads, fine=True)
         return multiply(x, self.dense, self.threads)
@@ -60,11 +61,13 @@ class Embedding:
             self.nbytes = self.table.nbytes
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Token numbers [tokens] -> float32 [tokens, hidden]."""
         if self.tied is not None:
             return self.tied.columns(tokens)
         return self.table[tokens].astype(np.float32)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
+        """Normed states float32 [rows, hidden] -> [rows, vocab]; only where the output is tied."""
         return multiply(x, self.tied, self.threads)
 
 
@@ -77,6 +80,7 @@ class MLP:
         self.nbytes = self.up_gate.nbytes + self.down.nbytes
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """float32 [rows, hidden] -> the same shape."""
         gate, up = np.split(self.up_gate(x), 2, axis=-1)
         return self.down(silu(gate) * up)
 
@@ -144,6 +148,7 @@ class Experts:
 
 
 def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x)."""
     # exp overflows to infinity far on the left, where the quotient is 0 as it should be.
     with np.errstate(over="ignore"):
         return x / (1 + np.exp(-x))

@@ -242,6 +242,11 @@ class Inspection:
                 self.problems += [f"{prefix}{text}" for text in self.value_problems(planned, rank)]
 
     def value_problems(self, planned: PlannedTensor, rank: int) -> Iterator[str]:
+        """What is wrong in the values of a tensor of one rank; nothing if it is not as expected.
+
+        Values of floats that are NaN or infinite, scales below 0, and columns whose code scale and
+        zero-point lead outside of the codes.
+        """
         floats = {}
         for name, _, _ in planned.specs:
             if (rank, name) not in self.sound:

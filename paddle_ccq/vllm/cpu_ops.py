@@ -34,6 +34,10 @@ class SingleExperts:
         return len(self.up_gate)
 
     def __call__(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Sum over a token's experts `ids` [tokens, k] of their outputs times `weights`.
+
+        Experts of other ranks, -1 among them, add nothing.
+        """
         y = np.zeros_like(x)
         for expert in np.unique(ids):
             if not 0 <= expert < len(self):  # of another rank

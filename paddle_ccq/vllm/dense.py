@@ -40,6 +40,11 @@ class Wint8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Find a rank's part of the stored matrix and make room for it.
+
+        Raises:
+            CcqError: if the part is no wint8 matrix by itself.
+        """
         k, n = input_size_per_partition, sum(output_partition_sizes)
         if k % TILE_ROWS or n % COLUMN_MULTIPLE:
             raise CcqError(

@@ -44,9 +44,11 @@ class ExpertsMethod(FusedMoEMethodBase):
 
     @property
     def topk_indices_dtype(self) -> torch.dtype:
+        """The type in which the package's operators take experts' numbers."""
         return torch.int64
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: scales are the package's operators' own business, and vLLM's kernels do not run."""
         return None
 
     def create_weights(
@@ -58,6 +60,12 @@ class ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Find a rank's part of the stored matrices and make room for it.
+
+        Raises:
+            CcqError: for sizes that do not divide among the ranks, and for expert parallelism
+                together with data parallelism.
+        """
         parallel = self.moe.moe_parallel_config
         if parallel.use_all2all_kernels:
             raise CcqError(
@@ -126,6 +134,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         return result
 
     def suffixes(self) -> set[str]:
+        """The stored tensors that make one matrix of the format, by suffix."""
         return set(formats.tensor_specs(self.format, 128, 128))
 
     def _whole(self, projection: str, found: dict[str, tuple[str, torch.Tensor]]) -> Tensors:
@@ -165,6 +174,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         return result
 
     def device(self) -> torch.device:
+        """The device of this process, on which matrices are cut."""
         return torch.device("cpu" if current_platform.is_cpu() else current_platform.device_type)
 
     def missing(self, layer: Any) -> list[str]:

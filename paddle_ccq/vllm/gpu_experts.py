@@ -52,6 +52,7 @@ class Wint2ExpertsMethod(ExpertsMethod):
         columns[:, expert] = repack_wint2(tensors, quant[expert], scales[expert], kind)
 
     def parameters(self, layer: Any, projection: str) -> list[torch.Tensor]:
+        """Of all experts' matrices: codes, local scales, and what each column has once."""
         return [
             getattr(layer, f"ccq_{projection}_{x}").data for x in ("quant", "scales", "columns")
         ]
@@ -102,6 +103,7 @@ class TrellisExpertsMethod(ExpertsMethod):
         repack_trellis(tensors, units[expert], columns[expert])
 
     def parameters(self, layer: Any, projection: str) -> list[torch.Tensor]:
+        """Of all experts' matrices: units of codes and local scales, and super scales."""
         return [getattr(layer, f"ccq_{projection}_{x}").data for x in ("units", "columns")]
 
     def multiply(

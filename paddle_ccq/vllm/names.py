@@ -18,6 +18,8 @@ _DENSE = re.compile(
 
 @dataclass(frozen=True)
 class ExpertTensor:
+    """One stored tensor of a routed expert's matrix, by the numbers and words of its name."""
+
     layer: int
     expert: int
     projection: str  # "up_gate" or "down"
@@ -26,6 +28,8 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class DenseTensor:
+    """One stored tensor of a packed dense matrix, by the parts of its name."""
+
     layer: int
     module: str  # canonical, such as "self_attn.qkv_proj"
     suffix: str

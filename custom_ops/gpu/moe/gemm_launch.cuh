@@ -9,6 +9,7 @@
 #include "choice.h"
 #include "epilogue.cuh"
 #include "few_schedule.cuh"
+#include "moe_gemm.h"
 
 namespace ccq {
 
@@ -72,6 +73,15 @@ struct Workspace {
     prepared.row_scale = arena.take<float>(rows);
   }
 };
+
+// What a call and its workspace tell a kernel. `caller_scale` and `column_tiles` are the kernel's own matter.
+inline GemmParams gemm_params(const ccq_moe_gemm_args& a, const Workspace& w) {
+  GemmParams p{};
+  p.offsets = a.offsets, p.quant = a.quant, p.scales = a.scales, p.columns = a.columns;
+  p.prepared = w.prepared, p.partial = w.partial;
+  p.out = a.out, p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  return p;
+}
 
 // Blocks of a configuration's kernel that run at once on an SM: asked once per device, since the answer also needs the
 // shared-memory limit raised. 0: an error, in *error.

@@ -206,10 +206,7 @@ extern "C" cudaError_t ccq_moe_gemm(const ccq_moe_gemm_args* a, cudaStream_t str
   }
   Arena arena(a->workspace);
   const Workspace w(arena, a->rows, a->k, a->experts, device.sms);
-  GemmParams p{};
-  p.offsets = a->offsets, p.quant = a->quant, p.scales = a->scales, p.columns = a->columns;
-  p.prepared = w.prepared, p.partial = w.partial;
-  p.out = a->out, p.rows = a->rows, p.k = a->k, p.n = a->n, p.experts = a->experts, p.dtype = a->dtype;
+  GemmParams p = gemm_params(*a, w);
   p.caller_scale = a->row_scale;
   const void* x = a->x;
   error = variant >= kWide ? launch_arrange(*a, device, p.prepared, &x, stream)

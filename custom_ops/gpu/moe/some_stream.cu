@@ -25,10 +25,7 @@ size_t some_stream_shared(int variant) {
 cudaError_t some_stream_gemm(const ccq_moe_gemm_args& a, int variant, const Device& device, cudaStream_t stream) {
   Arena arena(a.workspace);
   const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
-  GemmParams p{};
-  p.offsets = a.offsets, p.quant = a.quant, p.scales = a.scales, p.columns = a.columns;
-  p.prepared = w.prepared, p.partial = w.partial;
-  p.out = a.out, p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  const GemmParams p = gemm_params(a, w);
   auto use = [&](auto config) {
     using C = decltype(config);
     const cudaError_t error =

@@ -68,10 +68,8 @@ template <bool kBf16>
 cudaError_t launch_wide(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
   Arena arena(a.workspace);
   const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
-  GemmParams p{};
-  p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.caller_scale = a.row_scale, p.out = a.out;
-  p.prepared = w.prepared, p.partial = w.partial;
-  p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  GemmParams p = gemm_params(a, w);
+  p.caller_scale = a.row_scale;
   // Counters alone: activations are read as they are.
   const cudaError_t error = launch_early(arrange_kernel, 1, kPrepareThreads, 0, stream, nullptr, nullptr, 0, p.prepared.counters,
                                          kWarpsPerSm * device.sms);
@@ -95,10 +93,8 @@ template <bool kBf16>
 cudaError_t launch_some(const Device& device, const ccq_moe_gemm_args& a, int variant, cudaStream_t stream) {
   Arena arena(a.workspace);
   const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
-  GemmParams p{};
-  p.offsets = a.offsets, p.quant = a.quant, p.columns = a.columns, p.out = a.out;
-  p.prepared = w.prepared, p.partial = w.partial, p.caller_scale = w.prepared.row_scale;
-  p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  GemmParams p = gemm_params(a, w);
+  p.caller_scale = w.prepared.row_scale;
   const cudaError_t error = launch_early(trellis_prepare_kernel<kBf16>, trellis_prepare_blocks(a.rows, a.experts), kPrepareThreads, 0,
                                          stream, a.x, a.offsets, a.rows, a.experts, a.k, a.row_scale, kWarpsPerSm * device.sms, w.prepared);
   if (error != cudaSuccess) return error;

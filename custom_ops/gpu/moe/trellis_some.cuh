@@ -51,7 +51,7 @@ struct TrellisSomeConfig {
 };
 
 template <typename C>
-struct SomeShared : WideShared<C> {
+struct TrellisSomeShared : WideShared<C> {
   // K in stages.
   __device__ static WaveSchedule<C> schedule(const GemmParams& p) {
     return {WideShared<C>::memory() + C::kScheduleAt, p.experts, p.column_tiles, (p.k / 128 + C::kUnits - 1) / C::kUnits};
@@ -62,7 +62,7 @@ struct SomeShared : WideShared<C> {
 // be made (all that came before that kernel had ended when it let this one start).
 template <typename C>
 __device__ void produce_some(const GemmParams& p, int own) {
-  using S = SomeShared<C>;
+  using S = TrellisSomeShared<C>;
   const WaveSchedule<C> schedule = S::schedule(p);
   const int lane = threadIdx.x % 32, tiles_n = p.n / 16, blocks_k = p.k / 128;
   int stage = 0, slot = 0, last_tile = -1;
@@ -104,7 +104,7 @@ __device__ void produce_some(const GemmParams& p, int own) {
 
 template <typename C>
 struct SomeWarp : ConsumerWarp<C> {
-  __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(SomeShared<C>::schedule(this->p), work, kb); }
+  __device__ int owner(const WideWorkTile& work, int kb) const { return WaveIterator<C>::owner(TrellisSomeShared<C>::schedule(this->p), work, kb); }
   __device__ int blocks_k() const { return (this->p.k / 128 + C::kUnits - 1) / C::kUnits; }
 };
 
@@ -124,7 +124,7 @@ struct SomePieces {
 
   __device__ explicit SomePieces(const SomeWarp<C>& w) {
     const int first = w.warp * C::kR;
-    const char* const at = SomeShared<C>::memory() + C::kRowsBytes + first / 4 * C::kFour;
+    const char* const at = TrellisSomeShared<C>::memory() + C::kRowsBytes + first / 4 * C::kFour;
     codes = at + first % 4 * 512 + w.lane * 16, sides = at + 2048 + first % 4 * 32 + w.lane / 4 * 4;
     asm volatile("" : "+r"(addend0), "+r"(addend1));
   }
@@ -156,7 +156,7 @@ __device__ inline void add_scaled(int (&to)[kFours][4], const int (&sums)[kFours
 template <typename C>
 __device__ void some_stage(const SomePieces<C>& pieces, SomeWarp<C>& w, int stage, int (&o)[C::kR][1][4]) {
   constexpr int kR = C::kR, kGroups = 2 * C::kUnits;
-  const char* const rows = SomeShared<C>::memory() + stage + w.lane * 16;
+  const char* const rows = TrellisSomeShared<C>::memory() + stage + w.lane * 16;
   typename SomePieces<C>::Raw next[kR];
   typename SomePieces<C>::Piece piece[kR];
   int d[2][kR][1][4];
@@ -210,7 +210,7 @@ template <typename C, int kFours>
 __device__ void some_stage(const SomePieces<C>& pieces, SomeWarp<C>& w, int stage, int (&o)[C::kR][kFours][4]) {
   constexpr int kR = C::kR, kAll = C::kUnits * kR, kBuffers = kFours > 2 ? 1 : 2;
   // 8 columns x 16 bytes; the other hash word's after them.
-  const uint64_t rows = static_cast<uint64_t>((shared_address(SomeShared<C>::memory() + stage) & 0x3FFFF) >> 4) | 8ull << 16 |
+  const uint64_t rows = static_cast<uint64_t>((shared_address(TrellisSomeShared<C>::memory() + stage) & 0x3FFFF) >> 4) | 8ull << 16 |
                         static_cast<uint64_t>(kTrellisFourRows / 16) << 32;
   typename SomePieces<C>::Raw next = pieces.load(stage, 0);  // asked for a piece ahead
   int d[kBuffers][kFours][4];
@@ -269,7 +269,7 @@ __device__ void some_stage(const SomePieces<C>& pieces, SomeWarp<C>& w, int stag
 
 // Main loop: `stages` stages of one tile into `acc`; kFours: blocks of 4 rows that are multiplied.
 template <typename C, int kFours, int kNT = (kFours + 1) / 2>
-__device__ void some_main_loop(SomeWarp<C>& w, int stages, Accumulator<C, kNT>& acc) {
+__device__ void trellis_some_loop(SomeWarp<C>& w, int stages, Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR, kMost = C::kMostGroups / (2 * C::kUnits);
   const SomePieces<C> pieces(w);
   const bool lower = w.lane & 2;
@@ -284,7 +284,7 @@ __device__ void some_main_loop(SomeWarp<C>& w, int stages, Accumulator<C, kNT>& 
     int o[kR][kFours][4] = {};
 #pragma unroll 1
     for (int i = 0; i < to_do; ++i) {
-      SomeShared<C>::full()[w.stage].wait(w.parity);
+      TrellisSomeShared<C>::full()[w.stage].wait(w.parity);
       some_stage<C>(pieces, w, w.stage * C::kStageBytes, o);
       if (++w.stage == C::kStages) w.stage = 0, w.parity ^= 1;
     }
@@ -307,13 +307,13 @@ __device__ void run_some_work_tile(SomeWarp<C>& w, const char* slot, PartialSign
   const WideWorkTile& work = *reinterpret_cast<const WideWorkTile*>(slot);
   constexpr int kNT = (kFours + 1) / 2;
   Accumulator<C, kNT> acc;
-  some_main_loop<C, kFours>(w, work.kb_end - work.kb, acc);
+  trellis_some_loop<C, kFours>(w, work.kb_end - work.kb, acc);
   epilogue<C, kNT>(w, work, signal, acc, [&] { store_wide_tile<C, kNT>(w, work, slot + 128, acc); });
 }
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1) trellis_some_kernel(const GemmParams p) {
-  using S = SomeShared<C>;
+  using S = TrellisSomeShared<C>;
   dependents_may_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (lane == 0) {

@@ -31,10 +31,7 @@ size_t wide_halves_shared(int variant) {
 cudaError_t wide_halves_gemm(const ccq_moe_gemm_args& a, int variant, const Device& device, cudaStream_t stream) {
   Arena arena(a.workspace);
   const Workspace w(arena, a.rows, a.k, a.experts, device.sms);
-  GemmParams p{};
-  p.offsets = a.offsets, p.quant = a.quant, p.scales = a.scales, p.columns = a.columns;
-  p.prepared = w.prepared, p.partial = w.partial;
-  p.out = a.out, p.rows = a.rows, p.k = a.k, p.n = a.n, p.experts = a.experts, p.dtype = a.dtype;
+  GemmParams p = gemm_params(a, w);
   p.caller_scale = w.prepared.row_scale;
   cudaError_t error = launch_early(halve_kernel, a.rows, kPrepareThreads, 0, stream, a.x, a.k, a.dtype,
                                    a.row_order == CCQ_ROWS_FASTDEPLOY, a.row_scale, reinterpret_cast<uint4*>(w.prepared.x),

@@ -140,6 +140,7 @@ struct PairWeights {
   template <int kTiles, int kUnits, int kProducers>
   __device__ static void request_units(const GemmParams& p, int expert, int first, int there, int kb, int units, int own, char* to,
                                        Barrier* full) {
+    static_assert(kUnits > 1, "request_unit serves single units");
     const int group = threadIdx.x % 32 * kProducers + own, t16 = group * 4, tiles = min(4, there - t16);
     if (tiles <= 0) return;
     const size_t unit = ccq_unit_index(expert, first + t16, kb, p.n / 16, p.k / 128);
@@ -150,7 +151,7 @@ struct PairWeights {
       bulk_copy(c, p.quant + from * 512, count * 512, full, policy);
       bulk_copy(s, p.scales + from * 16, count * 16, full, policy);
     };
-    if (kUnits == 1 || tiles == 4) copy(codes, scales, unit, tiles * units);
+    if (tiles == 4) copy(codes, scales, unit, tiles * units);
     else for (int u = 0; u < units; ++u) copy(codes + u * 2048, scales + u * 64, unit + u * tiles, tiles);
   }
   template <int kTiles>

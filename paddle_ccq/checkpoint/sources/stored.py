@@ -43,6 +43,7 @@ class Region:
 
     @property
     def dtype(self) -> str:
+        """Its safetensors dtype, such as BF16 or F8_E4M3."""
         return self.tensors.info(self.name).dtype
 
     @property
@@ -53,6 +54,7 @@ class Region:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of what is read, not of the whole stack that it lies in."""
         return tensor_bytes(self.dtype, self.shape)
 
     def read(self) -> np.ndarray:

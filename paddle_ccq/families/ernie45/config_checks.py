@@ -23,6 +23,12 @@ ROPE_NEUTRAL = {
 
 
 def model_type(fields: Fields, experts: bool) -> str:
+    """The model_type, or the one of transformers' class where it is absent.
+
+    Raises:
+        CcqError: for one of another family, and where it or the architecture is that of a model
+            without experts though `experts` says that there are some.
+    """
     value = fields.get("model_type", "ernie4_5_moe" if experts else "ernie4_5")
     if not isinstance(value, str):
         raise fields.fail("model_type", f"{show(value)} is not a name")
