@@ -93,15 +93,14 @@ def test_two_ranks_score_as_one(format: str, model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")
-@pytest.mark.parametrize("format", ["wint2", "ccq-2t"])
-def test_four_ranks_score_as_one(format: str, tmp_path: Path) -> None:
-    """Four of the eight experts' quarters, or two whole ones each; key heads are there twice."""
+def test_four_ranks_score_as_one(tmp_path: Path) -> None:
+    """A quarter of each of eight experts, or two whole ones; key heads are on two ranks each."""
     model, output = tmp_path / "model", tmp_path / "out"
     sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "intermediate_size": 512}
     sizes |= {"moe_num_experts": 8, "num_hidden_layers": 2}
     write_checkpoint(model, tiny_config(head_dim=64, tie_word_embeddings=False, **sizes))
     arguments = ["--model", str(model), "--output", str(output), "--quiet", "--preset", "fast"]
-    assert main([*arguments, "--format", format]) == 0
+    assert main(arguments) == 0
     np.save(tmp_path / "tokens.npy", np.random.default_rng(3).integers(3, 319, 96))
     scores = []
     for options in (
@@ -112,8 +111,8 @@ def test_four_ranks_score_as_one(format: str, tmp_path: Path) -> None:
         result = run(output, tmp_path, **options)
         assert result.returncode == 0, result.stderr[-3000:]
         scores.append(np.load(tmp_path / "scores.npy"))
-        print(np.abs(scores[-1] - scores[0]).mean())
-        assert np.abs(scores[-1] - scores[0]).mean() < 0.022
+        # An expert left out moves each by 0.017, sums in another order by 0.005.
+        assert np.abs(scores[-1] - scores[0]).mean() < 0.01
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
+
+import vllm_profile
+import vllm_scale
+import vllm_shapes
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-
-import vllm_profile  # noqa: E402
-import vllm_scale  # noqa: E402
-import vllm_shapes  # noqa: E402
-
 CARD = int(vllm_scale.H200_GIB * vllm_scale.GIB)
 MEASURED = ROOT / "benchmarks" / "results" / "vllm_scale_h200.json"
 
