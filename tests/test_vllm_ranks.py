@@ -30,8 +30,13 @@ WORKERS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # by default vLLM wants a NUMA node for each rank
 }
+
+
+def binding(ranks: int) -> dict[str, str]:
+    """A processor for each rank, in turn; by default vLLM wants a NUMA node for each."""
+    count = os.cpu_count() or 1
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % count) for rank in range(ranks))}
 
 
 def run(folder: Path, work: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -48,7 +53,10 @@ def run(folder: Path, work: Path, **options: object) -> subprocess.CompletedProc
             *(sys.executable, SCORES, folder, work / "tokens.npy", work / "scores.npy"),
             json.dumps({"skip_tokenizer_init": True, **options}),
         ],
-        env=os.environ | WORKERS | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ
+        | WORKERS
+        | binding(max(2, int(options.get("tensor_parallel_size", 1))))
+        | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=600,
@@ -82,6 +90,29 @@ def test_two_ranks_score_as_one(format: str, model: Path, tmp_path: Path) -> Non
         scores[name] = np.load(tmp_path / "scores.npy")
         # An expert left out moves each by 0.033 to 0.089, sums in another order by 0.012.
         assert np.abs(scores[name] - scores["one"]).mean() < 0.022, name
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")
+def test_four_ranks_score_as_one(tmp_path: Path) -> None:
+    """A quarter of each of eight experts, or two whole ones; key heads are on two ranks each."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "intermediate_size": 512}
+    sizes |= {"moe_num_experts": 8, "num_hidden_layers": 2}
+    write_checkpoint(model, tiny_config(head_dim=64, tie_word_embeddings=False, **sizes))
+    arguments = ["--model", str(model), "--output", str(output), "--quiet", "--preset", "fast"]
+    assert main(arguments) == 0
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(3).integers(3, 319, 96))
+    scores = []
+    for options in (
+        {},
+        {"tensor_parallel_size": 4},
+        {"tensor_parallel_size": 4, "enable_expert_parallel": True},
+    ):
+        result = run(output, tmp_path, **options)
+        assert result.returncode == 0, result.stderr[-3000:]
+        scores.append(np.load(tmp_path / "scores.npy"))
+        # An expert left out moves each by 0.017, sums in another order by 0.005.
+        assert np.abs(scores[-1] - scores[0]).mean() < 0.01
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")

@@ -3,15 +3,15 @@
 
     python benchmarks/gpu/vllm_engine.py score SCORES.npz FOLDER... --text FILE [--graphs] [--fp8]
     python benchmarks/gpu/vllm_engine.py quality OUT.json SCORES.npz... --folders F... --text FILE
-    python benchmarks/gpu/vllm_engine.py speed OUT.json [--wint4-end-layer 6] [--peer]
+    python benchmarks/gpu/vllm_engine.py speed OUT.json [--shape deepseek-v3] [--peer]
     python benchmarks/gpu/vllm_engine.py linear OUT.json
     python benchmarks/gpu/vllm_engine.py products OUT.json
 
 `score` has text scored by the engine's prompt log-probabilities, and lets it answer; `quality`,
-which needs no GPU, sets them beside the float32 model of this package; `speed` runs the 300B's
-shape with random weights (vllm_speed.py); `linear` checks and times the product with 8-bit weights
-(linear_w8.py), `products` times wint4 experts and the router (vllm_products.py). With vLLM and the
-GPU library; vllm_report.py makes the tables.
+which needs no GPU, sets them beside the float32 model of this package; `speed` runs a shape with
+random weights (vllm_speed.py; vllm_scale.py does so for many numbers of cards); `linear` checks and
+times the product with 8-bit weights (linear_w8.py), `products` times wint4 experts and the router
+(vllm_products.py). With vLLM and the GPU library; vllm_report.py makes the tables.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm_shapes import DEFAULT, SHAPES
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 WINDOW, WINDOWS = 511, 24
@@ -223,7 +224,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     two.add_argument("output")
     two.add_argument("--folder", help="a checkpoint instead of random weights")
     two.add_argument("--load-format", default="ccq_random")
-    two.add_argument("--layers", type=int, default=54)
+    two.add_argument("--shape", choices=list(SHAPES), default=DEFAULT)
+    two.add_argument("--layers", type=int, help="the first of them alone")
+    two.add_argument(
+        "--latent-attention",
+        choices=["vllm", "torch", "none"],
+        default="vllm",
+        help="kernels of DeepSeek-V3's: vLLM's, Triton and PyTorch, or as heads of full size",
+    )
     two.add_argument("--wint4-end-layer", type=int, default=-1)
     two.add_argument("--tensor-parallel-size", type=int, default=1)
     two.add_argument("--pipeline-parallel-size", type=int, default=1)

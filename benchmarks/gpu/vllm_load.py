@@ -56,7 +56,7 @@ def _pattern(name: str, dtype: str, random: np.random.Generator) -> bytes:
 
 def make(folder: Path, layers: int, wint4_end: int) -> None:
     """Write the checkpoint that the plan of this shape calls for."""
-    from vllm_random import shape_plan
+    from vllm_shapes import shape_plan
 
     from paddle_ccq.checkpoint.safetensors_format import build_header, index_bytes, tensor_bytes
     from paddle_ccq.targets.fastdeploy.config import output_config

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 300B's shape with random weights in vLLM: configurations, and a load format that makes them.
+"""Random weights in vLLM: a load format that makes them, on the card.
 
 `use_in_all_processes` lets every process of vLLM find the load format, as a plugin of its own.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -16,77 +15,8 @@ from typing import Any
 LOAD_FORMAT = "ccq_random"
 # Where this is set, each process says what its loading took.
 SPLIT = "CCQ_BENCH_SPLIT"
-# ERNIE-4.5-300B-A47B.
-SHAPE = {
-    "architectures": ["Ernie4_5_MoeForCausalLM"],
-    "model_type": "ernie4_5_moe",
-    "vocab_size": 103424,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 54,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "use_bias": False,
-    "tie_word_embeddings": False,
-    "moe_num_experts": 64,
-    "moe_k": 8,
-    "moe_intermediate_size": 3584,
-    "moe_num_shared_experts": 0,
-    "moe_layer_start_index": 3,
-    "moe_layer_end_index": 53,
-    "moe_layer_interval": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "dtype": "bfloat16",
-}
-# What vLLM reads for integers of 4 bits with a scale for 128 weights of a column.
-INT4 = {
-    "quant_method": "gptq",
-    "bits": 4,
-    "group_size": 128,
-    "sym": True,
-    "desc_act": False,
-    "lm_head": False,
-    "modules_in_block_to_quantize": [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-        "mlp.experts",
-    ],
-}
-
-
-def shape_plan(layers: int, wint4_end: int) -> Any:
-    """The plan of a checkpoint of this shape."""
-    from paddle_ccq.families.registry import read_config
-    from paddle_ccq.targets.fastdeploy.layout import build_plan
-
-    raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-    return build_plan(read_config(raw), format="wint2", wint4_end_layer=wint4_end)
-
-
-def shape_folder(target: Path, layers: int, wint4_end: int, peer: bool = False) -> Path:
-    """A folder with the config.json of the 300B's shape alone; `peer`: with 4 bits."""
-    from paddle_ccq.targets.fastdeploy.config import output_config
-
-    if peer:
-        raw = dict(SHAPE, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
-        written = raw | {"quantization_config": INT4}
-    else:
-        plan = shape_plan(layers, wint4_end)
-        written = output_config(plan, {"row_order": plan.row_order})
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(written))
-    return target
+# Where this is set, vllm_mla.py's attention is registered.
+LATENT = "CCQ_BENCH_LATENT"
 
 
 def _fill(module: Any) -> None:
@@ -103,6 +33,14 @@ def _fill(module: Any) -> None:
 
 
 def _randomize_linear(method: Any, layer: Any) -> None:
+    import torch
+
+    if not hasattr(layer, "ccq_weight"):  # on a processor
+        k, n = layer.ccq_shape
+        states = torch.empty((n, k), dtype=torch.uint8).random_(0, 256)
+        scale = torch.empty(n).uniform_(1e-4, 3e-4)
+        layer.ccq_arrived = {"quant_weight": states, "weight_scale": scale}
+        return
     layer.ccq_weight.data.random_(0, 256)
     layer.ccq_scale.data.uniform_(1e-4, 3e-4)
 
@@ -111,6 +49,9 @@ def _randomize_wint2(method: Any, layer: Any) -> None:
     import torch
 
     from paddle_ccq.vllm.experts import PROJECTIONS
+
+    if method.format != "wint2":
+        raise SystemExit(f"{LOAD_FORMAT}: no random experts in {method.format}")
 
     device = method.device()
     byte, floats = ({"dtype": d, "device": device} for d in (torch.uint8, torch.float32))
@@ -161,8 +102,9 @@ def register() -> None:
     import torch
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.platforms import current_platform
 
-    from paddle_ccq.vllm import dense, gpu_experts, plugin
+    from paddle_ccq.vllm import dense, plugin
 
     @register_model_loader(LOAD_FORMAT)
     class RandomLoader(BaseModelLoader):
@@ -176,20 +118,34 @@ def register() -> None:
                     fill(module)
                 else:
                     _fill(module)
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
 
     dense.Wint8LinearMethod.ccq_randomize = _randomize_linear
-    gpu_experts.Wint2ExpertsMethod.ccq_randomize = _randomize_wint2
-    gpu_experts.Wint4ExpertsMethod.ccq_randomize = _randomize_wint4
+    if current_platform.is_cpu():
+        from paddle_ccq.vllm import cpu_experts
+
+        cpu_experts.CpuCodedExpertsMethod.ccq_randomize = _randomize_wint2
+    else:
+        from paddle_ccq.vllm import gpu_experts
+
+        gpu_experts.Wint2ExpertsMethod.ccq_randomize = _randomize_wint2
+        gpu_experts.Wint4ExpertsMethod.ccq_randomize = _randomize_wint4
     plugin.register()
     if os.environ.get(SPLIT):
         _split_loading()
-    # The class itself, for a name would be looked at in another process of 20 s.
+    if os.environ.get(LATENT):
+        import vllm_mla
+
+        vllm_mla.register()
+    # The classes themselves, for a name would be looked at in another process of 20 s.
     from vllm.model_executor.models import ModelRegistry
 
-    from paddle_ccq.vllm.model import CcqErnieMoeForCausalLM
+    from paddle_ccq.vllm import model, packed_models
 
-    ModelRegistry.register_model(SHAPE["architectures"][0], CcqErnieMoeForCausalLM)
+    ModelRegistry.register_model("Ernie4_5_MoeForCausalLM", model.CcqErnieMoeForCausalLM)
+    packed_models._registered.add("DeepseekV3ForCausalLM")
+    ModelRegistry.register_model("DeepseekV3ForCausalLM", model.CcqDeepseekV3ForCausalLM)
 
 
 def use_in_all_processes() -> None:

@@ -28,8 +28,6 @@ RUNS = {
     "speed": ("WINT2, one H200", 1),
     "speed_prefix": ("wint4 prefix, one H200", 1),
     "speed_two": ("WINT2, two H200", 2),
-    "speed_experts": ("WINT2, two H200, whole experts on each", 2),
-    "speed_pipeline": ("WINT2, two H200, half of the layers on each", 2),
     "speed_int4": ("4 bits (Humming), two H200", 2),
 }
 ONE_CARD = ("speed", "speed_prefix")
@@ -158,6 +156,50 @@ def ranks(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+SHAPES = {"ernie-300b": "300B", "deepseek-v3": "DeepSeek-V3"}
+CUTS = {"tp": "tensor", "ep": "experts", "pp": "pipeline"}
+SCALE_BATCHES, SCALE_PROMPT = ("1", "8", "32", "128"), "4096"
+# Rows that the other table's run measured: without a batch of 128 and collectives.
+FROM_SPEED = {"ernie-300b wint2 tp1": "speed"}
+
+
+def scale(results: dict[str, Any], speeds: dict[str, Any]) -> str:
+    """Shapes by cards: speed, memory of the fullest card, collectives."""
+    rows = []
+    for name, stated in results.items():
+        shape, bits, cut = name.split()
+        run = stated
+        if stated["state"] != "measured" and name in FROM_SPEED:
+            run = stated | speeds[FROM_SPEED[name]] | {"state": "measured"}
+        cards = int(cut[2:])
+        label = f"{cards}, {CUTS[cut[:2]]}" if cards > 1 else "1"
+        row = [SHAPES[shape], "2" if bits == "wint2" else "4", label]
+        memory = run.get("memory")
+        if memory:
+            row.append(f"{max(m['weights'] for m in memory) / 1e9:.1f}")
+            row.append(f"{max(m['most'] - m['cache'] for m in memory) / 1e9:.1f}")
+        else:
+            row += [f"({run['weights'] / 1e9:.1f})" if "weights" in run else "", ""]
+        if run["state"] != "measured":
+            rows.append([*row, run["state"], *[""] * (len(SCALE_BATCHES) + 1)])
+            continue
+        row += [f"{run['decode'][b]:.0f}" if b in run["decode"] else "" for b in SCALE_BATCHES]
+        first = run["first_token"].get(SCALE_PROMPT)
+        row.append(f"{first:.2f}" if first else "")
+        rows.append([*row, _collectives(run)])
+    header = ["shape", "bits", "cards", "weights, GB", "at most, GB"]
+    header += [f"batch {b}" for b in SCALE_BATCHES] + ["4k first, s", "collectives"]
+    return markdown(header, rows)
+
+
+def _collectives(run: dict[str, Any]) -> str:
+    """Shares of a step by batch; of a pipeline nothing, for its are waiting."""
+    if run.get("pipeline_parallel_size", 1) > 1:
+        return "half waiting"
+    found = run.get("profile", {}).values()
+    return ", ".join(f"{p['collectives']['share']:.0%}" for p in found if p.get("collectives"))
+
+
 def experts4(results: dict[str, Any]) -> str:
     """4-bit experts of few tokens, and the router's product."""
     found = results["w4"]["microseconds, experts read"]
@@ -261,6 +303,8 @@ def main() -> int:
         ("prompts4", prompts4),
     ):
         put_into_doc(DOC, f"vllm-{marker}", table(results))
+    scaled = json.loads((RESULTS / "vllm_scale_h200.json").read_text(encoding="utf-8"))
+    put_into_doc(DOC, "vllm-scale", scale(scaled, results))
     put_into_doc(DOC, "vllm-rounding", rounding())
     figure(results)
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast vLLM serves the 300B's shape with random weights, and what a step consists of."""
+"""How fast vLLM serves a shape with random weights, what a step consists of, a card's memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm_profile import EXTENSION, step_of
 
 PROMPT = 32  # tokens before what is decoded
+HIGHEST = 100_000  # token of the random prompts
+# Latent attention without vLLM's own kernels (vllm_mla.py), and without being latent at all.
+LATENT = {
+    "torch": {"backend": "TRITON_MLA", "mla_prefill_backend": "CUSTOM"},
+    "none": {"backend": "TRITON_ATTN"},
+}
 
 
 def make_engine(folder: Path, arguments: argparse.Namespace) -> Any:
@@ -35,9 +42,12 @@ def make_engine(folder: Path, arguments: argparse.Namespace) -> Any:
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "pipeline_parallel_size": arguments.pipeline_parallel_size,
         "enable_expert_parallel": arguments.enable_expert_parallel,
+        "worker_extension_cls": EXTENSION,
     }
-    if arguments.kv_bytes:
-        options |= {"kv_cache_memory_bytes": arguments.kv_bytes, "gpu_memory_utilization": 0.3}
+    if arguments.kv_bytes:  # the other is what must be free at the start
+        options |= {"kv_cache_memory_bytes": arguments.kv_bytes, "gpu_memory_utilization": 0.05}
+    if arguments.latent_attention in LATENT:
+        options["attention_config"] = LATENT[arguments.latent_attention]
     if arguments.few_graphs:  # of the measured sizes alone: a quicker start
         options["compilation_config"] = {"cudagraph_capture_sizes": sorted(arguments.batches)}
     if arguments.peer and arguments.moe_backend == "triton":
@@ -50,8 +60,9 @@ def make_engine(folder: Path, arguments: argparse.Namespace) -> Any:
 class Runner:
     """Whole calls of generate, with random prompts."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, highest: int = HIGHEST) -> None:
         self.engine = engine
+        self.highest = highest
         self.random = np.random.default_rng(0)
 
     def __call__(self, batch: int, tokens: int, answer: int) -> float:
@@ -59,7 +70,7 @@ class Runner:
         from vllm import SamplingParams
 
         asked = [
-            {"prompt_token_ids": self.random.integers(10, 100000, tokens).tolist()}
+            {"prompt_token_ids": self.random.integers(10, self.highest, tokens).tolist()}
             for _ in range(batch)
         ]
         settings = SamplingParams(
@@ -69,26 +80,49 @@ class Runner:
         self.engine.generate(asked, settings, use_tqdm=False)
         return time.perf_counter() - begin
 
+    def profile(self, batch: int, tokens: int, answer: int) -> dict[str, Any]:
+        """One step of a call on every rank (vllm_profile.step_of)."""
+        self.engine.collective_rpc("ccq_profile_start")
+        self(batch, tokens, answer)
+        return step_of(self.engine.collective_rpc("ccq_profile_stop"))
+
+
+# Of the arguments those that are no part of a result.
+_OWN = ("command", "output", "batches", "prompts", "folder", "profile", "profile_prompts", "again")
+
+
+def start(arguments: argparse.Namespace) -> tuple[Runner, dict[str, Any]]:
+    """An engine of the shape, or of a folder, and the beginning of its result."""
+    import vllm_random
+    import vllm_shapes
+
+    if arguments.latent_attention == "none":
+        os.environ["VLLM_MLA_DISABLE"] = "1"
+    if arguments.latent_attention == "torch":
+        os.environ[vllm_random.LATENT] = "1"
+    vllm_random.use_in_all_processes()
+    shape = vllm_shapes.SHAPES[arguments.shape]
+    arguments.layers = arguments.layers or shape.layers
+    folder = arguments.folder or vllm_shapes.shape_folder(
+        Path(tempfile.mkdtemp()),
+        arguments.layers,
+        arguments.wint4_end_layer,
+        arguments.peer,
+        arguments.shape,
+    )
+    begin = time.perf_counter()
+    run = Runner(make_engine(Path(folder), arguments), min(HIGHEST, shape.raw["vocab_size"]))
+    result = {k: v for k, v in vars(arguments).items() if k not in _OWN}
+    return run, result | {"up_seconds": time.perf_counter() - begin}
+
 
 def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[str, Any]:
     """All measurements, saved after each."""
-    if arguments.profile or arguments.profile_prompts or arguments.again:
-        # The profiler sees the kernels, and a setting reaches the products, of its own process.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import vllm_random
-
-    vllm_random.use_in_all_processes()
-    folder = arguments.folder or vllm_random.shape_folder(
-        Path(tempfile.mkdtemp()), arguments.layers, arguments.wint4_end_layer, arguments.peer
-    )
-    start = time.perf_counter()
-    run = Runner(make_engine(Path(folder), arguments))
-    others = ("command", "output", "batches", "prompts", "folder", "profile", "profile_prompts")
-    others += ("again",)
-    result: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k not in others}
-    result |= {"up_seconds": time.perf_counter() - start, "decode": {}, "step": {}}
-    result["first_token"] = {}
-    print("up", round(result["up_seconds"], 1), flush=True)
+    run, result = start(arguments)
+    result |= {"decode": {}, "step": {}, "first_token": {}}
+    result["memory"] = run.engine.collective_rpc("ccq_memory")
+    print("up", round(result["up_seconds"], 1), result["memory"], flush=True)
+    save(result)
     if gate := os.environ.get("CCQ_BENCH_GATE"):  # one of several that started together measures
         turn = open(gate, "w")  # noqa: SIM115 (locked until this process ends)
         fcntl.flock(turn, fcntl.LOCK_EX)
@@ -107,24 +141,21 @@ def speed(arguments: argparse.Namespace, save: Callable[[Any], None]) -> dict[st
         print("first token", tokens, round(result["first_token"][tokens], 3), flush=True)
         save(result)
     for setting in arguments.again:  # read at each call, and no part of a CUDA graph of these sizes
-        from paddle_ccq.vllm import torch_ops
-
         name, _, value = setting.partition("=")
-        before = getattr(torch_ops, name)
-        setattr(torch_ops, name, int(value))
+        before = run.engine.collective_rpc("ccq_set", args=(name, int(value)))[0]
         found = {n: min(run(1, n, 1) for _ in range(3)) for n in arguments.prompts}
         result.setdefault("first_token_with", {})[setting] = found
-        setattr(torch_ops, name, before)
+        run.engine.collective_rpc("ccq_set", args=(name, before))
         print("first token with", setting, found, flush=True)
         save(result)
-    looked = {"profile": (arguments.profile, lambda n: run(n, PROMPT, 12))}
-    looked["profile_prompts"] = (arguments.profile_prompts, lambda n: run(1, n, 1))
+    result["memory"] = run.engine.collective_rpc("ccq_memory")
+    looked = {"profile": (arguments.profile, lambda n: run.profile(n, PROMPT, 12))}
+    looked["profile_prompts"] = (arguments.profile_prompts, lambda n: run.profile(1, n, 1))
     for name, (sizes, work) in looked.items():
         for size in sizes:
-            from vllm_profile import profile_step
-
-            found = profile_step(lambda work=work, size=size: work(size))
+            found = work(size)
             result.setdefault(name, {})[size] = found
-            print(name, size, json.dumps(found["summary"]), flush=True)
+            shown = found["summary"] | {"collectives": found["collectives"]}
+            print(name, size, json.dumps(shown), flush=True)
             save(result)
     return result

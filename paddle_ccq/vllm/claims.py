@@ -246,9 +246,22 @@ def check_parallel(config: ErnieConfig, claim: Claim, parallel: Parallel, ranks:
     sizes = [str(n) for n in range(1, config.num_attention_heads + 1) if works(n)]
     if not sizes:
         raise CcqError(problem)
-    raise CcqError(
-        f"--tensor-parallel-size {parallel.tensor} does not fit this model: {problem}; sizes that"
-        f" work: {', '.join(sizes)}"
+    whole = Parallel(parallel.tensor, experts=True)
+    instead = not parallel.experts and not _tensor_problem(config, claim, whole)
+    raise unfit_size(parallel.tensor, problem, sizes, instead)
+
+
+def unfit_size(size: int, problem: str, sizes: list[str], whole_experts: bool) -> CcqError:
+    """The refusal of a number of cards.
+
+    Args:
+        sizes: that work.
+        whole_experts: whether this number does, with whole experts on each card.
+    """
+    instead = f"; {size} with --enable-expert-parallel" if whole_experts else ""
+    return CcqError(
+        f"--tensor-parallel-size {size} does not fit this model: {problem}; sizes that work:"
+        f" {', '.join(sizes)}{instead}"
     )
 
 

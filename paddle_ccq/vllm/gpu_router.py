@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from .memory import ROUTER_MULTIPLES
+
 CAPABILITY = (9, 0)
-# custom_ops/gpu/moe/router.h.
-_EXPERTS, _K = 16, 64
 
 
 def parts_of(weight: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,8 @@ def install(model: torch.nn.Module, dtype: torch.dtype) -> int:
         if not isinstance(module.quant_method, UnquantizedLinearMethod) or weight.ndim != 2:
             continue
         experts, k = weight.shape
-        if weight.dtype == torch.float32 and experts % _EXPERTS == 0 and k % _K == 0:
+        fits = experts % ROUTER_MULTIPLES[0] == 0 and k % ROUTER_MULTIPLES[1] == 0
+        if weight.dtype == torch.float32 and fits:
             module.quant_method = RouterMethod()
             found += 1
     return found

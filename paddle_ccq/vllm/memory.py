@@ -13,8 +13,10 @@ from typing import Any
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
-from ..engine_check import GIB, CardMemory, loaded_bytes
+from ..checkpoint.safetensors_format import tensor_bytes
+from ..engine_check import GIB, CardMemory
 from ..families.tensor import Role
+from .expert_sizes import rank_bytes
 
 BLOCK_TOKENS = 16
 # CUDA context, captured graphs, cuBLAS workspaces; measured on one H200 with the 300B's shape.
@@ -23,44 +25,85 @@ LIBRARY_BYTES = 3 * GIB
 # of the 300B. A prompt of 8192 took 1.44 s in halves, 1.39 s whole (docs/notes/vllm.md).
 MOE_TOKENS = 8192
 DECODED_BYTES = 128 << 20  # of a dense layer's weights at a time, for many rows
+# From so many tokens in a step on, wint4 experts are decoded one by one (docs/notes/vllm.md).
+W4_DECODED_TOKENS = 768
+# The router's product takes multiples of so many experts and inputs (custom_ops/gpu/moe/router.h),
+# and has, beside each float32 weight, three bfloat16 parts of it (gpu_router.py).
+ROUTER_MULTIPLES, ROUTER_PARTS_BYTES = (16, 64), 3 * 2
+
+
+def stage_numbers(layers: int, stages: int) -> list[int]:
+    """The pipeline stage of every layer, as vLLM shares them out (distributed/utils.py).
+
+    What is left over of an even share goes to the stages before the last, from behind.
+    """
+    sizes = [layers // stages] * stages
+    for i in range(layers % stages):
+        sizes[-2 - i] += 1
+    return [stage for stage, size in enumerate(sizes) for _ in range(size)]
 
 
 def fullest_stage(
     plan: Plan,
     serve: Any,
-    is_shared: Callable[[PlannedTensor], bool],
+    bytes_of: Callable[[PlannedTensor], int],
     is_first: Callable[[PlannedTensor], bool],
 ) -> int:
     """Bytes of weights on a card of the fullest pipeline stage.
 
     Args:
-        is_shared: whether the cards of a stage hold a share of a matrix each, not all of it.
+        bytes_of: what the first card of a stage holds of a tensor.
         is_first: of a tensor outside the layers, whether it is the first stage's; else the last's.
     """
     parallel, config = serve.parallel, plan.config
     stages = [0] * parallel.pipeline
-    per_stage = -(-config.num_hidden_layers // parallel.pipeline)
+    numbers = stage_numbers(config.num_hidden_layers, parallel.pipeline)
     for planned in plan.tensors:
         if config.is_prediction(planned.tensor):
             continue  # not loaded
-        size = loaded_bytes(planned)
-        if is_shared(planned):
-            size = -(-size // parallel.tensor)
+        size = bytes_of(planned)
         if planned.layer is None:
             stages[0 if is_first(planned) else -1] += size
         else:
-            stages[min(planned.layer // per_stage, parallel.pipeline - 1)] += size
+            stages[numbers[planned.layer]] += size
     return max(stages)
 
 
+def decoded_expert(plan: Plan, serve: Any) -> int:
+    """Bytes of the one expert's up_gate that is decoded to bfloat16 at a time, if any is wint4."""
+    config, parallel = plan.config, serve.parallel
+    if not plan.wint4_layers or serve.max_num_batched_tokens < W4_DECODED_TOKENS:
+        return 0
+    width = config.moe_intermediate_size // (1 if parallel.experts else parallel.tensor)
+    return 2 * config.hidden_size * 2 * width
+
+
+def _has_router_parts(planned: PlannedTensor) -> bool:
+    inputs, experts = planned.shape
+    return not (experts % ROUTER_MULTIPLES[0] or inputs % ROUTER_MULTIPLES[1])
+
+
 def _weights(plan: Plan, serve: Any) -> int:
-    """Of the fullest card: every matrix in the share that it has there."""
+    """Of the fullest card: every matrix in the share and in the layout that it has there."""
+    config, ranks = plan.config, serve.parallel.tensor
+    whole = config.moe_num_experts if serve.parallel.experts else 0
 
-    def is_shared(planned: PlannedTensor) -> bool:
-        expert = planned.tensor.is_expert and serve.parallel.experts
-        return plan.tensor_parallel_size == 1 and bool(expert or planned.cut)
+    def bytes_of(planned: PlannedTensor) -> int:
+        tensor, shape = planned.tensor, planned.shape
+        if tensor.is_expert:
+            return rank_bytes(planned, ranks, whole)
+        if tensor.role is Role.ROUTER:
+            parts = planned.format == "f32" and _has_router_parts(planned)
+            return planned.rank_bytes + parts * ROUTER_PARTS_BYTES * planned.weights
+        if tensor.cut is None or ranks == 1:
+            return planned.rank_bytes
+        # A key head that several ranks share is on each of them.
+        width = sum(max(part // ranks, tensor.cut.unit) for part in tensor.cut.parts)
+        shape = tuple(width if i == tensor.cut.axis else n for i, n in enumerate(shape))
+        stored = plan.target.stored(tensor, planned.format, shape)
+        return sum(tensor_bytes(dtype, dims) for _, dtype, dims in stored)
 
-    return fullest_stage(plan, serve, is_shared, lambda p: p.tensor.role is Role.EMBEDDING)
+    return fullest_stage(plan, serve, bytes_of, lambda p: p.tensor.role is Role.EMBEDDING)
 
 
 def _activations(plan: Plan, serve: Any) -> int:
@@ -71,6 +114,7 @@ def _activations(plan: Plan, serve: Any) -> int:
     rows = min(tokens, MOE_TOKENS) * config.moe_k
     # Rows in and out, gate and up, their product, and the product's own workspace of the same size.
     experts = 2 * rows * (2 * hidden + 3 * width + hidden) if config.moe_layers() else 0
+    experts += decoded_expert(plan, serve)
     dense = 2 * tokens * 3 * config.intermediate_size // ranks if config.dense_layers() else 0
     beside = 2 * tokens * (4 * hidden + (config.q_size + 2 * config.kv_size) // ranks)
     logits = 3 * 4 * serve.max_num_seqs * config.vocab_size

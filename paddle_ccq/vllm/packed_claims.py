@@ -16,7 +16,7 @@ from ..families.config import ModelConfig
 from ..families.ernie45 import ERNIE45
 from ..targets.huggingface.config import VLLM_ARCHITECTURES, is_served
 from ..targets.vllm_sizes import KERNEL_MULTIPLE
-from .claims import Parallel, check_pipeline
+from .claims import Parallel, check_pipeline, unfit_size
 
 VERSION = 1
 WHERE = "config.json: quantization_config"
@@ -120,10 +120,8 @@ def check_packed_parallel(config: ModelConfig, parallel: Parallel) -> None:
     ]
     if not sizes:
         raise CcqError(problem)
-    raise CcqError(
-        f"--tensor-parallel-size {parallel.tensor} does not fit this model: {problem}; sizes that"
-        f" work: {', '.join(sizes)}"
-    )
+    instead = not parallel.experts and not _cut_problem(config, parallel.tensor, True)
+    raise unfit_size(parallel.tensor, problem, sizes, instead)
 
 
 def _cut_problem(config: ModelConfig, size: int, whole_experts: bool) -> str | None:

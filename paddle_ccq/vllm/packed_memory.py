@@ -3,37 +3,59 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
 from ..engine_check import CardMemory
 from ..families.tensor import DENSE_ROLES, Role
-from .memory import BLOCK_TOKENS, DECODED_BYTES, LIBRARY_BYTES, MOE_TOKENS, fullest_stage
+from .expert_sizes import rank_bytes
+from .memory import (
+    BLOCK_TOKENS,
+    DECODED_BYTES,
+    LIBRARY_BYTES,
+    MOE_TOKENS,
+    decoded_expert,
+    fullest_stage,
+    stage_numbers,
+)
 
 _CUT_ROLES = DENSE_ROLES | {Role.EMBEDDING, Role.HEAD}
 # Latent attention's first matrices, which vLLM holds whole on every card.
 _WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
-def _is_shared(planned: PlannedTensor) -> bool:
-    """Whether cards share a tensor, or the experts; those that vLLM may not cut count as whole."""
+def is_shared(planned: PlannedTensor) -> bool:
+    """Whether cards share a tensor beside the experts; those that vLLM may not cut are whole."""
     tensor = planned.tensor
-    if tensor.is_expert:
-        return True
     return tensor.role in _CUT_ROLES and tensor.stem.rpartition(".")[2] not in _WHOLE
 
 
-def attention_layers(plan: Plan) -> int:
-    """Layers with a KV cache; those of linear attention have none."""
+def attention_layers(plan: Plan, stages: int) -> int:
+    """The most layers with a KV cache on a pipeline stage; those of linear attention have none."""
     config = plan.config
+    numbers = stage_numbers(config.num_hidden_layers, stages)
     found = {t.layer for t in config.tensors.values() if ".self_attn." in t.name}
-    return len({layer for layer in found if layer is not None and layer < config.num_hidden_layers})
+    counts = Counter(numbers[n] for n in found if n is not None and n < len(numbers))
+    return max(counts.values(), default=0)
 
 
 def _weights(plan: Plan, serve: Any) -> int:
     """Of the fullest card."""
-    return fullest_stage(plan, serve, _is_shared, lambda p: p.tensor.role is not Role.HEAD)
+    config, ranks = plan.config, serve.parallel.tensor
+    whole = config.moe_num_experts if serve.parallel.experts else 0
+
+    def bytes_of(planned: PlannedTensor) -> int:
+        if planned.tensor.is_expert:
+            return rank_bytes(planned, ranks, whole)
+        if not is_shared(planned):
+            return planned.rank_bytes
+        keys = planned.tensor.stem.rpartition(".")[2] in ("k_proj", "v_proj")
+        heads = config.num_key_value_heads if keys else ranks
+        return -(-planned.rank_bytes // min(ranks, heads))
+
+    return fullest_stage(plan, serve, bytes_of, lambda p: p.tensor.role is not Role.HEAD)
 
 
 def _activations(plan: Plan, serve: Any) -> int:
@@ -42,7 +64,7 @@ def _activations(plan: Plan, serve: Any) -> int:
     tokens, ranks, hidden = serve.max_num_batched_tokens, serve.parallel.tensor, config.hidden_size
     width = config.moe_intermediate_size // (1 if serve.parallel.experts else ranks)
     rows = min(tokens, MOE_TOKENS) * config.moe_k
-    experts = 2 * rows * (2 * hidden + 3 * width + hidden)
+    experts = 2 * rows * (2 * hidden + 3 * width + hidden) + decoded_expert(plan, serve)
     dense = 2 * tokens * 3 * config.intermediate_size // ranks
     sizes = getattr(config, "sizes", {})
     head = config.head_dim
@@ -57,7 +79,7 @@ def _activations(plan: Plan, serve: Any) -> int:
 def _token_cache(plan: Plan, serve: Any) -> int:
     """Bytes of one token in the fullest card's KV cache."""
     config: Any = plan.config
-    layers = -(-attention_layers(plan) // serve.parallel.pipeline)
+    layers = attention_layers(plan, serve.parallel.pipeline)
     sizes = getattr(config, "sizes", {})
     if "kv_lora_rank" in sizes:  # one latent vector for all heads, on every card
         return serve.cache_bytes * (sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"]) * layers

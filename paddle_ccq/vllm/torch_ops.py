@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ..ops import gpu_abi, gpu_library
-from .memory import DECODED_BYTES, MOE_TOKENS
+from .memory import DECODED_BYTES, MOE_TOKENS, W4_DECODED_TOKENS
 
 # Up to this many rows weights are multiplied as stored; above, they are decoded and cuBLAS runs.
 LINEAR_ROWS = 128
-# Up to this many tokens of a step the product for few rows runs 4-bit experts; from the other on
-# they are decoded one by one and cuBLAS runs; between them, vLLM's own.
-W4_TOKENS, W4_DECODED_TOKENS = 128, 768
+# Up to this many tokens of a step the product for few rows runs 4-bit experts; from
+# W4_DECODED_TOKENS on they are decoded one by one and cuBLAS runs; between them, vLLM's own.
+W4_TOKENS = 128
 
 
 @cache
