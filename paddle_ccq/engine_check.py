@@ -62,7 +62,7 @@ def card_bytes(gibibytes: float) -> int:
         CcqError: for more than any card has.
     """
     if gibibytes > MOST_GIBIBYTES:
-        raise CcqError(f"--gpu-memory {gibibytes:g}: more GiB than any card has")
+        raise CcqError(f"--gpu-memory {gibibytes}: more GiB than any card has")
     return int(gibibytes * GIB)
 
 
@@ -182,7 +182,7 @@ def check_positive(numbers: dict[str, int]) -> None:
 def check_utilization(value: float) -> None:
     """Raise a CcqError unless --gpu-memory-utilization is a part of a card."""
     if not 0 < value <= 1:
-        raise CcqError(f"--gpu-memory-utilization {value:g}: must be above 0 and at most 1")
+        raise CcqError(f"--gpu-memory-utilization {value}: must be above 0 and at most 1")
 
 
 def print_result(result: CheckResult, engine: str, start: str, facts: Sequence[str] = ()) -> None:
@@ -198,7 +198,7 @@ def print_result(result: CheckResult, engine: str, start: str, facts: Sequence[s
     if m is not None:
         rows = [
             ["card", f"{m.total / GIB:.1f} GiB"],
-            [f"usable ({m.utilization:g} of it)", f"{m.usable / GIB:.1f} GiB"],
+            [f"usable ({m.utilization} of it)", f"{m.usable / GIB:.1f} GiB"],
             ["weights", f"{m.weights / GIB:.1f} GiB"],
             ["activations (estimate)", f"{m.activations / GIB:.1f} GiB"],
             ["CUDA and libraries (allowance)", f"{m.libraries / GIB:.1f} GiB"],

@@ -215,6 +215,24 @@ def test_a_failure_before_the_first_output_ends_the_generation(
     assert service.engine.wait_until_idle(10)
 
 
+@pytest.mark.parametrize("broken_part", ["echoes", "CompletionAnswer.piece"])
+def test_a_stream_that_fails_ends_with_an_error(
+    server: tuple[str, Service], monkeypatch: pytest.MonkeyPatch, broken_part: str
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(f"paddle_ccq.serving.answers.{broken_part}", broken)
+    base, service = server
+    asked = {**SMALL, "echo": True, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    answer = httpx.post(base + COMPLETIONS, json=asked, timeout=20)
+    assert answer.status_code == 200
+    *_, last = answer.text.strip().split("\n\n")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert "failed on this request" in error["message"] and "DONE" not in answer.text
+    assert service.engine.wait_until_idle(10)
+
+
 def counters(http: httpx.Client) -> dict[str, float]:
     """All counts and gauges by name with labels; no buckets, sums and times of creation."""
     lines = http.get("/metrics").text.splitlines()

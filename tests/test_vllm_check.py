@@ -101,6 +101,7 @@ def test_names_cannot_command_the_terminal(made: Path, tmp_path: Path, capsys) -
         ({"card_bytes": 0}, "--gpu-memory must be positive"),
         ({"max_num_seqs": 0}, "--max-num-seqs must be positive"),
         ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization 1.5"),
+        ({"gpu_memory_utilization": 1.0000001}, "--gpu-memory-utilization 1.0000001"),
         ({"max_num_batched_tokens": 64}, "64: vLLM wants at least --max-num-seqs, 128"),
         ({"parallel": Parallel(tensor=0)}, "--tensor-parallel-size must be positive"),
     ],
@@ -110,6 +111,12 @@ def test_what_cannot_be_served_is_refused(made: Path, change: dict, text: str) -
 
     with pytest.raises(CcqError, match=text):
         check(made, replace(SERVE, **change))
+
+
+def test_the_command_has_the_part_of_a_card_that_was_checked(made: Path) -> None:
+    part = 0.12345678
+    asked = check(made, replace(SERVE, gpu_memory_utilization=part)).command
+    assert asked[asked.index("--gpu-memory-utilization") + 1] == str(part)
 
 
 SHORT = CONFIG | {"max_position_embeddings": 2048}

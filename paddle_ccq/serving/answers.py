@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -16,6 +17,8 @@ from .errors import ApiError
 from .protocol import Common
 from .sampling import TokenLogprob
 from .service import Generation, Service
+
+log = logging.getLogger(__name__)
 
 Dict = dict[str, Any]
 
@@ -116,8 +119,8 @@ class Answer(ABC):
     async def events(self, generation: Generation, with_usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events as bytes, as the outputs come, up to `[DONE]`.
 
-        Where the model fails, the last event is OpenAI's error instead, and a client that has left
-        gets no further one.
+        Where the model or a text of the answer fails, the last event is OpenAI's error instead; a
+        client that has left gets no further one.
 
         Args:
             with_usage: whether an event of its own at the end holds the token counts, which are
@@ -126,21 +129,27 @@ class Answer(ABC):
         head = {**self.head, "object": self.chunk_object}
         if with_usage:
             head["usage"] = None
-        async with generation:
-            await self.prepare()
-            for choice in self.opening():
-                yield _event({**head, "choices": [choice]})
-            async for outputs in generation:
-                lines = b""
-                for output in outputs:
-                    self.tokens[output.index] = output.tokens
-                    if output.reason == "error":
-                        yield lines + _event(failed().body())
-                        return
-                    if self.says_something(output):
-                        lines += _event({**head, "choices": [self.piece(output)]})
-                if lines:
-                    yield lines
+        try:
+            async with generation:
+                await self.prepare()
+                for choice in self.opening():
+                    yield _event({**head, "choices": [choice]})
+                async for outputs in generation:
+                    lines = b""
+                    for output in outputs:
+                        self.tokens[output.index] = output.tokens
+                        if output.reason == "error":
+                            yield lines + _event(failed().body())
+                            return
+                        if self.says_something(output):
+                            lines += _event({**head, "choices": [self.piece(output)]})
+                    if lines:
+                        yield lines
+        except Exception:
+            # The status is sent already: without this event the client would see a broken stream.
+            log.exception("a stream failed; it ends with an error")
+            yield _event(failed().body())
+            return
         if not generation.complete:
             return
         if with_usage:

@@ -191,7 +191,7 @@ def command(folder: str | os.PathLike[str], serve: ServeConfig) -> list[str]:
     parts += ["--max-model-len", str(serve.max_model_len)]
     parts += ["--max-num-seqs", str(serve.max_num_seqs)]
     parts += ["--max-num-batched-tokens", str(serve.max_num_batched_tokens)]
-    parts += ["--gpu-memory-utilization", f"{serve.gpu_memory_utilization:g}"]
+    parts += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
     if serve.cache_bytes == 1:
         parts += ["--kv-cache-dtype", "fp8"]
     return parts
