@@ -165,6 +165,24 @@ def test_the_fullest_stage_may_be_the_last() -> None:
     assert stages[1] > stages[0]
 
 
+def test_both_ends_of_qwen3_are_on_every_stage() -> None:
+    """vLLM's class of it builds embedding and head on each card; of GLM-4.5's on one each."""
+    found = {}
+    for model in ("qwen3-235b-a22b", "glm-4.5"):
+        plan = plan_of(model, HuggingFace(), "wint2", -1)
+        layers = plan.config.num_hidden_layers
+        serve = replace(SERVE, parallel=Parallel(pipeline=layers))
+        found[model] = packed_memory.card_memory(plan, serve).weights
+        ends = 2 * plan.config.vocab_size * plan.config.hidden_size
+        layer = sum(
+            expert_bytes(p.format, *p.shape) if p.tensor.is_expert else p.rank_bytes
+            for p in plan.tensors
+            if p.layer == layers - 1
+        )
+        count = 2 if model.startswith("qwen3") else 1
+        assert abs(found[model] - layer - count * ends) < 4 * plan.config.hidden_size, model
+
+
 def test_one_decoded_wint4_expert_is_counted() -> None:
     plain, prefix = (plan_of("ernie-4.5-300b-a47b", FastDeploy(), "wint2", n) for n in (-1, 6))
     for serve, more in [

@@ -31,6 +31,9 @@ W4_DECODED_TOKENS = 768
 # and has, beside each float32 weight, three bfloat16 parts of it (gpu_router.py).
 ROUTER_MULTIPLES, ROUTER_PARTS_BYTES = (16, 64), 3 * 2
 
+# The pipeline stages that hold a tensor outside the layers.
+FIRST, LAST, EVERY = slice(1), slice(-1, None), slice(None)
+
 
 def stage_numbers(layers: int, stages: int) -> list[int]:
     """The pipeline stage of every layer, as vLLM shares them out (distributed/utils.py).
@@ -47,13 +50,13 @@ def fullest_stage(
     plan: Plan,
     serve: Any,
     bytes_of: Callable[[PlannedTensor], int],
-    is_first: Callable[[PlannedTensor], bool],
+    holders: Callable[[PlannedTensor], slice],
 ) -> int:
     """Bytes of weights on a card of the fullest pipeline stage.
 
     Args:
         bytes_of: what the first card of a stage holds of a tensor.
-        is_first: of a tensor outside the layers, whether it is the first stage's; else the last's.
+        holders: of a tensor outside the layers, the stages that hold it: FIRST, LAST or EVERY.
     """
     parallel, config = serve.parallel, plan.config
     stages = [0] * parallel.pipeline
@@ -62,10 +65,11 @@ def fullest_stage(
         if config.is_prediction(planned.tensor):
             continue  # not loaded
         size = bytes_of(planned)
-        if planned.layer is None:
-            stages[0 if is_first(planned) else -1] += size
-        else:
+        if planned.layer is not None:
             stages[numbers[planned.layer]] += size
+            continue
+        for stage in range(parallel.pipeline)[holders(planned)]:
+            stages[stage] += size
     return max(stages)
 
 
@@ -103,7 +107,10 @@ def _weights(plan: Plan, serve: Any) -> int:
         stored = plan.target.stored(tensor, planned.format, shape)
         return sum(tensor_bytes(dtype, dims) for _, dtype, dims in stored)
 
-    return fullest_stage(plan, serve, bytes_of, lambda p: p.tensor.role is Role.EMBEDDING)
+    def holders(planned: PlannedTensor) -> slice:
+        return FIRST if planned.tensor.role is Role.EMBEDDING else LAST
+
+    return fullest_stage(plan, serve, bytes_of, holders)
 
 
 def _activations(plan: Plan, serve: Any) -> int:

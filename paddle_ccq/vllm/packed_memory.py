@@ -9,11 +9,16 @@ from typing import Any
 from ..checkpoint.plan import Plan
 from ..checkpoint.planned import PlannedTensor
 from ..engine_check import CardMemory
+from ..families.qwen3_5_moe import FAMILY as QWEN3_5_MOE
+from ..families.qwen3_moe import FAMILY as QWEN3_MOE
 from ..families.tensor import DENSE_ROLES, Role
 from .expert_sizes import rank_bytes
 from .memory import (
     BLOCK_TOKENS,
     DECODED_BYTES,
+    EVERY,
+    FIRST,
+    LAST,
     LIBRARY_BYTES,
     MOE_TOKENS,
     decoded_expert,
@@ -55,7 +60,16 @@ def _weights(plan: Plan, serve: Any) -> int:
         heads = config.num_key_value_heads if keys else ranks
         return -(-planned.rank_bytes // min(ranks, heads))
 
-    return fullest_stage(plan, serve, bytes_of, lambda p: p.tensor.role is not Role.HEAD)
+    def holders(planned: PlannedTensor) -> slice:
+        role, family = planned.tensor.role, config.family
+        # vLLM's classes of these models build both ends or one of them whatever the stage.
+        if role is Role.EMBEDDING and family in (QWEN3_MOE, QWEN3_5_MOE):
+            return EVERY
+        if role is Role.HEAD:
+            return EVERY if family is QWEN3_MOE else LAST
+        return FIRST
+
+    return fullest_stage(plan, serve, bytes_of, holders)
 
 
 def _activations(plan: Plan, serve: Any) -> int:
