@@ -198,6 +198,7 @@ def command(folder: str | os.PathLike[str], serve: ServeConfig) -> list[str]:
 
 
 def build_parser() -> Arguments:
+    """Limits of the server have the names of vLLM's own flags."""
     parser = Arguments("vllm-check", __doc__)
     parser.subject("folder", "quantized checkpoint", "DIR")
     add = parser.add_argument
@@ -215,6 +216,8 @@ def build_parser() -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 if vLLM can serve the folder so, 1 if not, 2 for bad input."""
+
     def body(args: argparse.Namespace) -> int:
         write_json = reporting.json_writer(args)
         serve = ServeConfig(
