@@ -11,14 +11,10 @@ from typing import Any
 
 from . import reporting
 from .checkpoint.manifest import check_manifest
-from .checkpoint.planned import PlannedTensor
 from .checkpoint.source import snapshot_folder
-from .codec import trellis
-from .codec.wint2 import ROWS_PER_BYTE
 from .errors import CcqError, visible
 from .families.config import CONFIG_FILE
 from .json_files import load_json
-from .ops.gpu_abi import trellis_bytes
 
 GIB = 1 << 30
 MOST_GIBIBYTES = 1 << 20
@@ -44,15 +40,6 @@ def default_length(folder: Path, multiple: int = 1) -> int:
         if isinstance(positions, int) and positions > 0:
             return max(min(positions, DEFAULT_LENGTH) // multiple * multiple, multiple)
     return DEFAULT_LENGTH
-
-
-def loaded_bytes(planned: PlannedTensor) -> int:
-    """Bytes of a rank's tensor on its card, in the layout that the kernels read."""
-    if planned.format != trellis.NAME:
-        return planned.rank_bytes
-    # Units repeat the byte before each of their blocks (trellis_repack.h).
-    (rows, columns), *_ = (s for name, _, s in planned.specs if name.endswith(".quant_weight"))
-    return sum(trellis_bytes(rows * ROWS_PER_BYTE, columns))
 
 
 def card_bytes(gibibytes: float) -> int:

@@ -12,13 +12,13 @@ import pytest
 
 from helpers.synthetic import tiny_config
 from helpers.synthetic import write_checkpoint as write_without_sentencepiece
-from paddle_ccq.engine_check import GIB, CardMemory, loaded_bytes
+from paddle_ccq.engine_check import GIB, CardMemory
 from paddle_ccq.errors import CcqError
 from paddle_ccq.families.registry import read_config
 from paddle_ccq.fastdeploy import check as check_module
 from paddle_ccq.fastdeploy.cards import parse_cards
 from paddle_ccq.fastdeploy.check import CheckResult, ServeConfig, check, judge_machine, main
-from paddle_ccq.fastdeploy.memory import card_memory, weight_bytes
+from paddle_ccq.fastdeploy.memory import card_memory, loaded_bytes, weight_bytes
 from paddle_ccq.fastdeploy.releases import RELEASES, find_release
 from paddle_ccq.fastdeploy.server_flags import arguments, four_ports, known_flags
 from paddle_ccq.host import available_memory

@@ -10,8 +10,12 @@ activations and libraries are estimates.
 from __future__ import annotations
 
 from ..checkpoint.plan import Plan
-from ..engine_check import GIB, CardMemory, loaded_bytes
+from ..checkpoint.planned import PlannedTensor
+from ..codec import trellis
+from ..codec.wint2 import ROWS_PER_BYTE
+from ..engine_check import GIB, CardMemory
 from ..families.ernie45 import ErnieConfig
+from ..ops.gpu_abi import trellis_bytes
 
 BLOCK_TOKENS = 64  # FastDeploy's default block_size
 DEFAULT_BATCHED_TOKENS = 8192  # FastDeploy's default with chunked prefill
@@ -29,6 +33,15 @@ def cache_bytes_per_token(config: ErnieConfig, ranks: int) -> int:
     """KV cache of one token on one card: keys and values of its share of the key heads."""
     heads = max(1, config.num_key_value_heads // ranks)
     return 2 * CACHE_BYTES * heads * config.head_dim * config.num_hidden_layers
+
+
+def loaded_bytes(planned: PlannedTensor) -> int:
+    """Bytes of a rank's tensor on its card, in the layout that the kernels read."""
+    if planned.format != trellis.NAME:
+        return planned.rank_bytes
+    # Units repeat the byte before each of their blocks (trellis_repack.h).
+    (rows, columns), *_ = (s for name, _, s in planned.specs if name.endswith(".quant_weight"))
+    return sum(trellis_bytes(rows * ROWS_PER_BYTE, columns))
 
 
 def weight_bytes(plan: Plan) -> int:
