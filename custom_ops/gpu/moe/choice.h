@@ -30,7 +30,8 @@ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A configuration of moe_wide.cuh: its tile, and what a multiprocessor needs for a unit (128 input rows) of a tile that multiplies
 // all its rows, or half of them, for a tile besides its units, and for a launch. Microseconds, fitted to measurements on an H200
-// (seven and eight shapes, 32 to 4096 tokens, bfloat16, integer pairs), which they meet within 1 to 8 % in the mean.
+// (seven and eight shapes, 32 to 4096 tokens, bfloat16, integer pairs), which they meet within 1 to 8 % in the mean; tiles of 256 rows to
+// 1024 to 8192 tokens, beside those of 144 rows.
 struct WideCost {
   int variant, columns, rows;
   double unit, half_unit, tile, start;
