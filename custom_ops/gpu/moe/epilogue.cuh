@@ -25,6 +25,15 @@ struct GemmParams {
 template <typename C, int kNT>
 struct Accumulator {
   float o[C::kR][kNT][4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int r = 0; r < C::kR; ++r)
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[r][nt][i] = 0.f;
+  }
 };
 
 // A finished tile: super scale (and the 2^24 of the subnormals), the row's scale, rounding, output.

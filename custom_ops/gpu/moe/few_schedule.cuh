@@ -4,6 +4,7 @@
 
 #include "prepare.cuh"
 #include "ring.cuh"
+#include "warp_scan.cuh"
 
 namespace ccq {
 
@@ -169,12 +170,7 @@ __device__ void scan_offsets(const FewParams& p, const FewShared<C>& s, int* beg
     ends[j] = j < each && first + j < p.experts ? static_cast<int>(p.offsets[first + j]) : before;
     count += (ends[j] - before + C::kRows - 1) / C::kRows, before = ends[j];
   }
-  int counts = count;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, counts, d);
-    if (lane >= d) counts += other;
-  }
+  const int counts = prefix_sum(lane, count);
   if (lane == 31 && warp < C::kWarps) s.start->of_warp[warp] = counts;
   __syncthreads();
   int blocks = counts - count, all = 0;

@@ -9,6 +9,7 @@
 
 #include "linear_slice.cuh"
 #include "linear_w4.h"
+#include "warp_scan.cuh"
 
 namespace ccq_w4 {
 
@@ -44,12 +45,7 @@ struct Cursor {
     for (int base = 0; base < experts; base += 32) {
       const int e = base + lane;
       const int count = e < experts ? (ends[e] - end_of(e - 1) + kRows - 1) / kRows : 0;
-      int upto = count;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, upto, step);
-        if (lane >= step) upto += other;
-      }
+      const int upto = prefix_sum(lane, count);
       const uint32_t beyond = __ballot_sync(~0u, upto > pass);
       if (beyond) {
         const int at = __ffs(beyond) - 1, before = __shfl_sync(~0u, upto - count, at);

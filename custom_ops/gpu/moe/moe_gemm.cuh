@@ -193,12 +193,7 @@ template <typename C, int kNT>
 __device__ void main_loop(Warp<C>& w, int units, int number, int slot, Accumulator<C, kNT>& acc) {
   constexpr int kR = C::kR;
   const int t = w.lane % 4;
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc.o[r][nt][i] = 0.f;
+  acc.clear();
 
   // A constant kept in a register: p.k is positive, but the compiler does not know.
   const uint32_t magic = kMagic | (w.p.k & 0x80000000u);

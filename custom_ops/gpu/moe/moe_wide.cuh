@@ -187,12 +187,7 @@ __device__ void wide_main_loop(ConsumerWarp<C>& w, int kb, int kb_end, const cha
   constexpr int kR = C::kR;
   typename C::Weights::template Decoder<C::kBf16Operands, kR, C::kTiles, C::kUnits> decoder(w.p, w.warp * kR);
   decoder.begin(columns);
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
+  acc.clear();
   int last = -1;  // the stage before
   uint32_t a[2][4][4];  // two steps' weights: one is multiplied while the other is decoded
   while (kb < kb_end) {

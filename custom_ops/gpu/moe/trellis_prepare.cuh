@@ -7,6 +7,7 @@
 
 #include "gemm_launch.cuh"
 #include "trellis.cuh"
+#include "warp_scan.cuh"
 
 namespace ccq {
 
@@ -32,13 +33,7 @@ struct FourRows {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (base + 32 * i >= experts) break;
-        const int own = (end[i] - start[i] + 3) / 4;
-        int upto = own;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-          const int other = __shfl_up_sync(~0u, upto, step);
-          if (lane >= step) upto += other;
-        }
+        const int own = (end[i] - start[i] + 3) / 4, upto = prefix_sum(lane, own);
         const uint32_t beyond = __ballot_sync(~0u, upto > four);
         if (beyond) {
           const int at = __ffs(beyond) - 1, before = four - __shfl_sync(~0u, upto - own, at);

@@ -273,12 +273,7 @@ __device__ void trellis_some_loop(SomeWarp<C>& w, int stages, Accumulator<C, kNT
   constexpr int kR = C::kR, kMost = C::kMostGroups / (2 * C::kUnits);
   const SomePieces<C> pieces(w);
   const bool lower = w.lane & 2;
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) acc.o[r][nt][j] = 0.f;
+  acc.clear();
   for (int done = 0; done < stages; done += kMost) {
     const int to_do = min(stages - done, kMost);
     int o[kR][kFours][4] = {};

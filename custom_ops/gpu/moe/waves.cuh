@@ -10,6 +10,7 @@
 #pragma once
 
 #include "stream_k.cuh"
+#include "warp_scan.cuh"
 
 namespace ccq {
 
@@ -48,12 +49,7 @@ struct WaveSchedule {
       for (int e = first; e < last; ++e) add(end_of(e));
 #pragma unroll
       for (int c = 0; c < kClasses; ++c) {
-        int sum = count[c];
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-          const int other = __shfl_up_sync(~0u, sum, d);
-          if (lane >= d) sum += other;
-        }
+        const int sum = prefix_sum(lane, count[c]);
         count[c] = sum - count[c];
         if (lane == 0) blocks(c)[0] = 0;
       }
